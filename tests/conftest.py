@@ -1,0 +1,41 @@
+"""Hypothesis profiles, and the models that most tests start from. What builds them is in `tiny.py`."""
+
+import functools
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import tiny
+
+# No deadline: the first example of a test pays for torch's warm-up. `ci` repeats itself, so a red run can be rerun.
+QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("dev", deadline=None, suppress_health_check=QUIET)
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=40, print_blob=True, suppress_health_check=QUIET
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture
+def llava():
+    """A tiny random LLaVA-1.5."""
+    return tiny.model("llava")
+
+
+@pytest.fixture
+def llava_next():
+    """A tiny random LLaVA-NeXT."""
+    return tiny.model("llava_next")
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def family(request) -> str:
+    """Each model family that tinyspeed knows: a test that takes it runs once for each."""
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """`checkpoint(family)` writes a small checkpoint in the real format and returns its folder."""
+    return functools.partial(lambda family: tiny.checkpoint(family, tmp_path / family))

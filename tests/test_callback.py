@@ -1,0 +1,116 @@
+"""Drop-in: `transformers.Trainer` trains a DualSpeed, and a trainer that goes around it is found out."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from tinyspeed import DualSpeed, UserError, digits
+from tinyspeed.callback import SetStep
+from tinyspeed.data import collate
+from tinyspeed.scheduler import FastSchedule, PeriodicSchedule
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, n):
+        self.source = digits.Digits(n, 2)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        return {"example": self.source.example(i)}
+
+
+def gather(items):
+    return collate([item["example"] for item in items], 0)
+
+
+def wrapped(**kw):
+    model = digits.build_model(0, width=32, layers=1, tower_width=16, tower_layers=1)
+    model.model.vision_tower.requires_grad_(False)
+    return DualSpeed(model, positions="original", **kw)
+
+
+def arguments(folder, **kw):
+    given = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    return TrainingArguments(
+        folder, report_to=[], save_strategy="no", remove_unused_columns=False, use_cpu=True, logging_steps=1,
+        disable_tqdm=True, **{**given, **kw},
+    )  # fmt: skip
+
+
+def test_trainer_trains_it_and_every_step_has_its_own_plan(tmp_path):
+    model, asked = wrapped(schedule=PeriodicSchedule(slow=0.5, keep=0.1)), []
+    model.schedule.plan, plan = lambda step: asked.append(step) or plan(step), model.schedule.plan
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = Trainer(
+        model, arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=Pictures(100), data_collator=gather,
+        callbacks=[SetStep(model)],
+    )  # fmt: skip
+    trainer.train()
+    assert asked == [step for step in range(6) for _ in range(2)], "both micro-batches of a step share its plan"
+    changed = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"model", "isolator"}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_the_loss_is_token_weighted_over_accumulated_batches(tmp_path):
+    """Accumulating 4 x 2 equals one batch of 8: the Trainer passes the number of answers of the whole step."""
+    ends = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        model = wrapped(schedule=FastSchedule(0.1))
+        run = arguments(
+            tmp_path, max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=accumulate,
+            optim="sgd", learning_rate=0.1, seed=1,
+        )  # fmt: skip
+        Trainer(model, run, train_dataset=Pictures(64), data_collator=gather, callbacks=[SetStep(model)]).train()
+        ends.append({name: p.detach() for name, p in model.named_parameters()})
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_under_the_trainer_is_the_plain_model(tmp_path):
+    model = wrapped()
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=Pictures(4), data_collator=gather)
+    plain = model.model.eval()(**gather([Pictures(4)[i] for i in range(4)])).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.item(), rel=1e-5)
+
+
+class Around(Trainer):
+    """What SFTTrainer can do: it calls the wrapped model itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model.model(**inputs).loss
+
+
+def test_a_trainer_that_goes_around_us_is_stopped_at_its_first_step(tmp_path):
+    model = wrapped()
+    trainer = Around(
+        model, arguments(tmp_path), train_dataset=Pictures(40), data_collator=gather, callbacks=[SetStep(model)]
+    )
+    with pytest.raises(UserError, match="without DualSpeed's forward"):
+        trainer.train()
+
+
+def test_trl_with_compute_loss_given_back(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'tinyspeed[trl]'")
+    model = wrapped()
+
+    class Sft(trl.SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    run = trl.SFTConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
+        remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
+    )  # fmt: skip
+    from datasets import Dataset
+
+    numbers = Dataset.from_dict({"i": list(range(16)), "images": [None] * 16, "messages": [[]] * 16})
+    pictures = Pictures(16)
+    trainer = Sft(
+        model, run, train_dataset=numbers, data_collator=lambda items: gather([pictures[x["i"]] for x in items]),
+        processing_class=digits.build_processor(), callbacks=[SetStep(model)],
+    )  # fmt: skip
+    trainer.train()
+    assert model.forwards >= 2

@@ -1,0 +1,105 @@
+"""Checkpoints are whole or not there."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyspeed import UserError, checkpoint
+
+
+def tensors():
+    return {"a": torch.arange(6.0).view(2, 3), "b/c": torch.linspace(0, 1, 40), "rng": torch.arange(99).byte()}
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    saved = tensors()
+    path = checkpoint.save(tmp_path, 7, saved, {"x": [1, 2]}, keep=2)
+    loaded, state = checkpoint.load(path)
+    assert state["x"] == [1, 2]
+    assert state["step"] == 7
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[k], saved[k]) for k in saved)
+
+
+def test_only_the_newest_are_kept_and_the_newest_is_by_number(tmp_path):
+    for step in (9, 10, 100):
+        checkpoint.save(tmp_path, step, tensors(), {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    assert checkpoint.newest(tmp_path).name == "step-00000100"
+
+
+def test_a_half_written_one_is_listed_and_never_the_newest(tmp_path):
+    checkpoint.save(tmp_path, 5, tensors(), {}, keep=2)
+    half = tmp_path / ".tmp-step-00000006"
+    half.mkdir()
+    (half / checkpoint.TENSORS).write_bytes(b"half")
+    assert checkpoint.newest(tmp_path).name == "step-00000005"
+    assert checkpoint.unfinished(tmp_path) == [half]
+    checkpoint.save(tmp_path, 6, tensors(), {}, keep=2)  # and it is no obstacle to the next attempt
+    assert checkpoint.newest(tmp_path).name == "step-00000006"
+
+
+def test_saving_fails_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 5, tensors(), {}, keep=1)
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, 6, tensors(), {}, keep=1)
+    assert checkpoint.newest(tmp_path).name == "step-00000005"
+    checkpoint.load(checkpoint.newest(tmp_path))
+
+
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_the_tensors_is_noticed(tmp_path_factory, at, bit):
+    path = checkpoint.save(tmp_path_factory.mktemp("damage"), 1, tensors(), {}, keep=1)
+    content = bytearray((path / checkpoint.TENSORS).read_bytes())
+    content[int(at * len(content))] ^= 1 << bit
+    (path / checkpoint.TENSORS).write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(path)
+
+
+@given(at=st.floats(0, 1, exclude_max=True), name=st.sampled_from([checkpoint.TENSORS, checkpoint.STATE]))
+def test_a_file_cut_short_or_gone_is_noticed(tmp_path_factory, at, name):
+    path = checkpoint.save(tmp_path_factory.mktemp("short"), 1, tensors(), {}, keep=1)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[: int(at * len(content))])
+    with pytest.raises(UserError, match=path.name):
+        checkpoint.load(path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match=path.name):
+        checkpoint.load(path)
+
+
+def test_moments_exist_from_step_zero_and_round_trip():
+    layer = torch.nn.Linear(3, 2)
+    names = {p: n for n, p in layer.named_parameters()}
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    checkpoint.start_moments(optimizer)
+    assert set(checkpoint.optimizer_tensors(optimizer, names)) == {
+        f"optimizer/{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in ("weight", "bias")
+    }
+    layer(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    saved = {k: v.clone() for k, v in checkpoint.optimizer_tensors(optimizer, names).items()}
+    other = torch.optim.AdamW(layer.parameters(), fused=True)
+    checkpoint.start_moments(other)
+    checkpoint.load_optimizer(other, names, saved)
+    again = checkpoint.optimizer_tensors(other, names)
+    assert all(torch.equal(again[k], saved[k]) for k in saved)
+    with pytest.raises(UserError, match="another recipe"):
+        checkpoint.load_optimizer(other, names, {})
+
+
+def test_zero_moments_start_like_no_moments():
+    a, b = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)
+    b.load_state_dict(a.state_dict())
+    plain, started = (torch.optim.AdamW(m.parameters(), weight_decay=0.1, fused=True) for m in (a, b))
+    checkpoint.start_moments(started)
+    x = torch.randn(8, 5)
+    for model, optimizer in ((a, plain), (b, started)):
+        for _ in range(3):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))

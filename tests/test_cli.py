@@ -1,0 +1,80 @@
+"""The command line: every mistake is one line and exit code 2, and loses nothing."""
+
+import re
+
+import pytest
+
+from tinyspeed import cli, digits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "base"
+    return digits.prepare(folder, 0, bar=False, width=16, layers=1, tower_width=16, tower_layers=1, tower_steps=1)
+
+
+@pytest.fixture
+def small(base, tmp_path):
+    values = [f"model.path={base}", f"run.folder={tmp_path}", "align.steps=1", "train.steps=2", "train.batch=2"]
+    values += ["align.batch=2", "data.eval_pictures=10"]
+    return ["digits", *(word for value in values for word in ("--set", value))]
+
+
+def fails(capsys, *words):
+    assert cli.main([str(w) for w in words]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("tinyspeed: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err + out
+    return lines[0]
+
+
+def test_mistakes_in_a_recipe(capsys, tmp_path, small):
+    assert "did you mean 'train.lr'" in fails(capsys, "train", *small, "--set", "train.lrr=1")
+    assert "did you mean 'divprune'" in fails(capsys, "train", *small, "--set", "dualspeed.plugin=divprun")
+    assert "at most 1" in fails(capsys, "train", *small, "--set", "dualspeed.keep=2")
+    assert "no recipe file" in fails(capsys, "train", tmp_path / "absent.toml")
+    absent = tmp_path / "no" / "model"
+    assert f"no model folder {absent}" in fails(capsys, "train", *small, "--set", f"model.path={absent}")
+
+
+def test_train_eval_export_and_resume(capsys, tmp_path, small):
+    assert cli.main(["train", *small]) == 0
+    run = tmp_path / "demo"
+    assert re.search(r"3 steps, .*x full; model in", capsys.readouterr().out)
+    assert (run / "report.png").stat().st_size > 10_000
+    assert cli.main(["eval", str(run)]) == 0
+    assert re.search(r"full .*\d", capsys.readouterr().out)
+    assert cli.main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "config.json").exists()
+    capsys.readouterr()
+    assert "exists already" in fails(capsys, "export", run, tmp_path / "out")
+    assert "holds a run already" in fails(capsys, "train", *small)
+    assert cli.main(["train", *small, "--resume"]) == 0
+    assert "is not a run" in fails(capsys, "eval", tmp_path / "out")
+
+
+def test_look_and_its_mistakes(capsys, tmp_path, base):
+    from tinyspeed.demo import draw_example
+
+    picture = draw_example(tmp_path / "p.png", 0)
+    assert cli.main(["look", str(picture), "--tower", str(base), "--out", str(tmp_path / "o.png")]) == 0
+    assert "divprune keeps 14" in capsys.readouterr().out
+    assert fails(capsys, "look", tmp_path / "absent.png", "--out", tmp_path / "q.png")
+    assert "at most 1" in fails(capsys, "look", picture, "--keep", "3", "--out", tmp_path / "q.png")
+    assert not (tmp_path / "q.png").exists()
+
+
+def test_compare_makes_its_table_and_goes_on_where_it_was(capsys, tmp_path, small):
+    words = ["compare", *small, "--seeds", "2", "--arms", "full,original r=0.02", "--set", "run.name=c"]
+    assert cli.main(words) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"\| original r=0.02 .*\d to .*\d", table)
+    assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
+    results = [p for p in (tmp_path / "c").rglob("result.json")]
+    assert len(results) == 4
+    times = {p: p.stat().st_mtime_ns for p in results}
+    results[0].unlink()
+    assert cli.main(words) == 0
+    assert {p for p in times if p.stat().st_mtime_ns != times[p]} == {results[0]}
+    assert "did you mean 'full'" in fails(capsys, "compare", *small, "--arms", "fulll")

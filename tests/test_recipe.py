@@ -1,0 +1,85 @@
+"""Recipes: what is written is what is read, and a mistake is named."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyspeed import UserError, recipe
+
+share = st.floats(0.01, 1)
+
+
+@given(
+    seed=st.integers(0, 2**40),
+    keep=share,
+    slow=share,
+    lr=st.floats(1e-8, 1),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="/\\.", exclude_categories=["C"]), min_size=1),
+    folder=st.text(st.characters(codec="utf-8", exclude_categories=["C"])),
+)
+def test_a_recipe_survives_toml(seed, keep, slow, lr, name, folder):
+    made = recipe.Recipe(
+        run=recipe.Run(name=name, folder=folder, seed=seed),
+        dualspeed=recipe.DualSpeed(keep=keep, slow=slow),
+        train=recipe.Stage(steps=3, lr=lr),
+    )
+    assert recipe.from_tables(recipe.tomllib.loads(made.to_toml()), "here") == made
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("*.toml")))
+def test_built_in_recipes_are_valid(name):
+    assert recipe.read(name).stages()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("train.lrr=1", "did you mean 'train.lr'"),
+        ("trian.lr=1", "did you mean 'train'"),
+        ("train.lr=fast", "must be of type float"),
+        ("train.steps=1.5", "must be of type int"),
+        ("train.steps=true", "must be of type int"),
+        ("train.lr=0", "above 0"),
+        ("train.lr=nan", "above 0"),
+        ("train.batch=0", "at least 1"),
+        ("dualspeed.plugin=divprun", "did you mean 'divprune'"),
+        ("dualspeed.positions=orignal", "did you mean 'original'"),
+        ("dualspeed.schedule=sometimes", "known:"),
+        ("dualspeed.keep=0.0", "above 0"),
+        ("dualspeed.keep=1.5", "at most 1"),
+        ("dualspeed.slow=-1", "between 0 and 1"),
+        ("dualspeed.distill=-1", "negative"),
+        ("dualspeed.isolator=-1", "negative"),
+        ("run.name=../up", "plain folder name"),
+        ("lr=1", "section.key=value"),
+        ("train.lr", "section.key=value"),
+    ],
+)
+def test_mistakes_are_named(change, says):
+    with pytest.raises(UserError, match=says):
+        recipe.read("digits", [change])
+
+
+def test_changes_apply_and_keep_the_rest():
+    changed, plain = recipe.read("digits", ["train.lr=1e-5", "dualspeed.plugin=grid"]), recipe.read("digits")
+    assert changed.train.lr == 1e-5
+    assert changed.dualspeed.plugin == "grid"
+    assert dataclasses.replace(changed, train=plain.train, dualspeed=plain.dualspeed) == plain
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="built in: .*digits"):
+        recipe.read(str(tmp_path / "absent.toml"))
+    (tmp_path / "bad.toml").write_text("[train\nlr = 1")
+    with pytest.raises(UserError, match="not valid TOML"):
+        recipe.read(str(tmp_path / "bad.toml"))
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(UserError, match="trains nothing"):
+        recipe.read(str(tmp_path / "empty.toml"))
+    (tmp_path / "flat.toml").write_text("train = 3")
+    with pytest.raises(UserError, match="must be a table"):
+        recipe.read(str(tmp_path / "flat.toml"))
+    with pytest.raises(UserError, match="must be a table"):
+        recipe.read(str(tmp_path / "flat.toml"), ["train.lr=1"])

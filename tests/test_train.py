@@ -1,0 +1,255 @@
+"""The loop: killed and resumed is the same as never killed; stopping saves; nothing goes wrong in silence."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinyspeed import UserError, checkpoint, digits, recipe, train
+from tinyspeed.train import StageRun
+
+ALIGN, TUNE = 3, 7
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny base model with attention dropout, so that the random state matters to a resumed run."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    digits.prepare(folder, 0, bar=False, width=32, layers=2, tower_width=16, tower_layers=1, tower_steps=2)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.2
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def settings(base, home, name, *changes):
+    return recipe.read(
+        "digits",
+        [
+            f"model.path={base}",
+            f"run.folder={home}",
+            f"run.name={name}",
+            "run.save_every=2",
+            "run.threads=1",
+            "run.device=cpu",
+            "data.eval_pictures=20",
+            "dualspeed.slow=0.4",
+            f"align.steps={ALIGN}",
+            f"train.steps={TUNE}",
+            "align.batch=4",
+            "train.batch=4",
+            "train.weight_decay=0.1",
+            *changes,
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    made = settings(base, tmp_path_factory.mktemp("whole"), "whole")
+    train.train(made, bar=False)
+    return made
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_before(monkeypatch, *steps):
+    """As SIGKILL does: no saving, no cleaning up, at the beginning of these optimizer steps (each once)."""
+    left, original = list(steps), StageRun._step
+
+    def step(self, *args):
+        if left and self.totals.steps == left[0]:
+            left.pop(0)
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(StageRun, "_step", step)
+
+
+def same_end(made, whole):
+    a, b = (load_file(r.folder / "model" / "model.safetensors") for r in (made, whole))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    saved, wanted = (checkpoint.load(checkpoint.newest(r.folder / "checkpoints"))[0] for r in (made, whole))
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(saved[k], wanted[k]) for k in saved), "isolator, moments or random state differ"
+    numbers = ("step", "stage", "mode", "loss", "ce", "kl", "grad_norm", "lr", "rows_kept", "rows_full")
+    lines = [(r.folder / "metrics.jsonl").read_text().splitlines() for r in (made, whole)]
+    picked = [[{n: json.loads(line)[n] for n in numbers} for line in part] for part in lines]
+    assert picked[0] == picked[1]
+
+
+@pytest.mark.parametrize(
+    "deaths", [(1,), (2,), (ALIGN,), (4,), (ALIGN + TUNE - 1,), (1, 4), (4, 5), (5, 5, 9)], ids=str
+)
+def test_killed_and_resumed_equals_never_killed_bit_for_bit(deaths, base, uninterrupted, tmp_path, monkeypatch):
+    made = settings(base, tmp_path, "run")
+    die_before(monkeypatch, *deaths)
+    for attempt in range(len(deaths)):
+        with pytest.raises(Killed):
+            train.train(made, resume=attempt > 0, bar=False)
+        torch.rand(7)  # another process would have another random state
+    train.train(made, resume=True, bar=False)
+    same_end(made, uninterrupted)
+
+
+def test_a_real_sigkill_of_a_real_process(base, uninterrupted, tmp_path):
+    made = settings(base, tmp_path, "run")
+    (tmp_path / "recipe.toml").write_text(made.to_toml())
+    command = [sys.executable, "-m", "tinyspeed", "train", str(tmp_path / "recipe.toml")]
+    # In its own directory, as a user would be; the package is found where this test found it.
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    metrics = made.folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 4:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (made.folder / "model").exists()
+    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True, cwd=tmp_path)
+    same_end(made, uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 6)])
+def test_a_signal_finishes_the_step_and_saves(number, step, base, uninterrupted, tmp_path, monkeypatch):
+    made, original = settings(base, tmp_path, "run", "run.save_every=100"), StageRun._step
+
+    def signalled(self, *args):
+        if self.totals.steps == step:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "_step", signalled)
+        result = train.train(made, bar=False)
+    assert result.stopped_by == number
+    assert signal.getsignal(number) == before
+    assert checkpoint.newest(made.folder / "checkpoints").name == f"step-{step + 1:08d}"
+    train.train(made, resume=True, bar=False)
+    same_end(made, uninterrupted)
+
+
+def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
+    made = settings(base, tmp_path, "run", "train.row_budget=100", "align.row_budget=100")
+    # Dropout draws differently for differently cut batches: leave it out on both sides.
+    model = train.build(made)[0]
+    model.model.config.text_config.attention_dropout = 0.0
+    gradients = []
+    for budget in (0, 100, 10**6):
+        stage = recipe.Stage(steps=5, batch=6, row_budget=budget)
+        run = StageRun(made, model.eval(), train.build(made)[1], "tune", 1, stage, train.Totals())
+        model.vlm.language_model.config.attention_dropout = 0.0
+        for layer in model.vlm.language_model.layers:
+            layer.self_attn.attention_dropout = 0.0
+        for mode in ("fast", "slow"):
+            done = run._forward_backward(2, train.Plan(mode, keep=0.1, distill=1.0 if mode == "slow" else 0.0))
+            gradients.append((budget, mode, float(done["loss"]), {n: p.grad.clone() for p, n in run.names.items() if p.grad is not None}))
+            run.optimizer.zero_grad(set_to_none=True)
+    for mode in ("fast", "slow"):
+        whole, *others = [g for g in gradients if g[1] == mode]
+        for other in others:
+            assert other[2] == pytest.approx(whole[2], rel=1e-5)
+            assert other[3].keys() == whole[3].keys()
+            for name in whole[3]:  # fp32 sums in another order
+                torch.testing.assert_close(other[3][name], whole[3][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(base, tmp_path, monkeypatch):
+    made, original = settings(base, tmp_path, "run"), StageRun._forward_backward
+
+    def poisoned(self, step, plan):
+        done = original(self, step, plan)
+        if self.totals.steps == 5:
+            done["loss"] = done["loss"] * float("nan")
+        return done
+
+    monkeypatch.setattr(StageRun, "_forward_backward", poisoned)
+    with pytest.raises(UserError, match=r"step 6 .*Stopped before the optimizer.*train\.lr"):
+        train.train(made, bar=False)
+    tensors, state = checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))
+    assert state["totals"]["steps"] == 5
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
+def test_the_tower_stays_frozen_and_stage_one_trains_only_projector_and_isolator(base, uninterrupted, tmp_path):
+    before = load_file(Path(base) / "model.safetensors")
+    after = load_file(uninterrupted.folder / "model" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any("vision_tower" in name for name in changed)
+    assert any("projector" in name for name in changed)
+    assert any("language_model" in name for name in changed)
+    aligned = settings(base, tmp_path, "aligned", "train.steps=0")
+    train.train(aligned, bar=False)
+    after = load_file(aligned.folder / "model" / "model.safetensors")
+    assert all("projector" in name for name in before if not torch.equal(before[name], after[name]))
+    modes = [json.loads(line)["mode"] for line in (aligned.folder / "metrics.jsonl").read_text().splitlines()]
+    assert modes == ["fast"] * ALIGN
+
+
+def test_what_a_run_leaves_behind(uninterrupted):
+    folder = uninterrupted.folder
+    assert recipe.read(str(folder / "recipe.toml")) == uninterrupted
+    record = json.loads((folder / "record.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"] == torch.__version__
+    assert {"command", "commit", "device", "seed", "threads"} <= record.keys()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, ALIGN + TUNE + 1))
+    assert {line["mode"] for line in lines} == {"fast", "slow"}
+    for line in lines:
+        assert line["rows_full"] == 4 * (1 + 4 * 6 + 144)
+        assert line["rows_kept"] == (4 * (1 + 4 * 6 + 14 + 4) if line["mode"] == "fast" else line["rows_full"])
+
+
+def test_an_exported_model_is_a_plain_llava(uninterrupted):
+    from transformers import AutoModelForImageTextToText
+
+    plain = AutoModelForImageTextToText.from_pretrained(uninterrupted.folder / "model").eval()
+    ours = train.load_trained(uninterrupted).eval()
+    batch = train.collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)
+    assert not any("isolator" in name for name, _ in plain.named_parameters())
+    assert torch.equal(plain(**batch).logits, ours(**batch).logits)
+
+
+def test_existing_runs_are_never_overwritten(base, uninterrupted, tmp_path):
+    with pytest.raises(UserError, match="holds a run already"):
+        train.train(uninterrupted, bar=False)
+    with pytest.raises(UserError, match="no run to resume"):
+        train.train(settings(base, tmp_path, "absent"), resume=True, bar=False)
+    other = settings(base, uninterrupted.run.folder, "whole", "train.lr=1e-5")
+    with pytest.raises(UserError, match="not the one"):
+        train.train(other, resume=True, bar=False)
+
+
+def test_a_damaged_checkpoint_is_named_and_a_half_written_one_ignored(base, tmp_path, capsys):
+    made = settings(base, tmp_path, "run", "train.steps=2")
+    train.train(made, bar=False)
+    newest = checkpoint.newest(made.folder / "checkpoints")
+    half = made.folder / "checkpoints" / ".tmp-step-00000009"
+    half.mkdir()
+    train.train(made, resume=True, bar=False)
+    assert f"ignoring {half}" in capsys.readouterr().err
+    file = newest / checkpoint.TENSORS
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{newest.name} is damaged"):
+        train.train(made, resume=True, bar=False)
+
+
+def test_the_learning_rate_warms_up_and_comes_down():
+    stage = recipe.Stage(steps=100, lr=2.0, warmup=0.1)
+    rates = [train.learning_rate(stage, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] < 0.01

@@ -1,0 +1,222 @@
+"""How fast, on this machine: ratios, taken side by side, with the machine written beside them.
+
+    bench_pruning()        what choosing the rows costs
+
+A time in milliseconds says little about another machine and not much about this one an hour later; a ratio of two
+contestants timed in turns says something about both. So every benchmark here brings its own yardsticks: a floor, what
+nobody can avoid, and a loop, what people run today. The contestants of one repeat take turns in shuffled order, so that
+a drifting clock or a busy neighbour hits all alike. The median is reported, and the minimum for the optimists.
+"""
+
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import __version__, pruning
+from .errors import UserError
+from .report import table
+
+PRODUCT, LOOP, MENDED = "product", "loop", "loop, mended"
+
+
+def bench_pruning(
+    shape: tuple[int, int, int] = (16, 576, 1024),
+    keep: float = 0.1,
+    repeats: int = 20,
+    device: str = "cpu",
+    out: Path | str | None = None,
+) -> dict:
+    """Time `pruning.select` of every plugin on `shape` = (images, rows, width) random float32 features.
+
+    Floor: the batched product x @ x.mT, which every similarity plugin has to make; no speed-up over the loop can be
+    above the floor's own. Loop: DivPrune image by image, as its official codes run it; and the same loop mended, which
+    tells how much of our speed is arithmetic saved and how much is doing all images at once. Whether DivPrune's picks
+    are the loop's is checked in the same run: "same_rows" is the share of its rows that the loop kept too (1.0, but for
+    float ties). Prints a table, returns everything, and writes it as JSON to `out`.
+    """
+    if len(shape) != 3 or min(shape) < 1 or shape[1] < 2:
+        raise UserError(f"shape = {tuple(shape)}: give images, rows (at least 2) and width")
+    where = _device(device)
+    images, n, width = shape
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(where)
+    count = pruning.select("divprune", x, keep=keep).shape[1]
+    contestants: dict[str, Callable[[], Tensor]] = {
+        PRODUCT: lambda: x @ x.mT,
+        LOOP: lambda: divprune_loop(x, count),
+        MENDED: lambda: divprune_loop(x, count, mended=True),
+    }
+    for name in pruning.names():
+        contestants[name] = lambda name=name: pruning.select(name, x, keep=keep)
+    times = timed(contestants, repeats, where)
+    rows = contestants["divprune"]()
+    result = {
+        "bench": "pruning",
+        "shape": list(shape),
+        "keep": keep,
+        "count": count,
+        "repeats": repeats,
+        "device": str(where),
+        "contestants": {
+            name: {
+                "median_ms": t["median_ms"],
+                "min_ms": t["min_ms"],
+                "over_product": t["median_ms"] / times[PRODUCT]["median_ms"],
+                "speedup_over_loop": times[LOOP]["median_ms"] / t["median_ms"],
+            }
+            for name, t in times.items()
+        },
+        "same_rows": {name: shared(rows, contestants[name]()) for name in (LOOP, MENDED)},
+        "record": record(where),
+    }
+    machine = result["record"]["machine"]
+    print(f"{count} of {n} rows of {images} images, width {width}, float32, median of {repeats}")
+    print("{processor}, {cores} cores, {threads} threads, load {load}; device {device}\n".format(**machine))
+    headers = ["contestant", "median", "min", "x product", "speed-up over loop"]
+    print(table(headers, [_line(name, t) for name, t in result["contestants"].items()]))
+    print(f"\ndivprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows")
+    if out is not None:
+        write(result, out)
+    return result
+
+
+def _line(name: str, t: dict) -> list[str]:
+    return [
+        name,
+        f"{t['median_ms']:.2f} ms",
+        f"{t['min_ms']:.2f} ms",
+        f"{t['over_product']:.2f}x",
+        f"{t['speedup_over_loop']:.2f}x",
+    ]
+
+
+def divprune_loop(features: Tensor, count: int, mended: bool = False) -> Tensor:
+    """DivPrune as it is run today, image by image: the first row by a top-2 over every column, then at every step the
+    distances of all rows chosen so far gathered anew and their minimum taken, O(K^2 N).
+
+    `mended` keeps the loop over images and does the rest well: the diagonal is masked, which needs no top-2, and the
+    minimum is carried along, O(KN). Both are written from the description, with the operations that the official codes
+    choose, among them a minimum that returns indices nobody reads.
+    """
+    kept = []
+    for x in features:
+        x = x / x.norm(dim=1, keepdim=True)
+        distance = 1 - x @ x.T
+        chosen = torch.zeros(count, dtype=torch.int64, device=x.device)
+        if mended:
+            chosen[0] = distance.fill_diagonal_(float("inf")).amin(0).argmax()
+            nearest = distance.fill_diagonal_(-float("inf"))[chosen[0]]  # and no row is chosen twice
+        else:
+            chosen[0] = distance.topk(2, dim=0, largest=False).values[1].argmax()
+        for k in range(1, count):
+            if not mended:
+                nearest = distance[chosen[:k]].min(dim=0).values
+            elif k > 1:
+                nearest = torch.minimum(nearest, distance[chosen[k - 1]])
+            chosen[k] = nearest.argmax()
+        kept.append(chosen.sort().values)
+    return torch.stack(kept)
+
+
+def shared(a: Tensor, b: Tensor) -> float:
+    """The share of the rows in `a` (B, K) that `b` (B, K) keeps too."""
+    return (a[:, :, None] == b[:, None, :]).any(2).double().mean().item()
+
+
+# What every benchmark needs
+
+
+def timed(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Median and minimum milliseconds of each contestant, after two rounds that are not counted."""
+    if repeats < 1:
+        raise UserError(f"repeats = {repeats}: measure at least once")
+    turns = random.Random(0)
+    milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(-2, repeats):
+        for name in turns.sample(list(contestants), len(contestants)):
+            _wait(device)
+            start = time.perf_counter()
+            contestants[name]()
+            _wait(device)
+            if repeat >= 0:
+                milliseconds[name].append(1000 * (time.perf_counter() - start))
+    return {name: {"median_ms": statistics.median(ms), "min_ms": min(ms)} for name, ms in milliseconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    """A GPU only queues its work: a clock has to wait for the end of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown, and for an absent device
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def record(device: torch.device) -> dict:
+    """What a number means nothing without: the machine, the versions, the commit and the command."""
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": on,
+            "system": platform.platform(),
+            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # far above `threads`: busy
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "tinyspeed": __version__},
+        "commit": commit(),
+        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+    }
+
+
+def _processor() -> str:
+    """The processor's name. Linux keeps it where `platform` does not look."""
+    try:
+        names = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        return next(value.strip() for key, _, value in names if key.strip() == "model name")
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit that this very file was checked out from, with "-dirty" behind it if something was changed since.
+    None for an installed package, even one that lies in somebody's repository (.venv), and without git."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def write(result: dict, out: Path | str) -> Path:
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the results to {out}: {error.strerror}") from error
+    return out

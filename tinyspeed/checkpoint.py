@@ -1,0 +1,114 @@
+"""Checkpoints that are whole or not there.
+
+    checkpoints/step-00000400/   tensors.safetensors   everything with a shape
+                                 state.json            everything else, and size and CRC-32 of the tensors
+
+A checkpoint is written under a temporary name, flushed to disk and renamed: whatever kills the run, a folder called
+step-* is complete. One that is not (a disk fault, a stray copy) is named, and never used in silence. Nothing here is
+pickled: safetensors and JSON only.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import UserError
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
+    """Write the checkpoint of `step`, then delete all but the newest `keep`."""
+    final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    with open(temporary / TENSORS, "rb") as file:
+        os.fsync(file.fileno())
+    size, crc = _fingerprint(temporary / TENSORS)
+    write_atomically(temporary / STATE, json.dumps({**state, "step": step, "bytes": size, "crc32": crc}, indent=1))
+    if final.exists():  # the same step, saved again after a resume
+        shutil.rmtree(final)
+    temporary.rename(final)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What a killed run left half-written. Harmless; the caller may name it."""
+    return sorted(folder.glob(".tmp-step-*"))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and state of one checkpoint; a damaged one is an error that says so."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if _fingerprint(path / TENSORS) != (state["bytes"], state["crc32"]):
+            raise UserError(f"checkpoint {path} is damaged: {TENSORS} is not what was written; delete the folder to "
+                            f"resume from the one before it")
+        return load_file(path / TENSORS), state
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete the folder to "
+                        f"resume from the one before it") from error
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+
+
+def _fingerprint(path: Path) -> tuple[int, int]:
+    crc = size = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's moments under their parameters' names."""
+    return {
+        f"optimizer/{key}/{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
+    """The reverse; the state of every parameter must be there already (see `start_moments`)."""
+    for name, current in optimizer_tensors(optimizer, names).items():
+        if name not in tensors or tensors[name].shape != current.shape:
+            raise UserError(f"the checkpoint has no {name} of shape {tuple(current.shape)}: it is of another recipe")
+        current.copy_(tensors[name])
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Zero moments at step 0 for every parameter. A parameter that no step has touched yet (an isolator before the first
+    fast step) would otherwise be missing from the first checkpoint and could not be restored."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device if group.get("fused") else "cpu")
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

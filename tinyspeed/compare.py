@@ -1,0 +1,132 @@
+"""The paper's claims in miniature: the same recipe trained in several ways, side by side.
+
+Every arm of a seed starts from the same base model and sees the same pictures in the same order for the same number
+of steps; arms differ in what a step leaves out. Training seconds are the loop's own (forward, backward, optimizer, data), in one
+process on one machine, one arm after the other; the seeds go round all arms before the next seed begins, so slow
+hours of the machine hit every arm.
+
+Arms already measured are not run again: an interrupted comparison goes on where it was.
+"""
+
+import dataclasses
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+from . import digits, evaluate, record, report
+from .checkpoint import write_atomically
+from .errors import UserError, unknown
+from .recipe import Recipe
+from .scheduler import Plan
+from .train import train
+
+# What each arm changes in the recipe's [dualspeed]. The first four lines after `full` are the paper's, with the official
+# code's compact positions; the last four ask how rare slow steps may become when positions stay original.
+ARMS: dict[str, dict] = {
+    "full": {"schedule": "full"},
+    "pruned-only": {"schedule": "fast", "positions": "compact"},
+    "dualspeed": {"schedule": "bernoulli", "slow": 0.1, "positions": "compact"},
+    "no isolator": {"schedule": "bernoulli", "slow": 0.1, "positions": "compact", "isolator": 0},
+    "no distillation": {"schedule": "bernoulli", "slow": 0.1, "positions": "compact", "distill": 0.0},
+    "original r=0.1": {"schedule": "bernoulli", "slow": 0.1, "positions": "original"},
+    "original r=0.05": {"schedule": "bernoulli", "slow": 0.05, "positions": "original"},
+    "original r=0.02": {"schedule": "bernoulli", "slow": 0.02, "positions": "original"},
+    "original r=0": {"schedule": "fast", "positions": "original"},
+}
+
+
+def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool = True) -> dict:
+    """Run every arm for every seed; write compare.json, compare.md and compare.png into the recipe's folder."""
+    arms = arms or list(ARMS)
+    for arm in arms:
+        if arm not in ARMS:
+            raise unknown("arm", arm, ARMS)
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: compare at least one seed")
+    folder = recipe.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = []
+    for seed in range(recipe.run.seed, recipe.run.seed + seeds):
+        home = folder / f"seed-{seed}"
+        home.mkdir(exist_ok=True)
+        base = recipe.model.path or str(digits.prepare(home / "base", seed, **dataclasses.asdict(recipe.digits), bar=bar))
+        for arm in arms:
+            result = _run(recipe, home, base, seed, arm, bar)
+            if result is None:  # interrupted: nothing to summarise yet
+                return {}
+            runs.append(result)
+            results = {**record.describe(recipe=recipe.to_toml()), "runs": runs}
+            write_atomically(folder / "compare.json", json.dumps(results, indent=1))
+    write_atomically(folder / "compare.md", summary(runs) + "\n")
+    report.draw_compare(results, folder / "compare.png")
+    return results
+
+
+def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) -> dict | None:
+    name = arm.replace(" ", "-")
+    recipe = dataclasses.replace(
+        recipe,
+        run=dataclasses.replace(recipe.run, folder=str(home), name=name, seed=seed),
+        model=dataclasses.replace(recipe.model, path=base),
+        dualspeed=dataclasses.replace(recipe.dualspeed, **ARMS[arm]),
+    )
+    done = recipe.folder / "result.json"
+    if done.is_file():
+        result = json.loads(done.read_text(encoding="utf-8"))
+        if result["recipe"] != recipe.to_toml():
+            raise UserError(f"{done} was measured with another recipe; choose another run.name, or delete the folder")
+        return result
+    shutil.rmtree(recipe.folder, ignore_errors=True)  # of an arm that was cut off: its seconds would not be whole
+    if bar:
+        print(f"seed {seed}: {arm}", flush=True)
+    trained = train(recipe, bar=bar)
+    if trained.stopped_by is not None:
+        return None
+    pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", seed)
+    lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "accuracy_full": evaluate.accuracy(trained.model, pictures, Plan("full")),
+        "accuracy_pruned": evaluate.accuracy(trained.model, pictures, Plan("fast", keep=recipe.dualspeed.keep)),
+        "seconds": trained.totals.seconds,
+        "rows": trained.totals.rows,
+        "steps": trained.totals.steps,
+        "slow_steps": sum(line["mode"] == "slow" for line in lines),
+        "curve": [[line["step"], round(line["ce"], 4), line["mode"]] for line in lines],
+        "recipe": recipe.to_toml(),
+    }
+    write_atomically(done, json.dumps(result))
+    return result
+
+
+def summary(runs: list[dict]) -> str:
+    """The table: mean and, over several seeds, the spread from lowest to highest."""
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    full = {run["seed"]: run for run in runs if run["arm"] == "full"}
+
+    def cell(arm: str, value, digits: int) -> str:
+        values = [value(run) for run in runs if run["arm"] == arm]
+        if None in values:
+            return "-"
+        spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    def against(run: dict, ratio) -> float | None:
+        return ratio(run, full[run["seed"]]) if run["seed"] in full else None
+
+    headers = ["arm", "% right, full tokens", "% right, pruned", "seconds", "rows (M)", "speed-up", "% of full's accuracy"]
+    rows = [
+        [
+            arm,
+            cell(arm, lambda r: r["accuracy_full"], 1),
+            cell(arm, lambda r: r["accuracy_pruned"], 1),
+            cell(arm, lambda r: r["seconds"], 0),
+            cell(arm, lambda r: r["rows"] / 1e6, 2),
+            cell(arm, lambda r: against(r, lambda a, b: b["seconds"] / a["seconds"]), 2),
+            cell(arm, lambda r: against(r, lambda a, b: 100 * a["accuracy_full"] / b["accuracy_full"]), 1),
+        ]
+        for arm in arms
+    ]
+    return report.table(headers, rows)

@@ -1,0 +1,73 @@
+"""`tinyspeed demo`: the whole idea on a CPU, in minutes, with nothing to download.
+
+Real handwritten digits on a large canvas, a LLaVA small enough for a laptop: train the tower, align the projector,
+tune with DualSpeed, ask the trained model about pictures it has never seen on full tokens, and draw what happened.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import digits, evaluate, look, report
+from .recipe import Recipe
+from .scheduler import Plan
+from .train import Result, base, train
+
+
+def demo(recipe: Recipe, resume: bool) -> Result:
+    folder = recipe.folder
+    if folder.exists() and not resume:
+        if (folder / "model").exists():  # finished, and made again from the same seed
+            shutil.rmtree(folder)
+        else:
+            print(f"going on with the unfinished demo in {folder}")
+            resume = True
+    result = train(recipe, resume=resume)
+    if result.stopped_by is not None:
+        return result
+    print(_results(recipe, result))
+    report.draw_run(folder)
+    picture = draw_example(folder / "picture.png", recipe.run.seed)
+    look.look(picture, folder / "kept.png", keep=recipe.dualspeed.keep, tower=base(recipe))
+    print(f"{folder / 'report.png'}: loss, rows and time\n{folder / 'kept.png'}: the tokens that fast steps keep\n"
+          f"{folder / 'model'}: the trained model, a plain LLaVA for transformers")
+    return result
+
+
+def _results(recipe: Recipe, result: Result) -> str:
+    pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", recipe.run.seed)
+    t = result.totals
+    return report.table(
+        ["after training", "value"],
+        [
+            ["% right on full tokens (as used at inference)", f"{evaluate.accuracy(result.model, pictures, Plan('full')):.1f}"],
+            ["% right on pruned tokens", f"{evaluate.accuracy(result.model, pictures, Plan('fast', keep=recipe.dualspeed.keep)):.1f}"],
+            ["steps", f"{t.steps}"],
+            ["rows through the LLM", f"{t.rows:,}"],
+            ["rows in full training", f"{t.rows_full:,}"],
+            ["training seconds", f"{t.seconds:.0f}"],
+            ["seconds of full training, by the probe", f"{t.full_seconds:.0f}"],
+            ["speed-up", f"{result.speedup:.2f}"],
+        ],
+    )  # fmt: skip
+
+
+def draw_example(path: Path, seed: int) -> Path:
+    canvas, _ = digits.picture(np.random.default_rng([seed, 7]), "eval")
+    Image.fromarray(canvas).convert("RGB").save(path)
+    return path
+
+
+def short(recipe: Recipe) -> Recipe:
+    """The same path in seconds, to see that everything runs; it learns nothing worth reading."""
+    return dataclasses.replace(
+        recipe,
+        run=dataclasses.replace(recipe.run, name=f"{recipe.run.name}-short", save_every=10),
+        data=dataclasses.replace(recipe.data, eval_pictures=100),
+        digits=dataclasses.replace(recipe.digits, tower_steps=20),
+        align=dataclasses.replace(recipe.align, steps=5),
+        train=dataclasses.replace(recipe.train, steps=25),
+    )

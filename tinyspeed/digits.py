@@ -1,0 +1,258 @@
+"""The embedded default: questions about pictures made of real handwritten digits, for a CPU and a few minutes.
+
+A picture is a 12 x 12 canvas of 8 x 8 cells, smooth and grey, with a real scan (UCI digits, 8 x 8, from scikit-learn)
+in up to one cell of each quadrant. The tiny LLaVA sees one visual token a cell: 144 tokens, of which at most 4 matter
+and 10 % (14) is enough. That is the point of the design. Pruning here is blind to the question, so a picture packed with
+digits loses information when pruned and no training scheme can answer; a few digits on a large canvas is what photos
+are like for LLaVA: most of the 576 tokens are sky.
+
+Questions ask for the digit of a quadrant ("digit top-left" -> 7, or none) or for the presence of a digit ("any 7" ->
+yes). Training shows several to a picture, as LLaVA's conversations do; evaluation asks one, so that no earlier answer
+can help. Evaluation pictures are made of scans that no training picture holds.
+
+There is no CLIP to download, so the CLIP-shaped tower is trained here, briefly, to name each cell's content, and then
+frozen as LLaVA's is.
+"""
+
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from .data import IGNORE, Example
+from .errors import UserError
+
+CELL, SIDE = 8, 12
+CELLS, PIXELS = SIDE * SIDE, SIDE * CELL
+BLANK = 10  # the content of a cell without a digit
+QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
+DIGITS = tuple("0123456789")
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+WORDS = ("digit", "any", "none", "yes", "no", *QUADRANTS, *DIGITS)
+ID = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+
+
+@cache
+def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 8, 8) uint8 scans and their labels. One scan in five is held out for evaluation."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("the digits come with scikit-learn: pip install 'tinyspeed[demo]'") from error
+    digits = load_digits()
+    held_out = np.arange(len(digits.target)) % 5 == 0
+    chosen = held_out if split == "eval" else ~held_out
+    return (digits.images[chosen] / 16 * 255).astype(np.uint8), digits.target[chosen]
+
+
+def picture(rng: np.random.Generator, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """A canvas (96, 96) uint8 and the content of its cells (12, 12): a digit or BLANK."""
+    images, labels = scans(split)
+    # Smooth ground: a 3 x 3 grid of greys, interpolated.
+    at = np.linspace(0, 2, PIXELS)
+    low = np.minimum(at.astype(int), 1)
+    weight = np.zeros((PIXELS, 3))
+    weight[np.arange(PIXELS), low], weight[np.arange(PIXELS), low + 1] = 1 - (at - low), at - low
+    canvas = weight @ rng.uniform(0, 90, (3, 3)) @ weight.T
+    cells = np.full((SIDE, SIDE), BLANK)
+    for quadrant in range(4):
+        if rng.random() < 0.25:
+            continue
+        half = SIDE // 2
+        row, column = rng.integers(half, size=2) + (quadrant // 2 * half, quadrant % 2 * half)
+        scan = rng.integers(len(labels))
+        cells[row, column] = labels[scan]
+        window = canvas[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        np.maximum(window, images[scan], out=window)
+    return canvas.astype(np.uint8), cells
+
+
+def questions(rng: np.random.Generator, cells: np.ndarray, count: int) -> list[tuple[str, str]]:
+    """`count` different questions about a picture, with their answers. Three in five ask for a quadrant's digit, the
+    others for presence, half of those of a digit that is there (when one is)."""
+    half = SIDE // 2
+    quadrants = [cells[r : r + half, c : c + half].min() for r in (0, half) for c in (0, half)]
+    present = sorted({int(q) for q in quadrants if q != BLANK})
+    absent = [d for d in range(10) if d not in present]
+    asked: dict[str, str] = {}
+    while len(asked) < count:
+        if rng.random() < 0.6:
+            q = int(rng.integers(4))
+            asked[f"digit {QUADRANTS[q]}"] = "none" if quadrants[q] == BLANK else str(quadrants[q])
+        elif present and rng.random() < 0.5:
+            asked[f"any {rng.choice(present)}"] = "yes"
+        else:
+            asked[f"any {rng.choice(absent)}"] = "no"
+    return list(asked.items())
+
+
+def pixel_values(canvas: np.ndarray) -> Tensor:
+    """(3, 96, 96) in [-1, 1]: what the saved image processor makes of the same picture."""
+    return torch.from_numpy(canvas).float().div_(127.5).sub_(1).expand(3, -1, -1)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pictures 0 .. size-1 with their conversations. Picture i depends on (split, seed, i) only."""
+
+    size: int
+    turns: int
+    split: str = "train"
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _rng(self, i: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, i, self.split == "eval"])
+
+    def lengths(self, i: int) -> tuple[int, list[int]]:
+        """Text rows, and visual rows of each image, without making the example."""
+        return 1 + 4 * self.turns, [CELLS]
+
+    def example(self, i: int) -> Example:
+        rng = self._rng(i)
+        canvas, cells = picture(rng, self.split)
+        ids, labels = [ID["<s>"]], [IGNORE]
+        for turn, (question, answer) in enumerate(questions(rng, cells, self.turns)):
+            image = [ID["<image>"]] * CELLS if turn == 0 else []
+            prompt = [*image, *(ID[word] for word in question.split())]
+            reply = [ID[answer], ID["</s>"]]
+            ids += prompt + reply
+            labels += [IGNORE] * len(prompt) + reply
+        return Example(torch.tensor(ids), torch.tensor(labels), pixel_values(canvas)[None])
+
+
+def build_model(seed: int, *, width: int = 128, layers: int = 3, tower_width: int = 64, tower_layers: int = 3) -> nn.Module:
+    """A LLaVA-1.5 small enough for two CPU cores: CLIP tower, two-layer projector, Llama."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=tower_width,
+        intermediate_size=2 * tower_width,
+        num_hidden_layers=tower_layers,
+        num_attention_heads=4,
+        image_size=PIXELS,
+        patch_size=CELL,
+    )
+    text = LlamaConfig(
+        vocab_size=len(ID),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        # transformers' 0.02 suits widths of thousands; at this width it learns ten times slower.
+        initializer_range=width**-0.5,
+        pad_token_id=ID["<pad>"],
+        bos_token_id=ID["<s>"],
+        eos_token_id=ID["</s>"],
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=ID["<image>"],
+        image_seq_length=CELLS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlavaForConditionalGeneration(config)
+
+
+def train_tower(tower: nn.Module, seed: int, steps: int, batch: int = 32, report=lambda step, loss: None) -> float:
+    """Teach the tower what is in every cell and where the cell is; returns its accuracy on held-out digits.
+
+    Linear heads read the tokens that LLaVA will read. Blank cells outnumber digits fifty to one, so they weigh less.
+    The place (line and column) is asked for because CLIP's tokens know theirs too.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(tower.config.hidden_size, BLANK + 1 + 2 * SIDE)
+        parameters = [*tower.parameters(), *head.parameters()]
+        tower.requires_grad_(True)
+        optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+        line, column = (torch.arange(CELLS) // SIDE).repeat(batch), (torch.arange(CELLS) % SIDE).repeat(batch)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
+            pixels, cells = _cells(np.random.default_rng([seed, step, 2]), "train", batch)
+            weight = torch.where(cells.flatten() == BLANK, 0.05, 1.0)
+            guesses = _read(tower, head, pixels).flatten(0, 1).split([BLANK + 1, SIDE, SIDE], dim=1)
+            truths = (cells.flatten(), line, column)
+            loss = sum(F.cross_entropy(g, t, reduction="none") for g, t in zip(guesses, truths, strict=True))
+            loss = (loss * weight).sum() / weight.sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            report(step, loss)
+    tower.requires_grad_(False)
+    with torch.no_grad():
+        pixels, cells = _cells(np.random.default_rng([seed, 0, 3]), "eval", 256)
+        guess = _read(tower, head, pixels)[..., : BLANK + 1].argmax(-1)
+    digit = cells != BLANK
+    return (guess == cells)[digit].float().mean().item()
+
+
+def build_processor():
+    """The processor that turns a real picture and a chat into what `Digits.example` makes directly."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ID["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=["<image>"], model_max_length=512,
+    )  # fmt: skip
+    half = [0.5, 0.5, 0.5]
+    pictures = CLIPImageProcessor(
+        size={"height": PIXELS, "width": PIXELS}, do_center_crop=False, image_mean=half, image_std=half
+    )
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}"
+        "{{ '</s> ' if message['role'] == 'assistant' else '' }}{% endfor %}"
+    )
+    return LlavaProcessor(
+        pictures, tokenizer, patch_size=CELL, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def prepare(folder: Path, seed: int, *, tower_steps: int, bar: bool = True, **sizes: int) -> Path:
+    """The base model in `folder`, in the real on-disk format; built, and its tower trained, if it is not there yet."""
+    if folder.is_dir():
+        return folder
+    model = build_model(seed, **sizes)
+    with tqdm(total=tower_steps, desc="tower", unit="step", disable=not bar, mininterval=0.2) as line:
+
+        def report(step: int, loss: Tensor) -> None:
+            if step % 10 == 0:
+                line.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            line.update()
+
+        accuracy = train_tower(model.model.vision_tower, seed, tower_steps, report=report)
+        line.set_postfix_str(f"names {100 * accuracy:.1f} % of held-out digits")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    build_processor().save_pretrained(temporary)
+    temporary.rename(folder)
+    return folder
+
+
+def _read(tower: nn.Module, head: nn.Module, pixels: Tensor) -> Tensor:
+    return head(tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:])
+
+
+def _cells(rng: np.random.Generator, split: str, batch: int) -> tuple[Tensor, Tensor]:
+    made = [picture(rng, split) for _ in range(batch)]
+    return torch.stack([pixel_values(c) for c, _ in made]), torch.from_numpy(np.stack([c.flatten() for _, c in made]))

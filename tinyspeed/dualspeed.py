@@ -1,0 +1,220 @@
+"""DualSpeed: one module around a vision-language model, one `forward` = encode -> select -> gather -> LLM -> loss.
+
+    fast:  L = CE(model(isolator + pruned rows))
+    slow:  L = CE(model(all rows)) + alpha * T^2 * KL( fast forward of the same batch, no grad || model(all rows) )
+    full:  L = CE(model(all rows))
+
+Most steps are fast; the rare slow ones keep the model good at what it will see at inference, and the fast mode, which
+has had nine times the updates, teaches them. In `eval()` the module is the wrapped model and nothing else: no
+isolator, no pruning, the very same forward.
+
+What differs from the official code: images are encoded once for both halves of a slow step; the teacher runs without
+dropout; anyres images are pruned after packing, over the whole image; logits exist for answer rows only; the mode is a
+function of (seed, step); text-only batches touch the same parameters as others; positions can stay `original`.
+
+The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the larger part of the total, so how rare
+slow steps may become decides the speed-up.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from . import pruning, rows
+from .distill import answer_loss
+from .errors import UserError, unknown
+from .isolator import PromptIsolator
+from .scheduler import DualSpeedSchedule, Plan, Schedule
+from .vlm import family
+
+LAYOUTS = ("auto", "padded", "packed")
+
+
+@dataclass
+class Output(ModelOutput):
+    """What a training forward returns. A `ModelOutput`, because sharding hooks look inside those."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # (answer rows, vocabulary), when asked for
+    targets: Tensor | None = None  # (answer rows,), when asked for
+    metrics: dict | None = None
+
+
+class DualSpeed(nn.Module):
+    """Wraps a Hugging Face vision-language model for training.
+
+    `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
+    `isolator`: rows of the mode isolator, 0 for none. `distill`, `temperature`: alpha and T. `positions`: "compact"
+    or "original". `layout`: "padded", "packed", or "auto" (packed on CUDA). `schedule` replaces the default schedule.
+    """
+
+    accepts_loss_kwargs = True  # transformers.Trainer: yes, pass num_items_in_batch
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        plugin: str = "divprune",
+        keep: float = 0.1,
+        slow: float = 0.1,
+        isolator: int = 4,
+        distill: float = 1.0,
+        temperature: float = 1.0,
+        positions: str = "compact",
+        layout: str = "auto",
+        schedule: Schedule | None = None,
+        chunk: int = 1024,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if plugin not in pruning.names():
+            raise unknown("pruning plugin", plugin, pruning.names())
+        if positions not in rows.POSITIONS:
+            raise unknown("positions", positions, rows.POSITIONS)
+        if layout not in LAYOUTS:
+            raise unknown("layout", layout, LAYOUTS)
+        if temperature <= 0:
+            raise UserError(f"temperature = {temperature}: must be above 0")
+        self.model = model
+        self.vlm = family(model)
+        self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
+        weight = model.get_input_embeddings().weight
+        self.isolator.to(device=weight.device, dtype=weight.dtype)
+        Plan("fast", keep=keep), Plan("slow", distill=distill)  # a bad share or weight is refused here, not at step 1
+        self.plugin, self.positions, self.layout = plugin, positions, layout
+        self.temperature, self.chunk, self.seed = temperature, chunk, seed
+        self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
+        self.step = 0  # the optimizer step; whoever owns the loop sets it
+        self.forwards = 0  # how often our training forward ran: the Trainer callback's proof that it is used at all
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        labels: Tensor | None = None,
+        plan: Plan | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool = False,
+    ) -> ModelOutput:
+        """A Hugging Face processor's batch, as it is. The loss is divided by `num_items_in_batch` answer tokens, or by
+        the batch's own number. Without a plan: the schedule's at `self.step`, or in eval mode the plain model."""
+        if not self.training and plan is None:
+            given = {"pixel_values": pixel_values, "image_sizes": image_sizes, "labels": labels}
+            given = {name: value for name, value in given.items() if value is not None}
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
+        if labels is None:
+            raise UserError("the batch has no labels: there is nothing to learn from")
+        plan = plan or self.schedule.plan(self.step)
+        if plan.answer_keep < 1:
+            raise UserError("answer_keep below 1 needs a memory of each answer token's difficulty, which is not built yet")
+        self.forwards += 1
+
+        images = self._encode(pixel_values, image_sizes, plan)
+        features = torch.cat(images) if images else self.vlm.idle()
+        embeddings = self.vlm.embed(input_ids).flatten(0, 1)
+        lengths = [len(image) for image in images]
+        full = rows.full(input_ids, attention_mask, labels, self.vlm.image_token, lengths)
+
+        parts = [embeddings, features.to(embeddings.dtype)]
+        run = full
+        taught = plan.mode == "slow" and plan.distill > 0
+        if plan.mode == "fast" or taught:
+            kept = self._kept(images, image_sizes, plan.keep)
+            isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, parts)), self.positions)
+        teacher = None
+        if taught:
+            with torch.no_grad(), _without_dropout(self.vlm.language_model):
+                teacher = self._answers([*parts, self.isolator.weight], isolating, plan)[0]
+        elif plan.mode == "fast":
+            parts, run = [*parts, self.isolator.weight], isolating
+        hidden, target = self._answers(parts, run, plan)
+        if len(target) == 0:
+            raise UserError("the batch has no answer tokens: every label is ignored")
+
+        ce, kl = answer_loss(
+            self.vlm.head, hidden, target, teacher=teacher, temperature=self.temperature, chunk=self.chunk
+        )
+        total = len(target) if num_items_in_batch is None else num_items_in_batch
+        metrics = {
+            "mode": plan.mode,
+            "ce": ce.detach() / len(target),
+            "kl": kl.detach() / len(target),
+            "answers": len(target),
+            "rows_kept": len(run),  # rows that were trained on
+            "rows_taught": len(isolating) if taught else 0,  # and rows of the teacher's forward
+            "rows_full": len(full),
+        }
+        out = Output(loss=(ce + plan.distill * kl) / total, metrics=metrics)
+        if return_logits:
+            out.logits, out.targets = self.vlm.head(hidden), target
+        return out
+
+    def _encode(self, pixel_values: Tensor | None, image_sizes: Tensor | None, plan: Plan) -> list[Tensor]:
+        if pixel_values is None or len(pixel_values) == 0:
+            return []
+        return self.vlm.encode(pixel_values, image_sizes, plan.mode)
+
+    def _kept(self, images: list[Tensor], image_sizes: Tensor | None, keep: float) -> Tensor:
+        """(V,) bool: which feature rows of all images stay. K counts pictures, never structural rows."""
+        if not images:
+            return torch.zeros(0, dtype=torch.bool, device=self.isolator.weight.device)
+        prunable = self.vlm.prunable(images, image_sizes)
+        features = nn.utils.rnn.pad_sequence([image.detach() for image in images], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence(prunable, batch_first=True)
+        # On CUDA the check would stall the device; NaN features end in a NaN loss, which the loop refuses to step on.
+        index, _ = pruning.select(
+            self.plugin, features, keep=keep, mask=mask, seed=self.seed + self.step, check=not features.is_cuda
+        )
+        kept = torch.zeros(len(images), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
+        kept.scatter_(1, index.where(index >= 0, mask.shape[1]), True)
+        lengths = torch.tensor([len(image) for image in images], device=mask.device)
+        return kept[:, :-1][torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]]
+
+    def _answers(self, parts: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows."""
+        layout = self.layout
+        if layout == "auto":
+            layout = "packed" if parts[0].is_cuda else "padded"
+        placed = rows.lay_out(selected, layout)
+        hidden = self.vlm.hidden(torch.cat(parts).index_select(0, placed.index), placed, plan.layers)
+        answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
+        return hidden.index_select(0, placed.slot[answers]), selected.target[answers]
+
+    # What transformers.Trainer asks of a model.
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.isolator.weight.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """On the LLM only: the frozen tower has nothing to recompute."""
+        self.vlm.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.vlm.language_model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards each sub-module back as it was (a frozen one may have been in eval mode already)."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True

@@ -1,0 +1,21 @@
+"""The one exception a user is meant to see.
+
+A mistake in a recipe, a record or an argument raises `UserError` with what is wrong, where, and how to mend it.
+The command line prints it in one line and exits with code 2; everything else that escapes is a bug of ours and
+keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what, where and how."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for a name that is not in `known`, offering the nearest one that is."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return UserError(f"unknown {kind} {name!r}; {hint}")

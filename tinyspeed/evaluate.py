@@ -1,0 +1,33 @@
+"""How often a model answers right: exact match under greedy decoding, on full or on pruned tokens.
+
+One forward with the right answer in place is enough. Greedy decoding gives exactly the reference answer if and only
+if the model's first choice at every answer row, shown the reference so far, is the next reference token (the end of the
+answer included). So nothing is generated, and full and pruned sequences go through the same code.
+"""
+
+import torch
+
+from .batching import cut, plan_rows
+from .data import Source, collate
+from .dualspeed import DualSpeed
+from .rows import IGNORE
+from .scheduler import Plan
+
+
+@torch.no_grad()
+def accuracy(model: DualSpeed, source: Source, plan: Plan, row_budget: int = 20_000) -> float:
+    """The share of a source's examples, in percent, whose every answer token is the model's first choice."""
+    was_training = model.training
+    model.eval()
+    rows = [plan_rows(*source.lengths(i), plan, len(model.isolator)) for i in range(len(source))]
+    pad = model.config.text_config.pad_token_id or 0
+    right = 0
+    for part in cut(rows, row_budget):
+        batch = collate([source.example(i) for i in part], pad)
+        # Answer rows come sample after sample; which sample each belongs to follows from the labels alone.
+        sample = (batch["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
+        out = model(**{k: v.to(model.device) for k, v in batch.items()}, plan=plan, return_logits=True)
+        wrong = (out.logits.argmax(-1) != out.targets).cpu()
+        right += len(part) - len(sample[wrong].unique())
+    model.train(was_training)
+    return 100 * right / len(source)

@@ -1,0 +1,238 @@
+"""Recipes: a TOML file, read into frozen dataclasses; an unknown key is an error that names the nearest known one.
+
+    [run] [model] [data] [dualspeed] [align] [train]
+
+`align` and `train` are LLaVA's two stages: first the projector alone, every step fast, then the LLM too, fast and slow.
+The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a value on the command line.
+"""
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import pruning
+from .errors import UserError, unknown
+from .rows import POSITIONS
+from .scheduler import KINDS, Plan
+
+BUILT_IN = Path(__file__).parent / "recipes"
+
+
+def _check(good: bool, what: str) -> None:
+    if not good:
+        raise UserError(what)
+
+
+def _among(kind: str, name: str, known) -> None:
+    if name not in known:
+        raise unknown(kind, name, known)
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str = "run"
+    folder: str = "runs"  # where runs/NAME is made
+    seed: int = 0
+    threads: int = 0  # CPU threads; 0 = torch's choice. A resumed run is bit-identical for one thread count only.
+    device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one
+    save_every: int = 200  # steps between checkpoints
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        good = self.name and not self.name.startswith(".") and "/" not in self.name and "\\" not in self.name
+        _check(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
+        _check(self.seed >= 0, f"run.seed = {self.seed}: must not be negative")
+        _check(self.threads >= 0, f"run.threads = {self.threads}: must not be negative")
+        _check(self.save_every >= 1, f"run.save_every = {self.save_every}: must be at least 1")
+        _check(self.keep_checkpoints >= 1, f"run.keep_checkpoints = {self.keep_checkpoints}: must be at least 1")
+        _among("run.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = ""  # hub id or folder; empty: the embedded default's tiny LLaVA is built, and its tower trained
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Data:
+    kind: str = "digits"  # the embedded default
+    turns: int = 6  # questions a picture, in training
+    eval_pictures: int = 1000  # pictures evaluated, one question each
+
+    def __post_init__(self):
+        _among("data.kind", self.kind, ("digits",))
+        _check(1 <= self.turns <= 10, f"data.turns = {self.turns}: between 1 and 10 questions fit a picture of digits")
+        _check(self.eval_pictures >= 1, f"data.eval_pictures = {self.eval_pictures}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Sizes of the embedded default's model."""
+
+    width: int = 128
+    layers: int = 2
+    tower_width: int = 64
+    tower_layers: int = 3
+    tower_steps: int = 300
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            _check(getattr(self, f.name) >= 1, f"digits.{f.name} = {getattr(self, f.name)}: must be at least 1")
+        for name in ("width", "tower_width"):
+            _check(getattr(self, name) % 8 == 0, f"digits.{name} = {getattr(self, name)}: must be a multiple of 8")
+
+
+@dataclass(frozen=True)
+class DualSpeed:
+    plugin: str = "divprune"
+    keep: float = 0.1  # share of visual rows on fast steps
+    schedule: str = "bernoulli"  # "bernoulli", "periodic", "fast" (pruned-only), "full" (ordinary training)
+    slow: float = 0.1  # share of slow steps
+    isolator: int = 4  # rows of the mode isolator; 0 = none
+    distill: float = 1.0  # weight of the slow steps' KL
+    temperature: float = 1.0
+    positions: str = "original"  # "original" or "compact" (the official code's)
+    layout: str = "auto"
+
+    def __post_init__(self):
+        _among("dualspeed.plugin", self.plugin, pruning.names())
+        _among("dualspeed.schedule", self.schedule, KINDS)
+        _among("dualspeed.positions", self.positions, POSITIONS)
+        _among("dualspeed.layout", self.layout, ("auto", "padded", "packed"))
+        Plan("slow", keep=self.keep, distill=self.distill)  # refuses a bad share or weight
+        _check(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
+        _check(self.isolator >= 0, f"dualspeed.isolator = {self.isolator}: must not be negative")
+        _check(self.temperature > 0, f"dualspeed.temperature = {self.temperature}: must be above 0")
+
+
+@dataclass(frozen=True)
+class Stage:
+    steps: int = 0  # optimizer steps; 0 = as many as `epochs` ask for
+    epochs: float = 0.0
+    batch: int = 32  # samples an optimizer step
+    lr: float = 1e-3
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm
+    beta2: float = 0.999
+    row_budget: int = 0  # rows of a micro-batch, after pruning; 0 = the whole batch at once
+
+    def __post_init__(self):
+        for name in ("steps", "epochs", "weight_decay", "row_budget"):
+            _check(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
+        _check(self.batch >= 1, f"batch = {self.batch}: must be at least 1")
+        _check(0 < self.lr < math.inf, f"lr = {self.lr}: must be above 0")
+        _check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: must be between 0 and 1")
+        _check(self.clip > 0, f"clip = {self.clip}: must be above 0")
+        _check(0 < self.beta2 < 1, f"beta2 = {self.beta2}: must be between 0 and 1")
+
+    def total(self, samples: int) -> int:
+        return self.steps or math.ceil(self.epochs * samples / self.batch)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    digits: Digits = field(default_factory=Digits)
+    dualspeed: DualSpeed = field(default_factory=DualSpeed)
+    align: Stage = field(default_factory=Stage)
+    train: Stage = field(default_factory=Stage)
+
+    def __post_init__(self):
+        some = self.train.steps or self.train.epochs or self.align.steps or self.align.epochs
+        _check(bool(some), "the recipe trains nothing: set train.steps or train.epochs")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    def stages(self) -> list[tuple[str, Stage]]:
+        """The stages that run, with the name under which `vlm.set_trainable` knows them."""
+        every = [("align", self.align), ("tune", self.train)]
+        return [(name, stage) for name, stage in every if stage.steps or stage.epochs]
+
+    def to_toml(self) -> str:
+        lines = []
+        for section, values in dataclasses.asdict(self).items():
+            lines.append(f"[{section}]")
+            lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+            lines.append("")
+        return "\n".join(lines)
+
+
+def _toml(value) -> str:
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def read(path: str, changes: list[str] = ()) -> Recipe:
+    """The recipe in a TOML file (or a built-in one, by name), with `section.key=value` changes."""
+    file = Path(path)
+    if not file.is_file():
+        built_in = BUILT_IN / f"{path}.toml"
+        if not built_in.is_file():
+            known = sorted(p.stem for p in BUILT_IN.glob("*.toml"))
+            raise UserError(f"there is no recipe file {path}; built in: {', '.join(known)}")
+        file = built_in
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid TOML: {error}") from error
+    for change in changes:
+        key, equals, value = change.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot):
+            raise UserError(f"--set {change}: write it as section.key=value, for example train.lr=1e-4")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value.strip()
+        if not isinstance(tables.setdefault(section, {}), dict):
+            raise UserError(f"{file}: {section} must be a table, [{section}]")
+        tables[section][name] = parsed
+    return from_tables(tables, str(file))
+
+
+def from_tables(tables: dict, where: str) -> Recipe:
+    sections = {f.name: f for f in dataclasses.fields(Recipe)}
+    made = {}
+    for section, values in tables.items():
+        if section not in sections:
+            raise UserError(f"{where}: {unknown('section', section, sections)}")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section} must be a table, [{section}]")
+        kind = sections[section].type
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for key, value in values.items():
+            if key not in fields:
+                raise UserError(f"{where}: {unknown('key', f'{section}.{key}', [f'{section}.{f}' for f in fields])}")
+            wanted = fields[key].type
+            if wanted is float and type(value) is int:
+                values = {**values, key: float(value)}
+            elif type(value) is not wanted:
+                raise UserError(f"{where}: {section}.{key} = {value!r} must be of type {wanted.__name__}")
+        try:
+            made[section] = kind(**values)
+        except UserError as error:
+            raise UserError(f"{where}: [{section}] {error}") from error
+    try:
+        return Recipe(**made)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def of_run(folder: str) -> Recipe:
+    """The recipe that a run was made with, pointing at where the run is now."""
+    file = Path(folder) / "recipe.toml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run: it has no recipe.toml")
+    here = Path(folder).resolve()
+    recipe = read(str(file))
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))

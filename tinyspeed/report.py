@@ -1,0 +1,436 @@
+"""What a run looked like: its picture, the picture of a comparison, and tables.
+
+    draw_run("runs/demo")               metrics.jsonl -> report.png: loss, rows and seconds, step by step
+    draw_compare(results, "out.png")    how every arm learns, and what its speed costs in accuracy
+    table(headers, rows)                the tables that the commands print; they are Markdown too
+
+The losses drawn are cross-entropies: a slow step's whole loss holds the distillation term as well and cannot be set
+beside a fast one's. Fast and slow steps are smoothed apart, since they see different rows. Curves are named where they
+end and points beside where they lie, never in a legend, and differ by dash and marker as well as by colour: the
+pictures survive a grey printer and colour-blind eyes. Names find their own free place, which costs some code here and
+lets a comparison have as many arms as it likes.
+
+matplotlib is imported when something is drawn, and its global state is never touched.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+
+DPI = 120
+# Okabe and Ito's colours, the pale ones darkened so that names can be written in them. With each goes a dash and a
+# marker; the three cycles have lengths 7, 4 and 9, so no two of the first 252 arms look alike.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#008060", "#AA4499", "#8C6500", "#777777")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+MODES = {  # mode -> how its curve and its single steps are drawn
+    "full": {"color": "#000000", "linestyle": (0, (6, 2, 1, 2)), "marker": "s"},
+    "fast": {"color": "#0072B2", "linestyle": "-", "marker": "."},
+    "slow": {"color": "#D55E00", "linestyle": (0, (4, 1.5)), "marker": "^"},
+}
+GREY = "#666666"
+
+
+# Tables
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A monospaced table that is valid GitHub Markdown. Columns of numbers ("3.1x", "98.4 %" and blanks included)
+    are aligned to the right."""
+    cells = [[_cell(c) for c in row] for row in (headers, *rows)]
+    assert all(len(row) == len(headers) for row in cells), "every row needs one cell a header"
+    columns = list(zip(*cells, strict=True))
+    widths = [max(3, *map(len, column)) for column in columns]
+    right = [len(c) > 1 and any(c[1:]) and all(_NUMBER.fullmatch(text) for text in c[1:] if text) for c in columns]
+
+    def line(texts: Sequence[str]) -> str:
+        padded = (t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
+    return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
+
+
+# A number, what it counts, and how sure one is of it: 12, -3.4e-5, 1,234, 3.1x, 98.4 %, 98.4 ± 0.2, <0.1 ms, nan, -
+_NUMBER = re.compile(r"[<>~]?[-+]?(\d[\d,]*\.?\d*(e[-+]?\d+)?( ?± ?[\d.]+)?( ?(%|[a-zA-Z/]{1,5}))?|nan|inf)|-")
+
+
+def _cell(value) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+# A run
+
+
+def draw_run(folder: Path | str) -> Path:
+    """Draw folder/metrics.jsonl as folder/report.png."""
+    folder = Path(folder)
+    return save(run_figure(read_metrics(folder / "metrics.jsonl"), folder.resolve().name), folder / "report.png")
+
+
+NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_full", "seconds")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The steps of a metrics.jsonl in order, with "x", their place in the run.
+
+    A stopped and resumed run may have written some steps twice: the later writing counts. A stage that counts its
+    steps from 0 again is put behind the one before. The last line may be cut short by a crash, no other may.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; a run's folder holds metrics.jsonl once it has trained") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file: {error.reason} at byte {error.start}") from error
+    stages: dict[str, dict[int, dict]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                continue
+            raise UserError(f"{path}, line {number} is not JSON: {error.msg}; delete the line to go on") from error
+        missing = [key for key in NEEDED if key not in row] if isinstance(row, dict) else ["everything"]
+        if missing:
+            raise UserError(f"{path}, line {number} lacks {', '.join(missing)}: was it written by tinyspeed train?")
+        stages.setdefault(row["stage"], {})[row["step"]] = row
+    if not stages:
+        raise UserError(f"{path} holds no step yet: train for at least one step first")
+    steps, behind = [], 0
+    for stage in stages.values():
+        first = min(stage)
+        shift = behind - first if first < behind else 0
+        steps += [{**stage[step], "x": step + shift} for step in sorted(stage)]
+        behind = steps[-1]["x"] + 1
+    return steps
+
+
+def run_figure(steps: list[dict], name: str = "run"):
+    """Loss, rows and seconds over the steps of a run, as a matplotlib Figure."""
+    fig = figure(8.5, 9)
+    loss, rows, time = fig.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2, 2]})
+    fig.subplots_adjust(left=0.1, right=0.84, top=0.91, bottom=0.06, hspace=0.24)
+    for ax in (loss, rows, time):
+        _plain(ax)
+    x = _column(steps, "x")
+    first, last = x.min(), x.max()
+    loss.set_xlim(first - 0.5, last + 0.5)
+    stages = list(dict.fromkeys(step["stage"] for step in steps))
+    modes = [m for m in MODES if any(step["mode"] == m for step in steps)]
+    modes += sorted({step["mode"] for step in steps} - set(MODES))
+    count = f"{len(steps):,} step{'s' * (len(steps) > 1)}"
+    title = f"{name}: {count}, {clock(steps[-1]['seconds'])}"
+    fig.suptitle(title, x=0.1, ha="left", weight="bold", parse_math=False)
+
+    # Loss: pale single steps, and a smooth curve for each mode of each stage
+    ends, heights = [], []
+    for mode in modes:
+        look = MODES.get(mode, {"color": GREY, "linestyle": "-", "marker": "."})
+        for stage in stages:
+            chosen = [s for s in steps if (s["mode"], s["stage"]) == (mode, stage)]
+            at, ce = _column(chosen, "x"), _column(chosen, "ce")
+            at, ce = at[np.isfinite(ce)], ce[np.isfinite(ce)]
+            if not len(at):
+                continue
+            loss.plot(at, ce, **look | {"linestyle": "", "alpha": 0.2, "markersize": 3.5})
+            curve = smooth(ce)
+            loss.plot(at, curve, **look | {"marker": "." if len(at) == 1 else "", "linewidth": 1.8})
+            heights += list(curve)
+        if heights and len(at):
+            ends.append((at[-1], curve[-1], mode, look["color"]))
+    _scale(loss, heights)
+    loss.set_ylabel("cross-entropy of the answers")
+    loss.set_title("Loss, smoothed", loc="left", pad=6 if len(stages) == 1 else 18)
+    label_ends(loss, ends)
+
+    # Rows: the gap to the dashed line is what was saved
+    kept, full = _column(steps, "rows_kept"), _column(steps, "rows_full")
+    rows.plot(x, smooth(full), color=GREY, linestyle=(0, (5, 2)), linewidth=1.5, marker="_" if len(x) == 1 else "")
+    ends = [(last, smooth(full)[-1], "without pruning", GREY)]
+    for mode in modes:
+        look = MODES.get(mode, {"color": GREY, "marker": "."})
+        mine = np.array([step["mode"] == mode for step in steps])
+        rows.plot(x[mine], kept[mine], linestyle="", marker=look["marker"], color=look["color"], markersize=3.5)
+        ends.append((x[mine][-1], kept[mine][-1], mode, look["color"]))
+    rows.set_ylim(0, 1.1 * max(full.max(), kept.max(), 1))
+    rows.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    rows.set_ylabel("rows a step")
+    rows.set_title(f"Rows: {kept.sum() / max(full.sum(), 1):.0%} of all rows were kept", loc="left")
+    label_ends(rows, ends)
+
+    # Seconds
+    seconds = _column(steps, "seconds")
+    speedup = np.array([math.nan if s.get("speedup") is None else s["speedup"] for s in steps], dtype=float)
+    measured = np.isfinite(speedup)
+    unit, unit_name = (3600, "hours") if seconds[-1] >= 7200 else (60, "minutes") if seconds[-1] >= 300 else (1, "seconds")
+    time.plot(x, seconds / unit, color="#0072B2", linewidth=1.8, marker="." if len(x) == 1 else "")
+    ends = [(last, seconds[-1] / unit, "this run", "#0072B2")]
+    title = "Time: speed-up not measured"
+    if measured.any():
+        estimate = (seconds * speedup / unit)[measured]
+        time.plot(x[measured], estimate, color=GREY, linestyle=(0, (5, 2)), linewidth=1.5)
+        ends.append((x[measured][-1], estimate[-1], "if every step\nwere full", GREY))
+        title = f"Time: measured speed-up {speedup[measured][-1]:.2g}x"
+    time.set_ylim(0, 1.08 * max(y for _, y, *_ in ends) or 1)
+    time.set_ylabel(unit_name)
+    time.set_xlabel("step")
+    time.set_title(title, loc="left")
+    time.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    label_ends(time, ends)
+
+    for before, after in zip(stages[:-1], stages[1:], strict=True):
+        border = next(s["x"] for s in steps if s["stage"] == after) - 0.5
+        for ax in (loss, rows, time):
+            ax.axvline(border, color=GREY, linewidth=0.8)
+        for text, side, gap in ((f"{before} ◂", "right", -4), (f"▸ {after}", "left", 4)):
+            loss.annotate(
+                text, (border, 1), (gap, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha=side,
+                fontsize=9, color=GREY,
+            )  # fmt: skip
+    return fig
+
+
+# A comparison
+
+
+def draw_compare(results: dict, out: Path | str) -> Path:
+    """Draw the runs of a comparison: {"runs": [{"arm", "seed", "accuracy_full", "seconds", "curve": [[step, ce,
+    mode], ...]}, ...]}. The arm "full" is what the others' speed is measured against."""
+    return save(compare_figure(results), out)
+
+
+def compare_figure(results: dict):
+    """Left: how the loss of every arm falls. Right: its accuracy against its speed. A matplotlib Figure."""
+    runs = results.get("runs") or []
+    if not runs:
+        raise UserError("the comparison holds no run: nothing to draw")
+    for run in runs:
+        missing = [key for key in ("arm", "seed", "accuracy_full", "seconds", "curve") if key not in run]
+        if missing:
+            raise UserError(f"a run of the comparison (arm {run.get('arm', '?')}) lacks {', '.join(missing)}")
+    arms = list(dict.fromkeys(run["arm"] for run in runs))
+    if "full" not in arms:
+        raise UserError(f"the comparison has no arm 'full' to measure speed against; it has {', '.join(arms)}")
+    full = {run["seed"]: run["seconds"] for run in runs if run["arm"] == "full"}
+    usual = float(np.mean(list(full.values())))  # for a seed that the full arm did not run
+
+    fig = figure(13, 5.4)
+    left, right = fig.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.1]})
+    fig.subplots_adjust(left=0.055, right=0.985, top=0.91, bottom=0.11, wspace=0.42)
+    ends, heights, points, spans = [], [], [], []
+    for i, arm in enumerate(arms):
+        mine = [run for run in runs if run["arm"] == arm]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        curve = _mean_curve([run["curve"] for run in mine])
+        if curve is not None:
+            at, ce = curve
+            left.plot(
+                at, ce, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=1.5, marker=marker, markersize=4.5,
+                markevery=(0.05 + 0.1 * (i % 9) / 9, 0.2),
+            )  # fmt: skip
+            ends.append((at[-1], ce[-1], arm, colour))
+            heights += list(ce)
+        speed = np.array([full.get(run["seed"], usual) / run["seconds"] for run in mine])
+        accuracy = np.array([run["accuracy_full"] for run in mine], dtype=float)
+        x, y = speed.mean(), accuracy.mean()
+        right.errorbar(
+            x, y, [[y - accuracy.min()], [accuracy.max() - y]], [[x - speed.min()], [speed.max() - x]],
+            color=colour, marker=marker, markersize=7, linestyle="", elinewidth=1, capsize=2.5,
+        )  # fmt: skip
+        points.append((x, y, arm, colour))
+        spans.append((speed.min(), accuracy.min(), speed.max(), accuracy.max()))
+
+    seeds = len({run["seed"] for run in runs})
+    each = f", mean of {seeds} seeds" if seeds > 1 else ""
+    _plain(left)
+    left.set_title(f"Training loss, smoothed{each}", loc="left")
+    left.set_xlabel("step")
+    left.set_ylabel("cross-entropy of the answers")
+    _scale(left, heights)
+    if ends:
+        left.set_xlim(right=max(x for x, *_ in ends))
+        label_ends(left, ends)
+    else:
+        left.text(0.5, 0.5, "no losses were recorded", transform=left.transAxes, ha="center", color=GREY)
+    _plain(right)
+    right.set_title("Accuracy against speed" + (f", bars from worst to best of {seeds} seeds" if seeds > 1 else ""), loc="left")
+    right.set_xlabel("training speed-up over full")
+    right.set_ylabel("accuracy on full tokens, %")
+    right.margins(0.14, 0.12)
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    label_points(right, points, spans)
+    return fig
+
+
+def _mean_curve(curves: list[list]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Smoothed, then averaged over the seeds on the steps that all of them reached. Fast and slow steps go into one
+    curve: in one arm their mixture stays the same from beginning to end."""
+    smoothed = []
+    for curve in curves:
+        points = np.array([(step, ce) for step, ce, *_ in curve if ce is not None and math.isfinite(ce)], dtype=float)
+        if len(points):
+            points = points[points[:, 0].argsort(kind="stable")]
+            smoothed.append((points[:, 0], smooth(points[:, 1])))
+    if not smoothed:
+        return None
+    low, high = max(at[0] for at, _ in smoothed), min(at[-1] for at, _ in smoothed)
+    at = np.linspace(low, high, 200) if high > low else np.array([low])
+    return at, np.mean([np.interp(at, *curve) for curve in smoothed], axis=0)
+
+
+# The parts of a picture
+
+
+def figure(width: float, height: float):
+    """An empty matplotlib Figure (inches) that draws itself and knows nothing of windows or pyplot."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("pictures are drawn with matplotlib: pip install matplotlib") from error
+    fig = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def save(fig, out: Path | str) -> Path:
+    """Write a Figure where the user wants it, in the format that the file's name asks for."""
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(out, dpi=DPI)
+    except OSError as error:
+        raise UserError(f"cannot write the picture {out}: {error.strerror}") from error
+    except ValueError as error:  # matplotlib's word for an unknown suffix
+        raise UserError(f"cannot write the picture {out}: choose a name that ends in .png, .svg or .pdf") from error
+    return out
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A centred running mean over a twentieth of the values, and of few values over at least 15 or a third of them.
+    At the ends half of its window is missing, which bends the curve a little and keeps the last value trustworthy."""
+    n = len(values)
+    half = max(n // 20, min(n // 3, 15)) // 2
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    return (total[high] - total[low]) / (high - low)
+
+
+def clock(seconds: float) -> str:
+    """95 -> "1 min 35 s"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each curve's name right of the axes, at the height of its end (x, y, name, colour), or as near to that as
+    the other names leave room; a thin line leads there."""
+    if not ends:
+        return
+    box, size = ax.get_window_extent(), 9
+    line = size * 1.35 * DPI / 72
+    ends = sorted(ends, key=lambda end: (end[1], end[0]))
+    wanted = np.array([ax.transData.transform((x, y))[1] for x, y, *_ in ends]).clip(box.y0, box.y1)
+    tall = np.array([line * (1 + text.count("\n")) for *_, text, _ in ends])
+    for (x, y, text, colour), height in zip(ends, _spread(wanted, tall, box.y0, box.y1), strict=True):
+        ax.annotate(
+            text, (x, y), (1.035, (height - box.y0) / box.height), xycoords="data", textcoords="axes fraction",
+            va="center", fontsize=size, color=colour, annotation_clip=False, parse_math=False, linespacing=1.1,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2},
+        )  # fmt: skip
+
+
+def _spread(wanted: np.ndarray, tall: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Ascending heights near the wanted (ascending) ones, so that labels `tall` high do not touch and, if there is
+    room at all, stay within low .. high. Labels that would touch are pooled into a block about its mean."""
+    gaps = np.concatenate([[0.0], (tall[:-1] + tall[1:]) / 2]).cumsum()
+    blocks: list[list[float]] = []  # [mean of (wanted - gap), members]
+    for value in wanted - gaps:  # touching labels must be equal here at least: isotonic regression
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, n = blocks.pop()
+            blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * n) / (blocks[-1][1] + n), blocks[-1][1] + n]
+    placed = np.concatenate([[mean] * n for mean, n in blocks]).clip(low, max(low, high - gaps[-1]))
+    return placed + gaps
+
+
+def label_points(ax, points: list[tuple[float, float, str, str]], spans: list[tuple]) -> None:
+    """Name each point (x, y, name, colour) beside it: at the nearest place where the name covers no point, no error
+    bar (`spans`: x0, y0, x1, y1 of each), no other name and no line that leads to one."""
+    ax.figure.canvas.draw()  # settles the axes' limits
+    renderer, area = ax.figure.canvas.get_renderer(), ax.get_window_extent()
+    at = [ax.transData.transform((x, y)) for x, y, *_ in points]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    for (x, y), (x0, y0, x1, y1) in zip(at, spans, strict=True):
+        (left, low), (right, high) = ax.transData.transform([(x0, y0), (x1, y1)])
+        taken += [(left - 4, y - 6, right + 4, y + 6), (x - 6, low - 4, x + 6, high + 4)]
+    for (px, py), (x, y, text, colour) in zip(at, points, strict=True):
+        label = ax.annotate(text, (x, y), xytext=(0, 0), textcoords="offset pixels", fontsize=9, color=colour, parse_math=False)
+        extent = label.get_window_extent(renderer)
+        wide, tall = extent.width + 4, extent.height + 2
+        best = None
+        for distance, angle in ((d, a) for d in range(10, 200, 8) for a in (0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90)):
+            dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+            # The label's near edge, not its middle, lies at that distance.
+            cx, cy = px + dx * (distance + wide / 2), py + dy * (distance + tall / 2)
+            box = (cx - wide / 2, cy - tall / 2, cx + wide / 2, cy + tall / 2)
+            inside = area.x0 + 2 < box[0] and box[2] < area.x1 - 2 and area.y0 + 2 < box[1] and box[3] < area.y1 - 2
+            leader = [(px + dx * d, py + dy * d) for d in range(8, distance, 3)]
+            thin = [(lx - 1, ly - 1, lx + 1, ly + 1) for lx, ly in leader]
+            clash = sum(_overlap(box, other) for other in taken) + sum(_overlap(b, o) for b in thin[2:] for o in taken)
+            if best is None or (not inside, clash) < best[0]:
+                best = (not inside, clash), box, thin, distance
+            if inside and not clash:
+                break
+        _, box, thin, distance = best
+        label.set_position((box[0] + 2 - px, box[1] + 1 - py))
+        taken += [box, *thin]
+        if distance > 10:
+            edge = (min(max(px, box[0]), box[2]), min(max(py, box[1]), box[3]))
+            ax.annotate(
+                "", (x, y), (edge[0] - px, edge[1] - py), textcoords="offset pixels",
+                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
+            )  # fmt: skip
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _column(steps: list[dict], key: str) -> np.ndarray:
+    return np.array([math.nan if step[key] is None else step[key] for step in steps], dtype=float)
+
+
+def _plain(ax) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def _scale(ax, heights: list[float]) -> None:
+    """Show the curves, whatever single steps do; logarithmically where they fall far."""
+    if not heights:
+        return
+    low, high = min(heights), max(heights)
+    if low > 0 and high / low > 8:
+        ax.set_yscale("log")
+        ax.set_ylim(low / 1.3, high * 1.3)
+        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        ax.yaxis.get_minor_locator().set_params(subs=())
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        pad = 0.08 * (high - low) or 0.1 * abs(high) or 1
+        ax.set_ylim(low - pad, high + pad)

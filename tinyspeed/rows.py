@@ -1,0 +1,142 @@
+"""Pruning is one gather.
+
+A *row* is (input embedding at i, target = token i + 1). Every row a step could use lives in one table
+
+    table = [ embeddings of the ids (B * S) | image features (V) | isolator rows (L) ]
+
+and a step is a list of indices into it: placeholders point at their image's features, pruned rows are left out,
+isolator rows are put in front of each image. One `index_select` scatters, prunes and inserts at once, for any model
+that marks image tokens with placeholder ids. (`index_select` and not `table[index]`: every image picks the same isolator
+rows, and the backward of fancy indexing with repeats adds in a racing order.)
+
+Targets are shifted before anything is dropped, so dropping rows cannot misalign labels. One row needs care: the last
+row of an image may predict the first answer token (a caption right behind the picture). Its target belongs to
+whichever row of that image is left last.
+
+Positions: `original` leaves every kept row, and the text behind it, at its full-sequence position, isolator rows at
+their image's first; `compact` renumbers kept rows 0, 1, 2 ... (the official code). With `original` the rotary distance
+between a question and a patch is the same in fast and in full mode, which is most of what the modes disagree about.
+
+Layouts: `padded` (B, S') to the right; `packed` (1, R), all samples end to end, with `cu_seqlens` saying where each
+begins. In both the attention is causal within a sample, so a padded batch needs no mask: what is padded comes last and
+no real row looks back at it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UserError, unknown
+
+IGNORE = -100
+POSITIONS = ("compact", "original")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A list of R rows, sample after sample, in order."""
+
+    source: Tensor  # (R,) into the table
+    target: Tensor  # (R,) token to predict, or IGNORE
+    position: Tensor  # (R,) rotary position
+    sample: Tensor  # (R,) which sample of the batch
+    image: Tensor  # (R,) which image of the batch, -1 for text
+    samples: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def full(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image_token: int, lengths: list[int]) -> Rows:
+    """Every row of a batch (B, S), padding left out, wherever the padding was.
+
+    `lengths` are the feature rows of each image, in order: images are cut apart by them, since two images may
+    stand side by side. Their sum must equal the number of placeholders.
+    """
+    batch, width = input_ids.shape
+    device = input_ids.device
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    target = torch.full_like(labels, IGNORE)
+    target[:, :-1] = labels[:, 1:].masked_fill(~mask[:, 1:], IGNORE)
+
+    real = mask.flatten().nonzero()[:, 0]
+    source = real.clone()
+    visual = (input_ids.flatten()[real] == image_token).nonzero()[:, 0]
+    if len(visual) != sum(lengths):
+        raise UserError(
+            f"the batch holds {len(visual)} image placeholder tokens, but its {len(lengths)} image(s) give "
+            f"{sum(lengths)} feature rows; was the text truncated, or made by another processor?"
+        )
+    source[visual] = batch * width + torch.arange(len(visual), device=device)
+    image = torch.full_like(source, -1)
+    image[visual] = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    position = (mask.long().cumsum(1) - 1).flatten()[real]
+    return Rows(source, target.flatten()[real], position, real // width, image, batch)
+
+
+def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, positions: str) -> Rows:
+    """The rows of a fast step. `kept` (V,) says which visual rows stay; text rows always do.
+
+    `isolator` rows, which start at `first_isolator_row` of the table, are put in front of each image's rows.
+    """
+    if positions not in POSITIONS:
+        raise unknown("positions", positions, POSITIONS)
+    visual = rows.image >= 0
+    begins = visual.clone()
+    begins[1:] &= rows.image[1:] != rows.image[:-1]
+    stays = ~visual
+    stays[visual] = kept
+
+    # How often each row is written: itself if it stays, and before an image's first row the isolator.
+    times = stays.long() + begins * isolator
+    origin = torch.arange(len(rows), device=times.device).repeat_interleave(times)
+    nth = torch.arange(len(origin), device=times.device) - (times.cumsum(0) - times)[origin]
+    isolating = begins[origin] & (nth < isolator)
+    source = torch.where(isolating, first_isolator_row + nth, rows.source[origin])
+    image, sample = rows.image[origin], rows.sample[origin]
+
+    # The target of an image's last row goes to the row of that image that is left last.
+    ends = visual.clone()
+    ends[:-1] &= rows.image[1:] != rows.image[:-1]
+    image_target = rows.target[ends]
+    last = image >= 0
+    last[:-1] &= image[1:] != image[:-1]
+    target = rows.target[origin].masked_fill(image >= 0, IGNORE)
+    target[last] = image_target[image[last]]
+
+    if positions == "original":
+        position = rows.position[origin]
+    else:
+        lengths = torch.bincount(sample, minlength=rows.samples)
+        position = torch.arange(len(origin), device=times.device) - (lengths.cumsum(0) - lengths)[sample]
+    return Rows(source, target, position, sample, image, rows.samples)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each row sits in the tensors the LLM sees."""
+
+    index: Tensor  # (slots,) what to gather from the table
+    position: Tensor  # (1 or B, slots per line)
+    slot: Tensor  # (R,) where row r came to lie in the flattened (slots,)
+    cu_seqlens: Tensor | None  # (B + 1,) int32, packed only
+    longest: int  # rows of the longest sample
+
+
+def lay_out(rows: Rows, layout: str) -> Layout:
+    """Rows to (B, longest), padded to the right, or to (1, R), packed."""
+    lengths = torch.bincount(rows.sample, minlength=rows.samples)
+    longest = int(lengths.max())
+    starts = lengths.cumsum(0) - lengths
+    if layout == "packed":
+        slot = torch.arange(len(rows), device=lengths.device)
+        cu_seqlens = torch.cat([starts, lengths.sum()[None]]).int()
+        return Layout(rows.source, rows.position[None], slot, cu_seqlens, longest)
+    if layout != "padded":
+        raise unknown("layout", layout, ("packed", "padded"))
+    slot = torch.arange(len(rows), device=lengths.device) - starts[rows.sample] + rows.sample * longest
+    # Padding gathers table row 0 and sits at position 0: nothing reads what becomes of it, so its gradient is zero.
+    index = torch.zeros(rows.samples * longest, dtype=torch.long, device=lengths.device).scatter_(0, slot, rows.source)
+    position = torch.zeros_like(index).scatter_(0, slot, rows.position).view(rows.samples, longest)
+    return Layout(index, position, slot, None, longest)

@@ -1,0 +1,249 @@
+"""Everything tinyspeed knows about model classes: transformers is touched here and nowhere else in the core.
+
+A `Family` is a thin adapter over a Hugging Face vision-language model whose processor marks images with placeholder
+ids. DualSpeed asks it for five things: features of the images, embeddings of the ids, which feature rows may be pruned,
+hidden states of a list of rows, and logits. A new model family is one small subclass and a line in `FAMILIES`; one
+whose positions are not a single number a row (Qwen-VL) overrides `hidden`.
+
+Attention: the LLM runs with an attention function of ours named "tinyspeed". Given a `Layout` as a keyword argument it
+computes causal attention inside each sample, padded or packed, and ignores masks; without one (evaluation, `generate`)
+it is transformers' own SDPA. Transformers would otherwise guess the packing from position ids: any step other than +1
+reads as a new document, which `original` positions make at every pruned row, silently.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from .errors import UserError, unknown
+from .rows import Layout
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch built without it
+    varlen_attn = None
+
+
+def rows_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, rows: Layout | None = None, **kw):
+    """Attention of the rows of a `Layout`; transformers' SDPA when there is none. (B, heads, rows, width) in,
+    (B, rows, heads, width) out."""
+    if rows is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw
+        )
+    if rows.cu_seqlens is None:
+        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+    if query.is_cuda and dropout == 0.0:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        cu, longest = rows.cu_seqlens, rows.longest
+        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
+    # Without the CUDA kernel: one call a sample. On a CPU this beats one call with a block mask by far.
+    ends = rows.cu_seqlens.tolist()
+    parts = [
+        sdpa_attention_forward(
+            module, *(x[:, :, a:b] for x in (query, key, value)), None, dropout=dropout, scaling=scaling, is_causal=True
+        )[0]
+        for a, b in zip(ends[:-1], ends[1:], strict=True)
+        if b > a
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register("tinyspeed", rows_attention)
+AttentionMaskInterface.register("tinyspeed", sdpa_mask)
+
+
+class Family:
+    """LLaVA-1.5, and the base of the others."""
+
+    def __init__(self, model: nn.Module):
+        # peft wraps the model; its base is the same modules with adapters in place.
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.model.config
+        self.language_model.set_attn_implementation("tinyspeed")
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.model.model.vision_tower
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.model.multi_modal_projector
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.model.language_model
+
+    @property
+    def image_token(self) -> int:
+        return self.config.image_token_id
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.text_config.hidden_size
+
+    def connector(self) -> list[nn.Parameter]:
+        """The parameters between tower and LLM: what stage 1 trains, with the isolator."""
+        return list(self.projector.parameters())
+
+    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
+        """Projected features, one (rows, hidden) tensor an image."""
+        return list(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
+
+    def idle(self) -> Tensor:
+        """Rows that a batch without images puts in the table and never picks: the connector's gradients are then
+        zeros instead of missing, so which parameters a step touches depends on its plan and not on its data."""
+        first = next(self.projector.parameters())
+        width = self.config.vision_config.hidden_size
+        if isinstance(self.config.vision_feature_layer, list | tuple):
+            width *= len(self.config.vision_feature_layer)
+        return self.projector(torch.zeros(1, 1, width, dtype=first.dtype, device=first.device))[0]
+
+    def prunable(self, features: list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
+        """For each image, which of its feature rows are pictures, and not structure."""
+        return [torch.ones(len(f), dtype=torch.bool, device=f.device) for f in features]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(input_ids)
+
+    def hidden(self, embeddings: Tensor, layout: Layout, layers: tuple[int, ...] | None) -> Tensor:
+        """Last hidden states (slots, hidden) of rows laid out as `layout` says, through the LLM layers of the plan."""
+        with self._running(layers):
+            # Any 4-D mask keeps transformers from making one of its own; `rows_attention` does not look at it.
+            out = self.language_model(
+                inputs_embeds=embeddings.view(*layout.position.shape, -1),
+                attention_mask=embeddings.new_ones(1, 1, 1, 1, dtype=torch.bool),
+                position_ids=layout.position,
+                use_cache=False,
+                rows=layout,
+            )
+        return out.last_hidden_state.flatten(0, 1)
+
+    @contextmanager
+    def _running(self, layers: tuple[int, ...] | None) -> Iterator[None]:
+        """The LLM with only these layers. They are skipped outside their own call, so no hook of theirs fires."""
+        if layers is None:
+            yield
+            return
+        every = self.language_model.layers
+        if layers[-1] >= len(every):
+            raise UserError(f"the plan runs layer {layers[-1]}, but the LLM has {len(every)} layers, 0 to {len(every) - 1}")
+        self.language_model.layers = nn.ModuleList(every[i] for i in layers)
+        try:
+            yield
+        finally:
+            self.language_model.layers = every
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)
+
+
+class LlavaNext(Family):
+    """LLaVA-NeXT: an image is its base view and a grid of crops, unpadded, with a newline row behind each line."""
+
+    @property
+    def newline(self) -> nn.Parameter:
+        return self.model.model.image_newline
+
+    def connector(self) -> list[nn.Parameter]:
+        return [*super().connector(), self.newline]
+
+    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
+        if image_sizes is None:
+            raise UserError("LLaVA-NeXT needs image_sizes beside pixel_values: pass the processor's whole batch")
+        # Fast plans drop every newline row, so the newline is no part of their graph.
+        with _frozen(self.newline) if plan_mode == "fast" else nullcontext():
+            out = self.model.get_image_features(pixel_values=pixel_values, image_sizes=image_sizes)
+        return list(out.pooler_output)
+
+    def idle(self) -> Tensor:
+        return torch.cat([super().idle(), self.newline[None]])
+
+    def prunable(self, features: list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
+        """Newline rows are structure. They are found by packing one-channel zeros with a newline of one."""
+        vision = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        crops = [
+            torch.zeros(image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size), patches, 1)
+            for size in image_sizes
+        ]
+        packed, _ = self.model.model.pack_image_features(
+            crops, image_sizes, self.config.vision_feature_select_strategy, image_newline=torch.ones(1)
+        )
+        return [(p[:, 0] == 0).to(f.device) for p, f in zip(packed, features, strict=True)]
+
+
+@contextmanager
+def _frozen(parameter: nn.Parameter) -> Iterator[None]:
+    was = parameter.requires_grad
+    parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        parameter.requires_grad_(was)
+
+
+FAMILIES: dict[str, type[Family]] = {"llava": Family, "llava_next": LlavaNext}
+
+
+def family(model: nn.Module) -> Family:
+    """The adapter for a model, by its config's model_type."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise UserError(f"tinyspeed cannot train a {kind!r} model yet; it knows {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind](model)
+
+
+def load(path: str, dtype: str = "float32") -> nn.Module:
+    """A LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise unknown("dtype", dtype, dtypes)
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path} is not a model folder: it has no config.json")
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind not in FAMILIES:
+            raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"there is no model folder {path}; give a folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtypes[dtype])
+    except OSError as error:
+        raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_processor(path: str):
+    """The processor saved beside a model: tokeniser, image processor, chat template."""
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has no usable processor beside its model: {str(error).splitlines()[0]}") from error
+
+
+STAGES = ("align", "tune")
+
+
+def set_trainable(model: nn.Module, stage: str) -> None:
+    """LLaVA's two stages. align: the connector alone. tune: the connector and the LLM. The tower is always frozen."""
+    if stage not in STAGES:
+        raise unknown("stage", stage, STAGES)
+    model.requires_grad_(False)
+    vlm = family(model)
+    for parameter in vlm.connector():
+        parameter.requires_grad_(True)
+    if stage == "tune":
+        vlm.language_model.requires_grad_(True)
+        vlm.model.get_output_embeddings().requires_grad_(True)
