@@ -4,9 +4,8 @@ import functools
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
-
 import tiny
+from hypothesis import HealthCheck, settings
 
 # No deadline: the first example of a test pays for torch's warm-up. `ci` repeats itself, so a red run can be rerun.
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -71,7 +71,7 @@ def test_compare_makes_its_table_and_goes_on_where_it_was(capsys, tmp_path, smal
     table = capsys.readouterr().out
     assert re.search(r"\| original r=0.02 .*\d to .*\d", table)
     assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
-    results = [p for p in (tmp_path / "c").rglob("result.json")]
+    results = list((tmp_path / "c").rglob("result.json"))
     assert len(results) == 4
     times = {p: p.stat().st_mtime_ns for p in results}
     results[0].unlink()

@@ -75,7 +75,8 @@ def test_chunk_size_changes_neither_values_nor_gradients(seed, answers, chunk, t
 def test_no_answer_rows_give_zero_with_a_graph_that_reaches_every_parameter(taught):
     head, hidden, target, teacher = case(0, 0)
     ce, kl = answer_loss(head, hidden, target, teacher=teacher if taught else None)
-    assert ce.item() == 0 and kl.item() == 0
+    assert ce.item() == 0
+    assert kl.item() == 0
     (ce + kl).backward()
     assert torch.equal(head.weight.grad, torch.zeros_like(head.weight))  # zeros, not None: the step touched the head
     assert hidden.grad is not None
@@ -120,7 +121,8 @@ def test_logits_exist_for_one_chunk_of_rows_at_a_time():
     seen = []
     head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     ce, kl = answer_loss(head, hidden, target, teacher=teacher, chunk=4)
-    assert max(seen) == 4 and sum(seen) == 20  # student and teacher
+    assert max(seen) == 4
+    assert sum(seen) == 20
     (ce + kl).backward()
     assert max(seen) == 4
 

@@ -9,6 +9,7 @@ import itertools
 import re
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
-import tiny
 from tinyspeed import DualSpeed, UserError, pruning, vlm
+from tinyspeed.isolator import PromptIsolator
 from tinyspeed.scheduler import Plan
 
 KEEP = 0.3
@@ -134,10 +135,12 @@ def test_evaluation_is_the_wrapped_model_exactly(family):
     hf, model = tiny.twin(net).eval(), wrap(net).eval()
     with torch.no_grad():
         got, want = model(**batch), hf(**batch)
-    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.loss, want.loss)
     prompt = {name: value for name, value in tiny.batch(family, padding="left").items() if name != "labels"}
     said = [m.generate(**prompt, max_new_tokens=6, do_sample=False) for m in (model.model, hf)]
-    assert torch.equal(*said) and said[0].shape[1] > prompt["input_ids"].shape[1]
+    assert torch.equal(*said)
+    assert said[0].shape[1] > prompt["input_ids"].shape[1]
 
 
 def test_training_and_evaluating_in_turn_leaves_evaluation_as_it_was(llava):
@@ -223,7 +226,10 @@ def test_layers_outside_the_plan_are_left_out(llava):
     hf.config.text_config.num_hidden_layers = 2
     out = model(**batch, plan=Plan("full", layers=(0, 2)), return_logits=True)
     tiny.assert_close(out.logits, answers_of(hf(**batch, use_cache=False).logits, batch["labels"])[0])
-    assert len(model.vlm.language_model.layers) == 3  # and back afterwards
+    layers = model.vlm.language_model.layers
+    assert len(layers) == 3  # and back afterwards
+    layers[1].register_forward_pre_hook(lambda *_: pytest.fail("the layer ran"))
+    model(**batch, plan=Plan("slow", keep=KEEP, distill=1.0, layers=(0, 2)))  # nor does the teacher run it
 
 
 @every_plan
@@ -233,10 +239,22 @@ def test_an_attention_mask_of_ones_may_be_left_out(family, plan):
     assert torch.equal(model(**bare, plan=plan).loss, model(**batch, plan=plan).loss)
 
 
+def test_an_isolator_begins_like_a_linear_layer_drawn_from_its_own_seed():
+    before = torch.random.get_rng_state()
+    first, again, other = (PromptIsolator(64, 100, seed=seed).weight for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)  # nobody else's random numbers have moved
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    # Uniform in +-1/sqrt(100), whose standard deviation is 0.1/sqrt(3); 6,400 draws give it to 3 %.
+    assert first.abs().max() <= 0.1
+    assert first.std().item() == pytest.approx(0.1 / 3**0.5, rel=0.03)
+    assert abs(first.mean().item()) < 0.005
+
+
 # Slow plans: the teacher
 
 
-@pytest.mark.parametrize("temperature, distill", [(1.0, 1.0), (2.0, 0.5)])
+@pytest.mark.parametrize(("temperature", "distill"), [(1.0, 1.0), (2.0, 0.5)])
 @every_positions
 def test_a_slow_step_is_cross_entropy_plus_divergence_from_a_fixed_teacher(family, temperature, distill, positions):
     """Loss and every gradient, against teacher logits computed apart and held fixed: so the teacher leaves none."""
@@ -276,8 +294,10 @@ def test_the_teacher_runs_without_dropout_and_flags_are_restored():
         torch.manual_seed(seed)
         model(**batch, plan=SLOW)
     teachers, students = seen[0::2], seen[1::2]
-    assert [training for training, _ in teachers] == [False, False] and torch.equal(teachers[0][1], teachers[1][1])
-    assert [training for training, _ in students] == [True, True] and not torch.equal(students[0][1], students[1][1])
+    assert [training for training, _ in teachers] == [False, False]
+    assert torch.equal(teachers[0][1], teachers[1][1])
+    assert [training for training, _ in students] == [True, True]
+    assert not torch.equal(students[0][1], students[1][1])
     assert {name: module.training for name, module in model.named_modules()} == flags
     with pytest.raises(UserError):  # and restored when a step fails on its way
         model(**batch, plan=Plan("slow", keep=KEEP, distill=1.0, layers=(0, 9)))
@@ -305,7 +325,7 @@ def test_a_slow_step_leaves_the_isolators_gradient_alone_and_a_fast_step_moves_i
 
 
 @pytest.mark.parametrize(
-    "plan, idle",
+    ("plan", "idle"),
     [
         (Plan("fast", keep=KEEP, layers=(0, 2)), r"language_model\.layers\.1\.|image_newline|vision_tower"),
         (Plan("slow", keep=KEEP, distill=1.0, layers=(1,)), r"language_model\.layers\.[02]\.|isolator|vision_tower"),
@@ -416,7 +436,8 @@ def test_without_a_plan_a_step_follows_the_schedule_at_its_number(llava):
     for step in range(8):
         model.step = step
         modes.append(model(**batch).metrics["mode"])
-    assert modes == [model.schedule.plan(step).mode for step in range(8)] and set(modes) == {"fast", "slow"}
+    assert modes == [model.schedule.plan(step).mode for step in range(8)]
+    assert set(modes) == {"fast", "slow"}
     assert model.forwards == 8
 
 
@@ -479,10 +500,12 @@ def test_a_bf16_model_trains_in_its_own_precision(family, plan):
     model = wrap(tiny.model(family).bfloat16())
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny.batch(family).items()}
     loss, gradients = backward(model, batch, plan=plan)
-    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
     assert {g.dtype for g in gradients.values()} == {torch.bfloat16}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the varlen attention kernel of packed rows needs CUDA")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)  # the kernel itself takes no fp32
 @every_plan
@@ -520,7 +543,8 @@ def test_a_checkpoint_in_the_real_format_trains_evaluates_and_generates(family, 
     model = wrap(net)
     for plan in (FAST, SLOW, FULL):
         out = model(**batch, labels=labels, plan=plan)
-        assert out.metrics["answers"] == len(" a gradient") and out.loss.isfinite()
+        assert out.metrics["answers"] == len(" a gradient")
+        assert out.loss.isfinite()
     fewer = model(**batch, labels=labels, plan=FAST).metrics
     assert fewer["rows_kept"] < fewer["rows_full"] == batch["input_ids"].shape[1]
     model.eval()
@@ -542,7 +566,7 @@ def test_a_trained_model_saves_back_as_a_plain_checkpoint(family, checkpoint, tm
     assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
-@pytest.mark.parametrize("make, said", [
+@pytest.mark.parametrize(("make", "said"), [
     (lambda folder: None, "no model folder"),
     (lambda folder: folder.mkdir(), "config.json"),
     (lambda folder: (folder.mkdir(), (folder / "config.json").write_text('{"model_type": "bert"}')), "bert"),
@@ -559,7 +583,7 @@ def test_a_folder_that_holds_no_llava_is_refused(tmp_path, make, said):
 
 
 @pytest.mark.parametrize(
-    "how, said",
+    ("how", "said"),
     [
         ({"plugin": "divprun"}, "did you mean 'divprune'"),
         ({"positions": "orginal"}, "did you mean 'original'"),

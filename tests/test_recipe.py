@@ -70,7 +70,7 @@ def test_changes_apply_and_keep_the_rest():
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(UserError, match="built in: .*digits"):
+    with pytest.raises(UserError, match=r"built in: .*digits"):
         recipe.read(str(tmp_path / "absent.toml"))
     (tmp_path / "bad.toml").write_text("[train\nlr = 1")
     with pytest.raises(UserError, match="not valid TOML"):

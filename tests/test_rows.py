@@ -40,7 +40,8 @@ class Batch:
 def batches(draw) -> Batch:
     """Text and images in any order (images may touch, or open or close a sample), padded on either side or not at all.
 
-    Labels are random, at the first token of a sample too; at placeholders they are ignored, which are no answers."""
+    Labels are random, at the first token of a sample too. Placeholders are no answers and their labels are ignored;
+    padding is none either, though its label says otherwise."""
     segment = st.tuples(st.sampled_from(["text", "image"]), st.integers(1, 5))
     outlines = draw(st.lists(st.lists(segment, min_size=1, max_size=5), min_size=1, max_size=4))
     padding, extra = draw(st.sampled_from(["left", "right"])), draw(st.integers(0, 3))
@@ -58,7 +59,7 @@ def batches(draw) -> Batch:
         of = [draw(label) if image < 0 else IGNORE for image in images]
         ids.append([PAD] * before + [TEXT if image < 0 else IMAGE for image in images] + [PAD] * after)
         mask.append([0] * before + [1] * len(images) + [0] * after)
-        labels.append([IGNORE] * before + of + [IGNORE] * after)
+        labels.append([PAD] * before + of + [PAD] * after)
         samples.append([])
         for i, (image, target) in enumerate(zip(images, [*of[1:], IGNORE], strict=True)):
             source = ("text", b * width + before + i) if image < 0 else ("image", features)
@@ -188,8 +189,10 @@ def test_a_padded_layout_places_every_row_once_and_left_aligned(batch, isolator,
     got = full(batch) if whole else prune(batch, batch.kept, isolator, positions)
     layout = rows.lay_out(got, "padded")
     lengths = [int((got.sample == b).sum()) for b in range(got.samples)]
-    assert layout.longest == max(lengths) and layout.cu_seqlens is None
-    assert layout.position.shape == (got.samples, layout.longest) and layout.index.shape == (layout.position.numel(),)
+    assert layout.longest == max(lengths)
+    assert layout.cu_seqlens is None
+    assert layout.position.shape == (got.samples, layout.longest)
+    assert layout.index.shape == (layout.position.numel(),)
     assert layout.slot.tolist() == [b * layout.longest + i for b, n in enumerate(lengths) for i in range(n)]
     assert torch.equal(layout.index[layout.slot], got.source)
     assert torch.equal(layout.position.flatten()[layout.slot], got.position)
@@ -200,11 +203,14 @@ def test_a_padded_layout_places_every_row_once_and_left_aligned(batch, isolator,
 def test_a_packed_layout_is_the_rows_end_to_end_with_their_borders(batch, isolator, positions, whole):
     got = full(batch) if whole else prune(batch, batch.kept, isolator, positions)
     layout = rows.lay_out(got, "packed")
-    assert torch.equal(layout.index, got.source) and torch.equal(layout.position, got.position[None])
+    assert torch.equal(layout.index, got.source)
+    assert torch.equal(layout.position, got.position[None])
     assert layout.slot.tolist() == list(range(len(got)))
     assert layout.cu_seqlens.dtype == torch.int32  # what the varlen kernels take
     borders = layout.cu_seqlens.tolist()
-    assert borders[0] == 0 and borders[-1] == len(got) and len(borders) == got.samples + 1
+    assert borders[0] == 0
+    assert borders[-1] == len(got)
+    assert len(borders) == got.samples + 1
     for b, (start, end) in enumerate(itertools.pairwise(borders)):
         assert (got.sample[start:end] == b).all()
     assert layout.longest == max(b - a for a, b in itertools.pairwise(borders))

@@ -62,7 +62,8 @@ def test_an_unknown_mode_is_refused_with_the_nearest_known_one():
 
 def test_a_plan_is_a_value():
     plan = Plan("slow", keep=0.1, distill=1.0, layers=(0, 2))
-    assert plan == Plan("slow", keep=0.1, distill=1.0, layers=(0, 2)) and hash(plan) == hash(plan)
+    assert plan == Plan("slow", keep=0.1, distill=1.0, layers=(0, 2))
+    assert hash(plan) == hash(plan)
     with pytest.raises(AttributeError):
         plan.keep = 0.5
 
@@ -116,9 +117,9 @@ def test_a_periodic_schedule_has_exactly_its_share_in_every_prefix(slow, n):
     assert modes(PeriodicSchedule(slow=slow), n).count("slow") == math.floor(n * slow + 1e-9)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 7, 10, 20, 50])
+@pytest.mark.parametrize("every", [1, 2, 3, 10, 49, 50])
 def test_a_periodic_share_of_one_in_n_is_the_last_of_every_n_steps(every):
-    got = modes(PeriodicSchedule(slow=1 / every), 10 * every)
+    got = modes(PeriodicSchedule(slow=1 / every), 10 * every)  # 49 * (1 / 49) is a hair below 1
     assert got == (["fast"] * (every - 1) + ["slow"]) * 10
 
 
@@ -181,7 +182,7 @@ def test_a_share_of_slow_steps_outside_0_to_1_is_refused(kind, slow):
 
 
 @pytest.mark.parametrize(
-    "kind, wrong",
+    ("kind", "wrong"),
     [
         ("fast", {"keep": 0.0}),
         ("bernoulli", {"keep": 1.5}),

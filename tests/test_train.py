@@ -156,7 +156,8 @@ def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
             layer.self_attn.attention_dropout = 0.0
         for mode in ("fast", "slow"):
             done = run._forward_backward(2, train.Plan(mode, keep=0.1, distill=1.0 if mode == "slow" else 0.0))
-            gradients.append((budget, mode, float(done["loss"]), {n: p.grad.clone() for p, n in run.names.items() if p.grad is not None}))
+            moved = {n: p.grad.clone() for p, n in run.names.items() if p.grad is not None}
+            gradients.append((budget, mode, float(done["loss"]), moved))
             run.optimizer.zero_grad(set_to_none=True)
     for mode in ("fast", "slow"):
         whole, *others = [g for g in gradients if g[1] == mode]
@@ -203,7 +204,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
     folder = uninterrupted.folder
     assert recipe.read(str(folder / "recipe.toml")) == uninterrupted
     record = json.loads((folder / "record.json").read_text())
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])
     assert {"command", "commit", "device", "seed", "threads"} <= record.keys()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, ALIGN + TUNE + 1))

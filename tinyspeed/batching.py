@@ -1,12 +1,12 @@
 """Which samples a step sees, and how they are cut into micro-batches.
 
-Samples come in an order that is a pure function of (seed, position): position p belongs to epoch p // n, and an epoch is
-a permutation drawn from (seed, epoch). So the only state of the data is how many samples have been seen, and a run resumes
-anywhere: in the middle of an epoch, at its edge, twice, on another number of machines.
+Samples come in an order that is a pure function of (seed, position): position p belongs to epoch p // n, and an
+epoch is a permutation drawn from (seed, epoch). So the only state of the data is how many samples have been seen,
+and a run resumes anywhere: in the middle of an epoch, at its edge, twice, on another number of machines.
 
-An optimizer batch is a fixed number of samples, whatever its plan; micro-batches are cut by rows *after* the plan, since
-rows are what memory holds: a fast step fits in a few large ones, a slow step needs many small ones. The loss is divided
-by the answers of the whole optimizer batch, so how it is cut changes nothing.
+An optimizer batch is a fixed number of samples, whatever its plan; micro-batches are cut by rows *after* the plan,
+since rows are what memory holds: a fast step fits in a few large ones, a slow step needs many small ones. The loss
+is divided by the answers of the whole optimizer batch, so how it is cut changes nothing.
 """
 
 from collections.abc import Iterator

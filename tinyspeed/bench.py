@@ -10,12 +10,8 @@ a drifting clock or a busy neighbour hits all alike. The median is reported, and
 
 import json
 import os
-import platform
 import random
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__, pruning
+from . import pruning, record
+from .checkpoint import write_atomically
 from .errors import UserError
 from .report import table
 
@@ -60,33 +57,34 @@ def bench_pruning(
         contestants[name] = lambda name=name: pruning.select(name, x, keep=keep)
     times = timed(contestants, repeats, where)
     rows = contestants["divprune"]()
-    result = {
-        "bench": "pruning",
-        "shape": list(shape),
-        "keep": keep,
-        "count": count,
-        "repeats": repeats,
-        "device": str(where),
-        "contestants": {
+    processor = record._processor()
+    result = record.describe(
+        bench="pruning",
+        shape=list(shape),
+        keep=keep,
+        count=count,
+        repeats=repeats,
+        # Where this ran: on a machine with a GPU that need not be the GPU.
+        device=torch.cuda.get_device_name(where) if where.type == "cuda" else processor,
+        processor=processor,
+        load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # far above the threads: disturbed
+        contestants={
             name: {
-                "median_ms": t["median_ms"],
-                "min_ms": t["min_ms"],
+                **t,
                 "over_product": t["median_ms"] / times[PRODUCT]["median_ms"],
                 "speedup_over_loop": times[LOOP]["median_ms"] / t["median_ms"],
             }
             for name, t in times.items()
         },
-        "same_rows": {name: shared(rows, contestants[name]()) for name in (LOOP, MENDED)},
-        "record": record(where),
-    }
-    machine = result["record"]["machine"]
+        same_rows={name: shared(rows, contestants[name]()) for name in (LOOP, MENDED)},
+    )
     print(f"{count} of {n} rows of {images} images, width {width}, float32, median of {repeats}")
-    print("{processor}, {cores} cores, {threads} threads, load {load}; device {device}\n".format(**machine))
+    print("{device}; {cores} cores, {threads} threads, load {load}\n".format(**result))
     headers = ["contestant", "median", "min", "x product", "speed-up over loop"]
     print(table(headers, [_line(name, t) for name, t in result["contestants"].items()]))
     print(f"\ndivprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows")
     if out is not None:
-        write(result, out)
+        _write(result, Path(out))
     return result
 
 
@@ -168,55 +166,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def record(device: torch.device) -> dict:
-    """What a number means nothing without: the machine, the versions, the commit and the command."""
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": on,
-            "system": platform.platform(),
-            "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # far above `threads`: busy
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "tinyspeed": __version__},
-        "commit": commit(),
-        "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
-    }
-
-
-def _processor() -> str:
-    """The processor's name. Linux keeps it where `platform` does not look."""
-    try:
-        names = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        return next(value.strip() for key, _, value in names if key.strip() == "model name")
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit that this very file was checked out from, with "-dirty" behind it if something was changed since.
-    None for an installed package, even one that lies in somebody's repository (.venv), and without git."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-
-
-def write(result: dict, out: Path | str) -> Path:
-    out = Path(out)
+def _write(result: dict, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_atomically(out, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the results to {out}: {error.strerror}") from error
-    return out

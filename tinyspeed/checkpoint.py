@@ -66,14 +66,18 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if _fingerprint(path / TENSORS) != (state["bytes"], state["crc32"]):
-            raise UserError(f"checkpoint {path} is damaged: {TENSORS} is not what was written; delete the folder to "
-                            f"resume from the one before it")
+            raise UserError(
+                f"checkpoint {path} is damaged: {TENSORS} is not what was written; delete the folder to "
+                f"resume from the one before it"
+            )
         return load_file(path / TENSORS), state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete the folder to "
-                        f"resume from the one before it") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete the folder to "
+            f"resume from the one before it"
+        ) from error
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -106,8 +110,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], t
 
 
 def start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Zero moments at step 0 for every parameter. A parameter that no step has touched yet (an isolator before the first
-    fast step) would otherwise be missing from the first checkpoint and could not be restored."""
+    """Zero moments at step 0 for every parameter. A parameter that no step has touched yet (an isolator before the
+    first fast step) would otherwise be missing from the first checkpoint and could not be restored."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             step = torch.zeros((), dtype=torch.float32, device=p.device if group.get("fused") else "cpu")

@@ -10,8 +10,9 @@ from .errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Says more than "requires torchvision; falling back" a hundred times over.
+    # The bars and notices of ours are enough: transformers' own would drown them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)

@@ -1,9 +1,9 @@
 """The paper's claims in miniature: the same recipe trained in several ways, side by side.
 
 Every arm of a seed starts from the same base model and sees the same pictures in the same order for the same number
-of steps; arms differ in what a step leaves out. Training seconds are the loop's own (forward, backward, optimizer, data), in one
-process on one machine, one arm after the other; the seeds go round all arms before the next seed begins, so slow
-hours of the machine hit every arm.
+of steps; arms differ in what a step leaves out. Training seconds are the loop's own (forward, backward, optimizer,
+data), in one process on one machine, one arm after the other; the seeds go round all arms before the next seed
+begins, so slow hours of the machine hit every arm.
 
 Arms already measured are not run again: an interrupted comparison goes on where it was.
 """
@@ -21,8 +21,8 @@ from .recipe import Recipe
 from .scheduler import Plan
 from .train import train
 
-# What each arm changes in the recipe's [dualspeed]. The first four lines after `full` are the paper's, with the official
-# code's compact positions; the last four ask how rare slow steps may become when positions stay original.
+# What each arm changes in the recipe's [dualspeed]. The four after `full` are the paper's, with the official code's
+# compact positions; the last four ask how rare slow steps may become when positions stay original.
 ARMS: dict[str, dict] = {
     "full": {"schedule": "full"},
     "pruned-only": {"schedule": "fast", "positions": "compact"},
@@ -50,7 +50,9 @@ def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):
         home = folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
-        base = recipe.model.path or str(digits.prepare(home / "base", seed, **dataclasses.asdict(recipe.digits), bar=bar))
+        base = recipe.model.path or str(
+            digits.prepare(home / "base", seed, **dataclasses.asdict(recipe.digits), bar=bar)
+        )
         for arm in arms:
             result = _run(recipe, home, base, seed, arm, bar)
             if result is None:  # interrupted: nothing to summarise yet
@@ -113,10 +115,28 @@ def summary(runs: list[dict]) -> str:
         spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    def against(run: dict, ratio) -> float | None:
-        return ratio(run, full[run["seed"]]) if run["seed"] in full else None
+    def of_full(run: dict, key: str) -> float | None:
+        """Relative to the full arm of the same seed; None without one, or with one too short to get anything right."""
+        whole = full.get(run["seed"], {}).get(key)
+        return run[key] / whole if whole else None
 
-    headers = ["arm", "% right, full tokens", "% right, pruned", "seconds", "rows (M)", "speed-up", "% of full's accuracy"]
+    def speedup(run: dict) -> float | None:
+        ratio = of_full(run, "seconds")
+        return 1 / ratio if ratio else None
+
+    def kept(run: dict) -> float | None:
+        ratio = of_full(run, "accuracy_full")
+        return None if ratio is None else 100 * ratio
+
+    headers = [
+        "arm",
+        "% right, full tokens",
+        "% right, pruned",
+        "seconds",
+        "rows (M)",
+        "speed-up",
+        "% of full's accuracy",
+    ]
     rows = [
         [
             arm,
@@ -124,8 +144,8 @@ def summary(runs: list[dict]) -> str:
             cell(arm, lambda r: r["accuracy_pruned"], 1),
             cell(arm, lambda r: r["seconds"], 0),
             cell(arm, lambda r: r["rows"] / 1e6, 2),
-            cell(arm, lambda r: against(r, lambda a, b: b["seconds"] / a["seconds"]), 2),
-            cell(arm, lambda r: against(r, lambda a, b: 100 * a["accuracy_full"] / b["accuracy_full"]), 1),
+            cell(arm, speedup, 2),
+            cell(arm, kept, 1),
         ]
         for arm in arms
     ]

@@ -5,7 +5,6 @@ labels IGNORE wherever the model is not asked to speak.
 """
 
 from dataclasses import dataclass
-
 from typing import Protocol
 
 import torch

@@ -32,19 +32,25 @@ def demo(recipe: Recipe, resume: bool) -> Result:
     report.draw_run(folder)
     picture = draw_example(folder / "picture.png", recipe.run.seed)
     look.look(picture, folder / "kept.png", keep=recipe.dualspeed.keep, tower=base(recipe))
-    print(f"{folder / 'report.png'}: loss, rows and time\n{folder / 'kept.png'}: the tokens that fast steps keep\n"
-          f"{folder / 'model'}: the trained model, a plain LLaVA for transformers")
+    print(
+        f"{folder / 'report.png'}: loss, rows and time\n{folder / 'kept.png'}: the tokens that fast steps keep\n"
+        f"{folder / 'model'}: the trained model, a plain LLaVA for transformers"
+    )
     return result
 
 
 def _results(recipe: Recipe, result: Result) -> str:
     pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", recipe.run.seed)
     t = result.totals
+    full, pruned = (
+        evaluate.accuracy(result.model, pictures, plan)
+        for plan in (Plan("full"), Plan("fast", keep=recipe.dualspeed.keep))
+    )
     return report.table(
         ["after training", "value"],
         [
-            ["% right on full tokens (as used at inference)", f"{evaluate.accuracy(result.model, pictures, Plan('full')):.1f}"],
-            ["% right on pruned tokens", f"{evaluate.accuracy(result.model, pictures, Plan('fast', keep=recipe.dualspeed.keep)):.1f}"],
+            ["% right on full tokens (as used at inference)", f"{full:.1f}"],
+            ["% right on pruned tokens", f"{pruned:.1f}"],
             ["steps", f"{t.steps}"],
             ["rows through the LLM", f"{t.rows:,}"],
             ["rows in full training", f"{t.rows_full:,}"],
@@ -52,7 +58,7 @@ def _results(recipe: Recipe, result: Result) -> str:
             ["seconds of full training, by the probe", f"{t.full_seconds:.0f}"],
             ["speed-up", f"{result.speedup:.2f}"],
         ],
-    )  # fmt: skip
+    )
 
 
 def draw_example(path: Path, seed: int) -> Path:

@@ -1,14 +1,14 @@
 """The embedded default: questions about pictures made of real handwritten digits, for a CPU and a few minutes.
 
-A picture is a 12 x 12 canvas of 8 x 8 cells, smooth and grey, with a real scan (UCI digits, 8 x 8, from scikit-learn)
-in up to one cell of each quadrant. The tiny LLaVA sees one visual token a cell: 144 tokens, of which at most 4 matter
-and 10 % (14) is enough. That is the point of the design. Pruning here is blind to the question, so a picture packed with
-digits loses information when pruned and no training scheme can answer; a few digits on a large canvas is what photos
-are like for LLaVA: most of the 576 tokens are sky.
+A picture is a 12 x 12 canvas of 8 x 8 cells, smooth and grey, with a real scan (UCI digits, 8 x 8, from
+scikit-learn) in up to one cell of each quadrant. The tiny LLaVA sees one visual token a cell: 144 tokens, of which
+at most 4 matter and 10 % (14) is enough. That is the point of the design. Pruning here is blind to the question, so
+a picture packed with digits loses information when pruned and no training scheme can answer; a few digits on a
+large canvas is what photos are like for LLaVA: most of the 576 tokens are sky.
 
-Questions ask for the digit of a quadrant ("digit top-left" -> 7, or none) or for the presence of a digit ("any 7" ->
-yes). Training shows several to a picture, as LLaVA's conversations do; evaluation asks one, so that no earlier answer
-can help. Evaluation pictures are made of scans that no training picture holds.
+Questions ask for the digit of a quadrant ("digit top-left" -> 7, or none) or for the presence of a digit
+("any seven" -> yes). Training shows several to a picture, as LLaVA's conversations do; evaluation asks one, so that no
+earlier answer can help. Evaluation pictures are made of scans that no training picture holds.
 
 There is no CLIP to download, so the CLIP-shaped tower is trained here, briefly, to name each cell's content, and then
 frozen as LLaVA's is.
@@ -33,8 +33,9 @@ CELLS, PIXELS = SIDE * SIDE, SIDE * CELL
 BLANK = 10  # the content of a cell without a digit
 QUADRANTS = ("top-left", "top-right", "bottom-left", "bottom-right")
 DIGITS = tuple("0123456789")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-WORDS = ("digit", "any", "none", "yes", "no", *QUADRANTS, *DIGITS)
+WORDS = ("digit", "any", "none", "yes", "no", *QUADRANTS, *NUMBERS, *DIGITS)
 ID = {word: i for i, word in enumerate(SPECIAL + WORDS)}
 
 
@@ -86,9 +87,9 @@ def questions(rng: np.random.Generator, cells: np.ndarray, count: int) -> list[t
             q = int(rng.integers(4))
             asked[f"digit {QUADRANTS[q]}"] = "none" if quadrants[q] == BLANK else str(quadrants[q])
         elif present and rng.random() < 0.5:
-            asked[f"any {rng.choice(present)}"] = "yes"
+            asked[f"any {NUMBERS[rng.choice(present)]}"] = "yes"
         else:
-            asked[f"any {rng.choice(absent)}"] = "no"
+            asked[f"any {NUMBERS[rng.choice(absent)]}"] = "no"
     return list(asked.items())
 
 
@@ -129,7 +130,9 @@ class Digits:
         return Example(torch.tensor(ids), torch.tensor(labels), pixel_values(canvas)[None])
 
 
-def build_model(seed: int, *, width: int = 128, layers: int = 3, tower_width: int = 64, tower_layers: int = 3) -> nn.Module:
+def build_model(
+    seed: int, *, width: int = 128, layers: int = 3, tower_width: int = 64, tower_layers: int = 3
+) -> nn.Module:
     """A LLaVA-1.5 small enough for two CPU cores: CLIP tower, two-layer projector, Llama."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 

@@ -16,6 +16,7 @@ The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the l
 slow steps may become decides the speed-up.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from . import pruning, rows
+from . import attention, pruning, rows
 from .distill import answer_loss
 from .errors import UserError, unknown
 from .isolator import PromptIsolator
@@ -49,7 +50,8 @@ class DualSpeed(nn.Module):
 
     `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: rows of the mode isolator, 0 for none. `distill`, `temperature`: alpha and T. `positions`: "compact"
-    or "original". `layout`: "padded", "packed", or "auto" (packed on CUDA). `schedule` replaces the default schedule.
+    or "original". `layout`: "padded", "packed", or "auto" (packed where the GPU
+    has a kernel for it). `schedule` replaces the default schedule.
     """
 
     accepts_loss_kwargs = True  # transformers.Trainer: yes, pass num_items_in_batch
@@ -77,14 +79,15 @@ class DualSpeed(nn.Module):
             raise unknown("positions", positions, rows.POSITIONS)
         if layout not in LAYOUTS:
             raise unknown("layout", layout, LAYOUTS)
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise UserError(f"temperature = {temperature}: must be above 0")
+        if chunk < 1:
+            raise UserError(f"chunk = {chunk}: must be at least 1")
         self.model = model
         self.vlm = family(model)
         self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
         weight = model.get_input_embeddings().weight
         self.isolator.to(device=weight.device, dtype=weight.dtype)
-        Plan("fast", keep=keep), Plan("slow", distill=distill)  # a bad share or weight is refused here, not at step 1
         self.plugin, self.positions, self.layout = plugin, positions, layout
         self.temperature, self.chunk, self.seed = temperature, chunk, seed
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
@@ -112,11 +115,13 @@ class DualSpeed(nn.Module):
             raise UserError("the batch has no labels: there is nothing to learn from")
         plan = plan or self.schedule.plan(self.step)
         if plan.answer_keep < 1:
-            raise UserError("answer_keep below 1 needs a memory of each answer token's difficulty, which is not built yet")
+            raise UserError(
+                "answer_keep below 1 needs a memory of each answer token's difficulty, which is not built yet"
+            )
         self.forwards += 1
 
         images = self._encode(pixel_values, image_sizes, plan)
-        features = torch.cat(images) if images else self.vlm.idle()
+        features = torch.cat(images) if images else self.vlm.idle(plan.mode)
         embeddings = self.vlm.embed(input_ids).flatten(0, 1)
         lengths = [len(image) for image in images]
         full = rows.full(input_ids, attention_mask, labels, self.vlm.image_token, lengths)
@@ -180,17 +185,22 @@ class DualSpeed(nn.Module):
         """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows."""
         layout = self.layout
         if layout == "auto":
-            layout = "packed" if parts[0].is_cuda else "padded"
+            layout = "packed" if attention.packs(parts[0]) else "padded"
         placed = rows.lay_out(selected, layout)
         hidden = self.vlm.hidden(torch.cat(parts).index_select(0, placed.index), placed, plan.layers)
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
         return hidden.index_select(0, placed.slot[answers]), selected.target[answers]
 
-    # What transformers.Trainer asks of a model.
+    # What transformers.Trainer and TRL ask of a model. Not a blanket __getattr__: Trainer would then see the wrapped
+    # model's `is_quantized` and, finding no PeftModel, refuse a QLoRA run.
 
     @property
     def config(self):
         return self.model.config
+
+    @property
+    def generation_config(self):
+        return self.model.generation_config
 
     @property
     def device(self) -> torch.device:
@@ -199,12 +209,25 @@ class DualSpeed(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """On the LLM only: the frozen tower has nothing to recompute."""
-        self.vlm.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def add_model_tags(self, tags: list[str]) -> None:
+        self.model.add_model_tags(tags)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.vlm.language_model.gradient_checkpointing_disable()
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **more) -> None:
+        """On the LLM only: the frozen tower has nothing to recompute."""
+        llm = self.vlm.language_model
+        # transformers 5.23 renamed it.
+        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+        enable(activation_checkpointing_kwargs, **more)
+
+    def activation_checkpointing_disable(self) -> None:
+        llm = self.vlm.language_model
+        (getattr(llm, "activation_checkpointing_disable", None) or llm.gradient_checkpointing_disable)()
+
+    # The names before transformers 5.23, which other trainers still call.
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ it, resized and cropped, with the kept cells bright and the others dimmed.
 What the plugins see is decided by `tower`:
 - a LLaVA (folder or hub id): its projected features, what they see in training. Of LLaVA-NeXT the base view only, where
   a cell is a patch of the whole picture; training prunes over the base view and its crops together. The LLM is built
-  without layers, so a 7B model needs 2 GB here instead of 28.
+  without layers, so a 7B model needs 2.4 GB here instead of 28.
 - a CLIP, SigLIP or a tower like them: the patch tokens of its last layer but one, where LLaVA takes them, unprojected.
 - none: the pixels of a 24 x 24 grid of patches, less their mean. No download, and honest plugins, but what they call
   different is colour and not content: good for learning what a plugin does, not for judging it.
@@ -48,7 +48,7 @@ def look(
     plugins = list(dict.fromkeys(pruning.names() if plugins is None else plugins))
     if not plugins:
         raise UserError(f"no plugin to look at; known: {', '.join(pruning.names())}")
-    for name in plugins:  # one row is always kept, so this only checks the name and the share, before anything is loaded
+    for name in plugins:  # a single row is kept by all: this only checks name and share, before anything is loaded
         pruning.select(name, torch.ones(1, 1, 1), keep=keep)
     picture = read_picture(Path(image))
     features, shown, (rows, columns) = patches(picture) if tower is None else encode(picture, str(tower))
@@ -116,7 +116,8 @@ def read_picture(path: Path) -> Image.Image:
             with Image.open(path) as opened:
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: shrink it first") from error
+        limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise UserError(f"{path} would unpack to more than {limit}: shrink it first") from error
     except FileNotFoundError as error:
         raise UserError(f"there is no picture {path}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's words for a broken file
@@ -153,7 +154,7 @@ def encode(picture: Image.Image, tower: str) -> tuple[Tensor, np.ndarray, tuple[
     vision = getattr(config, "vision_config", config)
     patch = getattr(vision, "patch_size", None)
     if not isinstance(patch, int):
-        raise UserError(f"{tower} holds a {config.model_type!r} model, which has no tower that cuts pictures into patches")
+        raise UserError(f"{tower} holds a {config.model_type!r} model: it has no tower that cuts pictures into patches")
     llava = config.model_type in vlm.FAMILIES
     if llava:  # without LLM layers: their weights are not even read
         config.text_config.num_hidden_layers = 0
@@ -166,8 +167,10 @@ def encode(picture: Image.Image, tower: str) -> tuple[Tensor, np.ndarray, tuple[
         )  # fmt: skip
     absent = sorted(name for name in found["missing_keys"] if "language_model" not in name and "lm_head" not in name)
     if absent:  # transformers would draw them at random and carry on
-        raise UserError(f"{tower} lacks {len(absent)} of the model's weights, {absent[0]} for one: is the folder complete?")
+        raise UserError(f"{tower} lacks {len(absent)} of the model's weights ({absent[0]} ...): copy the folder again")
     model.eval()
+    if not llava and hasattr(config, "text_config") and not hasattr(model, "vision_model"):
+        raise UserError(f"{tower} holds a {config.model_type!r} model, unknown here: give a LLaVA, a CLIP or a SigLIP")
 
     pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
@@ -180,10 +183,10 @@ def encode(picture: Image.Image, tower: str) -> tuple[Tensor, np.ndarray, tuple[
     except (RuntimeError, ValueError) as error:
         size = f"{pixels.shape[-1]} x {pixels.shape[-2]}"
         raise UserError(f"the model in {tower} cannot read the {size} pictures of its processor: {error}") from error
-    # NeXT puts its base view first. Any other tower has nothing behind its patches, and at most a CLS or registers before.
+    # NeXT puts its base view first. Other models have nothing behind the patches, and at most CLS or registers before.
     features = features[:cells] if sizes is not None else features[-cells:]
     if len(features) < cells:
-        raise UserError(f"{tower} makes {len(features)} tokens of a picture with {rows} x {columns} patches: no map to draw")
+        raise UserError(f"{tower} makes {len(features)} tokens of {rows} x {columns} patches: there is no map to draw")
     return features, shown[: rows * patch, : columns * patch], (rows, columns)
 
 
@@ -196,12 +199,16 @@ def _preprocess(picture: Image.Image, tower: str, vision, kind: str) -> tuple[di
             processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
     except (OSError, ValueError) as error:  # no processor there, or not one for pictures
         if kind == "llava_next":
-            raise UserError(f"{tower} has no image processor, which cuts pictures for LLaVA-NeXT: copy it there") from error
+            raise UserError(
+                f"{tower} lacks the image processor that cuts crops for LLaVA-NeXT: copy it there"
+            ) from error
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
         square = ImageOps.fit(picture, (vision.image_size, vision.image_size), Image.Resampling.BICUBIC)
         shown = torch.from_numpy(np.asarray(square, dtype=np.float32) / 255)
         return {"pixel_values": ((shown - mean) / std).permute(2, 0, 1)[None]}, shown.numpy()
     batch = processor(images=picture, return_tensors="pt")
+    if batch["pixel_values"].dim() not in (4, 5):
+        raise UserError(f"the image processor of {tower} makes {tuple(batch['pixel_values'].shape)}, not a picture")
     shown = batch["pixel_values"].flatten(0, -4)[0].permute(1, 2, 0)  # of NeXT's views the first, the base view
     if processor.do_normalize:
         shown = shown * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
@@ -213,7 +220,7 @@ def _loading(tower: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     if not Path(tower).is_dir() and (tower.startswith((".", "/", "~")) or tower.count("/") > 1):
-        raise UserError(f"there is no model folder {tower}; give a folder, or a hub id such as openai/clip-vit-large-patch14")
+        raise UserError(f"there is no model folder {tower}; give one, or a hub id like openai/clip-vit-large-patch14")
     try:
         with _quiet():
             yield

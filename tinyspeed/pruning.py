@@ -4,8 +4,9 @@
 
 A plugin answers one question, "which K of these N rows?", from features alone. It never touches the sequence, the
 labels or the gradient: selection runs without grad and in fp32 (in bf16 DivPrune shares only half of its picks with
-fp32), and `rows.py` does the cutting. `select` owns everything that must hold for every plugin: K = int(keep * N + 1e-6)
-and at least 1 (57 of 576, as DualSpeed's code has it; official DivPrune rounds to 58), ascending order, masks, errors.
+fp32), and `rows.py` does the cutting. `select` owns everything that must hold for every plugin: K = int(keep * N +
+1e-6) and at least 1 (57 of 576, as DualSpeed's code has it; official DivPrune rounds to 58), ascending order,
+masks, errors.
 
 Images of different size share a batch through `mask`; then each has its own K, and the index rows are filled up with
 -1, which no gather accepts silently.
@@ -73,8 +74,12 @@ def select(
     if check and not torch.stack(features.aminmax()).isfinite().all():  # one pass, and NaN wins in aminmax
         raise UserError("the image features hold NaN or infinite values: the vision tower or projector has diverged")
     batch, n, _ = features.shape
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
+        raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
     candidates = [n] * batch if mask is None else mask.sum(1).tolist()
     counts = _counts(keep, count, candidates)
+    if mask is None and len(set(counts)) > 1:
+        raise UserError("images with different counts need a mask: their index rows have different lengths")
     most = max(counts)
     if counts == [n] * batch:
         index = torch.arange(n, device=features.device).expand(batch, n).contiguous()
@@ -97,7 +102,9 @@ def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: l
         if not (math.isfinite(keep) and 0 < keep <= 1):
             raise UserError(f"keep = {keep}: the share of visual rows must be above 0 and at most 1")
         return [keep_count(keep, n) for n in candidates]
-    counts = [count] * len(candidates) if isinstance(count, int) else [int(c) for c in count]
+    counts = list(count) if isinstance(count, Sequence) else [count] * len(candidates)
+    if not all(isinstance(c, int) for c in counts):
+        raise UserError(f"count = {count}: must be a whole number, or one an image")
     if len(counts) != len(candidates):
         raise UserError(f"{len(counts)} counts for {len(candidates)} images")
     for wanted, n in zip(counts, candidates, strict=True):
@@ -118,11 +125,15 @@ def divprune(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     A chosen row gets similarity +inf, which no maximum undoes: duplicates can never be picked twice (the official
     code returned 40 distinct rows of 58 on repeated tokens).
     """
+    # Each image is scaled by a power of two, which is exact, so that no square leaves fp32's range.
+    largest = torch.stack(features.flatten(1).aminmax(dim=1)).abs().amax(0)
+    features = features * torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)[:, None, None]
     similarity = features @ features.mT
+    similarity = torch.maximum(similarity, similarity.mT)  # a product's two halves may round differently
     norm = similarity.diagonal(dim1=1, dim2=2).sqrt()
     norm = norm.masked_fill(norm == 0, 1)  # a zero row is at right angles to everything
     # Dividing the (N, N) product costs less than normalising the wider (N, D) features first.
-    similarity.div_(norm[:, :, None]).div_(norm[:, None, :])
+    similarity.div_(norm[:, :, None] * norm[:, None, :])
     inf = float("inf")
     if not valid.all():
         similarity.masked_fill_(~valid[:, None, :], -inf)  # nobody's neighbour

@@ -13,10 +13,12 @@ lets a comparison have as many arms as it likes.
 matplotlib is imported when something is drawn, and its global state is never touched.
 """
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +39,6 @@ MODES = {  # mode -> how its curve and its single steps are drawn
 GREY = "#666666"
 
 
-# Tables
-
-
 def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
     """A monospaced table that is valid GitHub Markdown. Columns of numbers ("3.1x", "98.4 %" and blanks included)
     are aligned to the right."""
@@ -57,16 +56,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
     return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
 
 
-# A number, what it counts, and how sure one is of it: 12, -3.4e-5, 1,234, 3.1x, 98.4 %, 98.4 ± 0.2, <0.1 ms, nan, -
-_NUMBER = re.compile(r"[<>~]?[-+]?(\d[\d,]*\.?\d*(e[-+]?\d+)?( ?± ?[\d.]+)?( ?(%|[a-zA-Z/]{1,5}))?|nan|inf)|-")
+# A number, its unit, and how sure one is of it: 12, -3.4e-5, 1,234, 3.1x, 98.4 %, 98.4 ± 0.2, 9.1 (8.8 to 9.3), nan, -
+_NUMBER = re.compile(
+    r"[<>~]?[-+]?(\d[\d,]*\.?\d*(e[-+]?\d+)?( ?± ?[\d.]+)?( ?(%|[a-zA-Z/]{1,5}))?( \([^()]*\))?|nan|inf)|-"
+)
 
 
 def _cell(value) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return " ".join(text.split()).replace("|", "\\|")
-
-
-# A run
 
 
 def draw_run(folder: Path | str) -> Path:
@@ -75,112 +73,91 @@ def draw_run(folder: Path | str) -> Path:
     return save(run_figure(read_metrics(folder / "metrics.jsonl"), folder.resolve().name), folder / "report.png")
 
 
-NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_full", "seconds")
+NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_taught", "rows_full", "seconds")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl in order, with "x", their place in the run.
-
-    A stopped and resumed run may have written some steps twice: the later writing counts. A stage that counts its
-    steps from 0 again is put behind the one before. The last line may be cut short by a crash, no other may.
-    """
+    """The steps of a metrics.jsonl in order. Of a step written twice the later writing counts; the last line may be
+    cut short by a crash, no other may."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds metrics.jsonl once it has trained") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file: {error.reason} at byte {error.start}") from error
-    stages: dict[str, dict[int, dict]] = {}
+    steps: dict[int, dict] = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
-                continue
+                break
             raise UserError(f"{path}, line {number} is not JSON: {error.msg}; delete the line to go on") from error
         missing = [key for key in NEEDED if key not in row] if isinstance(row, dict) else ["everything"]
         if missing:
             raise UserError(f"{path}, line {number} lacks {', '.join(missing)}: was it written by tinyspeed train?")
-        stages.setdefault(row["stage"], {})[row["step"]] = row
-    if not stages:
+        steps[row["step"]] = row
+    if not steps:
         raise UserError(f"{path} holds no step yet: train for at least one step first")
-    steps, behind = [], 0
-    for stage in stages.values():
-        first = min(stage)
-        shift = behind - first if first < behind else 0
-        steps += [{**stage[step], "x": step + shift} for step in sorted(stage)]
-        behind = steps[-1]["x"] + 1
-    return steps
+    return [steps[step] for step in sorted(steps)]
 
 
 def run_figure(steps: list[dict], name: str = "run"):
     """Loss, rows and seconds over the steps of a run, as a matplotlib Figure."""
     fig = figure(8.5, 9)
-    loss, rows, time = fig.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2, 2]})
+    axes = loss, rows, time = fig.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 2, 2]})
     fig.subplots_adjust(left=0.1, right=0.84, top=0.91, bottom=0.06, hspace=0.24)
-    for ax in (loss, rows, time):
+    for ax in axes:
         _plain(ax)
-    x = _column(steps, "x")
-    first, last = x.min(), x.max()
-    loss.set_xlim(first - 0.5, last + 0.5)
+    x, seconds = _column(steps, "step"), _column(steps, "seconds")
+    loss.set_xlim(x[0] - 0.5, x[-1] + 0.5)
     stages = list(dict.fromkeys(step["stage"] for step in steps))
-    modes = [m for m in MODES if any(step["mode"] == m for step in steps)]
-    modes += sorted({step["mode"] for step in steps} - set(MODES))
-    count = f"{len(steps):,} step{'s' * (len(steps) > 1)}"
-    title = f"{name}: {count}, {clock(steps[-1]['seconds'])}"
+    modes = [mode for mode in MODES if any(step["mode"] == mode for step in steps)]
+    title = f"{name}: {len(steps):,} step{'s' * (len(steps) > 1)} in {timedelta(seconds=round(seconds[-1]))}"
     fig.suptitle(title, x=0.1, ha="left", weight="bold", parse_math=False)
 
     # Loss: pale single steps, and a smooth curve for each mode of each stage
-    ends, heights = [], []
-    for mode in modes:
-        look = MODES.get(mode, {"color": GREY, "linestyle": "-", "marker": "."})
-        for stage in stages:
-            chosen = [s for s in steps if (s["mode"], s["stage"]) == (mode, stage)]
-            at, ce = _column(chosen, "x"), _column(chosen, "ce")
-            at, ce = at[np.isfinite(ce)], ce[np.isfinite(ce)]
-            if not len(at):
-                continue
-            loss.plot(at, ce, **look | {"linestyle": "", "alpha": 0.2, "markersize": 3.5})
+    ends, heights = {}, []
+    for mode, stage in itertools.product(modes, stages):
+        chosen = [s for s in steps if (s["mode"], s["stage"]) == (mode, stage)]
+        at, ce = _column(chosen, "step"), _column(chosen, "ce")
+        at, ce = at[np.isfinite(ce)], ce[np.isfinite(ce)]
+        if len(at):
             curve = smooth(ce)
-            loss.plot(at, curve, **look | {"marker": "." if len(at) == 1 else "", "linewidth": 1.8})
+            loss.plot(at, ce, **MODES[mode] | {"linestyle": "", "alpha": 0.2, "markersize": 3.5})
+            loss.plot(at, curve, **MODES[mode] | {"marker": "." if len(at) == 1 else "", "linewidth": 1.8})
             heights += list(curve)
-        if heights and len(at):
-            ends.append((at[-1], curve[-1], mode, look["color"]))
+            ends[mode] = (at[-1], curve[-1], mode, MODES[mode]["color"])
     _scale(loss, heights)
     loss.set_ylabel("cross-entropy of the answers")
     loss.set_title("Loss, smoothed", loc="left", pad=6 if len(stages) == 1 else 18)
-    label_ends(loss, ends)
+    label_ends(loss, list(ends.values()))
 
-    # Rows: the gap to the dashed line is what was saved
-    kept, full = _column(steps, "rows_kept"), _column(steps, "rows_full")
+    # Rows, the teacher's included: the gap to the dashed line is what was saved
+    kept, full = _column(steps, "rows_kept") + _column(steps, "rows_taught"), _column(steps, "rows_full")
     rows.plot(x, smooth(full), color=GREY, linestyle=(0, (5, 2)), linewidth=1.5, marker="_" if len(x) == 1 else "")
-    ends = [(last, smooth(full)[-1], "without pruning", GREY)]
+    ends = [(x[-1], smooth(full)[-1], "without pruning", GREY)]
     for mode in modes:
-        look = MODES.get(mode, {"color": GREY, "marker": "."})
         mine = np.array([step["mode"] == mode for step in steps])
-        rows.plot(x[mine], kept[mine], linestyle="", marker=look["marker"], color=look["color"], markersize=3.5)
-        ends.append((x[mine][-1], kept[mine][-1], mode, look["color"]))
+        rows.plot(x[mine], kept[mine], **MODES[mode] | {"linestyle": "", "markersize": 3.5})
+        ends.append((x[mine][-1], kept[mine][-1], mode, MODES[mode]["color"]))
     rows.set_ylim(0, 1.1 * max(full.max(), kept.max(), 1))
     rows.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     rows.set_ylabel("rows a step")
-    rows.set_title(f"Rows: {kept.sum() / max(full.sum(), 1):.0%} of all rows were kept", loc="left")
+    rows.set_title(f"Rows through the LLM: {kept.sum() / max(full.sum(), 1):.0%} of full training's", loc="left")
     label_ends(rows, ends)
 
     # Seconds
-    seconds = _column(steps, "seconds")
-    speedup = np.array([math.nan if s.get("speedup") is None else s["speedup"] for s in steps], dtype=float)
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    unit_name, unit = next((n, u) for n, u in units.items() if seconds[-1] >= 5 * u or u == 1)
+    speedup = _column(steps, "speedup")
     measured = np.isfinite(speedup)
-    unit, unit_name = (3600, "hours") if seconds[-1] >= 7200 else (60, "minutes") if seconds[-1] >= 300 else (1, "seconds")
     time.plot(x, seconds / unit, color="#0072B2", linewidth=1.8, marker="." if len(x) == 1 else "")
-    ends = [(last, seconds[-1] / unit, "this run", "#0072B2")]
+    ends = [(x[-1], seconds[-1] / unit, "this run", "#0072B2")]
     title = "Time: speed-up not measured"
     if measured.any():
         estimate = (seconds * speedup / unit)[measured]
         time.plot(x[measured], estimate, color=GREY, linestyle=(0, (5, 2)), linewidth=1.5)
         ends.append((x[measured][-1], estimate[-1], "if every step\nwere full", GREY))
-        title = f"Time: measured speed-up {speedup[measured][-1]:.2g}x"
+        title = f"Time: measured speed-up {speedup[measured][-1]:.2f}x"
     time.set_ylim(0, 1.08 * max(y for _, y, *_ in ends) or 1)
     time.set_ylabel(unit_name)
     time.set_xlabel("step")
@@ -188,9 +165,9 @@ def run_figure(steps: list[dict], name: str = "run"):
     time.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     label_ends(time, ends)
 
-    for before, after in zip(stages[:-1], stages[1:], strict=True):
-        border = next(s["x"] for s in steps if s["stage"] == after) - 0.5
-        for ax in (loss, rows, time):
+    for before, after in itertools.pairwise(stages):
+        border = next(step["step"] for step in steps if step["stage"] == after) - 0.5
+        for ax in axes:
             ax.axvline(border, color=GREY, linewidth=0.8)
         for text, side, gap in ((f"{before} ◂", "right", -4), (f"▸ {after}", "left", 4)):
             loss.annotate(
@@ -200,12 +177,9 @@ def run_figure(steps: list[dict], name: str = "run"):
     return fig
 
 
-# A comparison
-
-
 def draw_compare(results: dict, out: Path | str) -> Path:
     """Draw the runs of a comparison: {"runs": [{"arm", "seed", "accuracy_full", "seconds", "curve": [[step, ce,
-    mode], ...]}, ...]}. The arm "full" is what the others' speed is measured against."""
+    mode], ...]}, ...]}. Speed is measured against the arm "full", seed by seed; without one, seconds are drawn."""
     return save(compare_figure(results), out)
 
 
@@ -214,15 +188,9 @@ def compare_figure(results: dict):
     runs = results.get("runs") or []
     if not runs:
         raise UserError("the comparison holds no run: nothing to draw")
-    for run in runs:
-        missing = [key for key in ("arm", "seed", "accuracy_full", "seconds", "curve") if key not in run]
-        if missing:
-            raise UserError(f"a run of the comparison (arm {run.get('arm', '?')}) lacks {', '.join(missing)}")
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    if "full" not in arms:
-        raise UserError(f"the comparison has no arm 'full' to measure speed against; it has {', '.join(arms)}")
     full = {run["seed"]: run["seconds"] for run in runs if run["arm"] == "full"}
-    usual = float(np.mean(list(full.values())))  # for a seed that the full arm did not run
+    usual = np.mean(list(full.values())) if full else None  # for a seed that the full arm did not run
 
     fig = figure(13, 5.4)
     left, right = fig.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.1]})
@@ -240,7 +208,7 @@ def compare_figure(results: dict):
             )  # fmt: skip
             ends.append((at[-1], ce[-1], arm, colour))
             heights += list(ce)
-        speed = np.array([full.get(run["seed"], usual) / run["seconds"] for run in mine])
+        speed = np.array([full.get(run["seed"], usual) / run["seconds"] if full else run["seconds"] for run in mine])
         accuracy = np.array([run["accuracy_full"] for run in mine], dtype=float)
         x, y = speed.mean(), accuracy.mean()
         right.errorbar(
@@ -263,11 +231,13 @@ def compare_figure(results: dict):
     else:
         left.text(0.5, 0.5, "no losses were recorded", transform=left.transAxes, ha="center", color=GREY)
     _plain(right)
-    right.set_title("Accuracy against speed" + (f", bars from worst to best of {seeds} seeds" if seeds > 1 else ""), loc="left")
-    right.set_xlabel("training speed-up over full")
+    bars = f", bars from worst to best of {seeds} seeds" if seeds > 1 else ""
+    right.set_title(f"Accuracy against {'speed' if full else 'time'}{bars}", loc="left")
+    right.set_xlabel("training speed-up over full" if full else "seconds of training")
     right.set_ylabel("accuracy on full tokens, %")
     right.margins(0.14, 0.12)
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    if full:
+        right.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     label_points(right, points, spans)
     return fig
 
@@ -288,16 +258,11 @@ def _mean_curve(curves: list[list]) -> tuple[np.ndarray, np.ndarray] | None:
     return at, np.mean([np.interp(at, *curve) for curve in smoothed], axis=0)
 
 
-# The parts of a picture
-
-
 def figure(width: float, height: float):
     """An empty matplotlib Figure (inches) that draws itself and knows nothing of windows or pyplot."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("pictures are drawn with matplotlib: pip install matplotlib") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     fig = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(fig)
     return fig
@@ -305,7 +270,7 @@ def figure(width: float, height: float):
 
 def save(fig, out: Path | str) -> Path:
     """Write a Figure where the user wants it, in the format that the file's name asks for."""
-    out = Path(out)
+    out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(out, dpi=DPI)
@@ -326,30 +291,20 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def clock(seconds: float) -> str:
-    """95 -> "1 min 35 s"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, seconds = divmod(seconds, 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each curve's name right of the axes, at the height of its end (x, y, name, colour), or as near to that as
     the other names leave room; a thin line leads there."""
     if not ends:
         return
-    box, size = ax.get_window_extent(), 9
-    line = size * 1.35 * DPI / 72
+    box = ax.get_window_extent()
     ends = sorted(ends, key=lambda end: (end[1], end[0]))
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, *_ in ends]).clip(box.y0, box.y1)
-    tall = np.array([line * (1 + text.count("\n")) for *_, text, _ in ends])
+    tall = np.array([12.5 * DPI / 72 * (1 + text.count("\n")) for *_, text, _ in ends])
     for (x, y, text, colour), height in zip(ends, _spread(wanted, tall, box.y0, box.y1), strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
         ax.annotate(
             text, (x, y), (1.035, (height - box.y0) / box.height), xycoords="data", textcoords="axes fraction",
-            va="center", fontsize=size, color=colour, annotation_clip=False, parse_math=False, linespacing=1.1,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2},
+            va="center", fontsize=9, color=colour, annotation_clip=False, parse_math=False, arrowprops=line,
         )  # fmt: skip
 
 
@@ -368,50 +323,59 @@ def _spread(wanted: np.ndarray, tall: np.ndarray, low: float, high: float) -> np
 
 
 def label_points(ax, points: list[tuple[float, float, str, str]], spans: list[tuple]) -> None:
-    """Name each point (x, y, name, colour) beside it: at the nearest place where the name covers no point, no error
-    bar (`spans`: x0, y0, x1, y1 of each), no other name and no line that leads to one."""
+    """Name each point (x, y, name, colour) as near to it as the name covers no point, no error bar (`spans`: x0, y0,
+    x1, y1 of each), no other name and no line that leads to one. In a crowd, where names close by would wall in the
+    points of the others, all names step back."""
     ax.figure.canvas.draw()  # settles the axes' limits
-    renderer, area = ax.figure.canvas.get_renderer(), ax.get_window_extent()
     at = [ax.transData.transform((x, y)) for x, y, *_ in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
     for (x, y), (x0, y0, x1, y1) in zip(at, spans, strict=True):
         (left, low), (right, high) = ax.transData.transform([(x0, y0), (x1, y1)])
         taken += [(left - 4, y - 6, right + 4, y + 6), (x - 6, low - 4, x + 6, high + 4)]
-    for (px, py), (x, y, text, colour) in zip(at, points, strict=True):
-        label = ax.annotate(text, (x, y), xytext=(0, 0), textcoords="offset pixels", fontsize=9, color=colour, parse_math=False)
-        extent = label.get_window_extent(renderer)
-        wide, tall = extent.width + 4, extent.height + 2
-        best = None
-        for distance, angle in ((d, a) for d in range(10, 200, 8) for a in (0, 180, 30, -30, 150, -150, 60, -60, 120, -120, 90, -90)):
-            dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            # The label's near edge, not its middle, lies at that distance.
-            cx, cy = px + dx * (distance + wide / 2), py + dy * (distance + tall / 2)
-            box = (cx - wide / 2, cy - tall / 2, cx + wide / 2, cy + tall / 2)
-            inside = area.x0 + 2 < box[0] and box[2] < area.x1 - 2 and area.y0 + 2 < box[1] and box[3] < area.y1 - 2
-            leader = [(px + dx * d, py + dy * d) for d in range(8, distance, 3)]
-            thin = [(lx - 1, ly - 1, lx + 1, ly + 1) for lx, ly in leader]
-            clash = sum(_overlap(box, other) for other in taken) + sum(_overlap(b, o) for b in thin[2:] for o in taken)
-            if best is None or (not inside, clash) < best[0]:
-                best = (not inside, clash), box, thin, distance
-            if inside and not clash:
+    how = {"textcoords": "offset pixels", "fontsize": 9, "parse_math": False}
+    labels = [ax.annotate(text, (x, y), (0, 0), color=colour, **how) for x, y, text, colour in points]
+    extents = [label.get_window_extent() for label in labels]
+    sizes = [(extent.width + 4, extent.height + 2) for extent in extents]
+    for nearest in (10, 30, 60, 90, 120, 150):
+        places = _arrange(at, sizes, taken, ax.get_window_extent(), nearest)
+        if None not in places:
+            break
+    for label, point, place, (x, y, _, colour) in zip(labels, at, places, points, strict=True):
+        box, edge = place or ((point[0] + 8, point[1] - 7), point)  # no room anywhere: beside the point, over others
+        label.set_position((box[0] + 2, box[1] + 1) - point)
+        if math.dist(point, edge) > 14:
+            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+            ax.annotate("", (x, y), edge - point, textcoords="offset pixels", arrowprops=arrow)
+
+
+# The sides of a point on which its name is tried, in degrees: beside it first, above and below it last.
+_TURNS = (0, 180, *(a for tilt in range(15, 91, 15) for a in (tilt, -tilt, 180 - tilt, tilt - 180)))
+
+
+def _arrange(at: list, sizes: list, taken: list, area, nearest: int) -> list:
+    """For each point the box of its name and the end of the line to it, or None. All in pixels."""
+    taken, places = list(taken), []
+    for (x, y), (wide, tall) in zip(at, sizes, strict=True):
+        places.append(None)
+        for away, turn in itertools.product(range(nearest, 240, 8), _TURNS):
+            dx, dy = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+            left, low = x + dx * (away + wide / 2) - wide / 2, y + dy * (away + tall / 2) - tall / 2
+            box = (left, low, left + wide, low + tall)
+            if left < area.x0 + 2 or box[2] > area.x1 - 2 or low < area.y0 + 2 or box[3] > area.y1 - 2:
+                continue
+            edge = min(max(x, left), box[2]), min(max(y, low), box[3])
+            shares = [t / math.dist((x, y), edge) for t in range(20, int(math.dist((x, y), edge)), 3)]
+            line = [(x + (edge[0] - x) * t, y + (edge[1] - y) * t) for t in shares]  # next to the point it may touch
+            parts = [box, *((u - 1, v - 1, u + 1, v + 1) for u, v in line)]
+            if not any(a < r and p < c and b < s and q < d for a, b, c, d in parts for p, q, r, s in taken):
+                taken += parts
+                places[-1] = box, edge
                 break
-        _, box, thin, distance = best
-        label.set_position((box[0] + 2 - px, box[1] + 1 - py))
-        taken += [box, *thin]
-        if distance > 10:
-            edge = (min(max(px, box[0]), box[2]), min(max(py, box[1]), box[3]))
-            ax.annotate(
-                "", (x, y), (edge[0] - px, edge[1] - py), textcoords="offset pixels",
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
-            )  # fmt: skip
-
-
-def _overlap(a: tuple, b: tuple) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+    return places
 
 
 def _column(steps: list[dict], key: str) -> np.ndarray:
-    return np.array([math.nan if step[key] is None else step[key] for step in steps], dtype=float)
+    return np.array([step.get(key) for step in steps], dtype=float)  # None becomes nan
 
 
 def _plain(ax) -> None:

@@ -6,8 +6,8 @@ A *row* is (input embedding at i, target = token i + 1). Every row a step could 
 
 and a step is a list of indices into it: placeholders point at their image's features, pruned rows are left out,
 isolator rows are put in front of each image. One `index_select` scatters, prunes and inserts at once, for any model
-that marks image tokens with placeholder ids. (`index_select` and not `table[index]`: every image picks the same isolator
-rows, and the backward of fancy indexing with repeats adds in a racing order.)
+that marks image tokens with placeholder ids. (`index_select` and not `table[index]`: every image picks the same
+isolator rows, and the backward of fancy indexing with repeats adds in a racing order.)
 
 Targets are shifted before anything is dropped, so dropping rows cannot misalign labels. One row needs care: the last
 row of an image may predict the first answer token (a caption right behind the picture). Its target belongs to
@@ -48,7 +48,9 @@ class Rows:
         return len(self.source)
 
 
-def full(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image_token: int, lengths: list[int]) -> Rows:
+def full(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image_token: int, lengths: list[int]
+) -> Rows:
     """Every row of a batch (B, S), padding left out, wherever the padding was.
 
     `lengths` are the feature rows of each image, in order: images are cut apart by them, since two images may
@@ -57,6 +59,7 @@ def full(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image
     batch, width = input_ids.shape
     device = input_ids.device
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    labels = labels.masked_fill(input_ids == image_token, IGNORE)  # nobody is asked to say a placeholder
     target = torch.full_like(labels, IGNORE)
     target[:, :-1] = labels[:, 1:].masked_fill(~mask[:, 1:], IGNORE)
 
@@ -70,7 +73,8 @@ def full(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image
         )
     source[visual] = batch * width + torch.arange(len(visual), device=device)
     image = torch.full_like(source, -1)
-    image[visual] = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+    sizes = torch.tensor(lengths, dtype=torch.long, device=device)
+    image[visual] = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
     position = (mask.long().cumsum(1) - 1).flatten()[real]
     return Rows(source, target.flatten()[real], position, real // width, image, batch)
 

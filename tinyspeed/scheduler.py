@@ -43,8 +43,12 @@ class Plan:
                 raise UserError(f"{name} = {getattr(self, name)}: a share must be above 0 and at most 1")
         if not 0 <= self.distill < float("inf"):
             raise UserError(f"distill = {self.distill}: a loss weight cannot be negative or infinite")
-        if self.layers is not None and (not self.layers or list(self.layers) != sorted(set(self.layers))):
-            raise UserError(f"layers = {self.layers}: give at least one layer, ascending, each once")
+        if self.layers is not None:
+            ascending = list(self.layers) == sorted(set(self.layers))
+            if not self.layers or self.layers[0] < 0 or not ascending:
+                raise UserError(
+                    f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once"
+                )
 
 
 def uniform(seed: int, step: int) -> float:
@@ -78,6 +82,7 @@ class FastSchedule(Schedule):
     """Every step is pruned: DualSpeed's alignment stage, and the pruned-only baseline of its tuning stage."""
 
     def __init__(self, keep: float = 0.1):
+        Plan("fast", keep=keep)  # refuses a bad share now, not at the first step that needs it
         self.keep = keep
 
     def plan(self, step: int) -> Plan:
@@ -90,6 +95,7 @@ class DualSpeedSchedule(Schedule):
     def __init__(self, slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0):
         if not 0 <= slow <= 1:
             raise UserError(f"slow = {slow}: the share of slow steps must be between 0 and 1")
+        Plan("slow", keep=keep, distill=distill)
         self.slow, self.keep, self.distill, self.seed = slow, keep, distill, seed
 
     def plan(self, step: int) -> Plan:

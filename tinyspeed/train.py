@@ -1,8 +1,8 @@
 """The loop: recipe -> model -> data -> two stages of steps -> a plain Hugging Face folder.
 
     for step in stage:  plan = schedule.plan(step)
-                        for micro-batch cut by the plan's rows:  loss = sum over its answers / answers of the whole batch
-                        clip, check that everything is finite, step
+                        for micro-batch cut by the plan's rows:  loss = sum over its answers / answers of the whole
+                        batch clip, check that everything is finite, step
 
 What a step does follows from (recipe, seed, step) alone, so a killed run that resumes from a checkpoint ends with the
 same bits as one that was never killed (on a CPU, with the same number of threads). Numbers are fetched from the device
@@ -35,6 +35,8 @@ from .errors import UserError
 from .recipe import Recipe, Stage
 from .rows import IGNORE
 from .scheduler import Plan, Schedule
+
+SECTION = {"align": "align", "tune": "train"}  # the recipe's name of each stage
 
 
 @dataclass
@@ -97,7 +99,9 @@ def _begin(recipe: Recipe, folder: Path, resume: bool) -> tuple[dict | None, dic
         print(f"ignoring {half}: it was being written when the run was killed", file=sys.stderr)
     text = recipe.to_toml()
     if resume and (folder / "recipe.toml").exists() and (folder / "recipe.toml").read_text(encoding="utf-8") != text:
-        raise UserError(f"the recipe is not the one {folder} was started with ({folder / 'recipe.toml'}); resume with that")
+        raise UserError(
+            f"the recipe is not the one {folder} was started with ({folder / 'recipe.toml'}); resume with that"
+        )
     checkpoint.write_atomically(folder / "recipe.toml", text)
     record.write(folder / "record.json", seed=recipe.run.seed)
     if newest is None:
@@ -105,8 +109,11 @@ def _begin(recipe: Recipe, folder: Path, resume: bool) -> tuple[dict | None, dic
         return None, None
     tensors, state = checkpoint.load(newest)
     if state["threads"] != torch.get_num_threads():
-        print(f"the run used {state['threads']} threads and goes on with {torch.get_num_threads()}: "
-              f"its weights will be right, but not bit-identical to an uninterrupted run", file=sys.stderr)
+        print(
+            f"the run used {state['threads']} threads and goes on with {torch.get_num_threads()}: "
+            f"its weights will be right, but not bit-identical to an uninterrupted run",
+            file=sys.stderr,
+        )
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines[: state["totals"]["steps"]]))
     return state, tensors
@@ -193,7 +200,9 @@ class StageRun:
         full_seconds_per_row = self._probe()
         with (
             open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics,
-            tqdm(total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2) as line,
+            tqdm(
+                total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
+            ) as line,
         ):
             for step in range(self.first, self.steps):
                 entry = self._step(step, full_seconds_per_row)
@@ -245,11 +254,13 @@ class StageRun:
             group["lr"] = lr
         done = self._forward_backward(step, plan)
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.names if p.grad is not None], self.stage.clip)
-        numbers = torch.stack([done["loss"], norm, done["ce"], done["kl"]]).tolist()  # the step's one wait for the device
+        numbers = torch.stack(
+            [done["loss"], norm, done["ce"], done["kl"]]
+        ).tolist()  # the step's one wait for the device
         if not all(map(math.isfinite, numbers[:2])):
             raise UserError(
-                f"step {self.totals.steps + 1} ({plan.mode}): loss {numbers[0]}, gradient norm {numbers[1]}. Stopped before "
-                f"the optimizer used them; the last checkpoint is good. Try a lower {_section(self.name)}.lr"
+                f"step {self.totals.steps + 1} ({plan.mode}): loss {numbers[0]}, gradient norm {numbers[1]}. Stopped "
+                f"before the optimizer used them; the last checkpoint is good. Try a lower {SECTION[self.name]}.lr"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -260,11 +271,12 @@ class StageRun:
         rows = done["rows_kept"] + done["rows_taught"]
         t.rows, t.rows_full = t.rows + rows, t.rows_full + done["rows_full"]
         t.full_seconds += done["rows_full"] * full_seconds_per_row
+        loss, norm, ce, kl = numbers
         return {
-            "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": numbers[0], "ce": numbers[2], "kl": numbers[3],
-            "grad_norm": numbers[1], "lr": lr, "answers": done["answers"], "rows_kept": done["rows_kept"],
-            "rows_taught": done["rows_taught"], "rows_full": done["rows_full"], "rows_per_second": rows / took,
-            "seconds": t.seconds, "speedup": t.full_seconds / t.seconds, "memory_mib": record.peak_memory_mib(),
+            "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": loss, "ce": ce, "kl": kl, "grad_norm": norm,
+            "lr": lr, "answers": done["answers"], "rows_kept": done["rows_kept"], "rows_taught": done["rows_taught"],
+            "rows_full": done["rows_full"], "rows_per_second": rows / took, "seconds": t.seconds,
+            "speedup": t.full_seconds / t.seconds, "memory_mib": record.peak_memory_mib(),
         }  # fmt: skip
 
     def _probe(self) -> float:
@@ -310,7 +322,9 @@ def load_parameters(names: dict[Tensor, str], tensors: dict[str, Tensor]) -> Non
         for parameter, name in names.items():
             saved = tensors.get(f"model/{name}")
             if saved is None or saved.shape != parameter.shape:
-                raise UserError(f"the checkpoint has no {name} of shape {tuple(parameter.shape)}: it is of another model")
+                raise UserError(
+                    f"the checkpoint has no {name} of shape {tuple(parameter.shape)}: it is of another model"
+                )
             parameter.copy_(saved)
 
 
@@ -335,10 +349,6 @@ def export(model: DualSpeed, recipe: Recipe, out: Path) -> None:
     temporary.rename(out)
 
 
-def _section(stage: str) -> str:
-    return "align" if stage == "align" else "train"
-
-
 @contextmanager
 def _stop_requested() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM puts its number into; a second one ends the process as usual."""
@@ -347,7 +357,10 @@ def _stop_requested() -> Iterator[list[int]]:
 
     def ask(number, frame):
         stop.append(number)
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to quit at once", file=sys.stderr)
+        print(
+            f"\n{signal.Signals(number).name}: finishing this step, then saving; once more to quit at once",
+            file=sys.stderr,
+        )
         signal.signal(number, before[number])
 
     try:

@@ -5,10 +5,7 @@ ids. DualSpeed asks it for five things: features of the images, embeddings of th
 hidden states of a list of rows, and logits. A new model family is one small subclass and a line in `FAMILIES`; one
 whose positions are not a single number a row (Qwen-VL) overrides `hidden`.
 
-Attention: the LLM runs with an attention function of ours named "tinyspeed". Given a `Layout` as a keyword argument it
-computes causal attention inside each sample, padded or packed, and ignores masks; without one (evaluation, `generate`)
-it is transformers' own SDPA. Transformers would otherwise guess the packing from position ids: any step other than +1
-reads as a new document, which `original` positions make at every pruned row, silently.
+The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it.
 """
 
 import json
@@ -18,50 +15,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from . import attention
 from .errors import UserError, unknown
 from .rows import Layout
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it
-    varlen_attn = None
-
-
-def rows_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, rows: Layout | None = None, **kw):
-    """Attention of the rows of a `Layout`; transformers' SDPA when there is none. (B, heads, rows, width) in,
-    (B, rows, heads, width) out."""
-    if rows is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw
-        )
-    if rows.cu_seqlens is None:
-        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
-    if query.is_cuda and dropout == 0.0:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        cu, longest = rows.cu_seqlens, rows.longest
-        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
-    # Without the CUDA kernel: one call a sample. On a CPU this beats one call with a block mask by far.
-    ends = rows.cu_seqlens.tolist()
-    parts = [
-        sdpa_attention_forward(
-            module, *(x[:, :, a:b] for x in (query, key, value)), None, dropout=dropout, scaling=scaling, is_causal=True
-        )[0]
-        for a, b in zip(ends[:-1], ends[1:], strict=True)
-        if b > a
-    ]
-    return torch.cat(parts, dim=1), None
-
-
-AttentionInterface.register("tinyspeed", rows_attention)
-AttentionMaskInterface.register("tinyspeed", sdpa_mask)
 
 
 class Family:
@@ -71,7 +30,7 @@ class Family:
         # peft wraps the model; its base is the same modules with adapters in place.
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.model.config
-        self.language_model.set_attn_implementation("tinyspeed")
+        self.language_model.set_attn_implementation(attention.NAME)
 
     @property
     def tower(self) -> nn.Module:
@@ -101,7 +60,7 @@ class Family:
         """Projected features, one (rows, hidden) tensor an image."""
         return list(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
 
-    def idle(self) -> Tensor:
+    def idle(self, plan_mode: str) -> Tensor:
         """Rows that a batch without images puts in the table and never picks: the connector's gradients are then
         zeros instead of missing, so which parameters a step touches depends on its plan and not on its data."""
         first = next(self.projector.parameters())
@@ -138,7 +97,9 @@ class Family:
             return
         every = self.language_model.layers
         if layers[-1] >= len(every):
-            raise UserError(f"the plan runs layer {layers[-1]}, but the LLM has {len(every)} layers, 0 to {len(every) - 1}")
+            raise UserError(
+                f"the plan runs layer {layers[-1]}, but the LLM has {len(every)} layers, 0 to {len(every) - 1}"
+            )
         self.language_model.layers = nn.ModuleList(every[i] for i in layers)
         try:
             yield
@@ -167,15 +128,18 @@ class LlavaNext(Family):
             out = self.model.get_image_features(pixel_values=pixel_values, image_sizes=image_sizes)
         return list(out.pooler_output)
 
-    def idle(self) -> Tensor:
-        return torch.cat([super().idle(), self.newline[None]])
+    def idle(self, plan_mode: str) -> Tensor:
+        rows = super().idle(plan_mode)
+        return rows if plan_mode == "fast" else torch.cat([rows, self.newline[None]])
 
     def prunable(self, features: list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
         """Newline rows are structure. They are found by packing one-channel zeros with a newline of one."""
         vision = self.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         crops = [
-            torch.zeros(image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size), patches, 1)
+            torch.zeros(
+                image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size), patches, 1
+            )
             for size in image_sizes
         ]
         packed, _ = self.model.model.pack_image_features(
@@ -214,7 +178,10 @@ def load(path: str, dtype: str = "float32") -> nn.Module:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{path} is not a model folder: it has no config.json")
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        try:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
         if kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
     elif path.startswith((".", "/", "~")) or path.count("/") != 1:

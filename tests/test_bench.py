@@ -1,0 +1,110 @@
+"""The benchmark's numbers are only as good as its contestants: what they compute, and how they take turns."""
+
+import json
+
+import pytest
+import torch
+
+from tinyspeed import UserError, bench, pruning
+
+CPU = torch.device("cpu")
+
+
+def test_the_loops_keep_what_the_plugin_keeps():
+    for seed in range(5):
+        x = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(seed))
+        want = pruning.select("divprune", x, count=12)
+        assert torch.equal(bench.divprune_loop(x, 12), want)
+        assert torch.equal(bench.divprune_loop(x, 12, mended=True), want)
+
+
+def test_shared_is_the_share_of_rows_in_common():
+    a = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
+    assert bench.shared(a, a) == 1
+    assert bench.shared(a, torch.tensor([[3, 9, 10, 0], [8, 9, 10, 11]])) == 0.25
+
+
+def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(pruning._PLUGINS, "mine", pruning._PLUGINS["grid"])
+    out = tmp_path / "deep" / "bench.json"
+    result = bench.bench_pruning((2, 40, 16), keep=0.2, repeats=3, out=out)
+    assert json.loads(out.read_text()) == result
+    assert result["count"] == 8
+    assert result["shape"] == [2, 40, 16]
+    assert result["bench"] == "pruning"
+    times = result["contestants"]
+    assert set(times) == {bench.PRODUCT, bench.LOOP, bench.MENDED, "mine", *pruning.names()}
+    for t in times.values():
+        assert 0 < t["min_ms"] <= t["median_ms"]
+        assert t["over_product"] == pytest.approx(t["median_ms"] / times[bench.PRODUCT]["median_ms"])
+        assert t["speedup_over_loop"] == pytest.approx(times[bench.LOOP]["median_ms"] / t["median_ms"])
+    assert times[bench.PRODUCT]["over_product"] == times[bench.LOOP]["speedup_over_loop"] == 1
+    assert result["same_rows"] == {bench.LOOP: 1.0, bench.MENDED: 1.0}
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(times)
+    assert len({len(line) for line in lines}) == 1
+    assert "8 of 40 rows" in printed
+    assert "100.00%" in printed
+
+
+def test_the_results_name_machine_versions_and_command(tmp_path):
+    result = bench.bench_pruning((1, 8, 4), repeats=1)
+    assert result["processor"]
+    assert result["device"] == result["processor"]
+    assert result["threads"] == torch.get_num_threads()
+    assert {"cores", "load", "commit", "command"} <= result.keys()
+    assert {"python", "torch"} <= result["versions"].keys()
+
+
+def test_contestants_take_turns_in_changing_order():
+    calls = []
+    times = bench.timed({name: lambda name=name: calls.append(name) for name in "abcd"}, 10, CPU)
+    rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
+    assert len(rounds) == 12
+    assert all(sorted(r) == list("abcd") for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 4
+    assert set(times) == set("abcd")
+
+
+def test_median_and_minimum_are_of_the_counted_repeats(monkeypatch):
+    clock = iter([0, 0, 0, 1, 0, 7, 0, 3])  # two rounds of warm-up, which never stop the clock, then three
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    times = bench.timed({"a": lambda: None}, 3, CPU)
+    assert times == {"a": {"median_ms": 3000, "min_ms": 1000}}
+
+
+@pytest.mark.parametrize(
+    ("match", "how"),
+    [
+        ("give images, rows", {"shape": (4, 10)}),
+        ("give images, rows", {"shape": (4, 1, 8)}),
+        ("give images, rows", {"shape": (0, 10, 8)}),
+        ("at least once", {"repeats": 0}),
+        ("keep = 0", {"keep": 0}),
+        ("cannot be used here", {"device": "toaster"}),
+    ],
+)
+def test_mistakes_are_named(match, how):
+    with pytest.raises(UserError, match=match):
+        bench.bench_pruning(**{"shape": (1, 10, 8)} | how)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_absent_gpu_is_named():
+    with pytest.raises(UserError, match="'cuda' cannot be used here"):
+        bench.bench_pruning((1, 10, 8), device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_bench_pruning_on_a_gpu():
+    result = bench.bench_pruning((2, 64, 32), repeats=2, device="cuda")
+    assert result["same_rows"][bench.LOOP] > 0.9
+    assert result["device"] != result["processor"]
+
+
+def test_results_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the results"):
+        bench.bench_pruning((1, 8, 4), repeats=1, out=tmp_path / "file" / "bench.json")
