@@ -70,8 +70,8 @@ def test_compare_makes_its_table_and_goes_on_where_it_was(capsys, tmp_path, smal
     assert cli.main(words) == 0
     table = capsys.readouterr().out
     assert re.search(r"\| original r=0.02 .*\d to .*\d", table)
-    assert (tmp_path / "c" / "compare.png").stat().st_size > 10_000
-    results = list((tmp_path / "c").rglob("result.json"))
+    assert (tmp_path / "c-compare" / "compare.png").stat().st_size > 10_000
+    results = list((tmp_path / "c-compare").rglob("result.json"))
     assert len(results) == 4
     times = {p: p.stat().st_mtime_ns for p in results}
     results[0].unlink()

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
 
     made = command("compare", _compare, "full training, pruned-only, DualSpeed and its ablations, side by side")
-    takes_recipe(made, "compare")
+    takes_recipe(made, "digits")
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument("--arms", help="only these, separated by commas")
 
@@ -111,8 +111,9 @@ def _compare(a) -> int:
     arms = [arm.strip() for arm in a.arms.split(",")] if a.arms else None
     results = compare.compare(chosen, a.seeds, arms)
     if results:
-        print((chosen.folder / "compare.md").read_text())
-        print(f"numbers in {chosen.folder / 'compare.json'}, picture in {chosen.folder / 'compare.png'}")
+        folder = compare.folder_of(chosen)
+        print((folder / "compare.md").read_text())
+        print(f"numbers in {folder / 'compare.json'}, picture in {folder / 'compare.png'}")
     return 0
 
 

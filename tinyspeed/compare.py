@@ -36,15 +36,19 @@ ARMS: dict[str, dict] = {
 }
 
 
+def folder_of(recipe: Recipe) -> Path:
+    return recipe.folder.with_name(f"{recipe.run.name}-compare")
+
+
 def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool = True) -> dict:
-    """Run every arm for every seed; write compare.json, compare.md and compare.png into the recipe's folder."""
+    """Run every arm for every seed; write compare.json, compare.md and compare.png into `folder_of(recipe)`."""
     arms = arms or list(ARMS)
     for arm in arms:
         if arm not in ARMS:
             raise unknown("arm", arm, ARMS)
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: compare at least one seed")
-    folder = recipe.folder
+    folder = folder_of(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     runs = []
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):

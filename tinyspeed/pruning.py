@@ -71,8 +71,7 @@ def select(
         raise unknown("pruning plugin", name, _PLUGINS)
     if features.dim() != 3 or not features.is_floating_point() or 0 in features.shape:
         raise UserError(f"features must be a float tensor (images, rows, width), got {tuple(features.shape)}")
-    if check and not torch.stack(features.aminmax()).isfinite().all():  # one pass, and NaN wins in aminmax
-        raise UserError("the image features hold NaN or infinite values: the vision tower or projector has diverged")
+    features = _checked(features.float()) if check else features.float()
     batch, n, _ = features.shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
         raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
@@ -86,11 +85,23 @@ def select(
     else:
         valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
         counts_ = torch.tensor(counts, device=features.device)
-        index = _PLUGINS[name](features.float(), most=most, valid=valid, counts=counts_, seed=seed)
+        index = _PLUGINS[name](features, most=most, valid=valid, counts=counts_, seed=seed)
         late = torch.arange(most, device=index.device) >= counts_[:, None]
         index = index.masked_fill(late, n).sort(dim=1).values  # beyond an image's count: n sorts last ...
         index = index.masked_fill(late, -1)  # ... and -1 cannot be gathered by mistake
     return index if mask is None else (index, torch.tensor(counts, device=features.device))
+
+
+def _checked(features: Tensor) -> Tensor:
+    """Finite features, and none so large or small that its square leaves fp32: such an image is scaled by a power of
+    two, which is exact and which no plugin can tell."""
+    largest = torch.maximum(features.amax((1, 2)), -features.amin((1, 2)))  # NaN wins in both
+    exponents = [math.frexp(x)[1] if math.isfinite(x) else None for x in largest.tolist()]
+    if None in exponents:
+        raise UserError("the image features hold NaN or infinite values: the vision tower or projector has diverged")
+    if all(-30 <= e <= 30 for e in exponents):
+        return features
+    return torch.ldexp(features, -torch.tensor(exponents, device=features.device).clamp(-126, 126)[:, None, None])
 
 
 def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: list[int]) -> list[int]:
@@ -125,21 +136,19 @@ def divprune(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     A chosen row gets similarity +inf, which no maximum undoes: duplicates can never be picked twice (the official
     code returned 40 distinct rows of 58 on repeated tokens).
     """
-    # Each image is scaled by a power of two, which is exact, so that no square leaves fp32's range.
-    largest = torch.stack(features.flatten(1).aminmax(dim=1)).abs().amax(0)
-    features = features * torch.ldexp(torch.ones_like(largest), -torch.frexp(largest).exponent)[:, None, None]
     similarity = features @ features.mT
-    similarity = torch.maximum(similarity, similarity.mT)  # a product's two halves may round differently
     norm = similarity.diagonal(dim1=1, dim2=2).sqrt()
     norm = norm.masked_fill(norm == 0, 1)  # a zero row is at right angles to everything
     # Dividing the (N, N) product costs less than normalising the wider (N, D) features first.
-    similarity.div_(norm[:, :, None] * norm[:, None, :])
+    similarity.div_(norm[:, :, None]).div_(norm[:, None, :])
     inf = float("inf")
     if not valid.all():
-        similarity.masked_fill_(~valid[:, None, :], -inf)  # nobody's neighbour
+        similarity.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), -inf)  # nobody's neighbour
     similarity.diagonal(dim1=1, dim2=2).fill_(-inf)  # nor is a row its own
     batch = torch.arange(len(features), device=features.device)
-    pick = similarity.amax(2).masked_fill_(~valid, inf).argmin(1)
+    # Two rows that are each other's nearest must tie, though a product's two halves may round differently.
+    nearest = torch.maximum(similarity.amax(2), similarity.amax(1))
+    pick = nearest.masked_fill_(~valid, inf).argmin(1)
     closest = torch.zeros_like(valid, dtype=features.dtype).fill_(-inf).masked_fill_(~valid, inf)
     picks = []
     for _ in range(most):

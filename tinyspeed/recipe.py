@@ -75,8 +75,8 @@ class Digits:
     width: int = 128
     layers: int = 2
     tower_width: int = 64
-    tower_layers: int = 3
-    tower_steps: int = 300
+    tower_layers: int = 2
+    tower_steps: int = 500
 
     def __post_init__(self):
         for f in dataclasses.fields(self):

@@ -129,7 +129,8 @@ def run_figure(steps: list[dict], name: str = "run"):
     _scale(loss, heights)
     loss.set_ylabel("cross-entropy of the answers")
     loss.set_title("Loss, smoothed", loc="left", pad=6 if len(stages) == 1 else 18)
-    label_ends(loss, list(ends.values()))
+    if ends:
+        label_ends(loss, list(ends.values()))
 
     # Rows, the teacher's included: the gap to the dashed line is what was saved
     kept, full = _column(steps, "rows_kept") + _column(steps, "rows_taught"), _column(steps, "rows_full")
@@ -294,8 +295,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each curve's name right of the axes, at the height of its end (x, y, name, colour), or as near to that as
     the other names leave room; a thin line leads there."""
-    if not ends:
-        return
     box = ax.get_window_extent()
     ends = sorted(ends, key=lambda end: (end[1], end[0]))
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, *_ in ends]).clip(box.y0, box.y1)
@@ -386,9 +385,7 @@ def _plain(ax) -> None:
 
 def _scale(ax, heights: list[float]) -> None:
     """Show the curves, whatever single steps do; logarithmically where they fall far."""
-    if not heights:
-        return
-    low, high = min(heights), max(heights)
+    low, high = min(heights, default=0), max(heights, default=1)
     if low > 0 and high / low > 8:
         ax.set_yscale("log")
         ax.set_ylim(low / 1.3, high * 1.3)

@@ -1,0 +1,97 @@
+"""The house keeps its rules: floors import downwards only, rooms stay small, and the README tells the truth about both."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tinyspeed import cli
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tinyspeed"
+FLOORS = [
+    {"errors"},
+    {"pruning", "isolator", "scheduler", "distill", "rows"},
+    {"attention"},
+    {"vlm"},
+    {"dualspeed"},
+    {"data", "batching"},
+    {"checkpoint", "callback", "digits"},
+    {"recipe", "record", "evaluate", "report"},
+    {"train", "look", "bench"},
+    {"compare", "demo"},
+    {"cli"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+CORE = [name for floor in FLOORS[:5] for name in sorted(floor)]
+FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
+
+
+def imports(file):
+    """Modules of this project that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("tinyspeed", "scale"):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] in ("tinyspeed", "scale"))
+
+
+def test_every_file_has_a_floor():
+    assert set(FILES) == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_only_from_floors_below_it(name):
+    for module in imports(PACKAGE / f"{name}.py"):
+        if module in FLOOR:
+            assert FLOOR[module] < FLOOR[name], f"{name} imports {module}"
+        else:
+            assert module == "__version__", f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rooms_are_small(name):
+    lines = (PACKAGE / f"{name}.py").read_text(encoding="utf-8").count("\n")
+    assert lines < (250 if name in CORE else 400)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_opens_with_its_idea(name):
+    assert len(ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))) > 60
+
+
+@pytest.fixture(scope="module")
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_names_every_file_and_no_other(readme):
+    tree = readme.split("## The house")[1]
+    named = set(re.findall(r"^\s+(\w+)\.py\s", tree, flags=re.MULTILINE))
+    assert named == set(FILES)
+
+
+def test_the_readmes_commands_exist(readme, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    known = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, flags=re.MULTILINE))
+    used = set(re.findall(r"^\.venv/bin/tinyspeed (\w+)", readme, flags=re.MULTILINE))
+    assert used
+    assert used <= known
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", readme, flags=re.MULTILINE)) <= targets
+
+
+def test_the_readmes_python_compiles(readme):
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
+
+
+def test_links_inside_the_project_lead_somewhere(readme):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", readme):
+        assert (ROOT / target).exists(), target
