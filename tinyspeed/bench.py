@@ -57,7 +57,7 @@ def bench_pruning(
         contestants[name] = lambda name=name: pruning.select(name, x, keep=keep)
     times = timed(contestants, repeats, where)
     rows = contestants["divprune"]()
-    processor = record._processor()
+    processor = record.processor()
     result = record.describe(
         bench="pruning",
         shape=list(shape),

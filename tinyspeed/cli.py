@@ -97,7 +97,8 @@ def _train(a) -> int:
 
     chosen = recipe.read(a.recipe, a.set)
     result = train(chosen, resume=a.resume)
-    report.draw_run(chosen.folder)
+    if result.totals.steps:
+        report.draw_run(chosen.folder)
     if result.stopped_by is None:
         t = result.totals
         print(f"{t.steps} steps, {t.seconds:.0f} s, {result.speedup:.2f}x full; model in {chosen.folder / 'model'}")
