@@ -1,4 +1,4 @@
-"""The house keeps its rules: floors import downwards only, rooms stay small, and the README tells the truth about both."""
+"""The house keeps its rules: imports go down, rooms stay small, and the README tells the truth about both."""
 
 import ast
 import re

@@ -197,9 +197,10 @@ def train_tower(tower: nn.Module, seed: int, steps: int, batch: int = 32, report
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
             pixels, cells = _cells(np.random.default_rng([seed, step, 2]), "train", batch)
             weight = torch.where(cells.flatten() == BLANK, 0.05, 1.0)
-            guesses = _read(tower, head, pixels).flatten(0, 1).split([BLANK + 1, SIDE, SIDE], dim=1)
-            truths = (cells.flatten(), line, column)
-            loss = sum(F.cross_entropy(g, t, reduction="none") for g, t in zip(guesses, truths, strict=True))
+            what, at_line, at_column = _read(tower, head, pixels).flatten(0, 1).split([BLANK + 1, SIDE, SIDE], dim=1)
+            loss = F.cross_entropy(what, cells.flatten(), reduction="none")
+            for place, truth in ((at_line, line), (at_column, column)):
+                loss = loss + 0.2 * F.cross_entropy(place, truth, reduction="none")
             loss = (loss * weight).sum() / weight.sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
