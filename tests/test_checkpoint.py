@@ -42,11 +42,39 @@ def test_a_half_written_one_is_listed_and_never_the_newest(tmp_path):
 
 def test_saving_fails_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 5, tensors(), {}, keep=1)
-    monkeypatch.setattr(checkpoint, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(checkpoint, "_to_disk", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(tmp_path, 6, tensors(), {}, keep=1)
     assert checkpoint.newest(tmp_path).name == "step-00000005"
     checkpoint.load(checkpoint.newest(tmp_path))
+
+
+def test_a_changed_state_is_noticed(tmp_path):
+    path = checkpoint.save(tmp_path, 1, tensors(), {"stage_step": 400}, keep=1)
+    text = (path / checkpoint.STATE).read_text()
+    (path / checkpoint.STATE).write_text(text.replace("400", "600"))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_a_users_copies_are_neither_used_nor_deleted(tmp_path):
+    checkpoint.save(tmp_path, 5, tensors(), {}, keep=1)
+    (tmp_path / "step-00000005").rename(tmp_path / "step-00000005.bak")
+    for step in (6, 7):
+        checkpoint.save(tmp_path, step, tensors(), {}, keep=1)
+    assert checkpoint.newest(tmp_path).name == "step-00000007"
+    assert (tmp_path / "step-00000005.bak" / checkpoint.TENSORS).exists()
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+    with (
+        checkpoint.only_one(tmp_path),
+        pytest.raises(UserError, match="another process"),
+        checkpoint.only_one(tmp_path),
+    ):
+        pass
+    with checkpoint.only_one(tmp_path):
+        assert (tmp_path / ".lock").exists()
 
 
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))

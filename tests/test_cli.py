@@ -1,6 +1,8 @@
 """The command line: every mistake is one line and exit code 2, and loses nothing."""
 
+import os
 import re
+import signal
 
 import pytest
 
@@ -52,6 +54,49 @@ def test_train_eval_export_and_resume(capsys, tmp_path, small):
     assert "holds a run already" in fails(capsys, "train", *small)
     assert cli.main(["train", *small, "--resume"]) == 0
     assert "is not a run" in fails(capsys, "eval", tmp_path / "out")
+
+
+def test_exit_codes_of_signals(capsys, monkeypatch, small):
+    from tinyspeed.stage import StageRun
+
+    original = StageRun._step
+    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
+
+        def signalled(self, *arguments, number=number):
+            os.kill(os.getpid(), number)
+            return original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StageRun, "_step", signalled)
+            assert cli.main(["train", *small, "--set", f"run.name=by-{number}"]) == code
+            assert "continue with --resume" in capsys.readouterr().err
+            assert cli.main(["compare", *small, "--set", f"run.name=by-{number}", "--arms", "full"]) == code
+        assert cli.main(["train", *small, "--set", f"run.name=by-{number}", "--resume"]) == 0
+
+
+def test_a_damaged_checkpoint_is_one_line_and_left_as_it_is(capsys, tmp_path, small):
+    assert cli.main(["train", *small]) == 0
+    damaged = max((tmp_path / "demo" / "checkpoints").glob("step-*/tensors.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in (tmp_path / "demo").rglob("*") if p.is_file()}
+    assert "is damaged" in fails(capsys, "train", *small, "--resume")
+    assert "is damaged" in fails(capsys, "eval", tmp_path / "demo")
+    assert {p: p.read_bytes() for p in (tmp_path / "demo").rglob("*") if p.is_file()} == before
+
+
+def test_the_demo_trains_once_and_then_shows_its_results_again(capsys, tmp_path, small):
+    words = ["demo", *small, "--set", "run.name=d"]
+    assert cli.main(words) == 0
+    first = capsys.readouterr().out
+    assert re.search(r"% right on full tokens .*\d", first)
+    for name in ("report.png", "kept.png"):
+        assert (tmp_path / "d" / name).stat().st_size > 10_000
+    weights = (tmp_path / "d" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "d" / "model" / "model.safetensors").stat().st_mtime_ns == weights
+    assert "another recipe" in fails(capsys, *words, "--set", "train.steps=3")
 
 
 def test_look_and_its_mistakes(capsys, tmp_path, base):

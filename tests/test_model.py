@@ -383,7 +383,7 @@ def test_a_stage_trains_the_connector_and_the_llm_or_the_connector_alone(family,
     model = wrap(tiny.model(family))
     vlm.set_trainable(model.model, stage)
     full, fast = (backward(model, tiny.batch(family), plan=plan)[1].keys() for plan in (FULL, FAST))
-    pattern = "multi_modal_projector|image_newline|isolator" + ("|language_model|lm_head" if stage == "tune" else "")
+    pattern = "multi_modal_projector|image_newline|isolator" + ("|language_model|lm_head" if stage == "train" else "")
     assert full | fast == {name for name, _ in model.named_parameters() if re.search(pattern, name)}
 
 
@@ -496,13 +496,14 @@ def test_with_lora_only_adapters_and_the_isolator_get_gradients(family, plan, la
 
 
 @every_plan
-def test_a_bf16_model_trains_in_its_own_precision(family, plan):
+def test_a_bf16_model_trains_in_its_own_precision_and_its_isolator_in_fp32(family, plan):
     model = wrap(tiny.model(family).bfloat16())
     batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny.batch(family).items()}
     loss, gradients = backward(model, batch, plan=plan)
     assert loss.dtype == torch.float32
     assert loss.isfinite()
-    assert {g.dtype for g in gradients.values()} == {torch.bfloat16}
+    for name, gradient in gradients.items():  # the isolator's small updates would round away in bf16
+        assert gradient.dtype == (torch.float32 if name == "isolator.weight" else torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -404,3 +404,12 @@ def test_a_mask_that_does_not_fit_the_features_is_refused(mask):
     for name in pruning.names():
         with pytest.raises(UserError, match="mask"):
             select(name, distinct(0, 2, 6, 3), keep=0.5, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@given(seed=seeds)
+def test_autocast_does_not_reach_the_selection(dtype, seed):
+    features = 40 * (distinct(seed, 64, 32)[None] + 3)  # a strong common part, as projected features have
+    plain = select("divprune", features, keep=0.1)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(select("divprune", features, keep=0.1), plain)

@@ -12,7 +12,7 @@ share = st.floats(0.01, 1)
 
 
 @given(
-    seed=st.integers(0, 2**40),
+    seed=st.integers(0, 2**32 - 1),
     keep=share,
     slow=share,
     lr=st.floats(1e-8, 1),
@@ -52,6 +52,8 @@ def test_built_in_recipes_are_valid(name):
         ("dualspeed.slow=-1", "between 0 and 1"),
         ("dualspeed.distill=-1", "negative"),
         ("dualspeed.isolator=-1", "negative"),
+        ("run.seed=-1", "between 0"),
+        ("train.epochs=inf", "infinite"),
         ("run.name=../up", "plain folder name"),
         ("lr=1", "section.key=value"),
         ("train.lr", "section.key=value"),

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from tinyspeed import UserError, checkpoint, digits, recipe, train
-from tinyspeed.train import StageRun
+from tinyspeed.data import collate
+from tinyspeed.scheduler import Plan
+from tinyspeed.stage import StageRun, Totals, learning_rate
 
 ALIGN, TUNE = 3, 7
 
@@ -150,12 +152,12 @@ def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
     gradients = []
     for budget in (0, 100, 10**6):
         stage = recipe.Stage(steps=5, batch=6, row_budget=budget)
-        run = StageRun(made, model.eval(), train.build(made)[1], "tune", 1, stage, train.Totals())
+        run = StageRun(made, model.eval(), train.build(made)[1], "train", 1, stage, Totals())
         model.vlm.language_model.config.attention_dropout = 0.0
         for layer in model.vlm.language_model.layers:
             layer.self_attn.attention_dropout = 0.0
         for mode in ("fast", "slow"):
-            done = run._forward_backward(2, train.Plan(mode, keep=0.1, distill=1.0 if mode == "slow" else 0.0))
+            done = run._forward_backward(2, Plan(mode, keep=0.1, distill=1.0 if mode == "slow" else 0.0))
             moved = {n: p.grad.clone() for p, n in run.names.items() if p.grad is not None}
             gradients.append((budget, mode, float(done["loss"]), moved))
             run.optimizer.zero_grad(set_to_none=True)
@@ -178,7 +180,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(base, tmp_path, mo
         return done
 
     monkeypatch.setattr(StageRun, "_forward_backward", poisoned)
-    with pytest.raises(UserError, match=r"step 6 .*Stopped before the optimizer.*train\.lr"):
+    with pytest.raises(UserError, match=r"step 6 .*Stopped before the optimizer.*new run with a lower train\.lr"):
         train.train(made, bar=False)
     tensors, state = checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))
     assert state["totals"]["steps"] == 5
@@ -219,7 +221,7 @@ def test_an_exported_model_is_a_plain_llava(uninterrupted):
 
     plain = AutoModelForImageTextToText.from_pretrained(uninterrupted.folder / "model").eval()
     ours = train.load_trained(uninterrupted).eval()
-    batch = train.collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)
+    batch = collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)
     assert not any("isolator" in name for name, _ in plain.named_parameters())
     assert torch.equal(plain(**batch).logits, ours(**batch).logits)
 
@@ -229,9 +231,47 @@ def test_existing_runs_are_never_overwritten(base, uninterrupted, tmp_path):
         train.train(uninterrupted, bar=False)
     with pytest.raises(UserError, match="no run to resume"):
         train.train(settings(base, tmp_path, "absent"), resume=True, bar=False)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "notes.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not a run"):
+        train.train(settings(base, tmp_path, "thesis"), bar=False)
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["notes.txt"]
     other = settings(base, uninterrupted.run.folder, "whole", "train.lr=1e-5")
-    with pytest.raises(UserError, match="not the one"):
+    with pytest.raises(UserError, match="another recipe"):
         train.train(other, resume=True, bar=False)
+
+
+def test_a_failed_start_does_not_take_the_name(base, tmp_path):
+    with pytest.raises(UserError, match="no model folder"):
+        train.train(settings("/no/such/model", tmp_path, "run"), bar=False)
+    made = settings(base, tmp_path, "run", "train.steps=1")
+    train.train(made, bar=False)
+    assert (made.folder / "model").exists()
+
+
+def test_another_llava_than_the_digits_own_is_refused(tmp_path):
+    import tiny
+
+    other = tiny.checkpoint("llava", tmp_path / "other")
+    with pytest.raises(UserError, match="is not a model for data"):
+        train.train(settings(str(other), tmp_path, "run"), bar=False)
+
+
+def test_running_out_of_memory_names_mode_rows_and_setting(base, tmp_path, monkeypatch):
+    made, original = settings(base, tmp_path, "run", "align.steps=0"), StageRun._forward_backward
+
+    def too_large(self, step, plan):
+        if plan.mode != "fast":
+            raise torch.OutOfMemoryError
+        return original(self, step, plan)
+
+    monkeypatch.setattr(StageRun, "_forward_backward", too_large)
+    rows = 4 * (1 + 4 * 6 + 144)
+    with pytest.raises(UserError, match=rf"a slow micro-batch of {rows} rows .* train\.row_budget below"):
+        train.train(made, bar=False)
+    # A run without slow steps does not mind that a full step could not even be timed.
+    fast = settings(base, tmp_path, "fast", "align.steps=0", "dualspeed.schedule=fast")
+    assert train.train(fast, bar=False).speedup is None
 
 
 def test_a_damaged_checkpoint_is_named_and_a_half_written_one_ignored(base, tmp_path, capsys):
@@ -250,7 +290,7 @@ def test_a_damaged_checkpoint_is_named_and_a_half_written_one_ignored(base, tmp_
 
 def test_the_learning_rate_warms_up_and_comes_down():
     stage = recipe.Stage(steps=100, lr=2.0, warmup=0.1)
-    rates = [train.learning_rate(stage, step, 100) for step in range(100)]
+    rates = [learning_rate(stage, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] < 0.01

@@ -57,16 +57,14 @@ def bench_pruning(
         contestants[name] = lambda name=name: pruning.select(name, x, keep=keep)
     times = timed(contestants, repeats, where)
     rows = contestants["divprune"]()
-    processor = record.processor()
     result = record.describe(
         bench="pruning",
         shape=list(shape),
         keep=keep,
         count=count,
         repeats=repeats,
-        # Where this ran: on a machine with a GPU that need not be the GPU.
-        device=torch.cuda.get_device_name(where) if where.type == "cuda" else processor,
-        processor=processor,
+        device=where,
+        processor=record.processor(),
         load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # far above the threads: disturbed
         contestants={
             name: {

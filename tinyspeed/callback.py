@@ -19,6 +19,10 @@ class SetStep(TrainerCallback):
         self.model = model
         self.forwards = 0
 
+    def on_train_begin(self, args, state, control, **_):
+        if args.n_gpu > 1:  # transformers would copy the model to each with nn.DataParallel, which loses the adapter
+            raise UserError("several GPUs in one process are not supported: start one process a GPU, with torchrun")
+
     def on_step_begin(self, args, state, control, **_):
         self.model.step = state.global_step
         self.forwards = self.model.forwards

@@ -1,17 +1,19 @@
 """Checkpoints that are whole or not there.
 
     checkpoints/step-00000400/   tensors.safetensors   everything with a shape
-                                 state.json            everything else, and size and CRC-32 of the tensors
+                                 state.json            everything else, and the CRC-32 of both
 
 A checkpoint is written under a temporary name, flushed to disk and renamed: whatever kills the run, a folder called
-step-* is complete. One that is not (a disk fault, a stray copy) is named, and never used in silence. Nothing here is
-pickled: safetensors and JSON only.
+step-NNNNNNNN is complete. One that is not (a disk fault, a stray copy) is named, and never used in silence. Nothing
+here is pickled: safetensors and JSON only.
 """
 
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,16 +41,34 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-    with open(temporary / TENSORS, "rb") as file:
-        os.fsync(file.fileno())
     size, crc = _fingerprint(temporary / TENSORS)
-    write_atomically(temporary / STATE, json.dumps({**state, "step": step, "bytes": size, "crc32": crc}, indent=1))
-    if final.exists():  # the same step, saved again after a resume
-        shutil.rmtree(final)
+    state = {**state, "step": step, "bytes": size, "crc32": crc}
+    (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")
+    for path in (temporary / TENSORS, temporary / STATE):
+        _to_disk(path)
     temporary.rename(final)
+    _to_disk(folder)
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Refuse a second process in the same run: two would write each other's checkpoints and metrics."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing stops a second one there
+        yield
+        return
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the kernel lets go when the process ends, however it does
+        except OSError as error:
+            raise UserError(f"another process is training in {folder}; wait for it, or stop it") from error
+        yield
 
 
 def newest(folder: Path) -> Path | None:
@@ -64,24 +84,37 @@ def unfinished(folder: Path) -> list[Path]:
 def load(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and state of one checkpoint; a damaged one is an error that says so."""
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        written = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = written["state"]
+        if written["crc32"] != _crc(state):
+            raise ValueError(f"{STATE} is not what was written")
         if _fingerprint(path / TENSORS) != (state["bytes"], state["crc32"]):
-            raise UserError(
-                f"checkpoint {path} is damaged: {TENSORS} is not what was written; delete the folder to "
-                f"resume from the one before it"
-            )
+            raise ValueError(f"{TENSORS} is not what was written")
         return load_file(path / TENSORS), state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete the folder to "
-            f"resume from the one before it"
+            f"checkpoint {path} is damaged ({type(error).__name__}: {error}); delete the folder to resume from the one "
+            f"before it"
         ) from error
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    return sorted(p for p in folder.glob("step-" + "[0-9]" * 8) if p.is_dir())
+
+
+def _to_disk(path: Path) -> None:
+    """Make sure that a file's content, or a folder's entries, survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot, and keeps its folders in order by itself
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _crc(state: dict) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def _fingerprint(path: Path) -> tuple[int, int]:

@@ -19,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"tinyspeed: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of the steps, which save first
+        print("tinyspeed: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     made = command("demo", _demo, "the embedded default: real handwritten digits, on a CPU, in minutes")
     takes_recipe(made, "digits")
     made.add_argument("--short", action="store_true", help="a few steps only, to see that everything runs")
-    made.add_argument("--resume", action="store_true", help="continue an interrupted demo")
 
     made = command("train", _train, "train a recipe")
     takes_recipe(made)
@@ -77,18 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stopped(result) -> int:
-    """Exit code of a training run: 0, also for Ctrl-C (the run is saved); 143 for SIGTERM, as schedulers expect."""
-    if result.stopped_by is not None:
-        print("saved; continue with --resume", file=sys.stderr)
-    return 143 if result.stopped_by == signal.SIGTERM else 0
+def _stopped(number: int | None, how_to_go_on: str = "saved; continue with --resume") -> int:
+    """Exit code of a run: 0, also for Ctrl-C (it is saved); 143 for SIGTERM, as job schedulers expect."""
+    if number is not None:
+        print(how_to_go_on, file=sys.stderr)
+    return 143 if number == signal.SIGTERM else 0
 
 
 def _demo(a) -> int:
     from . import demo, recipe
 
     chosen = recipe.read(a.recipe, a.set)
-    return _stopped(demo.demo(demo.short(chosen) if a.short else chosen, a.resume))
+    return _stopped(demo.demo(demo.short(chosen) if a.short else chosen).stopped_by)
 
 
 def _train(a) -> int:
@@ -101,8 +103,9 @@ def _train(a) -> int:
         report.draw_run(chosen.folder)
     if result.stopped_by is None:
         t = result.totals
-        print(f"{t.steps} steps, {t.seconds:.0f} s, {result.speedup:.2f}x full; model in {chosen.folder / 'model'}")
-    return _stopped(result)
+        speedup = f", {result.speedup:.2f}x full" if result.speedup else ""
+        print(f"{t.steps} steps, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
+    return _stopped(result.stopped_by)
 
 
 def _compare(a) -> int:
@@ -110,26 +113,22 @@ def _compare(a) -> int:
 
     chosen = recipe.read(a.recipe, a.set)
     arms = [arm.strip() for arm in a.arms.split(",")] if a.arms else None
-    results = compare.compare(chosen, a.seeds, arms)
-    if results:
+    stopped = compare.compare(chosen, a.seeds, arms)
+    if stopped is None:
         folder = compare.folder_of(chosen)
         print((folder / "compare.md").read_text())
         print(f"numbers in {folder / 'compare.json'}, picture in {folder / 'compare.png'}")
-    return 0
+    return _stopped(stopped, "stopped; the same command goes on, beginning with this arm")
 
 
 def _eval(a) -> int:
-    from . import digits, evaluate, report
+    from . import evaluate, report
     from .recipe import of_run
-    from .scheduler import Plan
     from .train import load_trained
 
     chosen = of_run(a.run)
-    model = load_trained(chosen)
-    pictures = digits.Digits(chosen.data.eval_pictures, 1, "eval", chosen.run.seed)
-    plans = {"full": Plan("full"), "pruned": Plan("fast", keep=chosen.dualspeed.keep)}
-    rows = [[name, f"{evaluate.accuracy(model, pictures, plan):.1f}"] for name, plan in plans.items()]
-    print(report.table(["tokens", "% right"], rows))
+    full, pruned = evaluate.held_out(load_trained(chosen), chosen)
+    print(report.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
     return 0
 
 

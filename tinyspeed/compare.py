@@ -18,8 +18,7 @@ from . import digits, evaluate, record, report
 from .checkpoint import write_atomically
 from .errors import UserError, unknown
 from .recipe import Recipe
-from .scheduler import Plan
-from .train import train
+from .train import set_threads, train
 
 # What each arm changes in the recipe's [dualspeed]. The four after `full` are the paper's, with the official code's
 # compact positions; the last four ask how rare slow steps may become when positions stay original.
@@ -40,8 +39,10 @@ def folder_of(recipe: Recipe) -> Path:
     return recipe.folder.with_name(f"{recipe.run.name}-compare")
 
 
-def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool = True) -> dict:
-    """Run every arm for every seed; write compare.json, compare.md and compare.png into `folder_of(recipe)`."""
+def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool = True) -> int | None:
+    """Run every arm for every seed; write compare.json, compare.md and compare.png into `folder_of(recipe)`.
+
+    Returns the signal that ended it early, if one did."""
     arms = arms or list(ARMS)
     for arm in arms:
         if arm not in ARMS:
@@ -50,7 +51,7 @@ def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool
         raise UserError(f"--seeds {seeds}: compare at least one seed")
     folder = folder_of(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    runs = []
+    set_threads(recipe)
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):
         home = folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
@@ -58,18 +59,22 @@ def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool
             digits.prepare(home / "base", seed, **dataclasses.asdict(recipe.digits), bar=bar)
         )
         for arm in arms:
-            result = _run(recipe, home, base, seed, arm, bar)
-            if result is None:  # interrupted: nothing to summarise yet
-                return {}
-            runs.append(result)
-            results = {**record.describe(recipe=recipe.to_toml()), "runs": runs}
-            write_atomically(folder / "compare.json", json.dumps(results, indent=1))
+            stopped = _run(recipe, home, base, seed, arm, bar)
+            if stopped is not None:
+                return stopped
+    # Whatever this folder holds, also from earlier calls with other arms.
+    every = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("seed-*/*/result.json")]
+    known = list(ARMS)
+    runs = sorted(every, key=lambda run: (run["seed"], known.index(run["arm"])))
+    results = {**record.describe(recipe=recipe.to_toml()), "runs": runs}
+    write_atomically(folder / "compare.json", json.dumps(results, indent=1) + "\n")
     write_atomically(folder / "compare.md", summary(runs) + "\n")
     report.draw_compare(results, folder / "compare.png")
-    return results
+    return None
 
 
-def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) -> dict | None:
+def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) -> int | None:
+    """Measure one arm, unless it has been; the signal that ended it early, if one did."""
     name = arm.replace(" ", "-")
     recipe = dataclasses.replace(
         recipe,
@@ -79,23 +84,22 @@ def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) 
     )
     done = recipe.folder / "result.json"
     if done.is_file():
-        result = json.loads(done.read_text(encoding="utf-8"))
-        if result["recipe"] != recipe.to_toml():
+        if json.loads(done.read_text(encoding="utf-8"))["recipe"] != recipe.to_toml():
             raise UserError(f"{done} was measured with another recipe; choose another run.name, or delete the folder")
-        return result
+        return None
     shutil.rmtree(recipe.folder, ignore_errors=True)  # of an arm that was cut off: its seconds would not be whole
     if bar:
         print(f"seed {seed}: {arm}", flush=True)
     trained = train(recipe, bar=bar)
     if trained.stopped_by is not None:
-        return None
-    pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", seed)
+        return trained.stopped_by
+    full, pruned = evaluate.held_out(trained.model, recipe)
     lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
     result = {
         "arm": arm,
         "seed": seed,
-        "accuracy_full": evaluate.accuracy(trained.model, pictures, Plan("full")),
-        "accuracy_pruned": evaluate.accuracy(trained.model, pictures, Plan("fast", keep=recipe.dualspeed.keep)),
+        "accuracy_full": full,
+        "accuracy_pruned": pruned,
         "seconds": trained.totals.seconds,
         "rows": trained.totals.rows,
         "steps": trained.totals.steps,
@@ -104,7 +108,7 @@ def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) 
         "recipe": recipe.to_toml(),
     }
     write_atomically(done, json.dumps(result))
-    return result
+    return None
 
 
 def summary(runs: list[dict]) -> str:

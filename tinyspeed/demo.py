@@ -5,7 +5,6 @@ tune with DualSpeed, ask the trained model about pictures it has never seen on f
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +12,13 @@ from PIL import Image
 
 from . import digits, evaluate, look, report
 from .recipe import Recipe
-from .scheduler import Plan
 from .train import Result, base, train
 
 
-def demo(recipe: Recipe, resume: bool) -> Result:
+def demo(recipe: Recipe) -> Result:
+    """Train, or go on with an interrupted demo, or show a finished one again."""
     folder = recipe.folder
-    if folder.exists() and not resume:
-        if (folder / "model").exists():  # finished, and made again from the same seed
-            shutil.rmtree(folder)
-        else:
-            print(f"going on with the unfinished demo in {folder}")
-            resume = True
-    result = train(recipe, resume=resume)
+    result = train(recipe, resume=(folder / "recipe.toml").is_file())
     if result.stopped_by is not None:
         return result
     print(_results(recipe, result))
@@ -40,25 +33,18 @@ def demo(recipe: Recipe, resume: bool) -> Result:
 
 
 def _results(recipe: Recipe, result: Result) -> str:
-    pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", recipe.run.seed)
     t = result.totals
-    full, pruned = (
-        evaluate.accuracy(result.model, pictures, plan)
-        for plan in (Plan("full"), Plan("fast", keep=recipe.dualspeed.keep))
-    )
-    return report.table(
-        ["after training", "value"],
-        [
-            ["% right on full tokens (as used at inference)", f"{full:.1f}"],
-            ["% right on pruned tokens", f"{pruned:.1f}"],
-            ["steps", f"{t.steps}"],
-            ["rows through the LLM", f"{t.rows:,}"],
-            ["rows in full training", f"{t.rows_full:,}"],
-            ["training seconds", f"{t.seconds:.0f}"],
-            ["seconds of full training, by the probe", f"{t.full_seconds:.0f}"],
-            ["speed-up", f"{result.speedup:.2f}"],
-        ],
-    )
+    full, pruned = evaluate.held_out(result.model, recipe)
+    rows = [
+        ["% right on full tokens (as used at inference)", f"{full:.1f}"],
+        ["% right on pruned tokens", f"{pruned:.1f}"],
+        ["steps", f"{t.steps}"],
+        ["rows through the LLM", f"{t.rows:,}"],
+        ["rows in full training", f"{t.rows_full:,}"],
+        ["training seconds", f"{t.seconds:.0f}"],
+        ["seconds of full training, by the probe", f"{t.full_seconds:.0f}"],
+    ]
+    return report.table(["after training", "value"], [*rows, ["speed-up", f"{result.speedup:.2f}"]])
 
 
 def draw_example(path: Path, seed: int) -> Path:

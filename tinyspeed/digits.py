@@ -14,6 +14,7 @@ There is no CLIP to download, so the CLIP-shaped tower is trained here, briefly,
 frozen as LLaVA's is.
 """
 
+import json
 import shutil
 from dataclasses import dataclass
 from functools import cache
@@ -243,7 +244,11 @@ def build_processor():
 
 def prepare(folder: Path, seed: int, *, tower_steps: int, bar: bool = True, **sizes: int) -> Path:
     """The base model in `folder`, in the real on-disk format; built, and its tower trained, if it is not there yet."""
+    how = {"seed": seed, "tower_steps": tower_steps, **sizes}
     if folder.is_dir():
+        built = folder / "digits.json"
+        if not built.is_file() or json.loads(built.read_text(encoding="utf-8")) != how:
+            raise UserError(f"{folder} was not built with {how}: delete it, or choose another run.name")
         return folder
     model = build_model(seed, **sizes)
     with tqdm(total=tower_steps, desc="tower", unit="step", disable=not bar, mininterval=0.2) as line:
@@ -259,8 +264,20 @@ def prepare(folder: Path, seed: int, *, tower_steps: int, bar: bool = True, **si
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     build_processor().save_pretrained(temporary)
+    (temporary / "digits.json").write_text(json.dumps(how), encoding="utf-8")
     temporary.rename(folder)
     return folder
+
+
+def check_model(model: nn.Module, path: str) -> None:
+    """Refuse a model that cannot read these pictures or these words."""
+    c = model.config
+    words, image, size = c.text_config.vocab_size, c.image_token_id, c.vision_config.image_size
+    if (words, image, size) != (len(ID), ID["<image>"], PIXELS):
+        raise UserError(
+            f'{path} is not a model for data.kind = "digits": it has {words} words, image token {image} and pictures '
+            f"of {size} pixels, not {len(ID)}, {ID['<image>']} and {PIXELS}"
+        )
 
 
 def _read(tower: nn.Module, head: nn.Module, pixels: Tensor) -> Tensor:

@@ -23,14 +23,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _chunk_loss(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, teacher: Tensor | None, temperature: float
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    target: Tensor,
+    teacher_head: Callable[[Tensor], Tensor],
+    teacher: Tensor | None,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden).float()
     ce = F.cross_entropy(logits, target, reduction="sum")
     if teacher is None:
         return ce, ce.new_zeros(())
     with torch.no_grad():
-        teacher_logp = F.log_softmax(head(teacher).float() / temperature, dim=-1)
+        teacher_logp = F.log_softmax(teacher_head(teacher).float() / temperature, dim=-1)
     logp = F.log_softmax(logits / temperature, dim=-1)
     return ce, F.kl_div(logp, teacher_logp, reduction="sum", log_target=True)
 
@@ -41,21 +46,24 @@ def answer_loss(
     target: Tensor,
     *,
     teacher: Tensor | None = None,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and summed T^2 * KL over answer rows.
 
     hidden (A, H): the student's last hidden states at answer rows, target (A,): the tokens to predict,
-    teacher (A, H): the teacher's hidden states at the same answers (its logits are made here, chunk by chunk).
+    teacher (A, H): the teacher's hidden states at the same answers (its logits are made here, chunk by chunk, by
+    `teacher_head` where that differs from `head`).
     No answer rows give two zeros that still carry a graph, so backward works and touches the same parameters.
     """
     ce = kl = 0.0
     for start in range(0, max(len(target), 1), chunk):
         part = slice(start, start + chunk)
-        args = (head, hidden[part], target[part], None if teacher is None else teacher[part].detach(), temperature)
+        taught_by = None if teacher is None else teacher[part].detach()
+        args = (head, hidden[part], target[part], teacher_head or head, taught_by, temperature)
         if torch.is_grad_enabled():
-            chunk_ce, chunk_kl = checkpoint(_chunk_loss, *args, use_reentrant=False, preserve_rng_state=False)
+            chunk_ce, chunk_kl = checkpoint(_chunk_loss, *args, use_reentrant=False)
         else:
             chunk_ce, chunk_kl = _chunk_loss(*args)
         ce, kl = ce + chunk_ce, kl + chunk_kl

@@ -32,8 +32,6 @@ from .isolator import PromptIsolator
 from .scheduler import DualSpeedSchedule, Plan, Schedule
 from .vlm import family
 
-LAYOUTS = ("auto", "padded", "packed")
-
 
 @dataclass
 class Output(ModelOutput):
@@ -77,8 +75,8 @@ class DualSpeed(nn.Module):
             raise unknown("pruning plugin", plugin, pruning.names())
         if positions not in rows.POSITIONS:
             raise unknown("positions", positions, rows.POSITIONS)
-        if layout not in LAYOUTS:
-            raise unknown("layout", layout, LAYOUTS)
+        if layout not in rows.LAYOUTS:
+            raise unknown("layout", layout, rows.LAYOUTS)
         if not 0 < temperature < math.inf:
             raise UserError(f"temperature = {temperature}: must be above 0")
         if chunk < 1:
@@ -86,8 +84,8 @@ class DualSpeed(nn.Module):
         self.model = model
         self.vlm = family(model)
         self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
-        weight = model.get_input_embeddings().weight
-        self.isolator.to(device=weight.device, dtype=weight.dtype)
+        # It stays fp32 in a bf16 model, as LoRA's adapters do: small updates would round away.
+        self.isolator.to(model.get_input_embeddings().weight.device)
         self.plugin, self.positions, self.layout = plugin, positions, layout
         self.temperature, self.chunk, self.seed = temperature, chunk, seed
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
@@ -120,7 +118,9 @@ class DualSpeed(nn.Module):
             )
         self.forwards += 1
 
-        images = self._encode(pixel_values, image_sizes, plan)
+        images = []
+        if pixel_values is not None and len(pixel_values):
+            images = self.vlm.encode(pixel_values, image_sizes, plan.mode)
         features = torch.cat(images) if images else self.vlm.idle(plan.mode)
         embeddings = self.vlm.embed(input_ids).flatten(0, 1)
         lengths = [len(image) for image in images]
@@ -128,6 +128,7 @@ class DualSpeed(nn.Module):
 
         parts = [embeddings, features.to(embeddings.dtype)]
         run = full
+        isolator = self.isolator.weight.to(embeddings.dtype)
         taught = plan.mode == "slow" and plan.distill > 0
         if plan.mode == "fast" or taught:
             kept = self._kept(images, image_sizes, plan.keep)
@@ -135,21 +136,27 @@ class DualSpeed(nn.Module):
         teacher = None
         if taught:
             with torch.no_grad(), _without_dropout(self.vlm.language_model):
-                teacher = self._answers([*parts, self.isolator.weight], isolating, plan)[0]
+                teacher = self._answers([*parts, isolator], isolating, plan)[0]
         elif plan.mode == "fast":
-            parts, run = [*parts, self.isolator.weight], isolating
+            parts, run = [*parts, isolator], isolating
         hidden, target = self._answers(parts, run, plan)
-        if len(target) == 0:
+        if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
 
         ce, kl = answer_loss(
-            self.vlm.head, hidden, target, teacher=teacher, temperature=self.temperature, chunk=self.chunk
+            self.vlm.head,
+            hidden,
+            target,
+            teacher=teacher,
+            teacher_head=self._quiet_head,
+            temperature=self.temperature,
+            chunk=self.chunk,
         )
         total = len(target) if num_items_in_batch is None else num_items_in_batch
         metrics = {
             "mode": plan.mode,
-            "ce": ce.detach() / len(target),
-            "kl": kl.detach() / len(target),
+            "ce": ce.detach() / max(len(target), 1),
+            "kl": kl.detach() / max(len(target), 1),
             "answers": len(target),
             "rows_kept": len(run),  # rows that were trained on
             "rows_taught": len(isolating) if taught else 0,  # and rows of the teacher's forward
@@ -160,11 +167,6 @@ class DualSpeed(nn.Module):
             out.logits, out.targets = self.vlm.head(hidden), target
         return out
 
-    def _encode(self, pixel_values: Tensor | None, image_sizes: Tensor | None, plan: Plan) -> list[Tensor]:
-        if pixel_values is None or len(pixel_values) == 0:
-            return []
-        return self.vlm.encode(pixel_values, image_sizes, plan.mode)
-
     def _kept(self, images: list[Tensor], image_sizes: Tensor | None, keep: float) -> Tensor:
         """(V,) bool: which feature rows of all images stay. K counts pictures, never structural rows."""
         if not images:
@@ -172,10 +174,7 @@ class DualSpeed(nn.Module):
         prunable = self.vlm.prunable(images, image_sizes)
         features = nn.utils.rnn.pad_sequence([image.detach() for image in images], batch_first=True)
         mask = nn.utils.rnn.pad_sequence(prunable, batch_first=True)
-        # On CUDA the check would stall the device; NaN features end in a NaN loss, which the loop refuses to step on.
-        index, _ = pruning.select(
-            self.plugin, features, keep=keep, mask=mask, seed=self.seed + self.step, check=not features.is_cuda
-        )
+        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=self.seed + self.step)
         kept = torch.zeros(len(images), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
         kept.scatter_(1, index.where(index >= 0, mask.shape[1]), True)
         lengths = torch.tensor([len(image) for image in images], device=mask.device)
@@ -191,6 +190,10 @@ class DualSpeed(nn.Module):
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
         return hidden.index_select(0, placed.slot[answers]), selected.target[answers]
 
+    def _quiet_head(self, hidden: Tensor) -> Tensor:
+        with _without_dropout(self.vlm.model.get_output_embeddings()):
+            return self.vlm.head(hidden)
+
     # What transformers.Trainer and TRL ask of a model. Not a blanket __getattr__: Trainer would then see the wrapped
     # model's `is_quantized` and, finding no PeftModel, refuse a QLoRA run.
 
@@ -201,6 +204,10 @@ class DualSpeed(nn.Module):
     @property
     def generation_config(self):
         return self.model.generation_config
+
+    @property
+    def loss_type(self):
+        return getattr(self.model, "loss_type", None)
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +222,6 @@ class DualSpeed(nn.Module):
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **more) -> None:
         """On the LLM only: the frozen tower has nothing to recompute."""
         llm = self.vlm.language_model
-        # transformers 5.23 renamed it.
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
         enable(activation_checkpointing_kwargs, **more)
 
@@ -232,7 +238,7 @@ class DualSpeed(nn.Module):
 
 @contextmanager
 def _without_dropout(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards each sub-module back as it was (a frozen one may have been in eval mode already)."""
+    """Eval mode, and afterwards each sub-module as it was (a frozen one may have been in eval mode already)."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

@@ -7,9 +7,11 @@ answer included). So nothing is generated, and full and pruned sequences go thro
 
 import torch
 
+from . import digits
 from .batching import cut, plan_rows
 from .data import Source, collate
 from .dualspeed import DualSpeed
+from .recipe import Recipe
 from .rows import IGNORE
 from .scheduler import Plan
 
@@ -31,3 +33,10 @@ def accuracy(model: DualSpeed, source: Source, plan: Plan, row_budget: int = 20_
         right += len(part) - len(sample[wrong].unique())
     model.train(was_training)
     return 100 * right / len(source)
+
+
+def held_out(model: DualSpeed, recipe: Recipe) -> tuple[float, float]:
+    """Accuracy on the recipe's evaluation pictures, on full tokens (as at inference) and on pruned ones."""
+    pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", recipe.run.seed)
+    pruned = Plan("fast", keep=recipe.dualspeed.keep)
+    return accuracy(model, pictures, Plan("full")), accuracy(model, pictures, pruned)

@@ -59,19 +59,17 @@ def select(
     count: int | Sequence[int] | None = None,
     mask: Tensor | None = None,
     seed: int = 0,
-    check: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The rows that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) when a mask is given.
 
     Give either `keep`, a share, or `count`, an exact number (one for all images, or one an image with `mask`).
-    `mask` (B, N) marks the rows that may be kept. `seed` matters to plugins that draw. `check=False` leaves out the
-    test for NaN and inf, which has to wait for the device.
+    `mask` (B, N) marks the rows that may be kept. `seed` matters to plugins that draw.
     """
     if name not in _PLUGINS:
         raise unknown("pruning plugin", name, _PLUGINS)
     if features.dim() != 3 or not features.is_floating_point() or 0 in features.shape:
         raise UserError(f"features must be a float tensor (images, rows, width), got {tuple(features.shape)}")
-    features = _checked(features.float()) if check else features.float()
+    features = _checked(features.float())
     batch, n, _ = features.shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
         raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
@@ -85,7 +83,8 @@ def select(
     else:
         valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
         counts_ = torch.tensor(counts, device=features.device)
-        index = _PLUGINS[name](features, most=most, valid=valid, counts=counts_, seed=seed)
+        with torch.autocast(features.device.type, enabled=False):  # it would put the products back into half precision
+            index = _PLUGINS[name](features, most=most, valid=valid, counts=counts_, seed=seed)
         late = torch.arange(most, device=index.device) >= counts_[:, None]
         index = index.masked_fill(late, n).sort(dim=1).values  # beyond an image's count: n sorts last ...
         index = index.masked_fill(late, -1)  # ... and -1 cannot be gathered by mistake

@@ -7,6 +7,7 @@ The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a 
 """
 
 import dataclasses
+import json
 import math
 import tomllib
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from . import pruning
 from .errors import UserError, unknown
-from .rows import POSITIONS
+from .rows import LAYOUTS, POSITIONS
 from .scheduler import KINDS, Plan
 
 BUILT_IN = Path(__file__).parent / "recipes"
@@ -43,7 +44,7 @@ class Run:
     def __post_init__(self):
         good = self.name and not self.name.startswith(".") and "/" not in self.name and "\\" not in self.name
         _check(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
-        _check(self.seed >= 0, f"run.seed = {self.seed}: must not be negative")
+        _check(0 <= self.seed < 2**32, f"run.seed = {self.seed}: must be between 0 and 2**32 - 1")
         _check(self.threads >= 0, f"run.threads = {self.threads}: must not be negative")
         _check(self.save_every >= 1, f"run.save_every = {self.save_every}: must be at least 1")
         _check(self.keep_checkpoints >= 1, f"run.keep_checkpoints = {self.keep_checkpoints}: must be at least 1")
@@ -53,7 +54,6 @@ class Run:
 @dataclass(frozen=True)
 class Model:
     path: str = ""  # hub id or folder; empty: the embedded default's tiny LLaVA is built, and its tower trained
-    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class DualSpeed:
         _among("dualspeed.plugin", self.plugin, pruning.names())
         _among("dualspeed.schedule", self.schedule, KINDS)
         _among("dualspeed.positions", self.positions, POSITIONS)
-        _among("dualspeed.layout", self.layout, ("auto", "padded", "packed"))
+        _among("dualspeed.layout", self.layout, LAYOUTS)
         Plan("slow", keep=self.keep, distill=self.distill)  # refuses a bad share or weight
         _check(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
         _check(self.isolator >= 0, f"dualspeed.isolator = {self.isolator}: must not be negative")
-        _check(self.temperature > 0, f"dualspeed.temperature = {self.temperature}: must be above 0")
+        _check(0 < self.temperature < math.inf, f"dualspeed.temperature = {self.temperature}: must be above 0")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class Stage:
 
     def __post_init__(self):
         for name in ("steps", "epochs", "weight_decay", "row_budget"):
-            _check(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}: must not be negative")
+            _check(
+                0 <= getattr(self, name) < math.inf, f"{name} = {getattr(self, name)}: must not be negative or infinite"
+            )
         _check(self.batch >= 1, f"batch = {self.batch}: must be at least 1")
         _check(0 < self.lr < math.inf, f"lr = {self.lr}: must be above 0")
         _check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: must be between 0 and 1")
@@ -153,7 +155,7 @@ class Recipe:
 
     def stages(self) -> list[tuple[str, Stage]]:
         """The stages that run, with the name under which `vlm.set_trainable` knows them."""
-        every = [("align", self.align), ("tune", self.train)]
+        every = [("align", self.align), ("train", self.train)]
         return [(name, stage) for name, stage in every if stage.steps or stage.epochs]
 
     def to_toml(self) -> str:
@@ -166,10 +168,7 @@ class Recipe:
 
 
 def _toml(value) -> str:
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def read(path: str, changes: list[str] = ()) -> Recipe:

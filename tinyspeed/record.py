@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-import resource
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from .checkpoint import write_atomically
 PACKAGES = ("tinyspeed", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
 
 
-def describe(**more) -> dict:
+def describe(device: torch.device | str = "cpu", **more) -> dict:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -24,9 +24,9 @@ def describe(**more) -> dict:
         except PackageNotFoundError:
             continue
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions,
@@ -35,7 +35,12 @@ def describe(**more) -> dict:
 
 
 def write(path: Path, **more) -> None:
-    write_atomically(path, json.dumps(describe(**more), indent=1))
+    """Describe a run when it starts; a resumed run adds to what is there."""
+    now = describe(**more)
+    if path.is_file():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        now = {**first, "resumed": [*first.get("resumed", []), now]}
+    write_atomically(path, json.dumps(now, indent=1))
 
 
 def commit() -> str | None:
@@ -53,10 +58,14 @@ def commit() -> str | None:
         return None
 
 
-def peak_memory_mib() -> float:
-    """Peak of the GPU's allocator, or of the whole process on a CPU."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak of the GPU's allocator, or on a CPU of the whole process; None where the system does not tell."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 

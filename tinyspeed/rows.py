@@ -31,6 +31,7 @@ from .errors import UserError, unknown
 
 IGNORE = -100
 POSITIONS = ("compact", "original")
+LAYOUTS = ("auto", "padded", "packed")  # auto: packed where there is a kernel for it
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -63,11 +64,11 @@ class Family:
     def idle(self, plan_mode: str) -> Tensor:
         """Rows that a batch without images puts in the table and never picks: the connector's gradients are then
         zeros instead of missing, so which parameters a step touches depends on its plan and not on its data."""
-        first = next(self.projector.parameters())
+        like = self.model.get_input_embeddings().weight  # not the projector's: a 4-bit one stores bytes
         width = self.config.vision_config.hidden_size
         if isinstance(self.config.vision_feature_layer, list | tuple):
             width *= len(self.config.vision_feature_layer)
-        return self.projector(torch.zeros(1, 1, width, dtype=first.dtype, device=first.device))[0]
+        return self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]
 
     def prunable(self, features: list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
         """For each image, which of its feature rows are pictures, and not structure."""
@@ -174,7 +175,7 @@ def load(path: str, dtype: str = "float32") -> nn.Module:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise unknown("dtype", dtype, dtypes)
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{path} is not a model folder: it has no config.json")
@@ -187,30 +188,32 @@ def load(path: str, dtype: str = "float32") -> nn.Module:
     elif path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"there is no model folder {path}; give a folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
     try:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtypes[dtype])
-    except OSError as error:
+        # Safetensors only: a pickle can run code.
+        where = folder if folder.is_dir() else path
+        return AutoModelForImageTextToText.from_pretrained(where, dtype=dtypes[dtype], use_safetensors=True)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
 
 
 def load_processor(path: str):
     """The processor saved beside a model: tokeniser, image processor, chat template."""
     try:
-        return AutoProcessor.from_pretrained(path)
+        return AutoProcessor.from_pretrained(Path(path).expanduser() if Path(path).expanduser().is_dir() else path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} has no usable processor beside its model: {str(error).splitlines()[0]}") from error
 
 
-STAGES = ("align", "tune")
+STAGES = ("align", "train")
 
 
 def set_trainable(model: nn.Module, stage: str) -> None:
-    """LLaVA's two stages. align: the connector alone. tune: the connector and the LLM. The tower is always frozen."""
+    """LLaVA's two stages. align: the connector alone. train: the connector and the LLM. The tower is always frozen."""
     if stage not in STAGES:
         raise unknown("stage", stage, STAGES)
     model.requires_grad_(False)
     vlm = family(model)
     for parameter in vlm.connector():
         parameter.requires_grad_(True)
-    if stage == "tune":
+    if stage == "train":
         vlm.language_model.requires_grad_(True)
         vlm.model.get_output_embeddings().requires_grad_(True)
