@@ -91,8 +91,10 @@ def questions(rng: np.random.Generator, cells: np.ndarray, count: int) -> list[t
             asked[f"any {NUMBERS[rng.choice(present)]}"] = "yes"
         else:
             asked[f"any {NUMBERS[rng.choice(absent)]}"] = "no"
-    # Presence first: behind the quadrants' answers it could be read off the text, and the picture would not be needed.
-    return sorted(asked.items(), key=lambda item: item[0].startswith("digit"))
+    # One kind first, then the other. Presence asked behind all quadrants can be read off the earlier answers, without
+    # the picture; so in half of the pictures it is asked before them.
+    first = ("any", "digit")[rng.integers(2)]
+    return sorted(asked.items(), key=lambda item: not item[0].startswith(first))
 
 
 def pixel_values(canvas: np.ndarray) -> Tensor:
