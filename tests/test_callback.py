@@ -34,8 +34,8 @@ def wrapped(**kw):
 def arguments(folder, **kw):
     given = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     return TrainingArguments(
-        folder, report_to=[], save_strategy="no", remove_unused_columns=False, use_cpu=True, logging_steps=1,
-        disable_tqdm=True, **{**given, **kw},
+        folder, report_to=[], remove_unused_columns=False, use_cpu=True, logging_steps=1, disable_tqdm=True,
+        **{"save_strategy": "no", **given, **kw},
     )  # fmt: skip
 
 
@@ -70,6 +70,44 @@ def test_the_loss_is_token_weighted_over_accumulated_batches(tmp_path):
         torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_on_a_bf16_model_as_the_readme_has_it(tmp_path, checkpointing):
+    from peft import LoraConfig, get_peft_model
+
+    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1).bfloat16()
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    lora = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*_proj"))
+    base.model.multi_modal_projector.float().requires_grad_(True)
+    model = DualSpeed(lora, schedule=PeriodicSchedule(slow=0.5, keep=0.1))
+    run = arguments(tmp_path, max_steps=4, bf16=True, label_names=["labels"], gradient_checkpointing=checkpointing)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "projector" in name or name == "isolator.weight" for name in trained)
+    Trainer(model, run, train_dataset=Pictures(40), data_collator=gather, callbacks=[SetStep(model)]).train()
+    for name, p in model.named_parameters():
+        if name in trained:
+            assert p.dtype == torch.float32
+            assert p.isfinite().all()
+            assert "lora_A" in name or not torch.equal(p, trained[name]), name  # A moves once B is no longer zero
+    lora.merge_and_unload().to("cpu").bfloat16().save_pretrained(tmp_path / "final")
+    plain = type(base).from_pretrained(tmp_path / "final", dtype=torch.bfloat16)
+    changed = {name for name, p in plain.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[1] for name in changed} == {"language_model", "multi_modal_projector"}
+
+
+def test_a_trainer_run_resumes_bit_for_bit(tmp_path):
+    def run(folder, steps, resume):
+        model = wrapped(slow=0.5)
+        given = arguments(tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=3)
+        trainer = Trainer(model, given, train_dataset=Pictures(64), data_collator=gather, callbacks=[SetStep(model)])
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    whole = run("whole", 6, False)
+    run("cut", 3, False)
+    resumed = run("cut", 6, True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_evaluation_under_the_trainer_is_the_plain_model(tmp_path):
     model = wrapped()
     trainer = Trainer(model, arguments(tmp_path), eval_dataset=Pictures(4), data_collator=gather)
@@ -94,7 +132,7 @@ def test_a_trainer_that_goes_around_us_is_stopped_at_its_first_step(tmp_path):
 
 
 def test_trl_with_compute_loss_given_back(tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL is an extra: pip install 'tinyspeed[trl]'")
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
     model = wrapped()
 
     class Sft(trl.SFTTrainer):
