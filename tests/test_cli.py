@@ -40,6 +40,21 @@ def test_mistakes_in_a_recipe(capsys, tmp_path, small):
     assert f"no model folder {absent}" in fails(capsys, "train", *small, "--set", f"model.path={absent}")
 
 
+def test_a_model_with_broken_weights(capsys, tmp_path, small, base):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(base, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = next(n for n in tensors if "projector" in n and n.endswith("weight"))
+    tensors[name][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "NaN" in fails(capsys, "train", *small, "--set", f"model.path={broken}")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:999])
+    assert "cannot load the model" in fails(capsys, "train", *small, "--set", f"model.path={broken}")
+
+
 def test_train_eval_export_and_resume(capsys, tmp_path, small):
     assert cli.main(["train", *small]) == 0
     run = tmp_path / "demo"

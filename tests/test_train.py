@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -104,23 +105,23 @@ def test_killed_and_resumed_equals_never_killed_bit_for_bit(deaths, base, uninte
     same_end(made, uninterrupted)
 
 
-def test_a_real_sigkill_of_a_real_process(base, uninterrupted, tmp_path):
+def test_the_demo_killed_for_real_at_a_random_step_ends_the_same(base, uninterrupted, tmp_path):
     made = settings(base, tmp_path, "run")
     (tmp_path / "recipe.toml").write_text(made.to_toml())
-    command = [sys.executable, "-m", "tinyspeed", "train", str(tmp_path / "recipe.toml")]
+    command = [sys.executable, "-m", "tinyspeed", "demo", str(tmp_path / "recipe.toml")]
     # In its own directory, as a user would be; the package is found where this test found it.
     environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, cwd=tmp_path)
     metrics = made.folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline, steps = time.monotonic() + 120, random.randrange(1, ALIGN + TUNE - 1)
     while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 4:
+        if metrics.exists() and metrics.read_text().count("\n") >= steps:
             break
-        time.sleep(0.01)
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL, f"the demo ended before it could be killed at step {steps}"
     assert not (made.folder / "model").exists()
-    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
     same_end(made, uninterrupted)
 
 

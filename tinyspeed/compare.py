@@ -93,7 +93,7 @@ def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) 
     trained = train(recipe, bar=bar)
     if trained.stopped_by is not None:
         return trained.stopped_by
-    full, pruned = evaluate.held_out(trained.model, recipe)
+    full, pruned = evaluate.held_out(trained.model, recipe, bar)
     lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
     result = {
         "arm": arm,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from . import digits, evaluate, look, report
 from .recipe import Recipe
-from .train import Result, base, train
+from .train import Result, train
 
 
 def demo(recipe: Recipe) -> Result:
@@ -24,7 +24,7 @@ def demo(recipe: Recipe) -> Result:
     print(_results(recipe, result))
     report.draw_run(folder)
     picture = draw_example(folder / "picture.png", recipe.run.seed)
-    look.look(picture, folder / "kept.png", keep=recipe.dualspeed.keep, tower=base(recipe))
+    look.look(picture, folder / "kept.png", keep=recipe.dualspeed.keep, tower=str(folder / "model"))
     print(
         f"{folder / 'report.png'}: loss, rows and time\n{folder / 'kept.png'}: the tokens that fast steps keep\n"
         f"{folder / 'model'}: the trained model, a plain LLaVA for transformers"

@@ -6,6 +6,7 @@ answer included). So nothing is generated, and full and pruned sequences go thro
 """
 
 import torch
+from tqdm import tqdm
 
 from . import digits
 from .batching import cut, plan_rows
@@ -17,13 +18,14 @@ from .scheduler import Plan
 
 
 @torch.no_grad()
-def accuracy(model: DualSpeed, source: Source, plan: Plan, row_budget: int = 20_000) -> float:
+def accuracy(model: DualSpeed, source: Source, plan: Plan, row_budget: int = 10_000, bar: bool = False) -> float:
     """The share of a source's examples, in percent, whose every answer token is the model's first choice."""
     was_training = model.training
     model.eval()
     rows = [plan_rows(*source.lengths(i), plan, len(model.isolator)) for i in range(len(source))]
     pad = model.config.text_config.pad_token_id or 0
     right = 0
+    line = tqdm(total=len(source), desc=f"evaluate {plan.mode}", unit="picture", disable=not bar, leave=False)
     for part in cut(rows, row_budget):
         batch = collate([source.example(i) for i in part], pad)
         # Answer rows come sample after sample; which sample each belongs to follows from the labels alone.
@@ -31,12 +33,14 @@ def accuracy(model: DualSpeed, source: Source, plan: Plan, row_budget: int = 20_
         out = model(**{k: v.to(model.device) for k, v in batch.items()}, plan=plan, return_logits=True)
         wrong = (out.logits.argmax(-1) != out.targets).cpu()
         right += len(part) - len(sample[wrong].unique())
+        line.update(len(part))
+    line.close()
     model.train(was_training)
     return 100 * right / len(source)
 
 
-def held_out(model: DualSpeed, recipe: Recipe) -> tuple[float, float]:
+def held_out(model: DualSpeed, recipe: Recipe, bar: bool = True) -> tuple[float, float]:
     """Accuracy on the recipe's evaluation pictures, on full tokens (as at inference) and on pruned ones."""
     pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", recipe.run.seed)
     pruned = Plan("fast", keep=recipe.dualspeed.keep)
-    return accuracy(model, pictures, Plan("full")), accuracy(model, pictures, pruned)
+    return accuracy(model, pictures, Plan("full"), bar=bar), accuracy(model, pictures, pruned, bar=bar)

@@ -94,7 +94,7 @@ class DualSpeed:
     isolator: int = 4  # rows of the mode isolator; 0 = none
     distill: float = 1.0  # weight of the slow steps' KL
     temperature: float = 1.0
-    positions: str = "original"  # "original" or "compact" (the official code's)
+    positions: str = "compact"  # "compact" (the official code's) or "original"
     layout: str = "auto"
 
     def __post_init__(self):
