@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tinyspeed"
 FLOORS = [
     {"errors"},
     {"pruning", "isolator", "scheduler", "distill", "rows"},
-    {"attention"},
+    {"attention", "drop_in"},
     {"vlm"},
     {"dualspeed"},
     {"data", "batching"},

@@ -220,6 +220,7 @@ def test_what_a_run_leaves_behind(uninterrupted):
 def test_an_exported_model_is_a_plain_llava(uninterrupted):
     from transformers import AutoModelForImageTextToText
 
+    assert "tinyspeed" not in (uninterrupted.folder / "model" / "config.json").read_text()
     plain = AutoModelForImageTextToText.from_pretrained(uninterrupted.folder / "model").eval()
     ours = train.load_trained(uninterrupted).eval()
     batch = collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)

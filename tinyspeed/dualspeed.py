@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 
 from . import attention, pruning, rows
 from .distill import answer_loss
+from .drop_in import DropIn
 from .errors import UserError, unknown
 from .isolator import PromptIsolator
 from .scheduler import DualSpeedSchedule, Plan, Schedule
@@ -43,7 +44,7 @@ class Output(ModelOutput):
     metrics: dict | None = None
 
 
-class DualSpeed(nn.Module):
+class DualSpeed(DropIn):
     """Wraps a Hugging Face vision-language model for training.
 
     `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
@@ -51,8 +52,6 @@ class DualSpeed(nn.Module):
     or "original". `layout`: "padded", "packed", or "auto" (packed where the GPU
     has a kernel for it). `schedule` replaces the default schedule.
     """
-
-    accepts_loss_kwargs = True  # transformers.Trainer: yes, pass num_items_in_batch
 
     def __init__(
         self,
@@ -190,50 +189,13 @@ class DualSpeed(nn.Module):
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
         return hidden.index_select(0, placed.slot[answers]), selected.target[answers]
 
-    def _quiet_head(self, hidden: Tensor) -> Tensor:
-        with _without_dropout(self.vlm.model.get_output_embeddings()):
-            return self.vlm.head(hidden)
-
-    # What transformers.Trainer and TRL ask of a model. Not a blanket __getattr__: Trainer would then see the wrapped
-    # model's `is_quantized` and, finding no PeftModel, refuse a QLoRA run.
-
-    @property
-    def config(self):
-        return self.model.config
-
-    @property
-    def generation_config(self):
-        return self.model.generation_config
-
-    @property
-    def loss_type(self):
-        return getattr(self.model, "loss_type", None)
-
     @property
     def device(self) -> torch.device:
         return self.isolator.weight.device
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def add_model_tags(self, tags: list[str]) -> None:
-        self.model.add_model_tags(tags)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **more) -> None:
-        """On the LLM only: the frozen tower has nothing to recompute."""
-        llm = self.vlm.language_model
-        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
-        enable(activation_checkpointing_kwargs, **more)
-
-    def activation_checkpointing_disable(self) -> None:
-        llm = self.vlm.language_model
-        (getattr(llm, "activation_checkpointing_disable", None) or llm.gradient_checkpointing_disable)()
-
-    # The names before transformers 5.23, which other trainers still call.
-    gradient_checkpointing_disable = activation_checkpointing_disable
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
+    def _quiet_head(self, hidden: Tensor) -> Tensor:
+        with _without_dropout(self.vlm.model.get_output_embeddings()):
+            return self.vlm.head(hidden)
 
 
 @contextmanager

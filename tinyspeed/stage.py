@@ -166,13 +166,11 @@ class StageRun:
             group["lr"] = lr
         done = self._forward_backward(step, plan)
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.names if p.grad is not None], self.stage.clip)
-        numbers = torch.stack(
-            [done["loss"], norm, done["ce"], done["kl"]]
-        ).tolist()  # the step's one wait for the device
-        if not all(map(math.isfinite, numbers[:2])):
+        loss, norm, ce, kl = torch.stack([done["loss"], norm, done["ce"], done["kl"]]).tolist()  # waits for the device
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
-                f"step {self.totals.steps + 1} ({plan.mode}): loss {numbers[0]}, gradient norm {numbers[1]}. Stopped "
-                f"before the optimizer used them, and nothing was saved. Start a new run with a lower {self.name}.lr"
+                f"step {self.totals.steps + 1} ({plan.mode}): loss {loss}, gradient norm {norm}. Stopped before the "
+                f"optimizer used them, and nothing was saved. Start a new run with a lower {self.name}.lr"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,7 +181,6 @@ class StageRun:
         rows = done["rows_kept"] + done["rows_taught"]
         t.rows, t.rows_full = t.rows + rows, t.rows_full + done["rows_full"]
         t.full_seconds += done["rows_full"] * (full_seconds_per_row or 0.0)
-        loss, norm, ce, kl = numbers
         return {
             "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": loss, "ce": ce, "kl": kl, "grad_norm": norm,
             "lr": lr, "answers": done["answers"], "rows_kept": done["rows_kept"], "rows_taught": done["rows_taught"],

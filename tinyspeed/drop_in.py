@@ -1,0 +1,82 @@
+"""What other people's loops ask of a model: transformers.Trainer, TRL, accelerate.
+
+They look for methods and attributes of a `PreTrainedModel`, which a wrapper is not. Each is handed on by name. Not by
+a blanket `__getattr__`: Trainer would then see the wrapped model's `is_quantized` and, finding no PeftModel around it,
+refuse a QLoRA run.
+
+Nothing here is part of the method; `dualspeed.py` reads the same without it.
+"""
+
+from torch import Tensor, nn
+
+
+class DropIn(nn.Module):
+    """A wrapper around `self.model` whose LLM is `self.vlm.language_model`."""
+
+    accepts_loss_kwargs = True  # yes, pass num_items_in_batch
+    _keys_to_ignore_on_save = None  # Trainer reads it after loading
+
+    def __init__(self):
+        super().__init__()
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_post_hook(_forgive_aliases)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def generation_config(self):
+        return self.model.generation_config
+
+    @property
+    def loss_type(self):
+        return getattr(self.model, "loss_type", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def add_model_tags(self, tags: list[str]) -> None:
+        self.model.add_model_tags(tags)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **more) -> None:
+        """On the LLM only: the frozen tower has nothing to recompute."""
+        llm = self.vlm.language_model
+        enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+        enable(activation_checkpointing_kwargs, **more)
+
+    def activation_checkpointing_disable(self) -> None:
+        llm = self.vlm.language_model
+        (getattr(llm, "activation_checkpointing_disable", None) or llm.gradient_checkpointing_disable)()
+
+    # The names before transformers 5.23, which other trainers still call.
+    gradient_checkpointing_disable = activation_checkpointing_disable
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
+
+
+# Small LLMs tie lm_head to the embeddings: two names of one tensor, which safetensors refuses to save. Only the first
+# name is kept; loading it fills both.
+
+
+def _aliases(state: dict[str, Tensor]) -> list[str]:
+    """Names whose tensor an earlier name has already."""
+    seen, later = set(), []
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape)
+            if place in seen:
+                later.append(name)
+            seen.add(place)
+    return later
+
+
+def _drop_aliases(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for name in _aliases(state):
+        del state[name]
+
+
+def _forgive_aliases(module: nn.Module, incompatible) -> None:
+    tied = set(_aliases(dict(module.named_parameters(remove_duplicate=False))))
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in tied]
