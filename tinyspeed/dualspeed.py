@@ -49,8 +49,8 @@ class DualSpeed(DropIn):
 
     `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: rows of the mode isolator, 0 for none. `distill`, `temperature`: alpha and T. `positions`: "compact"
-    or "original". `layout`: "padded", "packed", or "auto" (packed where the GPU
-    has a kernel for it). `schedule` replaces the default schedule.
+    or "original". `layout`: "padded", "packed", or "auto" (packed where the GPU has a kernel for it). `schedule`:
+    instead of the default, slow at random. `chunk`: answer rows whose logits exist at a time.
     """
 
     def __init__(
