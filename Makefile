@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # make demo SHORT=1 runs the same path in seconds; make demo SEED=3 draws other pictures.
 demo: $(READY)
-	@$(BIN)/tinyspeed demo $(if $(SHORT),--short) $(if $(SEED),--set run.seed=$(SEED))
+	@$(BIN)/tinyspeed demo $(if $(SHORT),--short) $(if $(SEED),--set run.seed=$(SEED) --set run.name=demo-$(SEED))
 
 test: lint
 	@$(BIN)/python -m pytest

@@ -119,6 +119,12 @@ def test_evaluation_under_the_trainer_is_the_plain_model(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.item(), rel=1e-5)
 
 
+def test_a_forgotten_callback_is_an_error_and_not_one_mode_for_ever(tmp_path):
+    trainer = Trainer(wrapped(), arguments(tmp_path), train_dataset=Pictures(40), data_collator=gather)
+    with pytest.raises(UserError, match="which step is it"):
+        trainer.train()
+
+
 class Around(Trainer):
     """What SFTTrainer can do: it calls the wrapped model itself."""
 

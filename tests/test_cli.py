@@ -114,6 +114,25 @@ def test_the_demo_trains_once_and_then_shows_its_results_again(capsys, tmp_path,
     assert "another recipe" in fails(capsys, *words, "--set", "train.steps=3")
 
 
+def test_a_disk_that_says_no_is_one_line(capsys, tmp_path, small):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in fails(capsys, "train", *small, "--set", f"run.folder={tmp_path / 'file'}")
+
+
+def test_a_second_process_changes_nothing_of_the_first(capsys, tmp_path, small):
+    from tinyspeed import checkpoint
+
+    run = tmp_path / "demo"
+    run.mkdir()
+    with checkpoint.only_one(run):
+        (run / "recipe.toml").write_text("the first one's")
+        assert "another process" in fails(capsys, "train", *small)
+    assert (run / "recipe.toml").read_text() == "the first one's"
+    (tmp_path / "demo-compare").mkdir()
+    with checkpoint.only_one(tmp_path / "demo-compare"):
+        assert "another process" in fails(capsys, "compare", *small, "--arms", "full")
+
+
 def test_look_and_its_mistakes(capsys, tmp_path, base):
     from tinyspeed.demo import draw_example
 
@@ -123,6 +142,9 @@ def test_look_and_its_mistakes(capsys, tmp_path, base):
     assert fails(capsys, "look", tmp_path / "absent.png", "--out", tmp_path / "q.png")
     assert "at most 1" in fails(capsys, "look", picture, "--keep", "3", "--out", tmp_path / "q.png")
     assert not (tmp_path / "q.png").exists()
+    before = picture.read_bytes()
+    assert "is the picture itself" in fails(capsys, "look", picture, "--out", picture)
+    assert picture.read_bytes() == before
 
 
 def test_compare_makes_its_table_and_goes_on_where_it_was(capsys, tmp_path, small):

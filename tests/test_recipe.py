@@ -64,6 +64,11 @@ def test_mistakes_are_named(change, says):
         recipe.read("digits", [change])
 
 
+def test_a_name_that_looks_like_a_date_or_a_number_is_a_name():
+    assert recipe.read("digits", ["run.name=2026-11-20"]).run.name == "2026-11-20"
+    assert recipe.read("digits", ["run.name=3"]).run.name == "3"
+
+
 def test_changes_apply_and_keep_the_rest():
     changed, plain = recipe.read("digits", ["train.lr=1e-5", "dualspeed.plugin=grid"]), recipe.read("digits")
     assert changed.train.lr == 1e-5

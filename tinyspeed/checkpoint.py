@@ -40,7 +40,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
     final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {temporary}: {error}; earlier checkpoints are untouched") from error
     size, crc = _fingerprint(temporary / TENSORS)
     state = {**state, "step": step, "bytes": size, "crc32": crc}
     (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")

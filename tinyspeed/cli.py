@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 from . import __version__, pruning
 from .errors import UserError
@@ -18,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.command(arguments)
     except UserError as error:
         print(f"tinyspeed: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full or read-only disk, a folder that is a file
+        print(f"tinyspeed: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # outside of the steps, which save first
         print("tinyspeed: interrupted", file=sys.stderr)
@@ -54,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command("compare", _compare, "full training, pruned-only, DualSpeed and its ablations, side by side")
     takes_recipe(made, "digits")
     made.add_argument("--seeds", type=int, default=1)
-    made.add_argument("--arms", help="only these, separated by commas")
+    made.add_argument("--arms", help="only these, separated by commas (default: all)")
 
     made = command("eval", _eval, "accuracy of a run's model, on full and on pruned tokens")
     made.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
@@ -90,7 +94,7 @@ def _demo(a) -> int:
     from . import demo, recipe
 
     chosen = recipe.read(a.recipe, a.set)
-    return _stopped(demo.demo(demo.short(chosen) if a.short else chosen).stopped_by)
+    return _stopped(demo.demo(demo.short(chosen) if a.short else chosen).stopped_by, "saved; the same command goes on")
 
 
 def _train(a) -> int:
@@ -133,8 +137,6 @@ def _eval(a) -> int:
 
 
 def _export(a) -> int:
-    from pathlib import Path
-
     from .recipe import of_run
     from .train import export, load_trained
 
@@ -150,7 +152,10 @@ def _look(a) -> int:
     from .look import look
 
     kept = look(a.image, a.out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
-    print(f"{a.out}: " + ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items()))
+    print(
+        f"{a.out if Path(a.out).suffix else a.out + '.png'}: "
+        + ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items())
+    )
     return 0
 
 

@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 
 from . import digits, evaluate, record, report
-from .checkpoint import write_atomically
+from .checkpoint import only_one, write_atomically
 from .errors import UserError, unknown
 from .recipe import Recipe
 from .train import set_threads, train
@@ -51,6 +51,11 @@ def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool
         raise UserError(f"--seeds {seeds}: compare at least one seed")
     folder = folder_of(recipe)
     folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder):
+        return _compare(recipe, folder, seeds, arms, bar)
+
+
+def _compare(recipe: Recipe, folder: Path, seeds: int, arms: list[str], bar: bool) -> int | None:
     set_threads(recipe)
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):
         home = folder / f"seed-{seed}"

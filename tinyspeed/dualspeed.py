@@ -88,7 +88,7 @@ class DualSpeed(DropIn):
         self.plugin, self.positions, self.layout = plugin, positions, layout
         self.temperature, self.chunk, self.seed = temperature, chunk, seed
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
-        self.step = 0  # the optimizer step; whoever owns the loop sets it
+        self.step: int | None = None  # the optimizer step; whoever owns the loop sets it
         self.forwards = 0  # how often our training forward ran: the Trainer callback's proof that it is used at all
 
     def forward(
@@ -110,7 +110,12 @@ class DualSpeed(DropIn):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
         if labels is None:
             raise UserError("the batch has no labels: there is nothing to learn from")
-        plan = plan or self.schedule.plan(self.step)
+        if plan is None:
+            if self.step is None:  # every step would draw the mode of one and the same step
+                raise UserError(
+                    "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
+                )
+            plan = self.schedule.plan(self.step)
         if plan.answer_keep < 1:
             raise UserError(
                 "answer_keep below 1 needs a memory of each answer token's difficulty, which is not built yet"
@@ -173,7 +178,7 @@ class DualSpeed(DropIn):
         prunable = self.vlm.prunable(images, image_sizes)
         features = nn.utils.rnn.pad_sequence([image.detach() for image in images], batch_first=True)
         mask = nn.utils.rnn.pad_sequence(prunable, batch_first=True)
-        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=self.seed + self.step)
+        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=self.seed + (self.step or 0))
         kept = torch.zeros(len(images), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
         kept.scatter_(1, index.where(index >= 0, mask.shape[1]), True)
         lengths = torch.tensor([len(image) for image in images], device=mask.device)

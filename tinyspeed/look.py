@@ -46,6 +46,9 @@ def look(
 ) -> dict[str, list[int]]:
     """Draw to `out` which cells of `image` each plugin keeps; returns them, numbered in raster order."""
     plugins = list(dict.fromkeys(pruning.names() if plugins is None else plugins))
+    out = Path(out) if Path(out).suffix else Path(f"{out}.png")
+    if out.resolve() == Path(image).resolve():
+        raise UserError(f"{out} is the picture itself: choose another place for the drawing")
     if not plugins:
         raise UserError(f"no plugin to look at; known: {', '.join(pruning.names())}")
     for name in plugins:  # a single row is kept by all: this only checks name and share, before anything is loaded

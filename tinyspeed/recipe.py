@@ -193,6 +193,9 @@ def read(path: str, changes: list[str] = ()) -> Recipe:
             parsed = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             parsed = value.strip()
+        kind = next((f.type for f in dataclasses.fields(Recipe) if f.name == section), None)
+        if kind and any(f.name == name and f.type is str for f in dataclasses.fields(kind)):
+            parsed = parsed if isinstance(parsed, str) else value.strip()  # run.name=2026-11-20 is a name, not a date
         if not isinstance(tables.setdefault(section, {}), dict):
             raise UserError(f"{file}: {section} must be a table, [{section}]")
         tables[section][name] = parsed

@@ -4,13 +4,12 @@
                for each micro-batch, cut by the plan's rows:  loss = sum over its answers / answers of the whole batch
                clip, check that everything is finite, step
 
-The speed-up shown is measured, not promised: before the stage one full forward and backward is timed on its first batch
-and thrown away, and
+The speed-up shown is an estimate from a measurement: before the stage one full forward and backward is timed on its
+first batch and thrown away, and
 
     speed-up = seconds that full steps would have taken, by their rows / seconds taken
 
-The optimizer is in the second and not in the first, so the number errs on the low side. Saving and the probe itself
-are in neither.
+It is as good as that one timing; `tinyspeed compare` measures whole runs. Saving and the probe are in neither.
 """
 
 import json

@@ -40,23 +40,29 @@ def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
     """Run a recipe from the start, or from its newest checkpoint."""
     set_threads(recipe)
     folder = _folder(recipe, resume)
-    with checkpoint.only_one(folder), _stop_requested() as stop:
+    with checkpoint.only_one(folder):
+        checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
         model, source = build(recipe)
-        state, tensors = _begin(recipe, folder, model.device)
-        totals = Totals(**state["totals"]) if state else Totals()
-        torch.manual_seed(recipe.run.seed)  # after building: dropout is the only thing that draws from here on
-        for number, (name, stage) in enumerate(recipe.stages()):
-            if state and number < state["stage"]:
-                continue
-            run = StageRun(recipe, model, source, name, number, stage, totals)
-            if state and number == state["stage"]:
-                run.restore(tensors, state)
-                tensors = None
-            run.go(folder, stop, bar)
-            if run.stopped:
-                return Result(model, totals, stop[0])
-        if not (folder / "model").is_dir():
-            export(model, recipe, folder / "model")
+        with _stop_requested() as stop:  # not before: while the base model is built there is nothing to save
+            return _stages(recipe, folder, model, source, stop, bar)
+
+
+def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop: list[int], bar: bool) -> Result:
+    state, tensors = _begin(recipe, folder, model.device)
+    totals = Totals(**state["totals"]) if state else Totals()
+    torch.manual_seed(recipe.run.seed)  # after building: dropout is the only thing that draws from here on
+    for number, (name, stage) in enumerate(recipe.stages()):
+        if state and number < state["stage"]:
+            continue
+        run = StageRun(recipe, model, source, name, number, stage, totals)
+        if state and number == state["stage"]:
+            run.restore(tensors, state)
+            tensors = None
+        run.go(folder, stop, bar)
+        if run.stopped:
+            return Result(model, totals, stop[0])
+    if not (folder / "model").is_dir():
+        export(model, recipe, folder / "model")
     return Result(model, totals)
 
 
@@ -78,10 +84,10 @@ def _folder(recipe: Recipe, resume: bool) -> Path:
             f"{folder} was started with another recipe ({folder / 'recipe.toml'}): resume with that one, or choose "
             f"another run.name"
         )
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "recipe.toml").is_file():
+    ours = {"recipe.toml", "checkpoints", ".lock"}
+    if folder.is_dir() and any(folder.iterdir()) and not ours & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
     return folder
 
 
@@ -110,6 +116,7 @@ def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | N
 
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     """The wrapped model and the training examples of a recipe."""
+    device = _device(recipe.run.device)
     path = base(recipe)
     # Far more pictures than any run looks at: every picture is new.
     source = digits.Digits(1_000_000, recipe.data.turns, "train", recipe.run.seed)
@@ -127,7 +134,7 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
         schedule=schedule_of(recipe, "train"),
         seed=recipe.run.seed,
     )
-    return model.to(_device(recipe.run.device)), source
+    return model.to(device), source
 
 
 def base(recipe: Recipe) -> str:
