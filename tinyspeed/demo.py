@@ -60,6 +60,7 @@ def short(recipe: Recipe) -> Recipe:
         run=dataclasses.replace(recipe.run, name=f"{recipe.run.name}-short", save_every=10),
         data=dataclasses.replace(recipe.data, eval_pictures=100),
         digits=dataclasses.replace(recipe.digits, tower_steps=20),
+        dualspeed=dataclasses.replace(recipe.dualspeed, schedule="periodic", slow=0.2),  # with slow steps, for certain
         align=dataclasses.replace(recipe.align, steps=5),
         train=dataclasses.replace(recipe.train, steps=25),
     )

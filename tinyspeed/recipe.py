@@ -199,7 +199,7 @@ def read(path: str, changes: list[str] = ()) -> Recipe:
         if not isinstance(tables.setdefault(section, {}), dict):
             raise UserError(f"{file}: {section} must be a table, [{section}]")
         tables[section][name] = parsed
-    return from_tables(tables, str(file))
+    return from_tables(tables, f"{file}, with --set" if changes else str(file))
 
 
 def from_tables(tables: dict, where: str) -> Recipe:
