@@ -185,7 +185,7 @@ def load(path: str, dtype: str = "float32") -> nn.Module:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
         if kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
         raise UserError(f"there is no model folder {path}; give a folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
     try:
         # Safetensors only: a pickle can run code.
