@@ -5,7 +5,10 @@ import os
 
 import pytest
 import tiny
+import torch
 from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
 # No deadline: the first example of a test pays for torch's warm-up. `ci` repeats itself, so a red run can be rerun.
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]

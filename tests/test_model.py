@@ -7,6 +7,8 @@ computed in another order.
 import copy
 import itertools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -14,10 +16,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
-from tinyspeed import DualSpeed, UserError, pruning, vlm
+from tinyspeed import DualSpeed, UserError, attention, loading, pruning, rows
 from tinyspeed.isolator import PromptIsolator
 from tinyspeed.scheduler import Plan
 
@@ -54,8 +57,15 @@ def of_net(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 def features_of(hf: nn.Module, batch: dict) -> list[Tensor]:
     if "pixel_values" not in batch:
         return []
-    given = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
+    given = {name: batch[name] for name in ("pixel_values", "image_sizes", "batch_num_images") if name in batch}
     return list(hf.get_image_features(**given).pooler_output)
+
+
+def videos_of(hf: nn.Module, batch: dict) -> list[Tensor]:
+    if "pixel_values_videos" not in batch:
+        return []
+    videos = hf.get_video_features(pixel_values_videos=batch["pixel_values_videos"]).pooler_output
+    return [video.reshape(-1, video.shape[-1]) for video in videos]
 
 
 def kept_of(hf: nn.Module, features: list[Tensor], plugin: str = "divprune") -> list[list[bool]]:
@@ -72,22 +82,22 @@ def kept_of(hf: nn.Module, features: list[Tensor], plugin: str = "divprune") -> 
 
 def fast_by_hand(hf: nn.Module, batch: dict, isolator: Tensor, positions: str) -> tuple[Tensor, Tensor]:
     """(logits, targets) at the answer rows of a fast step: one sample at a time, through transformers' own LLM."""
-    features = features_of(hf, batch)
-    kept = kept_of(hf, features)
-    logits, targets, image = [], [], -1
+    rows_of = {}  # of each kind of placeholder: its feature rows, whether they stay, and whether they begin an image
+    for placeholder, images in ((tiny.IMAGE, features_of(hf, batch)), (tiny.VIDEO, videos_of(hf, batch))):
+        every = zip(images, kept_of(hf, images), strict=True)
+        rows_of[placeholder] = iter([(image[i], stays[i], i == 0) for image, stays in every for i in range(len(image))])
+    logits, targets = [], []
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         ids, labels = ids[mask.bool()].tolist(), labels[mask.bool()].tolist()
-        rows, places, answers, left = [], [], [], 0
+        rows, places, answers = [], [], []
         for i, token in enumerate(ids):
-            if token == tiny.IMAGE:
-                if left == 0:  # the first row of the next image: images may touch, so their lengths tell
-                    image, left = image + 1, len(features[image + 1])
+            if token in rows_of:
+                row, stays, begins = next(rows_of[token])
+                if begins:
                     rows += list(isolator)
                     places += [i] * len(isolator)
-                nth = len(features[image]) - left
-                left -= 1
-                if kept[image][nth]:
-                    rows.append(features[image][nth])
+                if stays:
+                    rows.append(row)
                     places.append(i)
             else:
                 rows.append(hf.get_input_embeddings()(torch.tensor(token)))
@@ -378,10 +388,10 @@ def test_text_only_samples_cost_the_same_rows_in_fast_and_full_mode(family):
     tiny.assert_close(fast.loss, full.loss)
 
 
-@pytest.mark.parametrize("stage", vlm.STAGES)
+@pytest.mark.parametrize("stage", loading.STAGES)
 def test_a_stage_trains_the_connector_and_the_llm_or_the_connector_alone(family, stage):
     model = wrap(tiny.model(family))
-    vlm.set_trainable(model.model, stage)
+    loading.set_trainable(model.model, stage)
     full, fast = (backward(model, tiny.batch(family), plan=plan)[1].keys() for plan in (FULL, FAST))
     pattern = "multi_modal_projector|image_newline|isolator" + ("|language_model|lm_head" if stage == "train" else "")
     assert full | fast == {name for name, _ in model.named_parameters() if re.search(pattern, name)}
@@ -525,12 +535,79 @@ def test_on_cuda_packed_attention_equals_padded_attention(family, plan, position
     tiny.assert_close(packed.loss, padded.loss, rel=0.01 if dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the varlen attention kernel of packed rows needs CUDA")
+@every_plan
+def test_on_cuda_fp32_weights_under_autocast_use_the_packed_kernel(family, plan, monkeypatch):
+    net = tiny.model(family).to("cuda")
+    batch = {k: v.to("cuda") for k, v in tiny.batch(family).items()}
+    kernel, calls = attention.varlen_attn, []
+    monkeypatch.setattr(attention, "varlen_attn", lambda *given, **how: calls.append(1) or kernel(*given, **how))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        packed, padded = (
+            backward(wrap(copy.deepcopy(net), layout=layout), batch, plan=plan) for layout in ("auto", "padded")
+        )
+    assert len(calls) == 3 * (2 if plan.mode == "slow" else 1)  # three layers, with the teacher's twice
+    tiny.assert_close(packed[0], padded[0], rel=0.01)
+    tiny.assert_close(packed[1], padded[1], rel=0.1)
+
+
+@contextmanager
+def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """torch.autocast("cuda", dtype) as code sees it, where there is no CUDA and torch.autocast would switch it off."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_rows_are_packed_where_products_run_in_half_precision(dtype, autocast, capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode(), cuda_autocast(autocast):
+        packs = attention.packs(torch.empty(2, 4, dtype=dtype, device="cuda"))
+        assert not attention.packs(torch.empty(2, 4, dtype=dtype))  # on a CPU, never
+    assert packs == (capability >= (8, 0) and (autocast or dtype) != torch.float32)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_the_packed_kernel_gets_queries_keys_and_values_in_autocasts_precision(autocast, monkeypatch):
+    """With fp32 weights, rotary embeddings leave queries and keys in fp32, and values are in half precision."""
+    seen = []
+
+    def kernel(q, k, v, cu, *given, **how):
+        seen.extend(x.dtype for x in (q, k, v))
+        parts = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in itertools.pairwise(cu.tolist())]
+        return torch.cat([F.scaled_dot_product_attention(*part, is_causal=True).transpose(0, 1) for part in parts])
+
+    shape = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32}
+    query, key, value = (torch.randn(1, heads, 5, 8, **shape) for heads in (4, 2, 2))
+    borders = torch.tensor([0, 3, 5], dtype=torch.int32)
+    layout = rows.Layout(torch.arange(5), torch.arange(5)[None], torch.arange(5), borders, longest=3)
+    module = nn.Module()
+    module.num_key_value_groups = 2
+    want, _ = attention.rows_attention(module, query, key, value, None, rows=layout)
+    monkeypatch.setattr(attention, "packs", lambda x: True)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    with cuda_autocast(autocast):
+        got, _ = attention.rows_attention(module, query, key, value.to(autocast), None, rows=layout)
+    assert seen == [autocast] * 3
+    assert got.dtype == autocast
+    tiny.assert_close(got.float(), want, rel=0.02)
+
+
 # From disk
 
 
 def test_a_checkpoint_in_the_real_format_trains_evaluates_and_generates(family, checkpoint):
     folder = checkpoint(family)
-    net, processor = vlm.load(str(folder)), AutoProcessor.from_pretrained(folder)
+    net, processor = loading.load(str(folder)), AutoProcessor.from_pretrained(folder)
     for name, parameter in tiny.model(family).named_parameters():
         assert torch.equal(net.get_parameter(name), parameter), name
     image = Image.linear_gradient("L").resize((70, 50)).convert("RGB")
@@ -556,13 +633,13 @@ def test_a_checkpoint_in_the_real_format_trains_evaluates_and_generates(family, 
 
 def test_a_trained_model_saves_back_as_a_plain_checkpoint(family, checkpoint, tmp_path):
     """No trace of us: same keys, and a config that transformers loads without tinyspeed's attention function."""
-    net = vlm.load(str(checkpoint(family)))
+    net = loading.load(str(checkpoint(family)))
     model, batch = wrap(net), tiny.batch(family)
     backward(model, batch, plan=FAST)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.model.save_pretrained(tmp_path / "saved")
     assert "tinyspeed" not in (tmp_path / "saved" / "config.json").read_text()
-    again = vlm.load(str(tmp_path / "saved"))
+    again = loading.load(str(tmp_path / "saved"))
     assert again.config.text_config._attn_implementation != "tinyspeed"
     assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
@@ -577,7 +654,7 @@ def test_a_trained_model_saves_back_as_a_plain_checkpoint(family, checkpoint, tm
 def test_a_folder_that_holds_no_llava_is_refused(tmp_path, make, said):
     make(tmp_path / "model")
     with pytest.raises(UserError, match=said):
-        vlm.load(str(tmp_path / "model"))
+        loading.load(str(tmp_path / "model"))
 
 
 # What is refused

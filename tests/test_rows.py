@@ -12,18 +12,19 @@ from torch import Tensor
 from tinyspeed import UserError, rows
 from tinyspeed.rows import IGNORE
 
-IMAGE, TEXT, PAD = 9, 1, 0
+IMAGE, VIDEO, TEXT, PAD = 9, 8, 1, 0
+KINDS = {"image": IMAGE, "video": VIDEO}
 
 
 @dataclass(frozen=True)
 class Row:
     """What the oracle says of one row. `source` is ("text", place in the batch), ("image", nth feature row of all
-    images) or ("isolator", nth)."""
+    images), ("video", nth feature row of all videos) or ("isolator", nth)."""
 
     source: tuple[str, int]
     target: int
     position: int
-    image: int  # -1 for text
+    image: int  # nth of all images, then of all videos; -1 for text
 
 
 @dataclass(frozen=True)
@@ -31,46 +32,48 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor
-    lengths: list[int]  # feature rows of each image
+    lengths: dict[str, list[int]]  # feature rows of each image and of each video
     kept: Tensor  # (V,) bool
     samples: list[list[Row]]  # every row, sample by sample: the oracle's full rows
 
 
 @st.composite
 def batches(draw) -> Batch:
-    """Text and images in any order (images may touch, or open or close a sample), padded on either side or not at all.
+    """Text, images and videos in any order (images may touch, or open or close a sample), padded on either side or not
+    at all.
 
     Labels are random, at the first token of a sample too. Placeholders are no answers and their labels are ignored;
     padding is none either, though its label says otherwise."""
-    segment = st.tuples(st.sampled_from(["text", "image"]), st.integers(1, 5))
+    segment = st.tuples(st.sampled_from(["text", *KINDS]), st.integers(1, 5))
     outlines = draw(st.lists(st.lists(segment, min_size=1, max_size=5), min_size=1, max_size=4))
     padding, extra = draw(st.sampled_from(["left", "right"])), draw(st.integers(0, 3))
     width = max(sum(n for _, n in outline) for outline in outlines) + extra
     label = st.one_of(st.just(IGNORE), st.integers(10, 99))
-    ids, mask, labels, lengths, samples = [], [], [], [], []
-    features = 0
+    lengths = {kind: [n for outline in outlines for k, n in outline if k == kind] for kind in KINDS}
+    image = {"image": 0, "video": len(lengths["image"])}  # the next of each kind
+    feature = dict.fromkeys(KINDS, 0)
+    ids, mask, labels, samples = [], [], [], []
     for b, outline in enumerate(outlines):
-        images = []  # of each token, the image that it belongs to, or -1
+        tokens = []  # (kind, image)
         for kind, n in outline:
-            images += [len(lengths) if kind == "image" else -1] * n
-            lengths += [n] * (kind == "image")
-        fill = width - len(images)
+            tokens += [(kind, image.get(kind, -1))] * n
+            if kind in KINDS:
+                image[kind] += 1
+        fill = width - len(tokens)
         before, after = (fill, 0) if padding == "left" else (0, fill)
-        of = [draw(label) if image < 0 else IGNORE for image in images]
-        ids.append([PAD] * before + [TEXT if image < 0 else IMAGE for image in images] + [PAD] * after)
-        mask.append([0] * before + [1] * len(images) + [0] * after)
+        of = [draw(label) if kind == "text" else IGNORE for kind, _ in tokens]
+        ids.append([PAD] * before + [KINDS.get(kind, TEXT) for kind, _ in tokens] + [PAD] * after)
+        mask.append([0] * before + [1] * len(tokens) + [0] * after)
         labels.append([PAD] * before + of + [PAD] * after)
         samples.append([])
-        for i, (image, target) in enumerate(zip(images, [*of[1:], IGNORE], strict=True)):
-            source = ("text", b * width + before + i) if image < 0 else ("image", features)
-            samples[-1].append(Row(source, target, i, image))
-            features += image >= 0
-    kept = draw(st.lists(st.booleans(), min_size=features, max_size=features))
-    start = 0
-    for n in lengths:  # a plugin keeps at least one row of an image
-        if not any(kept[start : start + n]):
-            kept[start + draw(st.integers(0, n - 1))] = True
-        start += n
+        for i, ((kind, nth), target) in enumerate(zip(tokens, [*of[1:], IGNORE], strict=True)):
+            source = (kind, b * width + before + i if kind == "text" else feature[kind])
+            samples[-1].append(Row(source, target, i, nth))
+            if kind in KINDS:
+                feature[kind] += 1
+    kept = []
+    for n in itertools.chain(*lengths.values()):  # a plugin keeps at least one row of an image
+        kept += draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any))
     attention_mask = torch.tensor(mask)
     if attention_mask.all() and draw(st.booleans()):
         attention_mask = None
@@ -92,7 +95,7 @@ def pruned(batch: Batch, isolator: int, positions: str) -> list[list[Row]]:
             last = i + 1 == len(sample) or sample[i + 1].image != row.image
             if first:
                 out += [Row(("isolator", j), IGNORE, row.position, row.image) for j in range(isolator)]
-            if batch.kept[row.source[1]]:
+            if batch.kept[table(batch, row.source) - batch.input_ids.numel()]:
                 out.append(replace(row, target=IGNORE))
             if last:  # what the whole image predicts, its last row left predicts
                 out[-1] = replace(out[-1], target=row.target)
@@ -103,10 +106,11 @@ def pruned(batch: Batch, isolator: int, positions: str) -> list[list[Row]]:
 
 
 def table(batch: Batch, source: tuple[str, int]) -> int:
-    """Where the table [embeddings | features | isolator] holds a row."""
+    """Where the table [embeddings | image features | video features | isolator] holds a row."""
     kind, i = source
-    tokens = batch.input_ids.numel()
-    return i + {"text": 0, "image": tokens, "isolator": tokens + len(batch.kept)}[kind]
+    tokens, features = batch.input_ids.numel(), len(batch.kept)
+    images = sum(batch.lengths["image"])
+    return i + {"text": 0, "image": tokens, "video": tokens + images, "isolator": tokens + features}[kind]
 
 
 def read(got: rows.Rows) -> list[tuple[int, ...]]:
@@ -120,7 +124,7 @@ def expected(batch: Batch, samples: list[list[Row]]) -> list[tuple[int, ...]]:
 
 
 def full(batch: Batch) -> rows.Rows:
-    return rows.full(batch.input_ids, batch.attention_mask, batch.labels, IMAGE, batch.lengths)
+    return rows.full(batch.input_ids, batch.attention_mask, batch.labels, KINDS, batch.lengths)
 
 
 def prune(batch: Batch, kept: Tensor, isolator: int, positions: str) -> rows.Rows:
@@ -219,7 +223,7 @@ def test_a_packed_layout_is_the_rows_end_to_end_with_their_borders(batch, isolat
 def test_a_sample_that_is_all_padding_has_no_rows_and_shifts_nobody():
     ids = torch.tensor([[1, 1], [PAD, PAD], [1, 1]])
     mask = torch.tensor([[1, 1], [0, 0], [1, 1]])
-    got = rows.full(ids, mask, ids, IMAGE, [])
+    got = rows.full(ids, mask, ids, {"image": IMAGE}, {"image": []})
     assert got.sample.tolist() == [0, 0, 2, 2]
     assert rows.lay_out(got, "packed").cu_seqlens.tolist() == [0, 2, 2, 4]
     assert rows.lay_out(got, "padded").slot.tolist() == [0, 1, 4, 5]
@@ -228,17 +232,19 @@ def test_a_sample_that_is_all_padding_has_no_rows_and_shifts_nobody():
 # What is refused
 
 
-@given(batches(), st.integers(0, 3))
-def test_a_mismatch_of_placeholders_and_features_is_refused_with_both_counts(batch, more):
-    held = sum(batch.lengths)
-    lengths = [*batch.lengths, more] if more else batch.lengths[:-1]
+@given(batches(), st.sampled_from([*KINDS]), st.integers(0, 3))
+def test_a_mismatch_of_placeholders_and_features_is_refused_with_both_counts(batch, kind, more):
+    lengths = batch.lengths[kind]
+    held = sum(lengths)
+    lengths = [*lengths, more] if more else lengths[:-1]
     assume(sum(lengths) != held)  # a batch without images has none to take away
-    with pytest.raises(UserError, match=rf"{held} image placeholder.*{sum(lengths)} feature rows"):
-        rows.full(batch.input_ids, batch.attention_mask, batch.labels, IMAGE, lengths)
+    with pytest.raises(UserError, match=rf"{held} {kind} placeholder.*{sum(lengths)} feature rows"):
+        rows.full(batch.input_ids, batch.attention_mask, batch.labels, KINDS, {**batch.lengths, kind: lengths})
 
 
 def test_unknown_positions_and_layouts_are_refused_with_the_nearest_known_one():
-    some = rows.full(torch.ones(1, 2, dtype=torch.long), None, torch.ones(1, 2, dtype=torch.long), IMAGE, [])
+    ids = torch.ones(1, 2, dtype=torch.long)
+    some = rows.full(ids, None, ids, {"image": IMAGE}, {"image": []})
     with pytest.raises(UserError, match="did you mean 'original'"):
         rows.prune(some, torch.zeros(0, dtype=torch.bool), 0, 2, "orignal")
     with pytest.raises(UserError, match="did you mean 'packed'"):

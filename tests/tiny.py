@@ -16,48 +16,73 @@ from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches, select_best_resolution
 
 FAMILIES = ("llava", "llava_next")
+VIDEO_FAMILIES = ("llava_next_video", "llava_onevision")  # of these too, in `test_families.py`
 SIDE, PATCH = 24, 8  # one picture is 3 x 3 patches
 PINPOINTS = [[24, 48], [48, 24], [48, 48]]
+MOST_CROPS = 2  # beyond, OneVision scales an image down
+FRAMES = 10
 BOS, EOS, PAD, IMAGE = 0, 1, 2, 3
 TEXT = 4  # the first id that is plain text
 VOCAB = TEXT + 256  # byte-level: any text can be written
+VIDEO = VOCAB  # behind the text: most models have no such token
 IGNORE = -100
-IMG = "image"  # in the outline of a sample, see `sample`
+IMG, VID = "image", "video"  # in the outline of a sample, see `sample`
 
 
 def config(family: str = "llava", *, layers: int = 3, dropout: float = 0.0):
-    vision = CLIPVisionConfig(
+    onevision = family == "llava_onevision"
+    vision = (SiglipVisionConfig if onevision else CLIPVisionConfig)(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
         image_size=SIDE, patch_size=PATCH,
     )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, attention_dropout=dropout,
+    text = (Qwen2Config if onevision else LlamaConfig)(
+        vocab_size=VOCAB + (family in VIDEO_FAMILIES), hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, attention_dropout=dropout,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
     common = {"vision_config": vision, "text_config": text, "image_token_id": IMAGE, "vision_feature_layer": -2}
     if family == "llava":
         return LlavaConfig(**common, image_seq_length=(SIDE // PATCH) ** 2)
-    return LlavaNextConfig(**common, image_grid_pinpoints=PINPOINTS)
+    if family == "llava_next":
+        return LlavaNextConfig(**common, image_grid_pinpoints=PINPOINTS)
+    common |= {"image_grid_pinpoints": PINPOINTS, "video_token_id": VIDEO}
+    if family == "llava_next_video":
+        return LlavaNextVideoConfig(**common)
+    return LlavaOnevisionConfig(**common, vision_aspect_ratio=f"anyres_max_{MOST_CROPS}")
+
+
+MODELS = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+    "llava_next_video": LlavaNextVideoForConditionalGeneration,
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
+}
 
 
 def model(family: str = "llava", *, seed: int = 0, layers: int = 3, dropout: float = 0.0) -> nn.Module:
     """A small LLaVA in train mode, with grouped-query attention in its LLM and a frozen tower."""
-    kind = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}[family]
-    net = kind(config(family, layers=layers, dropout=dropout))
+    net = MODELS[family](config(family, layers=layers, dropout=dropout))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -76,11 +101,13 @@ def twin(net: nn.Module) -> nn.Module:
     return net
 
 
-def image_rows(family: str, size: tuple[int, int]) -> tuple[int, int]:
+def image_rows(family: str, size: tuple[int, int], cropped: bool = True) -> tuple[int, int]:
     """(picture rows, newline rows) of an image, by the formula of transformers' processors."""
     side = SIDE // PATCH
     if family == "llava":
         return side * side, 0
+    if not cropped:
+        return side * side, 1
     height, width = size
     best_height, best_width = select_best_resolution(list(size), PINPOINTS)
     lines, columns = best_height // PATCH, best_width // PATCH
@@ -88,29 +115,42 @@ def image_rows(family: str, size: tuple[int, int]) -> tuple[int, int]:
         lines -= (lines - int(round(height * (columns / width), 7))) // 2 * 2
     else:
         columns -= (columns - int(round(width * (lines / height), 7))) // 2 * 2
+    ratio = math.sqrt(lines * columns / (MOST_CROPS * side * side))
+    if family == "llava_onevision" and ratio > 1.1:
+        lines, columns = int(lines // ratio), int(columns // ratio)
     return side * side + lines * columns, lines
+
+
+def video_rows(family: str) -> tuple[int, int]:
+    """(picture rows, newline rows) of a video."""
+    side = SIDE // PATCH
+    return (FRAMES * ((side + 1) // 2) ** 2, 1) if family == "llava_onevision" else (FRAMES * (side // 2) ** 2, 0)
 
 
 SIZES = [(24, 24), (20, 47), (48, 16), (30, 41), (48, 48), (10, 48)]
 
 
 def sample(family: str, outline: Sequence[int | str], seed: int) -> dict:
-    """One sample, made of `outline`: n tokens of text for a number n, an image for `IMG`. (1, IMG, IMG, 5) has two
-    images side by side. Text is random and all of it is answer, apart from the sample's first token."""
+    """One sample, made of `outline`: n tokens of text for a number n, an image for `IMG`, a video for `VID`. (1, IMG,
+    IMG, 5) has two images side by side. Text is random and all of it is answer, apart from the sample's first token."""
     generator = torch.Generator().manual_seed(seed)
-    ids, pixels, sizes = [BOS], [], []
+    ids, pixels, sizes, videos = [BOS], [], [], []
+    cropped = family != "llava_onevision" or list(outline).count(IMG) == 1
     for item in outline:
         if item == IMG:
             size = SIZES[int(torch.randint(len(SIZES), (), generator=generator))]
-            ids += [IMAGE] * sum(image_rows(family, size))
-            crops = image_size_to_num_patches(size, PINPOINTS, SIDE)
+            ids += [IMAGE] * sum(image_rows(family, size, cropped))
+            crops = image_size_to_num_patches(size, PINPOINTS, SIDE) if cropped else 1
             shape = (3, SIDE, SIDE) if family == "llava" else (crops, 3, SIDE, SIDE)
             pixels.append(torch.randn(shape, generator=generator))
             sizes.append(size)
+        elif item == VID:
+            ids += [VIDEO] * sum(video_rows(family))
+            videos.append(torch.randn(FRAMES, 3, SIDE, SIDE, generator=generator))
         else:
             ids += torch.randint(TEXT, VOCAB, (item,), generator=generator).tolist()
-    labels = [IGNORE, *(IGNORE if i == IMAGE else i for i in ids[1:])]
-    return {"ids": ids, "labels": labels, "pixels": pixels, "sizes": sizes, "family": family}
+    labels = [IGNORE, *(IGNORE if i in (IMAGE, VIDEO) else i for i in ids[1:])]
+    return {"ids": ids, "labels": labels, "pixels": pixels, "sizes": sizes, "videos": videos, "family": family}
 
 
 def collate(samples: list[dict], padding: str = "right") -> dict[str, Tensor]:
@@ -132,6 +172,11 @@ def collate(samples: list[dict], padding: str = "right") -> dict[str, Tensor]:
     elif pixels:  # (images, most crops, 3, H, W): an image with fewer crops is filled up with black ones
         batch["pixel_values"] = nn.utils.rnn.pad_sequence(pixels, batch_first=True)
         batch["image_sizes"] = torch.tensor([size for s in samples for size in s["sizes"]])
+    if pixels and samples[0]["family"] == "llava_onevision":
+        batch["batch_num_images"] = torch.tensor([len(s["sizes"]) for s in samples if s["sizes"]])
+    videos = [video for s in samples for video in s["videos"]]
+    if videos:
+        batch["pixel_values_videos"] = torch.stack(videos)
     return batch
 
 
@@ -219,3 +264,15 @@ def checkpoint(family: str, folder: Path | str, *, seed: int = 0) -> Path:
     model(family, seed=seed).save_pretrained(folder)
     processor(family).save_pretrained(folder)
     return folder
+
+
+def parts(home: Path) -> tuple[str, str]:
+    """A CLIP tower and a Llama with its tokenizer, each saved as on the hub."""
+    shape = config("llava")
+    torch.manual_seed(3)
+    CLIPVisionModel(shape.vision_config).save_pretrained(home / "clip")
+    size, crop = {"shortest_edge": SIDE}, {"height": SIDE, "width": SIDE}
+    CLIPImageProcessor(size=size, crop_size=crop).save_pretrained(home / "clip")
+    LlamaForCausalLM(shape.text_config).to(torch.bfloat16).save_pretrained(home / "llama")
+    tokenizer().save_pretrained(home / "llama")
+    return str(home / "clip"), str(home / "llama")

@@ -26,9 +26,14 @@ def packs(x: torch.Tensor) -> bool:
     """Whether the packed kernel runs on tensors like x: half precision, on a GPU of Ampere's generation or newer."""
     return (
         x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
+        and _dtype(x) in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
     )
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    """What a matrix product of x on a GPU is computed in."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def rows_attention(
@@ -41,7 +46,8 @@ def rows_attention(
     if rows.cu_seqlens is None:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
     if packs(query) and dropout == 0.0:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        # Autocast does not know this kernel, and rotary embeddings have made fp32 of its queries and keys.
+        q, k, v = (x[0].transpose(0, 1).to(_dtype(x)) for x in (query, key, value))
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

@@ -16,6 +16,7 @@ The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the l
 slow steps may become decides the speed-up.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,6 +98,10 @@ class DualSpeed(DropIn):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        image_sizes_videos: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
+        tower_features: Tensor | None = None,
         labels: Tensor | None = None,
         plan: Plan | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -104,10 +109,18 @@ class DualSpeed(DropIn):
     ) -> ModelOutput:
         """A Hugging Face processor's batch, as it is. The loss is divided by `num_items_in_batch` answer tokens, or by
         the batch's own number. Without a plan: the schedule's at `self.step`, or in eval mode the plain model."""
+        visual = {  # each by its name in the signature, which is where Trainer looks for the columns to keep
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "pixel_values_videos": pixel_values_videos,
+            "image_sizes_videos": image_sizes_videos,
+            "batch_num_images": batch_num_images,
+            "tower_features": tower_features,
+        }
+        visual = {name: value for name, value in visual.items() if value is not None}
         if not self.training and plan is None:
-            given = {"pixel_values": pixel_values, "image_sizes": image_sizes, "labels": labels}
-            given = {name: value for name, value in given.items() if value is not None}
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
+            asked = {} if labels is None else {"labels": labels}
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **visual, **asked)
         if labels is None:
             raise UserError("the batch has no labels: there is nothing to learn from")
         if plan is None:
@@ -122,28 +135,25 @@ class DualSpeed(DropIn):
             )
         self.forwards += 1
 
-        images = []
-        if pixel_values is not None and len(pixel_values):
-            images = self.vlm.encode(pixel_values, image_sizes, plan.mode)
-        features = torch.cat(images) if images else self.vlm.idle(plan.mode)
-        embeddings = self.vlm.embed(input_ids).flatten(0, 1)
-        lengths = [len(image) for image in images]
-        full = rows.full(input_ids, attention_mask, labels, self.vlm.image_token, lengths)
+        features = self.vlm.features(visual, plan.mode)
+        lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
+        full = rows.full(input_ids, attention_mask, labels, self.vlm.placeholders, lengths)
 
-        parts = [embeddings, features.to(embeddings.dtype)]
+        embeddings = self.vlm.embed(input_ids).flatten(0, 1)
+        images = [*itertools.chain(*features.values())]
+        table = [embeddings, *images]
         run = full
-        isolator = self.isolator.weight.to(embeddings.dtype)
         taught = plan.mode == "slow" and plan.distill > 0
         if plan.mode == "fast" or taught:
-            kept = self._kept(images, image_sizes, plan.keep)
-            isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, parts)), self.positions)
+            kept = self._kept(images, plan.keep)
+            isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, table)), self.positions)
         teacher = None
         if taught:
             with torch.no_grad(), _without_dropout(self.vlm.language_model):
-                teacher = self._answers([*parts, isolator], isolating, plan)[0]
+                teacher = self._answers([*table, self.isolator.weight], isolating, plan)[0]
         elif plan.mode == "fast":
-            parts, run = [*parts, isolator], isolating
-        hidden, target = self._answers(parts, run, plan)
+            table, run = [*table, self.isolator.weight], isolating
+        hidden, target = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
 
@@ -171,26 +181,26 @@ class DualSpeed(DropIn):
             out.logits, out.targets = self.vlm.head(hidden), target
         return out
 
-    def _kept(self, images: list[Tensor], image_sizes: Tensor | None, keep: float) -> Tensor:
+    def _kept(self, images: list[Tensor], keep: float) -> Tensor:
         """(V,) bool: which feature rows of all images stay. K counts pictures, never structural rows."""
         if not images:
             return torch.zeros(0, dtype=torch.bool, device=self.isolator.weight.device)
-        prunable = self.vlm.prunable(images, image_sizes)
         features = nn.utils.rnn.pad_sequence([image.detach() for image in images], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence(prunable, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([self.vlm.prunable(image) for image in images], batch_first=True)
         index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=self.seed + (self.step or 0))
         kept = torch.zeros(len(images), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
         kept.scatter_(1, index.where(index >= 0, mask.shape[1]), True)
         lengths = torch.tensor([len(image) for image in images], device=mask.device)
         return kept[:, :-1][torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]]
 
-    def _answers(self, parts: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _answers(self, table: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor]:
         """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows."""
         layout = self.layout
         if layout == "auto":
-            layout = "packed" if attention.packs(parts[0]) else "padded"
+            layout = "packed" if attention.packs(table[0]) else "padded"
         placed = rows.lay_out(selected, layout)
-        hidden = self.vlm.hidden(torch.cat(parts).index_select(0, placed.index), placed, plan.layers)
+        whole = torch.cat([part.to(table[0].dtype) for part in table])
+        hidden = self.vlm.hidden(whole.index_select(0, placed.index), placed, plan.layers)
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
         return hidden.index_select(0, placed.slot[answers]), selected.target[answers]
 

@@ -2,12 +2,15 @@
 
 A *row* is (input embedding at i, target = token i + 1). Every row a step could use lives in one table
 
-    table = [ embeddings of the ids (B * S) | image features (V) | isolator rows (L) ]
+    table = [ embeddings of the ids (B * S) | image features, then video features (V) | isolator rows (L) ]
 
 and a step is a list of indices into it: placeholders point at their image's features, pruned rows are left out,
 isolator rows are put in front of each image. One `index_select` scatters, prunes and inserts at once, for any model
 that marks image tokens with placeholder ids. (`index_select` and not `table[index]`: every image picks the same
 isolator rows, and the backward of fancy indexing with repeats adds in a racing order.)
+
+A whole video is one image here, with placeholders of its own kind. The table holds kind after kind and the text has
+them in any order, so an image's number says where its features are, not which image of the text it is.
 
 Targets are shifted before anything is dropped, so dropping rows cannot misalign labels. One row needs care: the last
 row of an image may predict the first answer token (a caption right behind the picture). Its target belongs to
@@ -42,7 +45,7 @@ class Rows:
     target: Tensor  # (R,) token to predict, or IGNORE
     position: Tensor  # (R,) rotary position
     sample: Tensor  # (R,) which sample of the batch
-    image: Tensor  # (R,) which image of the batch, -1 for text
+    image: Tensor  # (R,) which image of the table, -1 for text
     samples: int
 
     def __len__(self) -> int:
@@ -50,38 +53,46 @@ class Rows:
 
 
 def full(
-    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image_token: int, lengths: list[int]
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor,
+    placeholders: dict[str, int],
+    lengths: dict[str, list[int]],
 ) -> Rows:
     """Every row of a batch (B, S), padding left out, wherever the padding was.
 
-    `lengths` are the feature rows of each image, in order: images are cut apart by them, since two images may
-    stand side by side. Their sum must equal the number of placeholders.
+    `placeholders` is the token of each kind of image, `lengths` are the feature rows of each image of a kind, in order:
+    images are cut apart by them, since two images may stand side by side. Their sum must equal the number of
+    placeholders.
     """
     batch, width = input_ids.shape
     device = input_ids.device
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    labels = labels.masked_fill(input_ids == image_token, IGNORE)  # nobody is asked to say a placeholder
+    real = mask.flatten().nonzero()[:, 0]
+    token = input_ids.flatten()[real]
+    source = real.clone()
+    image = torch.full_like(source, -1)
+    row, number = batch * width, 0  # of the table
+    for kind, placeholder in placeholders.items():
+        labels = labels.masked_fill(input_ids == placeholder, IGNORE)  # nobody is asked to say a placeholder
+        visual = (token == placeholder).nonzero()[:, 0]
+        sizes = torch.tensor(lengths[kind], dtype=torch.long)
+        if len(visual) != sizes.sum():
+            raise UserError(
+                f"the batch holds {len(visual)} {kind} placeholder tokens, but its {len(sizes)} {kind}(s) give "
+                f"{sizes.sum()} feature rows; was the text truncated, or made by another processor?"
+            )
+        source[visual] = torch.arange(row, row + len(visual), device=device)
+        image[visual] = torch.arange(number, number + len(sizes)).repeat_interleave(sizes).to(device)
+        row, number = row + len(visual), number + len(sizes)
     target = torch.full_like(labels, IGNORE)
     target[:, :-1] = labels[:, 1:].masked_fill(~mask[:, 1:], IGNORE)
-
-    real = mask.flatten().nonzero()[:, 0]
-    source = real.clone()
-    visual = (input_ids.flatten()[real] == image_token).nonzero()[:, 0]
-    if len(visual) != sum(lengths):
-        raise UserError(
-            f"the batch holds {len(visual)} image placeholder tokens, but its {len(lengths)} image(s) give "
-            f"{sum(lengths)} feature rows; was the text truncated, or made by another processor?"
-        )
-    source[visual] = batch * width + torch.arange(len(visual), device=device)
-    image = torch.full_like(source, -1)
-    sizes = torch.tensor(lengths, dtype=torch.long, device=device)
-    image[visual] = torch.arange(len(lengths), device=device).repeat_interleave(sizes)
     position = (mask.long().cumsum(1) - 1).flatten()[real]
     return Rows(source, target.flatten()[real], position, real // width, image, batch)
 
 
 def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, positions: str) -> Rows:
-    """The rows of a fast step. `kept` (V,) says which visual rows stay; text rows always do.
+    """The rows of a fast step. `kept` (V,) says which feature rows of the table stay; text rows always do.
 
     `isolator` rows, which start at `first_isolator_row` of the table, are put in front of each image's rows.
     """
@@ -90,8 +101,7 @@ def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, posi
     visual = rows.image >= 0
     begins = visual.clone()
     begins[1:] &= rows.image[1:] != rows.image[:-1]
-    stays = ~visual
-    stays[visual] = kept
+    stays = torch.cat([kept.new_ones(first_isolator_row - len(kept)), kept])[rows.source]
 
     # How often each row is written: itself if it stays, and before an image's first row the isolator.
     times = stays.long() + begins * isolator
@@ -105,10 +115,11 @@ def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, posi
     ends = visual.clone()
     ends[:-1] &= rows.image[1:] != rows.image[:-1]
     image_target = rows.target[ends]
+    nth_image = begins.cumsum(0) - 1  # of the text
     last = image >= 0
     last[:-1] &= image[1:] != image[:-1]
     target = rows.target[origin].masked_fill(image >= 0, IGNORE)
-    target[last] = image_target[image[last]]
+    target[last] = image_target[nth_image[origin[last]]]
 
     if positions == "original":
         position = rows.position[origin]

@@ -1,26 +1,22 @@
-"""Everything tinyspeed knows about model classes: transformers is touched here and nowhere else in the core.
+"""Everything a training step knows about model classes; `loading.py` knows how they come from disk.
 
-A `Family` is a thin adapter over a Hugging Face vision-language model whose processor marks images with placeholder
-ids. DualSpeed asks it for five things: features of the images, embeddings of the ids, which feature rows may be pruned,
-hidden states of a list of rows, and logits. A new model family is one small subclass and a line in `FAMILIES`; one
-whose positions are not a single number a row (Qwen-VL) overrides `hidden`.
+A `Family` is a thin adapter over a Hugging Face vision-language model whose processor marks images and videos with
+placeholder ids. DualSpeed asks it for five things: features of the images, embeddings of the ids, which feature rows
+may be pruned, hidden states of a list of rows, and logits. A new model family is one small subclass and a line in
+`FAMILIES`; one whose positions are not a single number a row (Qwen-VL) overrides `hidden`.
 
 The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from . import attention
-from .errors import UserError, unknown
+from .errors import UserError
 from .rows import Layout
 
 
@@ -46,8 +42,9 @@ class Family:
         return self.model.model.language_model
 
     @property
-    def image_token(self) -> int:
-        return self.config.image_token_id
+    def placeholders(self) -> dict[str, int]:
+        """The token that stands for one feature row, by kind, in the order of the table."""
+        return {"image": self.config.image_token_id}
 
     @property
     def hidden_size(self) -> int:
@@ -57,22 +54,58 @@ class Family:
         """The parameters between tower and LLM: what stage 1 trains, with the isolator."""
         return list(self.projector.parameters())
 
-    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
+    def features(self, visual: dict[str, Tensor], plan_mode: str) -> dict[str, list[Tensor]]:
+        """Projected features of the images and videos in a processor's batch."""
+        features = {kind: [] for kind in self.placeholders}
+        if "tower_features" in visual:
+            features["image"] = self.project(visual["tower_features"], visual.get("image_sizes"), plan_mode)
+        elif len(visual.get("pixel_values", ())):
+            more = {name: visual[name] for name in ("batch_num_images",) if name in visual}
+            features["image"] = self.encode(visual["pixel_values"], visual.get("image_sizes"), plan_mode, **more)
+        if len(visual.get("pixel_values_videos", ())):
+            if "video" not in features:
+                raise UserError(f"a {self.config.model_type!r} model takes no videos, but the batch has some")
+            features["video"] = self.encode_videos(visual["pixel_values_videos"], plan_mode)
+        return features
+
+    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str, **more) -> list[Tensor]:
         """Projected features, one (rows, hidden) tensor an image."""
         return list(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
 
-    def idle(self, plan_mode: str) -> Tensor:
-        """Rows that a batch without images puts in the table and never picks: the connector's gradients are then
-        zeros instead of missing, so which parameters a step touches depends on its plan and not on its data."""
+    @property
+    def looks_at(self) -> tuple:
+        """Which of the tower's hidden states the projector reads."""
+        return self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+
+    def look(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
+        """What the projector reads of images (crops, patches, width): all that a frozen tower ever says about them."""
+        read = []
+        hook = self.projector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        try:
+            self.encode(pixel_values, image_sizes, "fast")
+        finally:
+            hook.remove()
+        return read[0]
+
+    def project(self, looked: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
+        """The rest of `encode`, for what `look` returned."""
+        return list(self.projector(looked))
+
+    def idle(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
+        """Rows of the table that nothing picks, made of the connector's parts that the batch may not use: their
+        gradients are then zeros instead of missing, so which parameters a step touches depends on its plan and not on
+        its data."""
+        if any(features.values()):
+            return []
         like = self.model.get_input_embeddings().weight  # not the projector's: a 4-bit one stores bytes
         width = self.config.vision_config.hidden_size
         if isinstance(self.config.vision_feature_layer, list | tuple):
             width *= len(self.config.vision_feature_layer)
-        return self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]
+        return [self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]]
 
-    def prunable(self, features: list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
-        """For each image, which of its feature rows are pictures, and not structure."""
-        return [torch.ones(len(f), dtype=torch.bool, device=f.device) for f in features]
+    def prunable(self, features: Tensor) -> Tensor:
+        """Which feature rows of an image are pictures, and not structure."""
+        return torch.ones(len(features), dtype=torch.bool, device=features.device)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(input_ids)
@@ -107,6 +140,17 @@ class Family:
         finally:
             self.language_model.layers = every
 
+    def recompute(self, on: bool) -> None:
+        """Activation checkpointing of the LLM's layers, in the forwards that follow. A frozen tower has nothing to
+        recompute."""
+        llm = self.language_model
+        if on and not getattr(llm, "_recomputes", False):
+            enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
+            enable()
+            llm._recomputes = True
+        for layer in llm.layers:
+            layer.gradient_checkpointing = on
+
     def head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden)
 
@@ -121,45 +165,67 @@ class LlavaNext(Family):
     def connector(self) -> list[nn.Parameter]:
         return [*super().connector(), self.newline]
 
-    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
+    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str, **more) -> list[Tensor]:
         if image_sizes is None:
-            raise UserError("LLaVA-NeXT needs image_sizes beside pixel_values: pass the processor's whole batch")
-        # Fast plans drop every newline row, so the newline is no part of their graph.
-        with _frozen(self.newline) if plan_mode == "fast" else nullcontext():
-            out = self.model.get_image_features(pixel_values=pixel_values, image_sizes=image_sizes)
+            kind = self.config.model_type
+            raise UserError(f"a {kind!r} model needs image_sizes beside pixel_values: pass the processor's whole batch")
+        with self._newline_for(plan_mode):
+            out = self.model.get_image_features(pixel_values=pixel_values, image_sizes=image_sizes, **more)
         return list(out.pooler_output)
 
-    def idle(self, plan_mode: str) -> Tensor:
-        rows = super().idle(plan_mode)
-        return rows if plan_mode == "fast" else torch.cat([rows, self.newline[None]])
+    def project(self, looked: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
+        shape = (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        crops = [image_size_to_num_patches(size, *shape) for size in image_sizes]
+        strategy = self.config.vision_feature_select_strategy
+        with self._newline_for(plan_mode):
+            return self.model.model.pack_image_features(
+                self.projector(looked).split(crops), image_sizes, strategy, image_newline=self.newline
+            )[0]
 
-    def prunable(self, features: list[Tensor], image_sizes: Tensor | None) -> list[Tensor]:
-        """Newline rows are structure. They are found by packing one-channel zeros with a newline of one."""
-        vision = self.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
-        crops = [
-            torch.zeros(
-                image_size_to_num_patches(size, self.config.image_grid_pinpoints, vision.image_size), patches, 1
-            )
-            for size in image_sizes
-        ]
-        packed, _ = self.model.model.pack_image_features(
-            crops, image_sizes, self.config.vision_feature_select_strategy, image_newline=torch.ones(1)
-        )
-        return [(p[:, 0] == 0).to(f.device) for p, f in zip(packed, features, strict=True)]
+    @contextmanager
+    def _newline_for(self, plan_mode: str) -> Iterator[None]:
+        """Fast plans drop every newline row, so the newline is no part of their graph."""
+        was = self.newline.requires_grad
+        self.newline.requires_grad_(was and plan_mode != "fast")
+        try:
+            yield
+        finally:
+            self.newline.requires_grad_(was)
+
+    def idle(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
+        rows = super().idle(features, plan_mode)
+        return rows if plan_mode == "fast" else [*rows, self.newline[None]]  # a video may have none
+
+    def prunable(self, features: Tensor) -> Tensor:
+        """Newline rows are structure. They are copies of the newline, so equality finds them wherever packing put them,
+        and nothing else: a projected patch has other numbers."""
+        return (features != self.newline.to(features.dtype)).any(-1)
 
 
-@contextmanager
-def _frozen(parameter: nn.Parameter) -> Iterator[None]:
-    was = parameter.requires_grad
-    parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        parameter.requires_grad_(was)
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT with videos: pooled frames end to end, no newlines. (A learned pooling, which no published model has,
+    would stay frozen.)
+
+    And LLaVA-OneVision: it scales large images down, does not cut one of several images in a sample into crops, and
+    ends these and videos with a newline. All of that happens in functions of its own."""
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        return {**super().placeholders, "video": self.config.video_token_id}
+
+    def encode_videos(self, pixel_values_videos: Tensor, plan_mode: str) -> list[Tensor]:
+        """Projected features, one (rows, hidden) tensor a video."""
+        with self._newline_for(plan_mode):
+            out = self.model.get_video_features(pixel_values_videos=pixel_values_videos)
+        return [video.reshape(-1, self.hidden_size) for video in out.pooler_output]
 
 
-FAMILIES: dict[str, type[Family]] = {"llava": Family, "llava_next": LlavaNext}
+FAMILIES: dict[str, type[Family]] = {
+    "llava": Family,
+    "llava_next": LlavaNext,
+    "llava_next_video": LlavaNextVideo,
+    "llava_onevision": LlavaNextVideo,
+}
 
 
 def family(model: nn.Module) -> Family:
@@ -168,52 +234,3 @@ def family(model: nn.Module) -> Family:
     if kind not in FAMILIES:
         raise UserError(f"tinyspeed cannot train a {kind!r} model yet; it knows {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind](model)
-
-
-def load(path: str, dtype: str = "float32") -> nn.Module:
-    """A LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise unknown("dtype", dtype, dtypes)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{path} is not a model folder: it has no config.json")
-        try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
-        if kind not in FAMILIES:
-            raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
-        raise UserError(f"there is no model folder {path}; give a folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
-    try:
-        # Safetensors only: a pickle can run code.
-        where = folder if folder.is_dir() else path
-        return AutoModelForImageTextToText.from_pretrained(where, dtype=dtypes[dtype], use_safetensors=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
-
-
-def load_processor(path: str):
-    """The processor saved beside a model: tokeniser, image processor, chat template."""
-    try:
-        return AutoProcessor.from_pretrained(Path(path).expanduser() if Path(path).expanduser().is_dir() else path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} has no usable processor beside its model: {str(error).splitlines()[0]}") from error
-
-
-STAGES = ("align", "train")
-
-
-def set_trainable(model: nn.Module, stage: str) -> None:
-    """LLaVA's two stages. align: the connector alone. train: the connector and the LLM. The tower is always frozen."""
-    if stage not in STAGES:
-        raise unknown("stage", stage, STAGES)
-    model.requires_grad_(False)
-    vlm = family(model)
-    for parameter in vlm.connector():
-        parameter.requires_grad_(True)
-    if stage == "train":
-        vlm.language_model.requires_grad_(True)
-        vlm.model.get_output_embeddings().requires_grad_(True)
