@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyspeed import UserError, checkpoint
+from tinyspeed.optimizer import build
+from tinyspeed.recipe import Stage
 
 
 def tensors():
@@ -102,16 +104,14 @@ def test_a_file_cut_short_or_gone_is_noticed(tmp_path_factory, at, name):
 def test_moments_exist_from_step_zero_and_round_trip():
     layer = torch.nn.Linear(3, 2)
     names = {p: n for n, p in layer.named_parameters()}
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    checkpoint.start_moments(optimizer)
+    optimizer = build(Stage(), [layer.weight], [layer.bias])
     assert set(checkpoint.optimizer_tensors(optimizer, names)) == {
         f"optimizer/{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in ("weight", "bias")
     }
     layer(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     saved = {k: v.clone() for k, v in checkpoint.optimizer_tensors(optimizer, names).items()}
-    other = torch.optim.AdamW(layer.parameters(), fused=True)
-    checkpoint.start_moments(other)
+    other = build(Stage(), [layer.weight], [layer.bias])
     checkpoint.load_optimizer(other, names, saved)
     again = checkpoint.optimizer_tensors(other, names)
     assert all(torch.equal(again[k], saved[k]) for k in saved)
@@ -122,8 +122,8 @@ def test_moments_exist_from_step_zero_and_round_trip():
 def test_zero_moments_start_like_no_moments():
     a, b = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)
     b.load_state_dict(a.state_dict())
-    plain, started = (torch.optim.AdamW(m.parameters(), weight_decay=0.1, fused=True) for m in (a, b))
-    checkpoint.start_moments(started)
+    plain = torch.optim.AdamW(a.parameters(), lr=Stage().lr, weight_decay=0.1, fused=True)
+    started = build(Stage(weight_decay=0.1), [b.weight], [b.bias])
     x = torch.randn(8, 5)
     for model, optimizer in ((a, plain), (b, started)):
         for _ in range(3):

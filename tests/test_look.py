@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from tinyspeed import UserError, digits, pruning, vlm
+from tinyspeed import UserError, digits, loading, pruning, vlm
 from tinyspeed.look import DIM, GRID, PATCH, encode, look, patches, read_picture, shade
 
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -64,7 +64,7 @@ def test_without_a_tower_the_features_are_patches_of_pixels_less_their_mean(phot
 def test_a_llava_is_looked_at_through_tower_and_projector(photo, tmp_path):
     folder = tiny.checkpoint("llava", tmp_path / "llava")
     batch = tiny.processor("llava").image_processor(images=Image.open(photo), return_tensors="pt")
-    model = vlm.family(vlm.load(str(folder)).eval())
+    model = vlm.family(loading.load(str(folder)).eval())
     with torch.no_grad():
         full = torch.stack(model.encode(batch["pixel_values"], None, "full"))
     assert full.shape == (1, 9, 32)
@@ -81,7 +81,7 @@ def test_of_llava_next_the_base_view_is_looked_at(photo, tmp_path):
     batch = tiny.processor("llava_next").image_processor(images=Image.open(photo), return_tensors="pt")
     pixels = batch["pixel_values"]
     assert pixels.shape[1] > 1  # there are crops to leave out
-    inner = vlm.load(str(folder)).eval().model
+    inner = loading.load(str(folder)).eval().model
     with torch.no_grad():
         base = inner.vision_tower(pixels[:, 0], output_hidden_states=True).hidden_states[-2][:, 1:]
         base = inner.multi_modal_projector(base)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .errors import UserError
 
+CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' table of 8-bit values, one for all
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
@@ -131,24 +132,23 @@ def _fingerprint(path: Path) -> tuple[int, int]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """The optimizer's moments under their parameters' names."""
     return {
-        f"optimizer/{key}/{names[parameter]}": value
+        f"optimizer/{key}/{names[parameter]}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
+        if key not in CONSTANT
     }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
-    """The reverse; the state of every parameter must be there already (see `start_moments`)."""
-    for name, current in optimizer_tensors(optimizer, names).items():
-        if name not in tensors or tensors[name].shape != current.shape:
-            raise UserError(f"the checkpoint has no {name} of shape {tuple(current.shape)}: it is of another recipe")
-        current.copy_(tensors[name])
-
-
-def start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Zero moments at step 0 for every parameter. A parameter that no step has touched yet (an isolator before the
-    first fast step) would otherwise be missing from the first checkpoint and could not be restored."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            step = torch.zeros((), dtype=torch.float32, device=p.device if group.get("fused") else "cpu")
-            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    """The reverse; the state of every parameter must be there already (see `optimizer.py`)."""
+    for parameter, state in optimizer.state.items():
+        for key, current in state.items():
+            if key in CONSTANT:
+                continue
+            name = f"optimizer/{key}/{names[parameter]}"
+            if name not in tensors or tensors[name].shape != torch.as_tensor(current).shape:
+                raise UserError(f"the checkpoint has no {name}: it is of another recipe")
+            if isinstance(current, Tensor):
+                current.copy_(tensors[name])
+            else:  # bitsandbytes counts its steps in a plain number
+                state[key] = tensors[name].item()

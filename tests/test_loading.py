@@ -1,0 +1,370 @@
+"""4 bits, adapters, parts: what should change does, what should not does not, and the disk's mistakes are named."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from bitsandbytes.nn import Linear4bit
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
+
+from tinyspeed import DualSpeed, UserError, loading, merge, precision
+from tinyspeed.scheduler import Plan
+
+KINDS = ("fp32", "bf16", "fp16")
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def base(request, tmp_path_factory):
+    return str(tiny.checkpoint(request.param, tmp_path_factory.mktemp("base") / request.param))
+
+
+def kind(base: str) -> str:
+    return json.loads(open(f"{base}/config.json").read())["model_type"]
+
+
+# 4 bits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_only_the_llms_linear_layers_are_in_4_bits(base, name):
+    model = loading.load(base, name, quantise="nf4")
+    quantised = {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert quantised == {n for n in linear if "language_model.layers" in n}
+    assert len(quantised) == 7 * 3
+    for n, module in model.named_modules():
+        if n in quantised:
+            state = module.weight.quant_state
+            assert (state.quant_type, state.nested) == ("nf4", True)
+            assert module.compute_dtype == precision.DTYPES[name]
+    others = [p for n, p in model.named_parameters() if n.rpartition(".")[0] not in quantised]
+    assert {p.dtype for p in others} == {precision.DTYPES[name]}, "frozen parts are never upcast"
+
+
+def test_a_skip_list_that_does_nothing_is_noticed(base, monkeypatch):
+    monkeypatch.setattr(loading, "UNQUANTISED", ("vision_tower", "multi_modal_projector", "lm_head"))
+    with pytest.raises(UserError, match=r"did the wrong thing to model\.(vision_tower|multi_modal_projector)"):
+        loading.load(base, quantise="nf4")
+
+
+def test_4_bit_weights_are_near_the_real_ones_and_no_forward_changes_them(tmp_path):
+    shape = tiny.config("llava")  # as wide as a block of 64, which real models are many times over
+    shape.text_config.update({"hidden_size": 64, "intermediate_size": 128})
+    LlavaForConditionalGeneration(shape).save_pretrained(tmp_path)
+    base = str(tmp_path)
+    plain, four = loading.load(base), loading.load(base, quantise="nf4")
+    layer = "model.language_model.layers.1.mlp.down_proj"
+    packed = four.get_submodule(layer).weight
+    before = packed.data.clone()
+    x = torch.randn(200, packed.quant_state.shape[1])
+    with torch.no_grad():
+        near, far = four.get_submodule(layer)(x), plain.get_submodule(layer)(x)
+    assert 0.05 < ((near - far).norm() / far.norm()) < 0.12
+    # Some CPUs re-pack the weight in eval mode without gradients, which rounds its scales for good.
+    with torch.no_grad():
+        four.eval()(**{k: v for k, v in tiny.batch("llava").items() if k != "labels"})
+    assert torch.equal(packed.data, before)
+    assert packed.quant_state.nested
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_in_4_bits_reaches_adapters_projector_and_isolator_and_nothing_else(base, name):
+    net = loading.add_lora(loading.load(base, name, quantise="nf4"), rank=4, dropout=0.1)
+    model = DualSpeed(net, keep=0.3).train()
+    loading.set_trainable(net, "train")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for plan in (Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
+        with precision.autocast(name, torch.device("cpu")):
+            loss = model(**tiny.batch(kind(base)), plan=plan).loss
+        loss.backward()
+    gradients = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])}
+    wanted = {n for n in before if re.search(r"language_model.*lora_|multi_modal_projector|isolator", n)}
+    assert gradients == wanted
+    assert moved <= wanted
+    assert moved >= {n for n in wanted if "lora_A" not in n}, "B starts at zero, so A has no gradient yet"
+    assert {p.dtype for n, p in model.named_parameters() if n in wanted} == {torch.float32}
+    assert not any("lora" in n for n in before if "vision_tower" in n or "projector" in n)
+
+
+# Adapters
+
+
+def test_adapters_sit_on_the_llms_linear_layers_alone(base):
+    net = loading.add_lora(loading.load(base), rank=4)
+    adapted = {n for n, m in net.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert len(adapted) == 7 * 3
+    assert all(n.startswith("model.language_model.layers.") for n in adapted)
+
+
+def test_new_adapters_change_nothing_and_are_drawn_by_seed(base):
+    batch = tiny.batch(kind(base))
+    plain = loading.load(base).eval()
+    state = torch.get_rng_state()
+    one, same, other = (loading.add_lora(loading.load(base), rank=4, seed=seed).eval() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers are shifted"
+    assert torch.equal(one(**batch).logits, plain(**batch).logits)
+    a, b, c = ({n: p for n, p in net.named_parameters() if "lora_A" in n} for net in (one, same, other))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not any(torch.equal(a[n], c[n]) for n in a)
+    assert one.peft_config["default"].lora_alpha == 8, "twice the rank, where nothing is said"
+
+
+# Merging
+
+
+def train_a_little(net: nn.Module, base: str) -> nn.Module:
+    """Move everything that trains, adapters' B included, far from where it began."""
+    loading.set_trainable(net, "train")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return net.eval()
+
+
+def learned(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def test_a_merged_model_is_the_trained_model(base, tmp_path):
+    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    merge.merge(learned(net), 2.0, base, tmp_path / "out")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    batch = tiny.batch(kind(base))
+    tiny.assert_close(merged(**batch).logits, net(**batch).logits)
+    before, after = load_file(f"{base}/model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {n for n in before if re.search(r"language_model.*layers.*_proj|multi_modal_projector", n)}
+    theirs = net.merge_and_unload().state_dict()  # peft's own arithmetic
+    ours = merged.state_dict()
+    tiny.assert_close(ours, {n: theirs[n] for n in ours})
+
+
+def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, tmp_path):
+    four = train_a_little(loading.add_lora(loading.load(base, quantise="nf4"), rank=4), base)
+    merge.merge(learned(four), 2.0, base, tmp_path / "out")
+    whole = loading.add_lora(loading.load(base), rank=4)
+    loading.set_trainable(whole, "train")
+    assert learned(four)
+    unexpected = whole.load_state_dict(learned(four), strict=False).unexpected_keys
+    assert not unexpected
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    batch = tiny.batch(kind(base))
+    tiny.assert_close(merged(**batch).logits, whole.eval()(**batch).logits)
+
+
+def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
+    assert len(files) > 2
+    net = train_a_little(loading.add_lora(loading.load(str(tmp_path / "base"), "bf16"), rank=4), base)
+    merge.merge(learned(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    theirs = net.merge_and_unload()
+    for (name, ours), other in zip(merged.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.float(), other.float(), rtol=0.01, atol=0.01, msg=name)
+
+
+def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
+    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    small = tiny.model(kind(base), layers=2)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="not the model that was trained"):
+        merge.merge(learned(net), 2.0, str(tmp_path / "small"), tmp_path / "out")
+
+
+def test_an_adapter_alone_carries_the_projector_too(base, tmp_path):
+    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    merge.save_adapter(learned(net), loading.lora_config(4), base, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "adapter").eval()
+    batch = tiny.batch(kind(base))
+    assert torch.equal(again(**batch).logits, net(**batch).logits)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 200_000
+
+
+# From parts
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny.parts(tmp_path_factory.mktemp("parts"))
+
+
+def test_parts_become_a_llava_that_transformers_loads_and_that_keeps_every_weight(parts, tmp_path):
+    tower, llm = parts
+    folder = loading.assemble(tower, llm, tmp_path / "base", seed=1)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    text = LlamaForCausalLM.from_pretrained(llm)
+    vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.bfloat16)
+    for ours, theirs in ((model.model.language_model, text.model), (model.model.vision_tower, vision)):
+        theirs = theirs.state_dict()
+        for name, tensor in ours.state_dict().items():
+            wanted = theirs[name]
+            assert torch.equal(tensor[: len(wanted)] if "embed_tokens" in name else tensor, wanted), name
+    weights = [m.weight for m in model.model.multi_modal_projector.modules() if isinstance(m, nn.Linear)]
+    assert all(w.float().std() > 0.01 for w in weights)
+    processor = AutoProcessor.from_pretrained(folder)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+    assert model.config.image_token_id < model.get_input_embeddings().num_embeddings
+    same, other = (loading.assemble(tower, llm, tmp_path / f"{seed}", seed=seed) for seed in (1, 2))
+    read = lambda path: load_file(path / "model.safetensors")["multi_modal_projector.linear_1.weight"]
+    assert torch.equal(read(folder), read(same))
+    assert not torch.equal(read(folder), read(other))
+
+
+def test_a_new_word_starts_as_the_average_word(parts, tmp_path):
+    tower, llm = parts
+    text = LlamaForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    kept = text.model.embed_tokens.weight[:200].clone()
+    text.resize_token_embeddings(200)
+    text.config.vocab_size = 200
+    text.save_pretrained(tmp_path / "few")
+    tiny.tokenizer().save_pretrained(tmp_path / "few")
+    folder = loading.assemble(tower, str(tmp_path / "few"), tmp_path / "base", seed=1)
+    table = AutoModelForImageTextToText.from_pretrained(folder).get_input_embeddings().weight
+    assert len(table) == 320, "260 words, and a round number"
+    assert torch.equal(table[:200], kept)
+    torch.testing.assert_close(table[200:], kept.mean(0).expand(120, -1))
+
+
+def test_other_parts_than_the_folder_was_made_of_are_refused(parts, tmp_path):
+    folder = loading.assemble(*parts, tmp_path / "base", seed=1)
+    assert loading.assemble(*parts, folder, seed=1) == folder
+    with pytest.raises(UserError, match="was not made of"):
+        loading.assemble(*parts, folder, seed=2)
+    with pytest.raises(UserError, match="cannot load"):
+        loading.assemble(str(tmp_path / "absent"), parts[1], tmp_path / "other", seed=1)
+    assert not (tmp_path / "other").exists()
+
+
+# What the disk holds
+
+
+def test_missing_weights_are_not_drawn_at_random_in_silence(base, tmp_path):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the model's weights \(.*layers\.1\.mlp\.up_proj"):
+        loading.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("patch_size", None), ("num_additional_image_tokens", 0), ("vision_feature_select_strategy", None)],
+)
+def test_a_processor_that_would_count_placeholders_wrong_is_put_right(base, tmp_path, capsys, name, wrong):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: wrong}))
+    assert getattr(loading.load_processor(str(folder)), name) == getattr(tiny.processor(kind(base)), name)
+    assert f"the processor's {name} is {wrong}" in capsys.readouterr().err
+
+
+def test_a_pickle_is_never_opened(base, tmp_path):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load"):
+        loading.load(str(folder))
+
+
+# Precision
+
+
+def test_auto_is_fp32_on_a_cpu_and_names_stay_what_they_are():
+    cpu = torch.device("cpu")
+    assert precision.choose("auto", cpu) == "fp32"
+    assert [precision.choose(name, cpu) for name in KINDS] == list(KINDS)
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_is_bf16_where_the_gpu_has_it(monkeypatch, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert precision.choose("auto", torch.device("cuda")) == wanted
+    if wanted == "fp16":
+        with pytest.raises(UserError, match="has no bf16"):
+            precision.choose("bf16", torch.device("cuda"))
+
+
+@given(overflows=st.lists(st.booleans(), max_size=60))
+def test_the_loss_scale_is_a_power_of_two_that_only_moves_on_overflow_or_after_long(overflows):
+    scale = precision.LossScale.of("fp16")
+    halved = 0
+    for bad in overflows:
+        if bad:
+            before = scale.scale
+            assert scale.overflowed() == (before > scale.SMALLEST)
+            halved += scale.scale < before
+        else:
+            scale.stepped()
+    assert scale.scale == 2.0 ** (16 - halved)
+    for _ in range(scale.GROW_AFTER):
+        scale.stepped()
+    assert scale.scale == 2.0 ** (17 - halved)
+    again = precision.LossScale()
+    again.load_state_dict(scale.state_dict())
+    assert again == scale
+
+
+def test_other_precisions_do_not_forgive_an_overflow():
+    for name in ("fp32", "bf16"):
+        scale = precision.LossScale.of(name)
+        assert not scale.overflowed()
+        for _ in range(2 * scale.GROW_AFTER):
+            scale.stepped()
+        assert scale.scale == 1.0
+
+
+def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspeed(base, tmp_path):
+    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    merge.merge(learned(net), 2.0, base, tmp_path / "out")
+    loading.load_processor(base).save_pretrained(tmp_path / "out")
+    script = (
+        "import sys, torch; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"
+        "from PIL import Image\n"
+        "m, p = M.from_pretrained(sys.argv[1]).eval(), P.from_pretrained(sys.argv[1])\n"
+        "chat = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]\n"
+        "b = p(images=Image.new('RGB', (40, 30), 'red'), text=p.apply_chat_template(chat, add_generation_prompt=True),"
+        " return_tensors='pt')\n"
+        "print(m.generate(**b, max_new_tokens=5, do_sample=False)[0, b['input_ids'].shape[1]:].tolist())\n"
+        "assert not any('tinyspeed' in name for name in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    from PIL import Image
+
+    processor = tiny.processor(kind(base))
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    batch = processor(images=Image.new("RGB", (40, 30), "red"), text=text, return_tensors="pt")
+    wanted = net.generate(**batch, max_new_tokens=5, do_sample=False)[0, batch["input_ids"].shape[1] :].tolist()
+    assert json.loads(done.stdout) == wanted

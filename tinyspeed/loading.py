@@ -1,0 +1,275 @@
+"""Models from a hub or a folder: as they are, with the LLM in 4 bits, with adapters, or put together from parts.
+
+    load("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    13.5 GB of weights become 4.5
+    add_lora(model, rank=16)                                    and 40 million parameters train instead of 7 billion
+
+Three things that other trainers' users found out the hard way are settled here, and checked after loading:
+
+- Quantising means the LLM's layers and nothing else. Left alone, transformers also quantises the vision tower and the
+  projector; and a skip list whose names do not match (`vision_tower` instead of `model.vision_tower`) does nothing.
+- "All linear layers" means the LLM's. To peft it also means the tower and the projector.
+- Frozen parts stay in the precision they were loaded in. peft's `prepare_model_for_kbit_training` makes fp32 of tower,
+  embeddings and lm_head, 1.5 GB for nothing.
+
+Weights come from safetensors only: a pickle can run code when it is opened.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from .errors import UserError, unknown
+from .precision import DTYPES
+from .vlm import FAMILIES, family
+
+UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+
+
+def load(
+    path: str, precision: str = "fp32", *, quantise: str = "none", device: str | torch.device = "cpu"
+) -> nn.Module:
+    """A LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`."""
+    if precision not in DTYPES:
+        raise unknown("precision", precision, DTYPES)
+    where = _where(path)
+    how = {"dtype": DTYPES[precision], "use_safetensors": True}
+    if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
+        how["device_map"] = {"": str(device)}
+    if quantise == "nf4":
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[precision],
+            llm_int8_skip_modules=list(UNQUANTISED),
+        )
+    elif quantise != "none":
+        raise unknown("quantisation", quantise, ("none", "nf4"))
+    try:
+        model, found = AutoModelForImageTextToText.from_pretrained(where, **how, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+    if found["missing_keys"]:  # transformers would draw them at random and carry on
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
+    if quantise != "none":
+        _check_quantised(model)
+    return model
+
+
+def _where(path: str) -> str | Path:
+    """The folder, or the hub id as it is; a folder that cannot be a model of ours is refused before it is read."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{path} is not a model folder: it has no config.json")
+        try:
+            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
+        if kind not in FAMILIES:
+            raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
+        raise UserError(f"there is no model folder {path}; give a folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
+    return path
+
+
+def config(path: str):
+    """The configuration alone: a few kilobytes, enough to know a model's shapes."""
+    try:
+        return AutoConfig.from_pretrained(_where(path))
+    except OSError as error:
+        raise UserError(f"cannot load the configuration of {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_processor(path: str):
+    """The processor saved beside a model: tokeniser, image processor, chat template.
+
+    It counts placeholders by numbers of its own, and older checkpoints lack some of them (576 features then meet 575
+    placeholders). The model's configuration knows them all.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(_where(path))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{path} has no usable processor beside its model: {str(error).splitlines()[0]}") from error
+    shape = config(path)
+    facts = {
+        "patch_size": shape.vision_config.patch_size,
+        "vision_feature_select_strategy": shape.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(shape.vision_config.model_type == "clip_vision_model"),  # CLS
+    }
+    for name, value in facts.items():
+        its = getattr(processor, name, value)
+        if its != value:
+            print(f"the processor's {name} is {its}, the model's {value}: using that", file=sys.stderr)
+            setattr(processor, name, value)
+    return processor
+
+
+def _check_quantised(model: nn.Module) -> None:
+    """That the LLM's linear layers are in 4 bits, and those of everything else are not."""
+    from bitsandbytes.nn import Linear4bit
+
+    layers = {id(m) for m in family(model).language_model.layers.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and isinstance(module, Linear4bit) != (id(module) in layers):
+            raise UserError(
+                f"quantising did the wrong thing to {name}: this version of transformers reads the skip list in "
+                f"another way; please report it"
+            )
+        if isinstance(module, Linear4bit):
+            # On some CPUs a forward in eval mode without gradients would re-pack the weight, for good, and round its
+            # scales: a slow step's teacher would change the model that learns.
+            module.support_avx512bf16_for_cpu = False
+
+
+def linear_layers(model: nn.Module) -> str:
+    """A pattern for the names of the LLM's linear layers, and of no others."""
+    inside = family(model).language_model.layers
+    prefix = next(name for name, module in family(model).model.named_modules() if module is inside)
+    leaves = sorted({name.rpartition(".")[2] for name, m in inside.named_modules() if isinstance(m, nn.Linear)})
+    return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\..*\.({'|'.join(leaves)})"
+
+
+def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout)
+
+
+def add_lora(model: nn.Module, *, rank: int, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0) -> nn.Module:
+    """The model in peft's wrapper, with adapters (fp32) on the LLM's linear layers."""
+    how = lora_config(rank, alpha, dropout)
+    how.target_modules = linear_layers(model)
+    with torch.random.fork_rng(devices=_cuda(model)):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, how)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:  # under 4-bit weights stored as bf16 they come out bf16
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def _cuda(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+STAGES = ("align", "train")
+
+
+def set_trainable(model: nn.Module, stage: str) -> None:
+    """LLaVA's two stages. align: the connector alone. train: the connector, and the LLM's adapters where it has some,
+    else the LLM. The tower is always frozen. What trains becomes fp32 (see `precision.py`)."""
+    if stage not in STAGES:
+        raise unknown("stage", stage, STAGES)
+    model.requires_grad_(False)
+    vlm = family(model)
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    # A peft adapter cannot carry NeXT's newline, which is a parameter without a module: beside adapters it stays.
+    trained = list(vlm.projector.parameters()) if adapters else vlm.connector()
+    if stage == "train":
+        llm = [*vlm.language_model.parameters(), *vlm.model.get_output_embeddings().parameters()]
+        trained += adapters or llm
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+# From parts. The template is Vicuna's, as LLaVA-1.5 uses it on every LLM, with the end-of-text token that the hub's
+# copy leaves out.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}[message['role']] or '' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
+    """A LLaVA-1.5 in `folder` from a CLIP tower, an LLM and a new projector: what stage 1 starts from.
+
+    Built once, in the LLM's own precision; each part is loaded once and moved, never copied.
+    """
+    made = {"tower": tower, "llm": llm, "seed": seed}
+    if folder.is_dir():
+        built = folder / "parts.json"
+        if not built.is_file() or json.loads(built.read_text(encoding="utf-8")) != made:
+            raise UserError(f"{folder} was not made of {made}: delete it, or choose another run.name")
+        return folder
+    try:
+        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(llm)
+        vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
+        pictures = CLIPImageProcessor.from_pretrained(tower)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load {llm} or {tower}: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
+
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with torch.no_grad():  # new words start as the average word
+        tables = {id(e): e for e in (text.get_input_embeddings(), text.get_output_embeddings())}
+        old, means = text.get_input_embeddings().num_embeddings, [e.weight.float().mean(0) for e in tables.values()]
+        if len(tokenizer) > old:
+            text.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+            tables = {id(e): e for e in (text.get_input_embeddings(), text.get_output_embeddings())}
+            for table, mean in zip(tables.values(), means, strict=True):
+                table.weight[old:] = mean.to(table.weight.dtype)
+
+    cells = (vision.config.image_size // vision.config.patch_size) ** 2
+    shape = LlavaConfig(
+        vision_config=vision.config,
+        text_config=text.config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=cells,
+        tie_word_embeddings=text.config.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
+        for layer in projector.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+    model.model.vision_tower, model.model.language_model, model.lm_head = vision, text.model, text.lm_head
+    model.model.multi_modal_projector = projector.to(text.dtype)
+    model.generation_config = text.generation_config
+    model.config.dtype = text.dtype
+    processor = LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLS
+        chat_template=TEMPLATE,
+    )
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    (temporary / "parts.json").write_text(json.dumps(made), encoding="utf-8")
+    temporary.rename(folder)
+    return folder
