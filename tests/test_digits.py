@@ -49,10 +49,10 @@ def test_no_evaluation_scan_is_ever_trained_on():
 def test_lengths_are_those_of_the_example(i, turns, split):
     source = digits.Digits(10**6, turns, split)
     example = source.example(i)
-    text, images = source.lengths(i)
+    text, images, answers = source.lengths(i)
     assert len(example.input_ids) == text + sum(images)
     assert (example.input_ids == digits.ID["<image>"]).sum() == sum(images)
-    assert (example.labels != IGNORE).sum() == 2 * turns
+    assert (example.labels != IGNORE).sum() == 2 * turns == answers
     assert torch.equal(source.example(i).pixel_values, example.pixel_values)
 
 

@@ -114,12 +114,16 @@ class Digits:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.size} {self.split} pictures, {self.turns} turns, seed {self.seed}"
+
     def _rng(self, i: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, i, self.split == "eval"])
 
-    def lengths(self, i: int) -> tuple[int, list[int]]:
-        """Text rows, and visual rows of each image, without making the example."""
-        return 1 + 4 * self.turns, [CELLS]
+    def lengths(self, i: int) -> tuple[int, list[int], int]:
+        """Text rows, visual rows of each image, and tokens to learn."""
+        return 1 + 4 * self.turns, [CELLS], 2 * self.turns
 
     def example(self, i: int) -> Example:
         rng = self._rng(i)

@@ -1,0 +1,152 @@
+"""Features kept on disk are the tower's own, are found by content, stay within their size, and change no run."""
+
+import json
+import os
+import shutil
+
+import pytest
+import tiny
+import torch
+from album import album
+from PIL import Image
+from test_train import Killed, die_before, same_end
+from test_tuning import settings
+
+from tinyspeed import DualSpeed, UserError, features, recipe, train
+from tinyspeed.conversations import Conversations
+from tinyspeed.data import collate
+from tinyspeed.features import Features, fill
+from tinyspeed.recipe import Data
+from tinyspeed.scheduler import Plan
+from tinyspeed.vlm import family as adapter
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    album(home, 10)
+    for name in tiny.FAMILIES:
+        tiny.checkpoint(name, home / name)
+    return home
+
+
+def source(home, family):
+    data = Data(kind="chat", file=str(home / "train.json"), images=str(home / "images"), workers=0, max_rows=512)
+    return Conversations(data, tiny.processor(family), home / "cache", bar=False)
+
+
+def kept(folder, made, net, most=1e9, precision="fp32"):
+    vlm, prepare = adapter(net), made.processor.image_processor
+    store = Features(folder, vlm, prepare, precision)
+    fill(store, made.pictures(), vlm, prepare, precision, most, bar=False)
+    return store
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_training_from_features_is_training_from_pictures(home, family, tmp_path):
+    net, made = tiny.model(family), source(home, family)
+    plain = collate([made.example(i) for i in range(10)], tiny.PAD)
+    made.features = kept(tmp_path, made, net)
+    stored = collate([made.example(i) for i in range(10)], tiny.PAD)
+    assert "pixel_values" not in stored
+    model = DualSpeed(net, keep=0.3).train()
+    for plan in (Plan("full"), Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
+        found = []
+        for batch in (plain, stored):
+            model.zero_grad(set_to_none=True)
+            loss = model(**batch, plan=plan).loss
+            loss.backward()
+            found.append({"loss": loss, **tiny.gradients(model)})
+        tiny.assert_close(found[1], found[0])
+
+
+def test_no_picture_is_decoded_and_no_tower_runs(home, family, tmp_path, monkeypatch):
+    net, made = tiny.model(family), source(home, family)
+    made.features = kept(tmp_path, made, net)
+    monkeypatch.setattr(features.images, "load", None)
+    batch = collate([made.example(i) for i in range(10)], tiny.PAD)
+    net.model.vision_tower.forward = None
+    assert DualSpeed(net, keep=0.3).train()(**batch, plan=Plan("fast", keep=0.3)).loss.isfinite()
+
+
+def test_files_are_found_by_content_and_made_once(home, family, tmp_path):
+    net, made = tiny.model(family), source(home, family)
+    kept(tmp_path, made, net)
+    first = {p: p.stat().st_mtime_ns for p in files(tmp_path)}
+    assert len(first) == len(set(made.pictures()))
+    shutil.copytree(home / "images", tmp_path / "moved" / "images")
+    shutil.copy(home / "train.json", tmp_path / "moved")
+    again = source(tmp_path / "moved", family)
+    store = kept(tmp_path, again, tiny.model(family))
+    assert {p: p.stat().st_mtime_ns for p in first} == first, "other paths, same pictures"
+    other = kept(tmp_path, made, tiny.model(family, seed=1))
+    half = Features(tmp_path, adapter(net), made.processor.image_processor, "bf16")
+    picture = next(iter(made.pictures()))
+    assert len({store.file(picture), other.file(picture), half.file(picture)}) == 3, "another tower, another precision"
+    Image.open(picture).convert("RGB").rotate(90).save(tmp_path / "turned.png")
+    assert store.file(tmp_path / "turned.png") != store.file(picture)
+
+
+def test_the_size_is_never_exceeded_and_old_features_make_room(home, tmp_path):
+    made, one, other = source(home, "llava"), tiny.model("llava"), tiny.model("llava", seed=1)
+    kept(tmp_path, made, one)
+    needed = sum(p.stat().st_size for p in files(tmp_path))
+    old = files(tmp_path)
+    for age, file in enumerate(old):
+        os.utime(file, (age, age))
+    kept(tmp_path, made, other, most=1.5 * needed)
+    assert sum(p.stat().st_size for p in files(tmp_path)) <= 1.5 * needed
+    left = [p for p in old if p.exists()]
+    assert 0 < len(left) < len(old)
+    assert left == old[-len(left) :], "the oldest go first"
+    with pytest.raises(UserError, match=r"take more than 0\.0 GB.*feature_cache_gb"):
+        kept(tmp_path / "small", made, one, most=0.5 * needed)
+    assert sum(p.stat().st_size for p in files(tmp_path / "small")) <= 0.5 * needed
+
+
+def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
+    made, net, count = source(home, "llava"), tiny.model("llava"), []
+
+    def dying(*arguments):
+        count.append(1)
+        if len(count) == 4:
+            raise Killed
+        return original(*arguments)
+
+    original = features.images.load
+    with monkeypatch.context() as patch:
+        patch.setattr(features.images, "load", dying)
+        with pytest.raises(Killed):
+            kept(tmp_path, made, net)
+    assert len(files(tmp_path)) == 3
+    store = kept(tmp_path, made, net)
+    whole = kept(tmp_path / "whole", made, net)
+    for picture in made.pictures():
+        assert torch.equal(store.read(picture)[0], whole.read(picture)[0])
+
+
+def test_a_damaged_file_is_named(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    store = kept(tmp_path, made, net)
+    picture = next(made.pictures())
+    store.file(picture).write_bytes(b"not what was written")
+    with pytest.raises(UserError, match=r"cannot be read .*delete the file"):
+        store.read(picture)
+
+
+def test_a_killed_run_with_features_resumes_bit_for_bit(home, tmp_path, monkeypatch):
+    how = (f"run.cache={tmp_path}/cache", "data.feature_cache_gb=0.1", "model.precision=bf16", "lora.rank=4")
+    whole, made = (settings(home, tmp_path, name, *how, family="llava_next") for name in ("whole", "run"))
+    train.train(whole, bar=False)
+    with monkeypatch.context() as patch:
+        die_before(patch, 3)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
+    train.train(made, resume=True, bar=False)
+    same_end(made, whole)
+    assert files(tmp_path / "cache" / "features")
+    assert json.loads((made.folder / "metrics.jsonl").read_text().splitlines()[0])["rows_full"]
+    assert recipe.of_run(str(made.folder)).data.feature_cache_gb == 0.1

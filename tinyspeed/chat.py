@@ -1,0 +1,112 @@
+"""A conversation to ids and labels, by one tokenisation.
+
+    text    USER: <image>\nWhat is this? ASSISTANT: A cat.</s>
+    labels  ---------------------------------------AAAAAAAAAAA
+
+The classic way to find the answers, tokenising the turns again and adding up lengths, goes wrong by a token here and
+there; then every label of the sample is dropped with a warning, and the loss is a happy zero. Here each answer is
+rendered as a stand-in that occurs nowhere else, so its place in the text is known; the text is tokenised once, and the
+tokenizer says which characters each token came from. A token is learned if it touches an answer or the end of its turn.
+
+The end of a turn must be learned, or the model never stops. The hub's template for LLaVA-1.5 writes none (LLaVA was
+trained with `</s>` there), so where a template ends an answer without a special token, the end-of-text token is put in
+place of the space that follows. Nothing is ever taken on trust: a template that loses a question (they do, when content
+is a plain string), an answer or a picture is an error.
+
+`plain` is LLaVA's format for aligning the projector: the picture, then the caption; what the human asks is left out.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import UserError
+from .records import IMAGE, Turn
+from .rows import IGNORE
+
+
+class Chat:
+    """How a processor's model is talked to. `system`: a system message for conversations that have none."""
+
+    def __init__(self, processor, template: str = "chat", system: str = ""):
+        self.processor, self.plain, self.system = processor, template == "plain", system
+        self.tokenizer = processor.tokenizer
+        if not self.tokenizer.is_fast:
+            raise UserError("the processor has no fast tokenizer: only those tell which characters a token came from")
+        if not self.plain and not processor.chat_template:
+            raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
+        self.image = processor.image_token
+        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
+        special = [t for t in self.tokenizer.all_special_tokens if t != self.image]
+        self.turn_ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+
+    def encode(self, turns: Sequence[Turn], image_rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids with each picture's placeholder repeated once a feature row, and labels."""
+        text, answers = self.render(turns)
+        # A template that writes the first token itself must not get a second one.
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
+        ids, characters = np.array(made["input_ids"], dtype=np.int64), np.array(made["offset_mapping"]).reshape(-1, 2)
+        labels = np.full_like(ids, IGNORE)
+        first, last = characters.T
+        for begin, end in answers:
+            touched = (last > begin) & (first < end) & (last > first)
+            labels[touched] = ids[touched]
+        pictures = ids == self.image_id
+        if pictures.sum() != len(image_rows):
+            raise UserError(f"{pictures.sum()} placeholders {self.image} in the text for {len(image_rows)} image(s)")
+        times = np.ones_like(ids)
+        times[pictures] = image_rows
+        return ids.repeat(times), labels.repeat(times)
+
+    def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and where in it the answers are, ends of turns included."""
+        if self.plain:
+            return self._caption(turns)
+        if self.system and turns[0].role != "system":
+            turns = [Turn("system", (self.system,)), *turns]
+        said = "".join(part for turn in turns for part in turn.parts if part is not IMAGE)
+        mark = "\ue000"
+        while mark in said:
+            mark += "\ue000"
+        answers, messages = [], []
+        for turn in turns:
+            content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in turn.parts]
+            if turn.role == "assistant":
+                answers.append("".join(turn.parts))
+                content = [{"type": "text", "text": f"{mark}{len(answers) - 1}\ue001"}]
+            messages.append({"role": turn.role, "content": content})
+        rest = self.processor.apply_chat_template(messages, tokenize=False)
+        self._check(rest, turns)
+
+        text, spans = "", []
+        for number, answer in enumerate(answers):
+            before, found, rest = rest.partition(f"{mark}{number}\ue001")
+            if not found:
+                raise UserError("the chat template loses or moves an answer")
+            text += before
+            begin, end = len(text), self.turn_ends.match(rest)
+            if end:
+                text, rest = text + answer + end[0], rest[end.end() :]
+            else:
+                text, rest = text + answer + self.tokenizer.eos_token, rest.lstrip()
+            spans.append((begin, len(text)))
+        return text + rest, spans
+
+    def _check(self, rendered: str, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            for part in turn.parts:
+                if part is not IMAGE and turn.role != "assistant" and part.strip() not in rendered:
+                    raise UserError(f"the chat template loses the {turn.role}'s text {part[:60]!r}")
+        pictures = sum(part is IMAGE for turn in turns for part in turn.parts)
+        if rendered.count(self.image) != pictures:
+            raise UserError(f"the chat template makes {rendered.count(self.image)} placeholders of {pictures} image(s)")
+
+    def _caption(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        spoken = [turn for turn in turns if turn.role != "system"]
+        if len(spoken) != 2 or IMAGE not in spoken[0].parts:
+            raise UserError('data.template = "plain" takes one question with a picture, and its answer')
+        pictures = self.image * spoken[0].parts.count(IMAGE)
+        text = pictures + "".join(spoken[1].parts) + "\n"
+        return text, [(len(pictures), len(text))]

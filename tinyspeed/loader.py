@@ -1,0 +1,54 @@
+"""Micro-batches made ahead of their step, in worker processes: decoding pictures must not keep a GPU waiting.
+
+Which samples make up which micro-batch is decided before (`batching.py`), so workers change nothing but the time it
+takes: the same batches come out in the same order, from any number of them. They draw nothing from anybody's random
+numbers, leave Ctrl-C to the main process, and hand a bad picture over as the UserError that it is.
+"""
+
+import signal
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .data import Source, collate
+from .errors import UserError
+
+
+def load(
+    source: Source, parts: Iterable[list[int]], pad: int, *, workers: int = 0, pin: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of these lists of samples, in order."""
+    if workers == 0:
+        yield from (collate([source.example(i) for i in part], pad) for part in parts)
+        return
+    ahead = DataLoader(
+        _Made(source, pad),
+        batch_size=None,
+        sampler=parts,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=quietly,
+        generator=torch.Generator(),  # its own: the default one belongs to dropout
+    )
+    for batch in ahead:
+        if isinstance(batch, str):
+            raise UserError(batch)
+        yield batch
+
+
+class _Made(Dataset):
+    def __init__(self, source: Source, pad: int):
+        self.source, self.pad = source, pad
+
+    def __getitem__(self, part: list[int]) -> dict[str, Tensor] | str:
+        try:
+            return collate([self.source.example(i) for i in part], self.pad)
+        except UserError as error:  # raised here, it would arrive wrapped in a traceback
+            return str(error)
+
+
+def quietly(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
