@@ -1,0 +1,418 @@
+"""The formulas against what they are about: parameters of real models on the meta device, bytes of real 4-bit weights
+and moments, and real steps, of which autograd's saved tensors and the live storages at the peak are counted."""
+
+import contextlib
+import functools
+import math
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from tinyspeed import DualSpeed, loading, memory, optimizer, precision
+from tinyspeed.memory import MicroBatch, Settings, Shape, Step
+from tinyspeed.recipe import Stage
+from tinyspeed.scheduler import Plan
+
+GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def clip(**changes):
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    return CLIPVisionConfig(**{**large, "image_size": 336, "patch_size": 14, **changes})
+
+
+def llama(hidden=4096, inner=11008, layers=32, heads=32, vocab=32064):
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, vocab_size=vocab,
+    )  # fmt: skip
+
+
+def mistral():
+    return MistralConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=32064)
+
+
+def siglip():
+    return SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384,
+        patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+
+
+def qwen():
+    return Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def config_of(kind, vision, text, **more):
+    return kind(vision_config=vision, text_config=text, **more)
+
+
+REAL = {
+    "1.5-7b": lambda: config_of(LlavaConfig, clip(), llama()),
+    "1.5-13b": lambda: config_of(LlavaConfig, clip(), llama(5120, 13824, 40, 40)),
+    "next-7b": lambda: config_of(LlavaNextConfig, clip(), llama(), image_grid_pinpoints=GRIDS),
+    "next-13b": lambda: config_of(LlavaNextConfig, clip(), llama(5120, 13824, 40, 40), image_grid_pinpoints=GRIDS),
+    "next-mistral": lambda: config_of(LlavaNextConfig, clip(), mistral(), image_grid_pinpoints=GRIDS),
+    "onevision": lambda: config_of(LlavaOnevisionConfig, siglip(), qwen(), tie_word_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_parameters_of_real_models_are_exact(name):
+    config = REAL[name]()
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    assert sum(Shape(config).parameters.values()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("stage", ["align", "train"])
+@pytest.mark.parametrize(("name", "rank"), [("1.5-7b", 0), ("next-7b", 0), ("next-mistral", 16), ("onevision", 0)])
+def test_what_trains_and_what_it_weighs_is_exact(name, rank, stage):
+    config = REAL[name]()
+    with torch.device("meta"):
+        net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    model = DualSpeed(loading.add_lora(net, rank=rank) if rank else net)
+    loading.set_trainable(model.model, stage)
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage))
+    assert found.trainable == sum(sizes)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.weights == sum(p.nbytes for p in model.parameters())
+    assert (found.gradients, found.moments) == (4 * sum(sizes), 8 * sum(sizes))
+
+
+# Small models whose steps are run. Wide enough that rows outweigh what does not grow with them.
+SIDE, PATCH, HIDDEN, LAYERS, VOCAB = 64, 8, 128, 4, 300
+
+
+def small(family="llava", *, hidden=HIDDEN, layers=LAYERS, vocab=VOCAB, tower=32):
+    text = llama(hidden, 11 * hidden // 4, layers, 4, vocab)
+    vision = clip(
+        hidden_size=tower, intermediate_size=4 * tower, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
+        patch_size=PATCH,
+    )  # fmt: skip
+    if family == "llava":
+        return config_of(LlavaConfig, vision, text, image_token_index=3, image_seq_length=(SIDE // PATCH) ** 2)
+    grids = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+    return config_of(LlavaNextConfig, vision, text, image_token_index=3, image_grid_pinpoints=grids)
+
+
+@functools.lru_cache(maxsize=1)  # the cases of one model follow each other
+def built(s: Settings, folder, **shape) -> DualSpeed:
+    torch.manual_seed(0)
+    net = AutoModelForImageTextToText.from_config(small(**shape))
+    if s.quantise == "none":
+        net = net.to(precision.DTYPES[s.precision])
+    else:
+        net.save_pretrained(folder)
+        net = loading.load(folder, s.precision, quantise=s.quantise)
+    if s.rank:
+        net = loading.add_lora(net, rank=s.rank, dropout=s.dropout)
+    model = DualSpeed(net, isolator=s.isolator)
+    loading.set_trainable(model.model, s.stage)
+    return model.train()
+
+
+TEXT, ANSWERS = 60, 30
+
+
+def batch_of(config, samples, text=TEXT, answers=ANSWERS):
+    """Samples of one picture each, and how many rows that is."""
+    cells = (SIDE // PATCH) ** 2
+    if config.model_type == "llava":
+        rows, more = cells, {"pixel_values": torch.randn(samples, 3, SIDE, SIDE)}
+    else:
+        rows = 5 * cells + 2 * SIDE // PATCH  # square, in 5 crops, and a newline behind each line of the larger view
+        more = {
+            "pixel_values": torch.randn(samples, 5, 3, SIDE, SIDE),
+            "image_sizes": torch.tensor([[2 * SIDE] * 2] * samples),
+        }
+    ids = torch.randint(10, 200, (samples, text + rows))
+    ids[:, 5 : 5 + rows] = 3
+    labels = torch.full_like(ids, -100)
+    labels[:, -answers:] = ids[:, -answers:]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **more}, rows
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that operations have made and that are still alive, at their peak."""
+
+    def __init__(self, known: set[int]):
+        super().__init__()
+        self.known, self.now, self.peak = known, 0, 0
+        self.made: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.made or storage.data_ptr() in self.known:
+            return
+
+        def gone(_):
+            del self.made[key]
+            self.now -= size
+
+        self.made[key] = weakref.ref(storage, gone)
+        self.now += size
+
+
+def storages(model) -> set[int]:
+    """Of the weights, their gradients, and the scales of 4-bit weights."""
+    found = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return {tensor.untyped_storage().data_ptr() for tensor in found}
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(monkeypatch, s: Settings):
+    """Dropout is one kernel that keeps a mask of bytes, and peft sees that autocast is on (it asks about CUDA)."""
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0])
+        torch.set_autocast_enabled("cuda", s.half)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+
+def counted(model, batch, plan, s: Settings) -> tuple[int, int]:
+    """What autograd saved of a step, and the peak of the next one, which finds gradients there."""
+    saved: dict[int, torch.Tensor] = {}
+    known = storages(model)
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def forward():
+        with precision.autocast(s.precision, torch.device("cpu")):
+            return model(**batch, plan=plan).loss
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    loss.backward()
+    saved.clear()
+    del loss
+    pixels = batch["pixel_values"].nbytes
+    with Live(storages(model) | {value.untyped_storage().data_ptr() for value in batch.values()}) as live:
+        forward().backward()
+    return kept, live.peak + pixels
+
+
+SETTINGS = {
+    "fp32": Settings("fp32"),
+    "fp32 LoRA": Settings("fp32", rank=4, dropout=0.1),
+    "bf16": Settings("bf16"),
+    "bf16 LoRA": Settings("bf16", rank=4),
+    "bf16 LoRA dropout": Settings("bf16", rank=4, dropout=0.1),
+    "4-bit LoRA": Settings("bf16", "nf4", rank=4),
+    "4-bit LoRA dropout": Settings("bf16", "nf4", rank=4, dropout=0.1),
+    "align": Settings("bf16", stage="align"),
+    "align LoRA": Settings("bf16", rank=4, dropout=0.1, stage="align"),
+}
+STEPS = [("full", False), ("full", True), ("fast", False), ("fast", True), ("slow", True)]
+
+
+def check(monkeypatch, folder, s, mode, recompute, samples=2, text=TEXT, answers=ANSWERS, **shape):
+    model, config = built(s, folder, **shape), small(**shape)
+    model.zero_grad()
+    model.vlm.recompute(recompute)
+    batch, visual = batch_of(config, samples, text, answers)
+    plan = Plan(mode, keep=s.keep, distill=float(mode == "slow"))
+    with as_on_a_gpu(monkeypatch, s):
+        kept, peak = counted(model, batch, plan, s)
+    step = Step(Shape(config), s, MicroBatch.of(mode, text, [visual], answers, s, samples), recompute)
+    print(f"kept {kept:,}, formula {step.kept:,} ({step.kept / kept - 1:+.1%})", end="; ")
+    print(
+        f"peak {peak:,}, formula {step.peak:,} ({step.peak / peak - 1:+.1%}, {max(step.moments, key=step.moments.get)})"
+    )
+    assert step.kept == pytest.approx(kept, rel=0.05)
+    assert step.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.mark.parametrize(("mode", "recompute"), STEPS)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_of_llava(monkeypatch, folder, name, mode, recompute):
+    check(monkeypatch, folder, SETTINGS[name], mode, recompute)
+
+
+@pytest.mark.parametrize(("mode", "recompute"), STEPS)
+@pytest.mark.parametrize("name", ["bf16", "4-bit LoRA dropout"])
+def test_a_step_of_llava_next(monkeypatch, folder, name, mode, recompute):
+    check(monkeypatch, folder, SETTINGS[name], mode, recompute, samples=1, family="llava_next")
+
+
+@pytest.mark.parametrize("mode", ["full", "slow"])
+def test_the_loss_of_many_answers_in_chunks(monkeypatch, folder, mode):
+    how = {"samples": 4, "text": 320, "answers": 300, "hidden": 64, "layers": 1, "vocab": 4000}
+    check(monkeypatch, folder, SETTINGS["bf16 LoRA"], mode, True, **how)
+
+
+def test_a_large_tower(monkeypatch, folder):
+    check(monkeypatch, folder, SETTINGS["fp32"], "fast", True, hidden=32, layers=1, tower=128)
+
+
+def test_four_bit_weights_weigh_what_is_said(folder):
+    s = SETTINGS["4-bit LoRA"]
+    model = built(s, folder)
+    found = {}
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            parts = (module.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+            found[module.weight] = sum(part.nbytes for part in parts)  # once, though adapters show it again
+    shape = Shape(small())
+    assert sum(found.values()) == LAYERS * sum(memory.nf4(out * into) for out, into in shape.linears)
+    others = sum(p.nbytes for name, p in model.named_parameters() if p.dtype != torch.uint8)
+    assert memory.fixed(shape, s).weights == sum(found.values()) + others
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
+def test_moments_are_as_large_as_the_optimizers(kind):
+    tensors = [torch.zeros(n) for n in (10, 4095, 4096, 4097, 100_001)]
+    built = optimizer.build(Stage(optimizer=kind), tensors, [])
+    for tensor in tensors:
+        state = built.state[tensor]
+        real = sum(state[name].nbytes for name in state if name[:3] in ("exp", "sta", "abs"))  # and not step, tables
+        assert memory._moments(tensor.numel(), kind) == real
+
+
+def test_pages_of_large_moments_can_leave_the_gpu():
+    assert memory._moments(100_000, "paged_adamw8bit") == memory._moments(100_000, "adamw8bit") - 200_000
+    assert memory._moments(99_999, "paged_adamw8bit") == memory._moments(99_999, "adamw8bit")
+
+
+# Laws. Configurations that memory.py cannot tell from real ones.
+def sized(hidden, layers, family="llava"):
+    text = SimpleNamespace(
+        model_type="llama", hidden_size=128 * hidden, intermediate_size=344 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden, num_key_value_heads=hidden, vocab_size=32064,
+    )  # fmt: skip
+    grids = GRIDS if family == "llava_next" else None
+    return SimpleNamespace(
+        text_config=text, vision_config=clip(), vision_feature_layer=-2, tie_word_embeddings=False,
+        image_grid_pinpoints=grids,
+    )  # fmt: skip
+
+
+hiddens, depths = st.integers(4, 40), st.integers(8, 48)
+kinds = st.sampled_from(["llava", "llava_next"])
+settings = st.builds(
+    Settings,
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    rank=st.sampled_from([0, 1, 8, 64]),
+    dropout=st.sampled_from([0.0, 0.05]),
+    stage=st.sampled_from(["align", "train"]),
+)
+modes = st.sampled_from(["full", "fast", "slow"])
+texts, pictures = st.integers(20, 1500), st.lists(st.integers(576, 2928), max_size=3)
+
+
+def total(config, s, mode, text, images, recompute=False, samples=1):
+    shape = Shape(config)
+    batch = MicroBatch.of(mode, text, images, min(text, 60), s, samples)
+    return memory.fixed(shape, s).total + Step(shape, s, batch, recompute).peak
+
+
+@given(hiddens, depths, kinds, settings, modes, texts, pictures, st.booleans(), st.integers(1, 4))
+def test_more_of_anything_never_needs_less(hidden, layers, kind, s, mode, text, images, recompute, more):
+    config = sized(hidden, layers, kind)
+    least = total(config, s, mode, text, images, recompute)
+    assert 0 < least <= total(config, s, mode, text + 50 * more, images, recompute)
+    assert least <= total(config, s, mode, text, images + [576] * more, recompute)
+    assert least <= total(config, s, mode, text, images, recompute, samples=1 + more)
+    assert least <= total(sized(hidden, layers + more, kind), s, mode, text, images, recompute)
+    assert least <= total(sized(hidden + more, layers, kind), s, mode, text, images, recompute)
+    if s.rank:
+        ranked = Settings(**{**vars(s), "rank": s.rank + more})
+        assert least <= total(config, ranked, mode, text, images, recompute)
+
+
+@given(hiddens, depths, kinds, settings, modes, texts, pictures)
+def test_recomputing_never_needs_more(hidden, layers, kind, s, mode, text, images):
+    config = sized(hidden, layers, kind)
+    on, off = (total(config, s, mode, text, images, recompute) for recompute in (True, False))
+    assert on <= off
+
+
+@given(hiddens, depths, kinds, settings, texts, pictures, st.booleans())
+def test_fast_steps_never_need_more_than_slow_ones(hidden, layers, kind, s, text, images, recompute):
+    config = sized(hidden, layers, kind)
+    fast, slow = (total(config, s, mode, text, images, recompute) for mode in ("fast", "slow"))
+    assert fast <= slow
+
+
+@given(hiddens, depths, kinds, settings, modes, texts, pictures, st.booleans())
+def test_four_bits_need_less_than_half_precision_and_that_less_than_fp32(
+    hidden, layers, kind, s, mode, text, images, recompute
+):
+    assume(s.rank)
+    config = sized(hidden, layers, kind)
+    four, half, whole = (
+        total(config, Settings(**{**vars(s), **change}), mode, text, images, recompute)
+        for change in ({"precision": "bf16", "quantise": "nf4"}, {"precision": "bf16"}, {"precision": "fp32"})
+    )
+    assert four < half < whole
+
+
+@given(hiddens, depths, kinds, settings, texts, pictures, st.integers(2, 80))
+def test_rows_within_the_free_memory_need_no_recomputing(hidden, layers, kind, s, text, images, gib):
+    shape, free = Shape(sized(hidden, layers, kind)), gib * memory.GIB
+    most = memory.rows_within(free, shape, s)
+    assert memory.rows_within(free + memory.GIB, shape, s) >= most
+    for mode in ("fast", "slow"):
+        batch = MicroBatch.of(mode, text, images, min(text, 60), s)
+        needs = Step(shape, s, batch, recompute=False).peak + memory.fixed(shape, s).gradients
+        if batch.rows <= most:
+            assert needs <= free
+        if needs < 0.4 * free:  # nor is it more careful than it has to be
+            assert batch.rows <= most
+
+
+def test_rows_that_fit_asks_the_device(monkeypatch):
+    s, config = SETTINGS["4-bit LoRA"], sized(32, 32)
+    assert memory.rows_that_fit(SimpleNamespace(device=torch.device("cpu"), config=config), s) == math.inf
+    monkeypatch.setattr(memory.cuda, "mem_get_info", lambda device: (6 * memory.GIB, 12 * memory.GIB))
+    monkeypatch.setattr(memory.cuda, "memory_reserved", lambda device: 5 * memory.GIB)
+    monkeypatch.setattr(memory.cuda, "memory_allocated", lambda device: 3 * memory.GIB)
+    found = memory.rows_that_fit(SimpleNamespace(device=torch.device("cuda"), config=config), s)
+    assert 0 < found == memory.rows_within(8 * memory.GIB, Shape(config), s)
+    assert memory.rows_within(-memory.GIB, Shape(config), s) == 0
