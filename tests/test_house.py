@@ -16,12 +16,14 @@ FLOORS = [
     {"attention", "drop_in"},
     {"vlm"},
     {"dualspeed"},
-    {"data", "batching"},
-    {"checkpoint", "callback", "digits"},
-    {"recipe", "record", "report"},
+    {"data", "batching", "precision", "memory"},
+    {"loading", "loader", "images", "checkpoint", "callback", "digits"},
+    {"records", "recipe", "record", "report", "merge"},
+    {"optimizer", "chat"},
+    {"conversations", "questions", "vqa", "features"},
     {"evaluate", "stage"},
     {"train", "look", "bench"},
-    {"compare", "demo"},
+    {"compare", "demo", "ask", "benchmarks", "estimate"},
     {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tinyspeed import UserError, checkpoint, digits, recipe, train
+from tinyspeed import UserError, checkpoint, digits, loader, recipe, train
 from tinyspeed.data import collate
 from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun, Totals, learning_rate
@@ -158,7 +158,9 @@ def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
         for layer in model.vlm.language_model.layers:
             layer.self_attn.attention_dropout = 0.0
         for mode in ("fast", "slow"):
-            done = run._forward_backward(2, Plan(mode, keep=0.1, distill=1.0 if mode == "slow" else 0.0))
+            plan = Plan(mode, keep=0.1, distill=1.0 if mode == "slow" else 0.0)
+            parts = (part for part, _ in run._parts(2, plan))
+            done = run._forward_backward(2, plan, loader.load(run.source, parts, run.pad))
             moved = {n: p.grad.clone() for p, n in run.names.items() if p.grad is not None}
             gradients.append((budget, mode, float(done["loss"]), moved))
             run.optimizer.zero_grad(set_to_none=True)
@@ -174,8 +176,8 @@ def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(base, tmp_path, monkeypatch):
     made, original = settings(base, tmp_path, "run"), StageRun._forward_backward
 
-    def poisoned(self, step, plan):
-        done = original(self, step, plan)
+    def poisoned(self, step, *arguments):
+        done = original(self, step, *arguments)
         if self.totals.steps == 5:
             done["loss"] = done["loss"] * float("nan")
         return done
@@ -260,16 +262,16 @@ def test_another_llava_than_the_digits_own_is_refused(tmp_path):
 
 
 def test_running_out_of_memory_names_mode_rows_and_setting(base, tmp_path, monkeypatch):
-    made, original = settings(base, tmp_path, "run", "align.steps=0"), StageRun._forward_backward
+    made, original = settings(base, tmp_path, "run", "align.steps=0"), StageRun._micro_batch
 
-    def too_large(self, step, plan):
+    def too_large(self, batch, rows, plan, answers):
         if plan.mode != "fast":
             raise torch.OutOfMemoryError
-        return original(self, step, plan)
+        return original(self, batch, rows, plan, answers)
 
-    monkeypatch.setattr(StageRun, "_forward_backward", too_large)
+    monkeypatch.setattr(StageRun, "_micro_batch", too_large)
     rows = 4 * (1 + 4 * 6 + 144)
-    with pytest.raises(UserError, match=rf"a slow micro-batch of {rows} rows .* train\.row_budget below"):
+    with pytest.raises(UserError, match=rf"a slow micro-batch of {rows} rows .4 samples. .* train\.row_budget below"):
         train.train(made, bar=False)
     # A run without slow steps does not mind that a full step could not even be timed.
     fast = settings(base, tmp_path, "fast", "align.steps=0", "dualspeed.schedule=fast")
@@ -291,8 +293,8 @@ def test_a_damaged_checkpoint_is_named_and_a_half_written_one_ignored(base, tmp_
 
 
 def test_the_learning_rate_warms_up_and_comes_down():
-    stage = recipe.Stage(steps=100, lr=2.0, warmup=0.1)
+    stage = recipe.Stage(steps=100, warmup=0.1)
     rates = [learning_rate(stage, step, 100) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] < 0.01

@@ -1,9 +1,12 @@
 """The command line: one program, `tinyspeed`. A mistake of the user's is one line and exit code 2."""
 
 import argparse
+import json
+import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 from . import __version__, pruning
@@ -14,6 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     # The bars and notices of ours are enough: transformers' own would drown them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when workers are forked
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about each other
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)
@@ -54,18 +60,38 @@ def _parser() -> argparse.ArgumentParser:
     made = command("train", _train, "train a recipe")
     takes_recipe(made)
     made.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
+    made.add_argument("--skip-bad", action="store_true", help="leave bad records out instead of stopping; lists them")
+    made.add_argument(
+        "--dry-run", action="store_true", help="only one step of each mode, on the longest example: does it fit?"
+    )
+
+    made = command("estimate", _estimate, "memory and time of a recipe, before anything is loaded")
+    takes_recipe(made)
+    made.add_argument("--gpu", type=float, metavar="GIB", help="does it fit a GPU with so much memory? what would?")
+    made.add_argument("--tflops", type=float, help="what your GPU sustains, for the time an epoch takes")
+
+    made = command("ask", _ask, "ask a run's model, or any LLaVA, about a picture")
+    made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
+    made.add_argument("words", nargs="+", metavar="[IMAGE ...] QUESTION")
+    made.add_argument("--max-new-tokens", type=int, default=256)
 
     made = command("compare", _compare, "full training, pruned-only, DualSpeed and its ablations, side by side")
     takes_recipe(made, "digits")
     made.add_argument("--seeds", type=int, default=1)
     made.add_argument("--arms", help="only these, separated by commas (default: all)")
 
-    made = command("eval", _eval, "accuracy of a run's model, on full and on pruned tokens")
-    made.add_argument("run", metavar="RUN", help="a run's folder, such as runs/demo")
+    made = command("eval", _eval, "a model's score in an official benchmark; of a run on digits, its accuracy")
+    made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
+    made.add_argument("--task", help="pope, scienceqa, textvqa, vqav2 or gqa")
+    made.add_argument("--questions", metavar="PATH", help="the benchmark's own file, or folder of files")
+    made.add_argument("--beside", metavar="PATH", help="textvqa: a file of OCR tokens; vqav2: the annotations")
+    made.add_argument("--images", metavar="FOLDER", help="where its pictures are")
+    made.add_argument("--out", metavar="FILE", help="predictions, kept and gone on with (default: in the run's folder)")
 
     made = command("export", _export, "write a run's newest checkpoint as a plain Hugging Face folder")
     made.add_argument("run", metavar="RUN")
     made.add_argument("out", metavar="OUT")
+    made.add_argument("--adapter", action="store_true", help="only the LoRA adapter and the projector, for peft")
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
     made.add_argument("image")
@@ -99,9 +125,14 @@ def _demo(a) -> int:
 
 def _train(a) -> int:
     from . import recipe, report
-    from .train import train
+    from .train import dry_run, train
 
-    chosen = recipe.read(a.recipe, a.set)
+    chosen = recipe.read(a.recipe, a.set + ["data.skip_bad=true"] * a.skip_bad)
+    if a.dry_run:
+        from . import estimate
+
+        print(estimate.compare_measured(estimate.estimate(chosen), dry_run(chosen)))
+        return 0
     result = train(chosen, resume=a.resume)
     if result.totals.steps:
         report.draw_run(chosen.folder)
@@ -110,6 +141,26 @@ def _train(a) -> int:
         speedup = f", {result.speedup:.2f}x full" if result.speedup else ""
         print(f"{t.steps} steps, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
     return _stopped(result.stopped_by)
+
+
+def _estimate(a) -> int:
+    from . import estimate, recipe
+
+    print(estimate.describe(estimate.estimate(recipe.read(a.recipe, a.set), a.gpu, a.tflops)))
+    return 0
+
+
+def _ask(a) -> int:
+    from . import ask, images
+    from .train import opened
+
+    *pictures, question = a.words
+    pictures = [images.load(Path(picture), picture) for picture in pictures]
+    with opened(a.model) as (model, processor, _):
+        ask.answer(
+            model, processor, pictures, question, max_new_tokens=a.max_new_tokens, streamer=ask.to_stdout(processor)
+        )
+    return 0
 
 
 def _compare(a) -> int:
@@ -130,21 +181,53 @@ def _eval(a) -> int:
     from .recipe import of_run
     from .train import load_trained
 
-    chosen = of_run(a.run)
+    if a.task:
+        return _benchmark(a)
+    chosen = of_run(a.model)
+    if chosen.data.kind != "digits":
+        raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
     full, pruned = evaluate.held_out(load_trained(chosen), chosen)
     print(report.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
     return 0
 
 
+def _benchmark(a) -> int:
+    from . import ask, benchmarks, report
+    from .checkpoint import write_atomically
+    from .train import opened
+
+    if not (a.questions and a.images):
+        raise UserError("--task needs --questions and --images")
+    questions = benchmarks.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
+    with opened(a.model) as (model, processor, name):
+        folder = Path(a.model) if Path(a.model).is_dir() else Path()
+        out = Path(a.out) if a.out else folder / f"{a.task}.jsonl"
+
+        def asked(pictures, text: str) -> str:
+            return ask.answer(model, processor, pictures, text)
+
+        predictions = benchmarks.run(a.task, questions, Path(a.images), asked, out, model=name)
+    if any(question.truth is None for question in questions):
+        file = out.with_suffix(".submission.json")
+        write_atomically(file, json.dumps(benchmarks.submission(questions, predictions)))
+        print(f"{file}: for the benchmark's server, since the answers are not public")
+        return 0
+    scores = benchmarks.score(a.task, questions, predictions)
+    write_atomically(out.with_suffix(".json"), json.dumps({"model": name, "task": a.task, **scores}, indent=1))
+    print(report.table([a.task, "%"], [[key, f"{value:.2f}"] for key, value in scores.items()]))
+    print(f"predictions in {out}, scores in {out.with_suffix('.json')}")
+    return 0
+
+
 def _export(a) -> int:
     from .recipe import of_run
-    from .train import export, load_trained
+    from .train import export
 
     if Path(a.out).exists():
         raise UserError(f"{a.out} exists already; nothing was overwritten")
-    chosen = of_run(a.run)
-    export(load_trained(chosen), chosen, Path(a.out))
-    print(f"{a.out}: load it with transformers.AutoModelForImageTextToText")
+    export(of_run(a.run), Path(a.out), adapter_only=a.adapter)
+    by = "peft.PeftModel.from_pretrained(base, ...)" if a.adapter else "transformers.AutoModelForImageTextToText"
+    print(f"{a.out}: load it with {by}")
     return 0
 
 

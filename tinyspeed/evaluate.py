@@ -22,7 +22,7 @@ def accuracy(model: DualSpeed, source: Source, plan: Plan, row_budget: int = 10_
     """The share of a source's examples, in percent, whose every answer token is the model's first choice."""
     was_training = model.training
     model.eval()
-    rows = [plan_rows(*source.lengths(i), plan, len(model.isolator)) for i in range(len(source))]
+    rows = [plan_rows(*source.lengths(i)[:2], plan, len(model.isolator)) for i in range(len(source))]
     pad = model.config.text_config.pad_token_id or 0
     right = 0
     line = tqdm(total=len(source), desc=f"evaluate {plan.mode}", unit="picture", disable=not bar, leave=False)

@@ -1,6 +1,6 @@
 """Recipes: a TOML file, read into frozen dataclasses; an unknown key is an error that names the nearest known one.
 
-    [run] [model] [data] [dualspeed] [align] [train]
+    [run] [model] [lora] [data] [digits] [dualspeed] [align] [train]
 
 `align` and `train` are LLaVA's two stages: first the projector alone, every step fast, then the LLM too, fast and slow.
 The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a value on the command line.
@@ -18,6 +18,9 @@ from .errors import UserError, unknown
 from .rows import LAYOUTS, POSITIONS
 from .scheduler import KINDS, Plan
 
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+QUANTISATIONS = ("none", "nf4")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 BUILT_IN = Path(__file__).parent / "recipes"
 
 
@@ -40,6 +43,7 @@ class Run:
     device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one
     save_every: int = 200  # steps between checkpoints
     keep_checkpoints: int = 2
+    cache: str = "~/.cache/tinyspeed"  # unpacked parquet files and tower features
 
     def __post_init__(self):
         good = self.name and not self.name.startswith(".") and "/" not in self.name and "\\" not in self.name
@@ -54,18 +58,60 @@ class Run:
 @dataclass(frozen=True)
 class Model:
     path: str = ""  # hub id or folder; empty: the embedded default's tiny LLaVA is built, and its tower trained
+    tower: str = ""  # or from parts: a CLIP tower, an LLM and a new projector become a LLaVA
+    llm: str = ""
+    precision: str = "auto"  # "auto": bf16 on a GPU that has it, else fp16, and fp32 on a CPU
+    quantise: str = "none"  # "nf4": the LLM's frozen weights in 4 bits; needs LoRA to be trained
+
+    def __post_init__(self):
+        _among("model.precision", self.precision, PRECISIONS)
+        _among("model.quantise", self.quantise, QUANTISATIONS)
+        _check(bool(self.tower) == bool(self.llm), "model.tower and model.llm: a model from parts needs both")
+        _check(not (self.path and self.tower), "model.path and model.tower: a model comes from one or the other")
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = 0  # 0: no adapters, the LLM is trained in full
+    alpha: float = 0.0  # 0 = twice the rank
+    dropout: float = 0.05
+
+    def __post_init__(self):
+        _check(self.rank >= 0, f"lora.rank = {self.rank}: must not be negative")
+        _check(0 <= self.alpha < math.inf, f"lora.alpha = {self.alpha}: must not be negative or infinite")
+        _check(0 <= self.dropout < 1, f"lora.dropout = {self.dropout}: must be between 0 and 1")
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied with."""
+        return (self.alpha or 2 * self.rank) / max(self.rank, 1)
 
 
 @dataclass(frozen=True)
 class Data:
-    kind: str = "digits"  # the embedded default
-    turns: int = 6  # questions a picture, in training
-    eval_pictures: int = 1000  # pictures evaluated, one question each
+    kind: str = "digits"  # the embedded default, or "chat": conversations about pictures of your own
+    turns: int = 6  # digits: questions a picture, in training
+    eval_pictures: int = 1000  # digits: pictures evaluated, one question each
+    file: str = ""  # chat: LLaVA's JSON, or chat messages as JSON, JSONL or parquet
+    images: str = ""  # chat: the folder that image paths start from; empty: the file's own
+    template: str = "chat"  # "chat": the processor's template; "plain": picture and caption, for aligning
+    system: str = ""  # a system message for conversations that have none
+    max_rows: int = 0  # longest sample, visual rows included; 0 = the model's context
+    too_long: str = "error"  # "error" or "cut": answers beyond max_rows are cut off; pictures never are
+    skip_bad: bool = False  # leave bad records out, count and list them; otherwise they are an error
+    workers: int = 2  # processes that decode pictures ahead of training; 0 = none
+    feature_cache_gb: float = 0.0  # keep the frozen tower's features of up to so many GB on disk
 
     def __post_init__(self):
-        _among("data.kind", self.kind, ("digits",))
+        _among("data.kind", self.kind, ("digits", "chat"))
+        _among("data.template", self.template, ("chat", "plain"))
+        _among("data.too_long", self.too_long, ("error", "cut"))
         _check(1 <= self.turns <= 10, f"data.turns = {self.turns}: between 1 and 10 questions fit a picture of digits")
         _check(self.eval_pictures >= 1, f"data.eval_pictures = {self.eval_pictures}: must be at least 1")
+        for name in ("max_rows", "workers", "feature_cache_gb"):
+            value = getattr(self, name)
+            _check(0 <= value < math.inf, f"data.{name} = {value}: must not be negative or infinite")
+        _check(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
 
 
 @dataclass(frozen=True)
@@ -118,10 +164,13 @@ class Stage:
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm
     beta2: float = 0.999
+    connector_lr: float = 0.0  # of projector and isolator; 0 = lr
+    optimizer: str = "adamw"  # "adamw8bit" and "paged_adamw8bit" keep their moments in 8 bits
     row_budget: int = 0  # rows of a micro-batch, after pruning; 0 = the whole batch at once
+    checkpointing: str = "auto"  # recompute activations: "on", "off", or "auto": where they would not fit
 
     def __post_init__(self):
-        for name in ("steps", "epochs", "weight_decay", "row_budget"):
+        for name in ("steps", "epochs", "weight_decay", "row_budget", "connector_lr"):
             _check(
                 0 <= getattr(self, name) < math.inf, f"{name} = {getattr(self, name)}: must not be negative or infinite"
             )
@@ -129,6 +178,8 @@ class Stage:
         _check(0 < self.lr < math.inf, f"lr = {self.lr}: must be above 0")
         _check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: must be between 0 and 1")
         _check(self.clip > 0, f"clip = {self.clip}: must be above 0")
+        _among("optimizer", self.optimizer, OPTIMIZERS)
+        _among("checkpointing", self.checkpointing, ("auto", "on", "off"))
         _check(0 < self.beta2 < 1, f"beta2 = {self.beta2}: must be between 0 and 1")
 
     def total(self, samples: int) -> int:
@@ -139,6 +190,7 @@ class Stage:
 class Recipe:
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
+    lora: Lora = field(default_factory=Lora)
     data: Data = field(default_factory=Data)
     digits: Digits = field(default_factory=Digits)
     dualspeed: DualSpeed = field(default_factory=DualSpeed)
@@ -148,13 +200,18 @@ class Recipe:
     def __post_init__(self):
         some = self.train.steps or self.train.epochs or self.align.steps or self.align.epochs
         _check(bool(some), "the recipe trains nothing: set train.steps or train.epochs")
+        tunes = self.train.steps or self.train.epochs
+        if self.model.quantise != "none" and tunes:
+            _check(self.lora.rank > 0, '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"')
+        if self.data.kind == "chat":
+            _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
 
     @property
     def folder(self) -> Path:
         return Path(self.run.folder) / self.run.name
 
     def stages(self) -> list[tuple[str, Stage]]:
-        """The stages that run, with the name under which `vlm.set_trainable` knows them."""
+        """The stages that run, with the name under which `loading.set_trainable` knows them."""
         every = [("align", self.align), ("train", self.train)]
         return [(name, stage) for name, stage in every if stage.steps or stage.epochs]
 
@@ -168,7 +225,7 @@ class Recipe:
 
 
 def _toml(value) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
 
 
 def read(path: str, changes: list[str] = ()) -> Recipe:

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,14 +24,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, record, scheduler, vlm
+from . import checkpoint, loader, loading, memory, optimizer, precision, record, scheduler
 from .batching import Order, cut, plan_rows
-from .data import Source, collate
-from .dualspeed import DualSpeed
+from .data import Source
+from .dualspeed import DualSpeed, Output
 from .errors import UserError
 from .recipe import Recipe, Stage
-from .rows import IGNORE
 from .scheduler import Plan, Schedule
+
+PATIENCE = 5.0  # seconds that the probe may go on measuring
 
 
 @dataclass
@@ -57,11 +59,11 @@ def schedule_of(recipe: Recipe, stage: str) -> Schedule:
 
 
 def learning_rate(stage: Stage, step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """The share of the learning rate at this step: linear warm-up, then half a cosine down to zero."""
     warm = math.ceil(stage.warmup * steps)
     if step < warm:
-        return stage.lr * (step + 1) / warm
-    return stage.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class StageRun:
@@ -82,33 +84,49 @@ class StageRun:
         self.steps = stage.total(len(source))
         self.first = 0  # the step to begin with
         self.stopped = False
-        vlm.set_trainable(model.model, name)
+        loading.set_trainable(model.model, name)
         model.schedule = schedule_of(recipe, name)
         model.train()
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            list(self.names), lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay, fused=True
+        connector = {id(p) for p in [*model.vlm.connector(), *model.isolator.parameters()]}
+        self.optimizer = optimizer.build(
+            stage,
+            [p for p in self.names if id(p) in connector],
+            [p for p in self.names if id(p) not in connector],
         )
-        checkpoint.start_moments(self.optimizer)
         self.order = Order(len(source), recipe.run.seed + number)
+        self.precision = precision.choose(recipe.model.precision, model.device)
+        self.scale = precision.LossScale.of(self.precision)
+        self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
+        self.rows_that_fit = self._rows_that_fit()
+
+    def _rows_that_fit(self) -> float:
+        """Rows of a micro-batch whose activations fit beside what the device holds already; beyond, recompute them."""
+        if self.stage.checkpointing != "auto":
+            return 0 if self.stage.checkpointing == "on" else math.inf
+        return memory.rows_that_fit(self.model, memory.Settings.of(self.recipe, self.name, self.precision))
 
     def go(self, folder: Path, stop: list[int], bar: bool) -> None:
         if self.first >= self.steps:
             return
         full_seconds_per_row = self._probe()
+        on_cuda = self.model.device.type == "cuda"
+        batches = loader.load(self.source, self._ahead(), self.pad, workers=self.recipe.data.workers, pin=on_cuda)
         with (
+            closing(batches),
             open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics,
             tqdm(
                 total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
             ) as line,
         ):
             for step in range(self.first, self.steps):
-                entry = self._fitting(self._step, step, full_seconds_per_row)
+                entry = self._step(step, batches, full_seconds_per_row)
                 metrics.write(json.dumps(entry) + "\n")
                 metrics.flush()
+                note = " skipped" if entry["skipped"] else ""
                 speedup = f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
                 line.set_postfix_str(
-                    f"{entry['mode']} loss {entry['loss']:.3f} {entry['rows_per_second']:,.0f} rows/s{speedup}",
+                    f"{entry['mode']} loss {entry['loss']:.3f}{note} {entry['rows_per_second']:,.0f} rows/s{speedup}",
                     refresh=False,
                 )
                 line.update()
@@ -118,38 +136,43 @@ class StageRun:
                 if self.stopped:
                     return
 
-    def _fitting(self, function, step: int, *arguments):
-        """`function(step, ...)`; running out of memory becomes advice."""
+    @contextmanager
+    def _fitting(self, mode: str, rows: list[int]) -> Iterator[None]:
+        """Running out of memory becomes advice."""
         try:
-            return function(step, *arguments)
+            yield
         except torch.OutOfMemoryError as error:
-            plan = self.model.schedule.plan(step)
-            most = max(len(rows) * max(rows) for _, rows in self._parts(step, plan))
+            advice = f"set {self.name}.row_budget below that (or a smaller {self.name}.batch)"
+            if len(rows) == 1:
+                advice = f'set {self.name}.checkpointing = "on", model.quantise = "nf4" or a smaller data.max_rows'
             raise UserError(
-                f"step {self.totals.steps + 1}: a {plan.mode} micro-batch of {most:,} rows does not fit into memory; "
-                f"set {self.name}.row_budget below that (or a smaller {self.name}.batch)"
+                f"step {self.totals.steps + 1}: a {mode} micro-batch of {len(rows) * max(rows):,} rows "
+                f"({len(rows)} samples) does not fit into memory; {advice}; `tinyspeed estimate` says what fits"
             ) from error
 
     def _parts(self, step: int, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:
         """The step's micro-batches: samples, and the rows of each."""
         chosen = self.order.batch(step, self.stage.batch)
-        rows = [plan_rows(*self.source.lengths(i), plan, len(self.model.isolator)) for i in chosen]
+        rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in chosen]
         for part in cut(rows, self.stage.row_budget):
             yield [chosen[i] for i in part], [rows[i] for i in part]
 
-    def _forward_backward(self, step: int, plan: Plan) -> dict:
-        """Gradients of one optimizer batch, and its summed metrics. Losses stay on the device."""
-        pad = self.model.config.text_config.pad_token_id or 0  # masked: its value does not matter
-        batches = [collate([self.source.example(i) for i in part], pad) for part, _ in self._parts(step, plan)]
-        answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    def _ahead(self) -> Iterator[list[int]]:
+        """The samples of every micro-batch from here to the end."""
+        for step in range(self.first, self.steps):
+            for part, _ in self._parts(step, self.model.schedule.plan(step)):
+                yield part
+
+    def _forward_backward(self, step: int, plan: Plan, batches: Iterator[dict[str, Tensor]]) -> dict:
+        """Gradients of one optimizer batch, times the loss scale, and its summed metrics. Losses stay on the device."""
+        answers = sum(self.source.lengths(i)[2] for i in self.order.batch(step, self.stage.batch))
         if answers == 0:
             raise UserError(f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
         self.model.step = step
         total = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "rows_kept": 0, "rows_taught": 0, "rows_full": 0}
-        for batch in batches:
-            batch = {name: value.to(self.model.device) for name, value in batch.items()}
-            out = self.model(**batch, plan=plan, num_items_in_batch=answers)
-            out.loss.backward()
+        for _, rows in self._parts(step, plan):
+            with self._fitting(plan.mode, rows):
+                out = self._micro_batch(next(batches), rows, plan, answers)
             total["loss"] += out.loss.detach()
             for name in ("ce", "kl"):
                 total[name] += out.metrics[name] * (out.metrics["answers"] / answers)
@@ -157,22 +180,43 @@ class StageRun:
                 total[name] += out.metrics[name]
         return {**total, "answers": answers}
 
-    def _step(self, step: int, full_seconds_per_row: float | None) -> dict:
+    def _micro_batch(self, batch: dict[str, Tensor], rows: list[int], plan: Plan, answers: int) -> Output:
+        """Forward and backward."""
+        device = self.model.device
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        self.model.vlm.recompute(len(rows) * max(rows) > self.rows_that_fit)
+        with precision.autocast(self.precision, device):
+            out = self.model(**batch, plan=plan, num_items_in_batch=answers)
+        (out.loss * self.scale.scale).backward()
+        return out
+
+    def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
+        """Clip, check that everything is finite, step. Numbers for the log, and whether the step was left out."""
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / self.scale.scale
+        factor = (self.stage.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
+        numbers = torch.stack([loss, norm, *others]).tolist()  # waits for the device
+        fine = all(map(math.isfinite, numbers))
+        if not fine and not (math.isfinite(numbers[0]) and self.scale.overflowed()):
+            raise UserError(
+                f"step {self.totals.steps + 1} ({plan.mode}): loss {numbers[0]}, gradient norm {numbers[1]}. Stopped "
+                f"before the optimizer used them, and nothing was saved. Start a new run with a lower {self.name}.lr"
+            )
+        if fine:
+            torch._foreach_mul_(gradients, factor)
+            self.optimizer.step()
+            self.scale.stepped()
+        self.optimizer.zero_grad(set_to_none=True)
+        return [n if math.isfinite(n) else None for n in numbers], not fine
+
+    def _step(self, step: int, batches: Iterator[dict[str, Tensor]], full_seconds_per_row: float | None) -> dict:
         began = time.perf_counter()
         plan = self.model.schedule.plan(step)
-        lr = learning_rate(self.stage, step, self.steps)
+        share = learning_rate(self.stage, step, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        done = self._forward_backward(step, plan)
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.names if p.grad is not None], self.stage.clip)
-        loss, norm, ce, kl = torch.stack([done["loss"], norm, done["ce"], done["kl"]]).tolist()  # waits for the device
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {self.totals.steps + 1} ({plan.mode}): loss {loss}, gradient norm {norm}. Stopped before the "
-                f"optimizer used them, and nothing was saved. Start a new run with a lower {self.name}.lr"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            group["lr"] = group["base_lr"] * share
+        done = self._forward_backward(step, plan, batches)
+        (loss, norm, ce, kl), skipped = self._update(plan, done["loss"], [done["ce"], done["kl"]])
         took = time.perf_counter() - began
 
         t = self.totals
@@ -182,25 +226,31 @@ class StageRun:
         t.full_seconds += done["rows_full"] * (full_seconds_per_row or 0.0)
         return {
             "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": loss, "ce": ce, "kl": kl, "grad_norm": norm,
-            "lr": lr, "answers": done["answers"], "rows_kept": done["rows_kept"], "rows_taught": done["rows_taught"],
-            "rows_full": done["rows_full"], "rows_per_second": rows / took, "seconds": t.seconds,
-            "speedup": t.speedup, "memory_mib": record.peak_memory_mib(self.model.device),
+            "skipped": skipped, "lr": self.stage.lr * share, "answers": done["answers"],
+            "rows_kept": done["rows_kept"], "rows_taught": done["rows_taught"], "rows_full": done["rows_full"],
+            "rows_per_second": rows / took, "seconds": t.seconds, "speedup": t.speedup,
+            "memory_mib": record.peak_memory_mib(self.model.device),
         }  # fmt: skip
 
     def _probe(self) -> float | None:
-        """Seconds a row of a full step (forward and backward), measured on this stage's first batch and undone; None
-        if a full step does not fit the device, which a run of fast steps need not care about."""
-        device, seconds = self.model.device, math.inf
+        """Seconds a row of a full step (forward and backward), measured on this stage's first micro-batch and undone;
+        None if a full step does not fit the device, which a run of fast steps need not care about."""
+        device, seconds, plan = self.model.device, math.inf, Plan("full")
         on_cuda = [device] if device.type == "cuda" else []
+        samples, rows = next(self._parts(0, plan))
+        batch = next(loader.load(self.source, [samples], self.pad))
         with torch.random.fork_rng(on_cuda):
             try:
-                for _ in range(2):  # the first pays for memory that later steps reuse
+                begins = time.perf_counter()
+                for _ in range(5):  # the first ones pay for memory that later steps reuse
                     began = time.perf_counter()
-                    done = self._forward_backward(0, Plan("full"))
-                    float(done["loss"])  # wait for the device
+                    if began - begins > PATIENCE:
+                        break
+                    out = self._micro_batch(batch, rows, plan, 1)
+                    out.loss.item()  # wait for the device
                     seconds = min(seconds, time.perf_counter() - began)
                     self.optimizer.zero_grad(set_to_none=True)
-                return seconds / done["rows_full"]
+                return seconds / out.metrics["rows_full"]
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
@@ -208,6 +258,27 @@ class StageRun:
                 if on_cuda:  # the run's peak is its own, not the probe's
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
+
+    def rehearse(self, plan: Plan) -> dict[str, float]:
+        """One step of this plan on the longest example there is, as often as a micro-batch holds it: rows, peak memory
+        (of a CPU: of the process so far) and seconds. The weights move: what comes after is no training."""
+        device = self.model.device
+        rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
+        longest = max(range(len(rows)), key=rows.__getitem__)
+        samples = next(cut([rows[longest]] * self.stage.batch, self.stage.row_budget))
+        batch = next(loader.load(self.source, [[longest] * len(samples)], self.pad))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        self.model.step = 0
+        began = time.perf_counter()
+        with self._fitting(plan.mode, [rows[longest]] * len(samples)):
+            out = self._micro_batch(batch, [rows[longest]] * len(samples), plan, 1)
+        self._update(plan, out.loss.detach(), [])
+        return {
+            "samples": len(samples), "rows": len(samples) * rows[longest], "memory_mib": record.peak_memory_mib(device),
+            "seconds": time.perf_counter() - began,
+        }  # fmt: skip
 
     def save(self, folder: Path, step: int) -> None:
         tensors = {f"model/{name}": p for p, name in self.names.items()}
@@ -220,14 +291,22 @@ class StageRun:
             "stage_step": step,
             "totals": asdict(self.totals),
             "schedule": self.model.schedule.state_dict(),
+            "scale": self.scale.state_dict(),
+            "data": self.source.fingerprint,
             "threads": torch.get_num_threads(),
         }
         checkpoint.save(folder, self.totals.steps, tensors, state, self.recipe.run.keep_checkpoints)
 
     def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
+        if state["data"] != self.source.fingerprint:
+            raise UserError(
+                f"the data has changed since the run was stopped: it was {state['data']}, and now it is "
+                f"{self.source.fingerprint}"
+            )
         load_parameters(self.names, tensors)
         checkpoint.load_optimizer(self.optimizer, self.names, tensors)
         self.model.schedule.load_state_dict(state["schedule"])
+        self.scale.load_state_dict(state["scale"])
         torch.set_rng_state(tensors["rng/cpu"])
         if "rng/cuda" in tensors and self.model.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng/cuda"], self.model.device)

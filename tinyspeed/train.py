@@ -11,17 +11,18 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import ProcessorMixin
 
-from . import checkpoint, digits, record, vlm
+from . import checkpoint, conversations, digits, features, loading, merge, precision, record
 from .data import Source
 from .dualspeed import DualSpeed
 from .errors import UserError
-from .recipe import Recipe, read
+from .recipe import Recipe, of_run, read
 from .stage import StageRun, Totals, load_parameters, schedule_of
 
 
@@ -62,8 +63,24 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
         if run.stopped:
             return Result(model, totals, stop[0])
     if not (folder / "model").is_dir():
-        export(model, recipe, folder / "model")
+        export(recipe, folder / "model", model=model)
     return Result(model, totals)
+
+
+def dry_run(recipe: Recipe) -> list[dict]:
+    """One step of every mode of every stage, on the longest example: what it takes, before anything is trained.
+
+    Slow steps are rare and long: without this, a run that cannot fit ends after an hour instead of a minute.
+    """
+    set_threads(recipe)
+    model, source = build(recipe)
+    found = []
+    for number, (name, stage) in enumerate(recipe.stages()):
+        run = StageRun(recipe, model, source, name, number, stage, Totals())
+        plans = [model.schedule.plan(step) for step in range(min(run.steps, 1000))]
+        for plan in {plan.mode: plan for plan in plans}.values():
+            found.append({"stage": name, "mode": plan.mode, **run.rehearse(plan)})
+    return found
 
 
 def set_threads(recipe: Recipe) -> None:
@@ -84,7 +101,7 @@ def _folder(recipe: Recipe, resume: bool) -> Path:
             f"{folder} was started with another recipe ({folder / 'recipe.toml'}): resume with that one, or choose "
             f"another run.name"
         )
-    ours = {"recipe.toml", "checkpoints", ".lock"}
+    ours = {"recipe.toml", "checkpoints", ".lock", "base"}
     if folder.is_dir() and any(folder.iterdir()) and not ours & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -116,15 +133,51 @@ def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | N
 
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     """The wrapped model and the training examples of a recipe."""
+    source = None
+    if recipe.data.kind == "chat":  # first: its mistakes show before a large model is loaded
+        source = _conversations(recipe)
+    model = build_model(recipe)
+    if source is not None and recipe.data.feature_cache_gb:
+        _keep_features(recipe, model, source)
+    if source is None:
+        digits.check_model(model.model, base(recipe))
+        # Far more pictures than any run looks at: every picture is new.
+        source = digits.Digits(1_000_000, recipe.data.turns, "train", recipe.run.seed)
+    return model, source
+
+
+def _conversations(recipe: Recipe) -> conversations.Conversations:
+    path, data = base(recipe), recipe.data
+    context = loading.config(path).text_config.max_position_embeddings
+    if data.max_rows > context:
+        raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {path} ends at {context:,}")
+    data = replace(data, max_rows=data.max_rows or context)
+    source = conversations.Conversations(data, loading.load_processor(path), Path(recipe.run.cache).expanduser())
+    if source.bad:
+        file = recipe.folder / "skipped.txt"
+        file.write_text("\n".join(source.bad) + "\n", encoding="utf-8")
+        print(f"{len(source.bad):,} of {len(source.records):,} records left out, listed in {file}", file=sys.stderr)
+    return source
+
+
+def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations) -> None:
+    name = precision.choose(recipe.model.precision, model.device)
+    folder, most = Path(recipe.run.cache).expanduser() / "features", recipe.data.feature_cache_gb * features.GB
+    prepare = source.processor.image_processor
+    source.features = features.Features(folder, model.vlm, prepare, name)
+    features.fill(source.features, source.pictures(), model.vlm, prepare, name, most, bar=True)
+
+
+def build_model(recipe: Recipe) -> DualSpeed:
+    """The base model with what training adds to it: adapters and isolator."""
     device = _device(recipe.run.device)
-    path = base(recipe)
-    # Far more pictures than any run looks at: every picture is new.
-    source = digits.Digits(1_000_000, recipe.data.turns, "train", recipe.run.seed)
+    name = precision.choose(recipe.model.precision, device)
+    plain = loading.load(base(recipe), name, quantise=recipe.model.quantise, device=device)
+    if recipe.lora.rank:
+        plain = loading.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed)
     settings = recipe.dualspeed
-    loaded = vlm.load(path)
-    digits.check_model(loaded, path)
-    model = DualSpeed(
-        loaded,
+    return DualSpeed(
+        plain,
         plugin=settings.plugin,
         keep=settings.keep,
         isolator=settings.isolator,
@@ -134,13 +187,14 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
         schedule=schedule_of(recipe, "train"),
         seed=recipe.run.seed,
     )
-    return model.to(device), source
 
 
 def base(recipe: Recipe) -> str:
-    """Where the untrained model is; the embedded default's is made on first use."""
+    """Where the untrained model is; one from parts, and the embedded default's, are made on first use."""
     if recipe.model.path:
         return recipe.model.path
+    if recipe.model.llm:
+        return str(loading.assemble(recipe.model.tower, recipe.model.llm, recipe.folder / "base", recipe.run.seed))
     return str(digits.prepare(recipe.folder / "base", recipe.run.seed, **asdict(recipe.digits)))
 
 
@@ -152,23 +206,59 @@ def _device(name: str) -> torch.device:
 
 def load_trained(recipe: Recipe) -> DualSpeed:
     """The model of a run as its newest checkpoint has it, isolator included."""
-    newest = checkpoint.newest(recipe.folder / "checkpoints")
-    if newest is None:
-        raise UserError(f"{recipe.folder} has no checkpoint yet")
-    tensors, state = checkpoint.load(newest)
-    model, _ = build(recipe)
-    vlm.set_trainable(model.model, recipe.stages()[state["stage"]][0])
+    set_threads(recipe)
+    tensors, state = _newest(recipe)
+    model = build_model(recipe)
+    loading.set_trainable(model.model, recipe.stages()[state["stage"]][0])
     load_parameters({p: n for n, p in model.named_parameters() if p.requires_grad}, tensors)
     return model
 
 
-def export(model: DualSpeed, recipe: Recipe, out: Path) -> None:
-    """The plain model, without isolator, with its processor: transformers alone can load it."""
+def _newest(recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
+    newest = checkpoint.newest(recipe.folder / "checkpoints")
+    if newest is None:
+        raise UserError(f"{recipe.folder} has no checkpoint yet")
+    return checkpoint.load(newest)
+
+
+@contextmanager
+def opened(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, ProcessorMixin, str]]:
+    """The model of a run, or of any folder or hub id, with its processor and a name for it, ready to answer."""
+    if (Path(path) / "recipe.toml").is_file():
+        recipe = of_run(path)
+        made = load_trained(recipe)
+        model, name, processor = made.model, recipe.model.precision, loading.load_processor(base(recipe))
+        called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
+    else:
+        name, processor, called = "auto", loading.load_processor(path), path
+        model = loading.load(path, precision.choose(name, _device(device)), device=_device(device))
+    with precision.autocast(precision.choose(name, model.device), model.device):  # a run has fp32 beside bf16
+        yield model.eval(), processor, called
+
+
+def export(recipe: Recipe, out: Path, *, model: DualSpeed | None = None, adapter_only: bool = False) -> None:
+    """The trained model as a plain folder, without isolator, with its processor: transformers alone can load it.
+
+    Adapters are merged into the base's own weights, which were never rounded to 4 bits, or saved alone for peft; both
+    come from the newest checkpoint, and no model is loaded. One trained in full is `model`, or the checkpoint's.
+    """
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.model.save_pretrained(temporary)
-    processor = vlm.load_processor(base(recipe))
-    processor.save_pretrained(temporary)
+    lora = recipe.lora
+    if adapter_only and not lora.rank:
+        raise UserError("this run has no adapter (lora.rank = 0): export the whole model")
+    if lora.rank or recipe.model.quantise != "none":
+        tensors, _ = _newest(recipe)
+        learned = {n.removeprefix("model/"): tensor for n, tensor in tensors.items() if n.startswith("model/")}
+        if adapter_only:
+            merge.save_adapter(learned, loading.lora_config(**asdict(lora)), base(recipe), temporary)
+        else:
+            merge.merge(learned, lora.scale, base(recipe), temporary)
+    else:
+        model = model or load_trained(recipe)
+        name = precision.choose(recipe.model.precision, model.device)
+        model.model.to(precision.DTYPES[name]).save_pretrained(temporary)
+    loading.load_processor(base(recipe)).save_pretrained(temporary)
     temporary.rename(out)
 
 

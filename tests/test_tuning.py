@@ -1,0 +1,335 @@
+"""The hobbyist's path: own pictures, 4 bits, adapters, half precision, workers; killed, resumed, exported, asked."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from album import album
+from safetensors.torch import load_file
+from test_train import Killed, die_before, same_end
+
+from tinyspeed import UserError, checkpoint, cli, loader, precision, recipe, train
+from tinyspeed.scheduler import Plan
+from tinyspeed.stage import StageRun
+
+SETTINGS = {
+    "qlora": ("model.quantise=nf4", "lora.rank=4", "data.workers=2", "train.checkpointing=on", "train.row_budget=120"),
+    "fp16": ("model.precision=fp16", "lora.rank=4", "train.optimizer=adamw8bit", "model.quantise=nf4"),
+    # Ten records, five a step: killed at the end of an epoch, and again in the middle of the next.
+    "bf16": ("model.precision=bf16", "lora.rank=4", "train.optimizer=paged_adamw8bit", "train.batch=5"),
+    "full": ("model.precision=bf16", "train.row_budget=150"),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Pictures, conversations and the two base models, as a user has them."""
+    home = tmp_path_factory.mktemp("home")
+    album(home, 10)
+    for family in tiny.FAMILIES:
+        tiny.checkpoint(family, home / family)
+    return home
+
+
+def settings(home, folder, name, *changes, family="llava"):
+    tables = {
+        "run": {"name": name, "folder": str(folder), "threads": 1, "device": "cpu", "save_every": 2},
+        "model": {"path": str(home / family)},
+        "data": {"kind": "chat", "file": str(home / "train.json"), "images": str(home / "images"), "workers": 0},
+        "dualspeed": {"slow": 0.4, "keep": 0.3},
+        "train": {"steps": 6, "batch": 4, "lr": 0.01, "connector_lr": 0.002},
+    }
+    made = recipe.from_tables(tables, "here")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.toml").write_text(made.to_toml())
+    return recipe.read(str(folder / f"{name}.toml"), list(changes))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("how", SETTINGS)
+def test_killed_and_resumed_is_never_killed_for_every_way_to_fit_a_small_gpu(home, tmp_path, monkeypatch, how, family):
+    if family == "llava_next" and how in ("fp16", "full"):
+        pytest.skip("the other two cover what NeXT does differently")
+    whole = settings(home, tmp_path, "whole", *SETTINGS[how], family=family)
+    train.train(whole, bar=False)
+    made = settings(home, tmp_path, "run", *SETTINGS[how], family=family)
+    with monkeypatch.context() as patch:
+        die_before(patch, *((2, 3) if how == "bf16" else (1, 3)))
+        for attempt in range(2):
+            with pytest.raises(Killed):
+                train.train(made, resume=attempt > 0, bar=False)
+            torch.rand(5)
+    train.train(made, resume=True, bar=False)
+    same_end(made, whole)
+    before, after = (load_file(f / "model.safetensors") for f in (home / family, whole.folder / "model"))
+    rounded = torch.bfloat16 if how == "full" else torch.float32  # all of it is exported in the precision it ran in
+    changed = {n for n in before if not torch.equal(before[n].to(rounded).float(), after[n].float())}
+    assert changed
+    assert not any("vision_tower" in n for n in changed)
+    if how != "full":
+        assert all(re.search("proj", n) for n in changed), (
+            "embeddings, norms and lm_head are not the adapters' business"
+        )
+
+
+@pytest.mark.parametrize("how", ["qlora", "bf16"])
+def test_the_export_is_what_the_checkpoint_holds(home, tmp_path, how):
+    made = settings(home, tmp_path, "run", *SETTINGS[how])
+    train.train(made, bar=False)
+    from transformers import AutoModelForImageTextToText
+
+    plain = AutoModelForImageTextToText.from_pretrained(made.folder / "model").eval()
+    whole = settings(home, tmp_path, "run", *SETTINGS[how], "model.quantise=none")
+    ours = train.load_trained(whole).eval()  # the same adapters on the base that was never rounded
+    batch = {k: v for k, v in tiny.batch("llava").items() if k != "labels"}
+    name = precision.choose(made.model.precision, torch.device("cpu"))
+    with precision.autocast(name, torch.device("cpu")):
+        trained = ours(**batch).logits.float()
+    tiny.assert_close(plain(**batch).logits, trained, rel=1e-4 if name == "fp32" else 0.05)
+
+
+def test_two_learning_rates_reach_the_optimizer(home, tmp_path):
+    made = settings(home, tmp_path, "run", "lora.rank=2")
+    model, source = train.build(made)
+    run = StageRun(made, model, source, "train", 0, made.train, train.Totals())
+    rates = {g["base_lr"]: {run.names[p] for p in g["params"]} for g in run.optimizer.param_groups}
+    assert all("lora" in name for name in rates[0.01])
+    assert all(re.search("projector|isolator", name) for name in rates[0.002])
+    assert len(rates[0.01]) + len(rates[0.002]) == len(run.names)
+
+
+def test_checkpointing_and_row_budgets_change_no_gradient(home, tmp_path):
+    seen = []
+    for changes in (
+        (),
+        ("train.checkpointing=on",),
+        ("train.row_budget=60",),
+        ("train.row_budget=60", "data.workers=1"),
+    ):
+        made = settings(home, tmp_path, f"run{len(seen)}", "lora.rank=4", "lora.dropout=0.0", *changes)
+        model, source = train.build(made)
+        run = StageRun(made, model, source, "train", 0, made.train, train.Totals())
+        for plan in (Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
+            parts = (part for part, _ in run._parts(1, plan))
+            run._forward_backward(1, plan, loader.load(source, parts, 0, workers=made.data.workers))
+        assert any(layer.gradient_checkpointing for layer in model.vlm.language_model.layers) == ("on" in str(changes))
+        seen.append(tiny.gradients(model))
+    for other in seen[1:]:
+        tiny.assert_close(other, seen[0])
+
+
+def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
+    """As on a T4: frozen weights in fp16, what trains in fp32, autocast, a loss scale that finds its size."""
+    made = settings(
+        home, tmp_path, "run", "model.precision=fp16", "model.quantise=nf4", "lora.rank=4", "train.steps=200",
+        "run.save_every=500", "train.lr=0.003", "train.batch=2", "dualspeed.slow=0.1",
+    )  # fmt: skip
+    train.train(made, bar=False)
+    lines = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 200
+    skipped = [line["step"] for line in lines if line["skipped"]]
+    assert len(skipped) < 12
+    assert not skipped or max(skipped) < 60, "the scale has found its size"
+    losses = [line["ce"] for line in lines]
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    tensors, state = checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    assert state["scale"]["scale"] == 2.0 ** (16 - len(skipped))
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, monkeypatch):
+    made = settings(home, tmp_path, "run", "model.precision=fp16", "lora.rank=4", "train.steps=4")
+    original, calls = StageRun._micro_batch, []
+
+    def overflowing(self, *arguments):
+        out = original(self, *arguments)
+        calls.append(1)
+        if len(calls) == 7:  # five are the probe's
+            next(p for p in self.names if p.grad is not None).grad.fill_(float("inf"))
+        return out
+
+    monkeypatch.setattr(StageRun, "_micro_batch", overflowing)
+    train.train(made, bar=False)
+    lines = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [False, True, False, False]
+    assert lines[1]["grad_norm"] is None
+    assert checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"]["scale"] == 2.0**15
+    # In any other precision there is no scale to blame.
+    calls.clear()
+    made = settings(home, tmp_path, "other", "model.precision=bf16", "lora.rank=4")
+    with pytest.raises(UserError, match="gradient norm inf"):
+        train.train(made, bar=False)
+
+
+def test_other_data_than_the_run_began_with_is_refused(home, tmp_path, monkeypatch):
+    album(tmp_path / "mine", 8)
+    made = settings(
+        home, tmp_path, "run", f"data.file={tmp_path}/mine/train.json", f"data.images={tmp_path}/mine/images"
+    )
+    with monkeypatch.context() as patch:
+        die_before(patch, 3)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
+    album(tmp_path / "mine", 9)
+    with pytest.raises(UserError, match="the data has changed since the run was stopped: it was 8 records"):
+        train.train(made, resume=True, bar=False)
+
+
+def test_a_context_that_ends_before_max_rows_is_said(home, tmp_path):
+    with pytest.raises(UserError, match=r"data\.max_rows = 600: the context .* ends at 512"):
+        train.train(settings(home, tmp_path, "run", "data.max_rows=600"), bar=False)
+
+
+def test_stage_one_from_parts(home, tmp_path):
+    """A tower, an LLM, a new projector; captions; then the whole model."""
+    tower, llm = tiny.parts(tmp_path)
+    album(tmp_path / "captions", 6, text_only=False)
+    records = json.loads((tmp_path / "captions" / "train.json").read_text())
+    for record in records:
+        record["conversations"] = record["conversations"][:2]
+    (tmp_path / "captions" / "train.json").write_text(json.dumps(records))
+    made = settings(
+        home, tmp_path, "run", "model.path=", f"model.tower={tower}", f"model.llm={llm}", "data.template=plain",
+        f"data.file={tmp_path}/captions/train.json", f"data.images={tmp_path}/captions/images",
+        "align.steps=6", "align.batch=3", "align.lr=0.03", "train.steps=2", "model.precision=bf16",
+    )  # fmt: skip
+    train.train(made, bar=False)
+    lines = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["mode"]) for line in lines[:6]] == [("align", "fast")] * 6
+    assert lines[5]["loss"] < lines[0]["loss"]
+    assert (made.folder / "model" / "model.safetensors").exists()
+
+
+# The command line
+
+
+def run_cli(*arguments, folder, **how):
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    command = [sys.executable, "-m", "tinyspeed", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+    )
+
+
+def finish(process) -> tuple[str, str]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_whole_path_on_the_command_line(home, tmp_path, family, capsys):
+    """QLoRA, SIGKILL, resume, export, plain transformers in a fresh process, a question."""
+    whole = settings(home, tmp_path, "whole", *SETTINGS["qlora"], family=family)
+    train.train(whole, bar=False)
+    made = settings(home, tmp_path, "run", family=family)
+    changes = [word for change in SETTINGS["qlora"] for word in ("--set", change)]
+    command = ("train", tmp_path / "run.toml", *changes)
+
+    killed = run_cli(*command, folder=tmp_path)
+    deadline = time.monotonic() + 120
+    metrics = made.folder / "metrics.jsonl"
+    while time.monotonic() < deadline and killed.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    out, err = finish(run_cli(*command, "--resume", folder=tmp_path))
+    assert "model in" in out
+    assert "Traceback" not in err
+    same_end(settings(home, tmp_path, "run", *SETTINGS["qlora"], family=family), whole)
+
+    assert cli.main(["export", str(made.folder), str(tmp_path / "merged")]) == 0
+    assert cli.main(["export", str(made.folder), str(tmp_path / "adapter"), "--adapter"]) == 0
+    one, other = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", made.folder / "model"))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    script = (
+        "import sys; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"
+        "from PIL import Image; from peft import PeftModel\n"
+        "base, merged, adapter, picture = sys.argv[1:]\n"
+        "p = P.from_pretrained(merged)\n"
+        "chat = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What is number 0, 0?'}]}]\n"
+        "text = p.apply_chat_template(chat, add_generation_prompt=True)\n"
+        "b = p(images=Image.open(picture).convert('RGB'), text=text, return_tensors='pt')\n"
+        "for m in (M.from_pretrained(merged), PeftModel.from_pretrained(M.from_pretrained(base), adapter)):\n"
+        "    new = m.eval().generate(**b, max_new_tokens=12, do_sample=False)[0, b['input_ids'].shape[1]:]\n"
+        "    print(repr(p.decode(new, skip_special_tokens=True).strip()))\n"
+        "assert not any('tinyspeed' in name for name in sys.modules)\n"
+    )
+    picture = home / "images" / "p0-0.jpg"
+    paths = [home / family, tmp_path / "merged", tmp_path / "adapter", picture]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    merged, adapted = done.stdout.splitlines()
+    assert merged == adapted
+    question = "What is number 0, 0?"
+    capsys.readouterr()
+    assert cli.main(["ask", str(tmp_path / "merged"), str(picture), question, "--max-new-tokens", "12"]) == 0
+    assert repr(capsys.readouterr().out.strip()) == merged
+
+
+def test_bad_records_on_the_command_line(home, tmp_path):
+    settings(home, tmp_path, "run")
+    records = json.loads((home / "train.json").read_text())
+    records[4]["image"] = "gone.jpg"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    command = ("train", tmp_path / "run.toml", "--set", f"data.file={tmp_path}/bad.json")
+    refused = run_cli(*command, folder=tmp_path)
+    _, err = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert re.search(r"bad\.json: record 5 \(id r4\).*gone\.jpg", err)
+    assert "Traceback" not in err
+    _, err = finish(run_cli(*command, "--skip-bad", "--set", "train.steps=1", folder=tmp_path))
+    listed = tmp_path / "run" / "skipped.txt"
+    assert f"1 of 10 records left out, listed in {listed}" in err
+    assert "gone.jpg" in listed.read_text()
+
+
+def test_a_dry_run_takes_one_step_of_each_mode_and_leaves_no_run(home, tmp_path):
+    settings(home, tmp_path, "run", *SETTINGS["qlora"])
+    out, _ = finish(run_cli("train", tmp_path / "run.toml", "--dry-run", folder=tmp_path))
+    assert re.search(r"\| train +\| fast ", out)
+    assert re.search(r"\| train +\| slow ", out)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    finish(run_cli("train", tmp_path / "run.toml", "--set", "train.steps=1", folder=tmp_path))
+
+
+def test_an_official_evaluation_on_the_command_line(home, tmp_path, capsys, monkeypatch):
+    """POPE in its own format, of an exported folder; a second call asks nothing again."""
+    lines = [
+        {"question_id": i, "image": f"p{i}-0.{'png' if i % 2 else 'jpg'}", "text": f"Is there a {w}?", "label": label}
+        for i, (w, label) in enumerate((("dog", "yes"), ("cat", "no")))
+    ]
+    folder = tmp_path / "pope"
+    folder.mkdir()
+    for split in ("adversarial", "popular", "random"):
+        text = "\n".join(json.dumps({**line, "question_id": line["question_id"] + 1}) for line in lines)
+        (folder / f"coco_pope_{split}.json").write_text(text + "\n")
+    command = ["eval", str(home / "llava"), "--task", "pope", "--questions", str(folder)]
+    command += ["--images", str(home / "images"), "--out", str(tmp_path / "mine" / "pope.jsonl")]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    scores = json.loads((tmp_path / "mine" / "pope.json").read_text())
+    assert scores["task"] == "pope"
+    assert 0 <= scores["accuracy"] <= 100
+    assert f"{scores['accuracy']:.2f}" in out
+    kept = (tmp_path / "mine" / "pope.jsonl").read_text().splitlines()
+    assert len(kept) == 1 + 3 * 2
+    from tinyspeed import ask
+
+    monkeypatch.setattr(ask, "answer", None)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == out
+    assert cli.main(["eval", str(home / "llava"), "--task", "pop"]) == 2
+    assert cli.main(["eval", str(home / "llava"), "--task", "pop", "--questions", "x", "--images", "y"]) == 2
+    assert "did you mean 'pope'" in capsys.readouterr().err
