@@ -114,14 +114,15 @@ def test_a_picture_damaged_in_the_middle_is_named_when_it_is_decoded(folder, tmp
         assert "Traceback" not in str(caught.value)
 
 
-def test_workers_leave_ctrl_c_to_the_main_process():
+def test_workers_leave_signals_to_the_main_process():
     before = signal.getsignal(signal.SIGINT)
     try:
         loader.quietly(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_source_survives_pickling(folder):

@@ -2,7 +2,7 @@
 
 Which samples make up which micro-batch is decided before (`batching.py`), so workers change nothing but the time it
 takes: the same batches come out in the same order, from any number of them. They draw nothing from anybody's random
-numbers, leave Ctrl-C to the main process, and hand a bad picture over as the UserError that it is.
+numbers, leave signals to the main process, and hand a bad picture over as the UserError that it is.
 """
 
 import signal
@@ -50,5 +50,7 @@ class _Made(Dataset):
 
 
 def quietly(worker: int) -> None:
+    # A scheduler signals every process of a job, and the main one must find its workers alive to finish the step. They
+    # leave when it tells them to, or is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
