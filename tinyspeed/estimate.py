@@ -59,6 +59,10 @@ class Case:
     precision: str
     gpu: float | None  # GiB
 
+    @property
+    def most(self) -> float:  # bytes
+        return inf if self.gpu is None else self.gpu * GIB - RESERVE
+
     @cached_property
     def worst(self) -> list[Sample]:
         """Those samples beside which no other has as many visual rows and more text."""
@@ -68,11 +72,6 @@ class Case:
                 found.append(sample)
         return found
 
-    @property
-    def most(self) -> float:
-        """Bytes there are for a run."""
-        return inf if self.gpu is None else self.gpu * GIB - RESERVE
-
     def mode(self, recipe: Recipe, name: str, mode: str) -> Mode:
         every = (self.micro_batch(recipe, name, mode, sample) for sample in self.worst)
         return max(every, key=lambda found: (found.peak, found.rows))
@@ -80,7 +79,7 @@ class Case:
     def micro_batch(self, recipe: Recipe, name: str, mode: str, sample: Sample, samples: int = 0) -> Mode:
         """`samples` samples like this one; 0: as many as the row budget allows."""
         s, stage, (text, images, answers) = Settings.of(recipe, name, self.precision), getattr(recipe, name), sample
-        text = max(1, min(text, recipe.data.max_rows - sum(images)))  # where it is max_rows that was changed
+        text = max(1, min(text, (recipe.data.max_rows or inf) - sum(images)))  # where it is max_rows that was changed
         rows = MicroBatch.of(mode, text, images, answers, s).rows
         samples = samples or min(stage.batch, max(1, stage.row_budget // rows) if stage.row_budget else stage.batch)
         batch = MicroBatch.of(mode, text, images, min(text, answers), s, samples)
@@ -91,9 +90,8 @@ class Case:
         return Mode(samples, batch.rows, step.recompute, fixed.total + step.peak)
 
     def used(self, recipe: Recipe) -> dict[tuple[str, str], Mode]:
-        return {
-            (name, mode): self.mode(recipe, name, mode) for name, _ in recipe.stages() for mode in shares(recipe, name)
-        }
+        names = [name for name, _ in recipe.stages()]
+        return {(name, mode): self.mode(recipe, name, mode) for name in names for mode in shares(recipe, name)}
 
     def too_large(self, recipe: Recipe) -> list[str]:
         """The stages that do not fit."""
@@ -146,7 +144,7 @@ def estimate(recipe: Recipe, gpu: float | None = None, tflops: float | None = No
     case = Case(shape, *_lengths(recipe, shape), name, gpu)
     peak = max(mode.peak for mode in case.used(recipe).values())
     changes = _mend(case, recipe) if case.too_large(recipe) else {}
-    budgets = {f"{name}.row_budget": stage.row_budget for name, stage in recipe.stages() if stage.row_budget}
+    budgets = {f"{name}.row_budget": stage.row_budget for name, stage in recipe.stages() if gpu and stage.row_budget}
     room = {key: most for key, now in budgets.items() if (most := case.largest(recipe, key)) > now}
     return Estimate(recipe, case, tflops or TFLOPS, peak, changes, room)
 
@@ -178,7 +176,7 @@ def _lengths(recipe: Recipe, shape: Shape) -> tuple[list[Sample], int, str]:
         return [source.lengths(i) for i in range(len(source))], len(source), f"{len(source):,} samples of {data.file}"
     crops, side = min(shape.crops, 5), shape.pixels // shape.patch
     picture = crops * shape.patches + shape.newline * side * isqrt(crops - 1)
-    picture = max(1, min(picture, data.max_rows - TEXT))
+    picture = max(1, min(picture, (data.max_rows or inf) - TEXT))
     why = "there is no such file" if path else "the model has no processor yet"
     said = f"{EPOCH:,} samples of {TEXT} text rows, {picture:,} visual rows and {ANSWERS} tokens to learn, assumed"
     return [(TEXT, [picture], ANSWERS)], EPOCH, f"{said} in place of {data.file}: {why}"
@@ -202,7 +200,8 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool)
     backward = batch.rows * (weights * (1 + s.full) + adapters * (1 + (s.stage == "train")))
     backward += 2.5 * batch.rows**2 * shape.queries
     head = batch.answers * hidden * shape.vocab  # runs again in the backward, a teacher's too
-    total = shape.layers * (forward(batch.rows) * (1 + recompute) + backward) + head * (3 + s.full)
+    again = (forward(batch.rows) - batch.rows * hidden * shape.inner * (not s.rank)) * recompute  # all but the end
+    total = shape.layers * (forward(batch.rows) + again + backward) + head * (3 + s.full)
     if mode == "slow":
         total += shape.layers * forward(fast.rows) + 2 * head
     if mode != "full":
@@ -297,4 +296,4 @@ def compare_measured(found: Estimate, measured: list[dict]) -> str:
 
 def _said(n: float, units: tuple[tuple[str, float], ...]) -> str:
     unit, size = next((unit for unit in units if n >= unit[1]), units[-1])
-    return f"{n / size:.3g} {unit}"
+    return f"{n / size:,.{(n < 10 * size) + (n < 100 * size)}f} {unit}"

@@ -10,18 +10,18 @@ In half precision and with a frozen LLM, H wide and I inside its MLP, autograd k
     MLP                   6 I    gate, silu(gate), up
     LoRA with dropout     3 in   of each of 7 linear layers: the input after dropout, and a mask of one byte
 
-which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers are 5 GiB, and that is why a long micro-batch is *recomputed*
+which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers are 4.8 GiB, and that is why a long micro-batch is *recomputed*
 (activation checkpointing): of each layer only its input is kept, and one layer at a time is run again in the backward.
 
-The tests hold the formulas against what autograd saves in real steps, and what is alive at their peak. Where CPU and
-GPU differ they follow the GPU: packed attention repeats grouped keys, masks are bytes, a tower's norms answer in fp32.
-Left out are the CUDA context, and gaps between the allocator's blocks: RESERVE and MARGIN stand for those.
+Where CPU and GPU differ the formulas follow the GPU: packed attention repeats grouped keys, masks are bytes, a tower's
+norms answer in fp32. Left out are the CUDA context and gaps between the allocator's blocks: RESERVE and MARGIN stand
+for those. The tests hold the formulas against what autograd saves in real steps, and what is alive at their peak.
 """
 
 import bisect
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from torch import cuda
 
@@ -101,8 +101,7 @@ class Settings:
         return self.precision != "fp32"
 
     @property
-    def width(self) -> int:
-        """Bytes of a number in a matrix product, and in a frozen weight."""
+    def width(self) -> int:  # bytes of a number in a matrix product, and in a frozen weight
         return 2 if self.half else 4
 
     @property
@@ -111,13 +110,11 @@ class Settings:
         return self.stage == "train" and not self.rank
 
     @property
-    def stream(self) -> int:
-        """Bytes of a number between two layers of the LLM."""
+    def stream(self) -> int:  # bytes of a number between two layers of the LLM
         return 4 if self.full else self.width
 
     @property
-    def casts(self) -> bool:
-        """peft makes fp32 of an adapter's input, and autocast half precision again; in 4 bits it knows better."""
+    def casts(self) -> bool:  # peft makes fp32 of an adapter's input, and autocast half precision again; not in 4 bits
         return self.rank > 0 and self.half and self.quantise == "none"
 
 
@@ -161,8 +158,7 @@ def fixed(shape: Shape, s: Settings) -> Fixed:
 
 
 def nf4(n: int) -> int:
-    """Bytes of n weights in 4 bits: half a byte each, a byte of scale for every 64, four bytes of scale for every 256
-    of those, and two tables (16 and 256 numbers) and an offset."""
+    """Bytes of n weights in 4 bits: with a byte of scale for every 64, four for 256 of those, tables and an offset."""
     scales = math.ceil(n / 64)
     return math.ceil(n / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
 
@@ -249,7 +245,7 @@ class Step:
         shape, s, batch, h, b = self.shape, self.s, self.batch, self.shape.hidden, self.s.width
         rows, pixels = batch.rows, self.crops * 3 * shape.pixels**2 * 4
         tower = self.crops * (shape.patches + 1) * (3 * shape.tower_inner * b + 4 * shape.tower * 4)
-        # Features, twice; an fp32 copy; one number a pair of alike ones, and masks.
+        # Features, twice; an fp32 copy; how alike each pair is, and masks.
         pruning = batch.visual * h * (2 * b + 4 * s.half) + 6 * batch.visual**2 // max(batch.images, 1)
         words = batch.ids * h * s.stream
         held = words + batch.visual * h * b
@@ -267,8 +263,8 @@ class Step:
             backward = max(end, backward) + rows * (self.row - 4 * h * (s.stream == 4)) + self._copies
             # A slow step's copies are as old as its teacher, so gradients of theirs wait for the end of the backward.
             late = (self._projector + copies) * (batch.mode == "slow")
-        weight = 2 * h * shape.inner * (s.quantise == "nf4")  # back in half precision; or a fresh gradient:
-        weight += (6 if s.half else 4) * h * max(shape.inner, shape.vocab) * s.full
+        # The largest weight, from 4 bits back in 16; or its gradient, before it is added to the others.
+        weight = h * max(shape.inner, shape.vocab * s.full) * (6 if s.full else 2 * (s.quantise == "nf4"))
         return {
             "tower": pixels * (2 if shape.newline else 1) + tower,
             "pruning": (pixels + self._projector + words + pruning) * (batch.mode != "full"),
@@ -281,6 +277,7 @@ class Step:
         return max(self.moments.values())
 
 
+@cache
 def rows_within(free: float, shape: Shape, s: Settings) -> int:
     """Rows of a micro-batch that need no recomputing in so much memory, which holds weights and moments already, and
     no gradients yet. Whatever the rows are: all visual and all answers, or what pruning has left of pictures."""
