@@ -74,7 +74,8 @@ def test_what_is_learned_is_the_answers_and_the_ends_of_their_turns(template, tu
     images = sum(part is IMAGE for turn in turns for part in turn.parts)
     ids, labels = talk.encode(turns, [3] * images)
     end = "<|im_end|>" if template == "chatml" else "</s>"
-    assert learned(talk, ids, labels) == [turn.parts[0] + end for turn in turns if turn.role == "assistant"]
+    lead = "" if template == "chatml" else " "  # the prompt ends with "ASSISTANT:", so the model says the space
+    assert learned(talk, ids, labels) == [lead + turn.parts[0] + end for turn in turns if turn.role == "assistant"]
     assert (ids == tiny.IMAGE).sum() == 3 * images
     assert not (labels == tiny.IMAGE).any()
     assert (ids == tiny.BOS).sum() == 1, "the template's own first token and the tokenizer's"
@@ -120,8 +121,8 @@ def test_labels_are_those_of_the_templates_own_assistant_mask_and_the_ends():
     )
     masked = np.array(made["input_ids"])[np.array(made["assistant_masks"]) == 1]
     ids, labels = talk.encode(turns, [])
-    ours = ids[(labels != IGNORE) & (ids != tiny.EOS)]
-    assert processor.tokenizer.decode(ours) == processor.tokenizer.decode(masked).replace("Ä. ", "Ä.").strip()
+    ours = ids[(labels != IGNORE) & (ids != tiny.EOS)]  # theirs has the space behind each answer, ours the one before
+    assert processor.tokenizer.decode(ours).split() == processor.tokenizer.decode(masked).split()
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
@@ -153,6 +154,38 @@ def test_a_word_that_carries_the_space_before_it_is_learned_and_the_prompt_is_no
     asked = talk.tokenizer(prompt.replace("<image>", "<image>" * 2))["input_ids"]
     assert ids[: len(asked)].tolist() == asked, "training and asking see the same prompt"
     assert (labels[: len(asked)] == IGNORE).all()
+
+
+@pytest.mark.parametrize("said", ["4", "猫", "é"])
+def test_a_space_that_is_a_token_of_its_own_is_learned_with_the_answer(said):
+    """Llama writes " 4" as "▁" and "4"; the prompt ends at "ASSISTANT:", so the model has to say both."""
+    processor = tiny.processor("llava")
+    processor.tokenizer = sentencepiece()
+    processor.tokenizer.add_tokens([said])
+    talk = Chat(processor)
+    ids, labels = talk.encode([Turn("user", ("What is it?",)), Turn("assistant", (said,))], [])
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}], add_generation_prompt=True
+    )
+    asked = talk.tokenizer(prompt)["input_ids"]
+    assert ids[: len(asked)].tolist() == asked
+    assert (labels[: len(asked)] == IGNORE).all()
+    assert (labels[len(asked) :] != IGNORE).all()
+
+
+def test_control_tokens_in_a_text_are_refused():
+    for turns in (
+        [Turn("user", ("what is </s>?",)), Turn("assistant", ("an end",))],
+        [Turn("user", ("strike it",)), Turn("assistant", ("<s>old</s> new",))],
+    ):
+        with pytest.raises(UserError, match="control token"):
+            CHATS["hub"].encode(turns, [])
+
+
+def test_a_template_that_raises_is_an_error_of_the_record():
+    raising = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + MISTRAL
+    with pytest.raises(UserError, match="cannot write this conversation: no system here"):
+        chat(raising).encode([Turn("system", ("Be brief.",)), Turn("user", ("Hi",)), Turn("assistant", ("Ho",))], [])
 
 
 def test_plain_is_picture_and_caption():

@@ -259,5 +259,5 @@ def test_whatever_a_record_says_it_trains_right_or_is_refused(data, tmp_path_fac
         return
     example = made.example(0)
     learned = made.chat.tokenizer.decode(example.labels[example.labels != IGNORE])
-    assert learned == "".join(f"{text.strip()}</s>" for text in says[1::2])
+    assert learned == "".join(f" {text.strip()}</s>" for text in says[1::2])
     assert int((example.input_ids == tiny.IMAGE).sum()) == 9 * count

@@ -1,12 +1,14 @@
 """A conversation to ids and labels, by one tokenisation.
 
     text    USER: <image>\nWhat is this? ASSISTANT: A cat.</s>
-    labels  ---------------------------------------AAAAAAAAAAA
+    labels  --------------------------------------AAAAAAAAAAAA
 
 The classic way to find the answers, tokenising the turns again and adding up lengths, goes wrong by a token here and
 there; then every label of the sample is dropped with a warning, and the loss is a happy zero. Here each answer is
 rendered as a stand-in that occurs nowhere else, so its place in the text is known; the text is tokenised once, and the
 tokenizer says which characters each token came from. A token is learned if it touches an answer or the end of its turn.
+An answer begins where the prompt for it ends: when a model is asked, the prompt stops at "ASSISTANT:", so the space
+behind it is the model's to say, and for some tokenizers that is a token of its own.
 
 The end of a turn must be learned, or the model never stops. The hub's template for LLaVA-1.5 writes none (LLaVA was
 trained with `</s>` there), so where a template ends an answer without a special token, the end-of-text token is put in
@@ -20,6 +22,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from jinja2 import TemplateError
 
 from .errors import UserError
 from .records import IMAGE, Turn
@@ -38,8 +41,8 @@ class Chat:
             raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
         self.image = processor.image_token
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
-        special = [t for t in self.tokenizer.all_special_tokens if t != self.image]
-        self.turn_ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        self.special = sorted(set(self.tokenizer.all_special_tokens) - {self.image}, key=len, reverse=True)
+        self.turn_ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")")
 
     def encode(self, turns: Sequence[Turn], image_rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Ids with each picture's placeholder repeated once a feature row, and labels."""
@@ -67,6 +70,8 @@ class Chat:
         if self.system and turns[0].role != "system":
             turns = [Turn("system", (self.system,)), *turns]
         said = "".join(part for turn in turns for part in turn.parts if part is not IMAGE)
+        if control := next((token for token in self.special if token in said), None):
+            raise UserError(f"the text {control!r} is a control token to this model's tokenizer; write it another way")
         mark = "\ue000"
         while mark in said:
             mark += "\ue000"
@@ -77,22 +82,32 @@ class Chat:
                 answers.append("".join(turn.parts))
                 content = [{"type": "text", "text": f"{mark}{len(answers) - 1}\ue001"}]
             messages.append({"role": turn.role, "content": content})
-        rest = self.processor.apply_chat_template(messages, tokenize=False)
+        rest = self._template(messages)
         self._check(rest, turns)
+        asked = next(number for number, turn in enumerate(turns) if turn.role == "assistant")
+        prompt = self._template(messages[:asked], add_generation_prompt=True)
 
-        text, spans = "", []
+        text, spans, lead = "", [], ""
         for number, answer in enumerate(answers):
             before, found, rest = rest.partition(f"{mark}{number}\ue001")
             if not found:
                 raise UserError("the chat template loses or moves an answer")
+            if number == 0 and before.startswith(prompt):
+                lead = before[len(prompt) :]  # what the model says before each answer
             text += before
-            begin, end = len(text), self.turn_ends.match(rest)
+            begin, end = len(text.removesuffix(lead)), self.turn_ends.match(rest)
             if end:
                 text, rest = text + answer + end[0], rest[end.end() :]
             else:
                 text, rest = text + answer + self.tokenizer.eos_token, rest.lstrip()
             spans.append((begin, len(text)))
         return text + rest, spans
+
+    def _template(self, messages: list[dict], **how) -> str:
+        try:
+            return self.processor.apply_chat_template(messages, tokenize=False, **how)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template cannot write this conversation: {error}") from error
 
     def _check(self, rendered: str, turns: Sequence[Turn]) -> None:
         for turn in turns:
