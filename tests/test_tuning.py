@@ -16,7 +16,7 @@ from album import album
 from safetensors.torch import load_file
 from test_train import Killed, die_before, same_end
 
-from tinyspeed import UserError, checkpoint, cli, loader, precision, recipe, train
+from tinyspeed import UserError, checkpoint, cli, evaluate, loader, optimizer, precision, recipe, train
 from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun
 
@@ -333,3 +333,94 @@ def test_an_official_evaluation_on_the_command_line(home, tmp_path, capsys, monk
     assert cli.main(["eval", str(home / "llava"), "--task", "pop"]) == 2
     assert cli.main(["eval", str(home / "llava"), "--task", "pop", "--questions", "x", "--images", "y"]) == 2
     assert "did you mean 'pope'" in capsys.readouterr().err
+
+
+def test_a_resume_may_change_how_a_step_fits_and_nothing_else(home, tmp_path, monkeypatch):
+    """The mend that an out-of-memory error advises must not cost the run."""
+    made = settings(home, tmp_path, "run", "lora.rank=2", "lora.dropout=0.0")
+    with monkeypatch.context() as patch:
+        die_before(patch, 3)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
+    other = settings(home, tmp_path, "run", "lora.rank=2", "lora.dropout=0.0", "train.lr=0.5", "data.template=plain")
+    with pytest.raises(UserError, match=r"another recipe .*: data\.template, train\.lr differ"):
+        train.train(other, resume=True, bar=False)
+    changes = ("train.row_budget=90", "train.checkpointing=on", "data.workers=1", "run.save_every=3")
+    smaller = settings(home, tmp_path, "run", "lora.rank=2", "lora.dropout=0.0", *changes)
+    assert train.train(smaller, resume=True, bar=False).totals.steps == 6
+    assert recipe.of_run(str(made.folder)).train.row_budget == 90
+
+
+def test_reworded_data_is_other_data(home, tmp_path):
+    """Lengths are the same, words are not."""
+    records = json.loads((home / "train.json").read_text())
+    found = []
+    for word in ("What", "Whom"):
+        text = json.dumps(records).replace("What", word)
+        (tmp_path / "train.json").write_text(text)
+        made = settings(home, tmp_path / word, "run", f"data.file={tmp_path}/train.json")
+        found.append(train.build(made)[1])
+    assert [found[0].lengths(i) for i in range(10)] == [found[1].lengths(i) for i in range(10)]
+    assert found[0].fingerprint != found[1].fingerprint
+
+
+def test_a_run_without_slow_steps_says_so(home, tmp_path, capsys):
+    train.train(settings(home, tmp_path, "none", "dualspeed.slow=0.0", "train.steps=2"), bar=False)
+    assert "none of the 2 steps sees whole pictures" in capsys.readouterr().err
+    train.train(settings(home, tmp_path, "some", "dualspeed.slow=1.0", "train.steps=2"), bar=False)
+    assert "whole pictures" not in capsys.readouterr().err
+
+
+def test_bad_records_in_a_dry_run(home, tmp_path):
+    records = json.loads((home / "train.json").read_text())
+    records[4]["image"] = "gone.jpg"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    changes = (f"data.file={tmp_path}/bad.json", "data.skip_bad=true", "train.steps=1")
+    made = settings(home, tmp_path / "runs", "fresh", *changes)
+    assert {found["mode"] for found in train.dry_run(made)} <= {"fast", "slow"}
+    assert [p.name for p in made.folder.iterdir()] == ["skipped.txt"]
+    train.train(made, bar=False)
+
+
+def test_an_adapter_that_was_never_trained_is_not_exported(home, tmp_path):
+    made = settings(home, tmp_path, "run", "lora.rank=2", "align.steps=1", "align.batch=2", "train.steps=0")
+    train.train(made, bar=False)
+    with pytest.raises(UserError, match="no adapter has been trained"):
+        train.export(made, tmp_path / "out", adapter_only=True)
+
+
+def test_a_model_in_half_precision_is_evaluated_as_it_trained(tmp_path):
+    """Full tuning in bf16: the trained weights are fp32 while the run lasts, and the export rounds a copy."""
+    changes = ["digits.tower_steps=2", "align.steps=1", "train.steps=2", "model.precision=bf16", "run.device=cpu"]
+    changes += ["digits.width=32", "digits.tower_width=16", "data.eval_pictures=8", f"run.folder={tmp_path}"]
+    made = recipe.read("digits", changes)
+    model = train.train(made, bar=False).model
+    trained = [p for p in model.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    scores = evaluate.held_out(model, made, bar=False)
+    assert scores == evaluate.held_out(train.load_trained(made), made, bar=False)
+    saved = load_file(made.folder / "model" / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
+def test_8_bit_moments_survive_a_checkpoint(kind, tmp_path):
+    """bitsandbytes keeps small tensors in 32 bits; this one is large enough."""
+    stage, runs = recipe.Stage(steps=4, optimizer=kind, lr=0.1), []
+    gradients = torch.randn(4, 128, 64, generator=torch.Generator().manual_seed(0))
+    for stops in (False, True):
+        weight = torch.nn.Parameter(torch.ones(128, 64))
+        names, made = {weight: "weight"}, optimizer.build(stage, [], [weight])
+        assert made.state[weight]["state1"].dtype == torch.uint8
+        for step in range(4):
+            if stops and step == 2:
+                tensors = {"w": weight.data, **checkpoint.optimizer_tensors(made, names)}
+                saved, _ = checkpoint.load(checkpoint.save(tmp_path, step, tensors, {}, 1))
+                weight = torch.nn.Parameter(saved["w"])
+                names, made = {weight: "weight"}, optimizer.build(stage, [], [weight])
+                checkpoint.load_optimizer(made, names, saved)
+            weight.grad = gradients[step].clone()
+            made.step()
+        runs.append(weight.data)
+    assert torch.equal(*runs)
+    assert not torch.equal(runs[0], torch.ones(128, 64))

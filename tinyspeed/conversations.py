@@ -54,7 +54,7 @@ class Conversations:
     @property
     def fingerprint(self) -> str:
         crc = 0
-        for array in (self.good, self.sizes, self.visual):
+        for array in (self.good, self.texts, self.visual):
             crc = zlib.crc32(array.tobytes(), crc)
         return f"{len(self)} records, {crc:08x}"
 
@@ -105,15 +105,16 @@ class Conversations:
             raise UserError("no token of an answer is left to learn")
         return ids, labels
 
-    def measure(self, i: int) -> tuple[int, list[int], int]:
-        """What `lengths` will say of record i of the file; a bad record is an error."""
+    def measure(self, i: int) -> tuple[int, list[int], int, int]:
+        """What `lengths` will say of record i of the file, and a checksum of its text; a bad record is an error."""
         record = self.records[i]
         with _about(record):
             rows = [self._rows(*images.size(path, record.where)) for path in self._paths(record)]
             ids, labels = self._tokens(record, rows)
-        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum())
+        checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes()))
+        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum
 
-    def _part(self, numbers: range) -> list[tuple[int, tuple[int, list[int], int] | str]]:
+    def _part(self, numbers: range) -> list[tuple[int, tuple[int, list[int], int, int] | str]]:
         """Measures of these records, or what is wrong with them."""
         found = []
         for i in numbers:
@@ -137,15 +138,16 @@ class Conversations:
 
     def _measure_all(self, bar: bool) -> None:
         count = len(self.records)
-        good, sizes, visual, starts, bad = [], [], [], [0], []
+        good, texts, sizes, visual, starts, bad = [], [], [], [], [0], []
         with tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line:
             for part in self._parts():
                 for i, found in part:
                     if isinstance(found, str):
                         bad.append(found)
                         continue
-                    text, rows, answers = found
+                    text, rows, answers, checksum = found
                     good.append(i)
+                    texts.append(checksum)
                     sizes.append((text, answers))
                     visual += rows
                     starts.append(len(visual))
@@ -158,6 +160,7 @@ class Conversations:
             raise UserError(f"no record of {self.data.file} can be used; the first: {bad[0]}")
         self.bad = bad
         self.good = np.array(good, dtype=np.int64)
+        self.texts = np.array(texts, dtype=np.uint32)
         self.sizes = np.array(sizes, dtype=np.int32)
         self.visual = np.array(visual, dtype=np.int32)
         self.starts = np.array(starts, dtype=np.int64)

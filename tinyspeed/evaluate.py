@@ -8,7 +8,7 @@ answer included). So nothing is generated, and full and pruned sequences go thro
 import torch
 from tqdm import tqdm
 
-from . import digits
+from . import digits, precision
 from .batching import cut, plan_rows
 from .data import Source, collate
 from .dualspeed import DualSpeed
@@ -43,4 +43,6 @@ def held_out(model: DualSpeed, recipe: Recipe, bar: bool = True) -> tuple[float,
     """Accuracy on the recipe's evaluation pictures, on full tokens (as at inference) and on pruned ones."""
     pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", recipe.run.seed)
     pruned = Plan("fast", keep=recipe.dualspeed.keep)
-    return accuracy(model, pictures, Plan("full"), bar=bar), accuracy(model, pictures, pruned, bar=bar)
+    name = precision.choose(recipe.model.precision, model.device)
+    with precision.autocast(name, model.device):  # what trained is fp32, beside weights in half precision
+        return accuracy(model, pictures, Plan("full"), bar=bar), accuracy(model, pictures, pruned, bar=bar)

@@ -98,6 +98,8 @@ def _changed(base: Tensor, whole: Tensor | None, adapter: tuple[Tensor, Tensor, 
 def save_adapter(learned: dict[str, Tensor], how: LoraConfig, base: str, out: Path) -> None:
     """A peft adapter that carries the projector too: PeftModel.from_pretrained(the base, out) is the trained model."""
     learned = plain(learned)
+    if not any(".lora_" in name for name in learned):
+        raise UserError("no adapter has been trained yet: the run is still aligning its projector")
     out.mkdir(parents=True)
     tensors = {f"base_model.model.{name.replace('.default.', '.')}": t.contiguous() for name, t in learned.items()}
     save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})

@@ -287,6 +287,27 @@ def from_tables(tables: dict, where: str) -> Recipe:
         raise UserError(f"{where}: {error}") from error
 
 
+# What a resumed run may change: where things are kept, and how a step fits into memory. No sample, no weight of it and
+# no schedule depends on these (dropout draws differently for micro-batches that are cut differently).
+FREE = {
+    "run": ("save_every", "keep_checkpoints", "cache"),
+    "data": ("workers", "feature_cache_gb"),
+    "align": ("row_budget", "checkpointing"),
+    "train": ("row_budget", "checkpointing"),
+}
+
+
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """The keys in which two recipes ask for different runs."""
+    a, b = dataclasses.asdict(before), dataclasses.asdict(now)
+    return [
+        f"{section}.{key}"
+        for section in a
+        for key in a[section]
+        if a[section][key] != b[section][key] and key not in FREE.get(section, ())
+    ]
+
+
 def of_run(folder: str) -> Recipe:
     """The recipe that a run was made with, pointing at where the run is now."""
     file = Path(folder) / "recipe.toml"

@@ -14,6 +14,7 @@ It is as good as that one timing; `tinyspeed compare` measures whole runs. Savin
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -109,6 +110,7 @@ class StageRun:
     def go(self, folder: Path, stop: list[int], bar: bool) -> None:
         if self.first >= self.steps:
             return
+        self._announce()
         full_seconds_per_row = self._probe()
         on_cuda = self.model.device.type == "cuda"
         batches = loader.load(self.source, self._ahead(), self.pad, workers=self.recipe.data.workers, pin=on_cuda)
@@ -135,6 +137,16 @@ class StageRun:
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
                     return
+
+    def _announce(self) -> None:
+        """A short run may draw no slow step, and a model that never saw a whole picture is poor at them."""
+        modes = [self.model.schedule.plan(step).mode for step in range(self.steps)]
+        if "fast" in modes and "slow" not in modes and self.name == "train":
+            print(
+                f"none of the {self.steps} steps sees whole pictures: train longer (train.epochs), or set "
+                f'dualspeed.schedule = "periodic" and a larger dualspeed.slow',
+                file=sys.stderr,
+            )
 
     @contextmanager
     def _fitting(self, mode: str, rows: list[int]) -> Iterator[None]:
@@ -273,7 +285,8 @@ class StageRun:
         self.model.step = 0
         began = time.perf_counter()
         with self._fitting(plan.mode, [rows[longest]] * len(samples)):
-            out = self._micro_batch(batch, [rows[longest]] * len(samples), plan, 1)
+            for _ in range(2):  # the second one beside the gradients of the first
+                out = self._micro_batch(batch, [rows[longest]] * len(samples), plan, 1)
         self._update(plan, out.loss.detach(), [])
         return {
             "samples": len(samples), "rows": len(samples) * rows[longest], "memory_mib": record.peak_memory_mib(device),

@@ -22,7 +22,7 @@ from . import checkpoint, conversations, digits, features, loading, merge, preci
 from .data import Source
 from .dualspeed import DualSpeed
 from .errors import UserError
-from .recipe import Recipe, of_run, read
+from .recipe import Recipe, differences, of_run, read
 from .stage import StageRun, Totals, load_parameters, schedule_of
 
 
@@ -96,12 +96,12 @@ def _folder(recipe: Recipe, resume: bool) -> Path:
         raise UserError(f"there is no run to resume in {folder}")
     if begun and not resume:
         raise UserError(f"{folder} holds a run already: --resume continues it, or choose another run.name")
-    if begun and read(str(folder / "recipe.toml")) != recipe:
+    if begun and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
         raise UserError(
-            f"{folder} was started with another recipe ({folder / 'recipe.toml'}): resume with that one, or choose "
-            f"another run.name"
+            f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} differ. Resume "
+            f"with that one, or choose another run.name"
         )
-    ours = {"recipe.toml", "checkpoints", ".lock", "base"}
+    ours = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
     if folder.is_dir() and any(folder.iterdir()) and not ours & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -155,6 +155,7 @@ def _conversations(recipe: Recipe) -> conversations.Conversations:
     source = conversations.Conversations(data, loading.load_processor(path), Path(recipe.run.cache).expanduser())
     if source.bad:
         file = recipe.folder / "skipped.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(source.bad) + "\n", encoding="utf-8")
         print(f"{len(source.bad):,} of {len(source.records):,} records left out, listed in {file}", file=sys.stderr)
     return source
@@ -256,8 +257,9 @@ def export(recipe: Recipe, out: Path, *, model: DualSpeed | None = None, adapter
             merge.merge(learned, lora.scale, base(recipe), temporary)
     else:
         model = model or load_trained(recipe)
-        name = precision.choose(recipe.model.precision, model.device)
-        model.model.to(precision.DTYPES[name]).save_pretrained(temporary)
+        dtype = precision.DTYPES[precision.choose(recipe.model.precision, model.device)]
+        rounded = {name: tensor.to("cpu", dtype) for name, tensor in model.model.state_dict().items()}
+        model.model.save_pretrained(temporary, state_dict=rounded)
     loading.load_processor(base(recipe)).save_pretrained(temporary)
     temporary.rename(out)
 
