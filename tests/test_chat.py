@@ -173,6 +173,12 @@ def test_a_space_that_is_a_token_of_its_own_is_learned_with_the_answer(said):
     assert (labels[len(asked) :] != IGNORE).all()
 
 
+def test_words_around_a_picture_are_not_glued_together():
+    turns = [Turn("user", ("Look at", IMAGE, "and say")), Turn("assistant", ("a cat",))]
+    assert CHATS["parts"].render(turns)[0] == "USER: <image>\nLook at\nand say ASSISTANT: a cat</s>"
+    assert "Look at<image>and say<|im_end|>" in CHATS["chatml"].render(turns)[0], "where a template keeps the place"
+
+
 def test_control_tokens_in_a_text_are_refused():
     for turns in (
         [Turn("user", ("what is </s>?",)), Turn("assistant", ("an end",))],

@@ -1,6 +1,8 @@
 """Own pictures, own JSON: every record is looked at before step 0, and what comes out is what the processor makes."""
 
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
 import signal
@@ -123,6 +125,16 @@ def test_workers_leave_signals_to_the_main_process():
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_worker_that_is_killed_is_an_error_with_advice(folder):
+    made = source(folder)
+    batches = loader.load(made, [[i % 12] for i in range(2000)], 2, workers=1)
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"killed, .* data\.workers"):
+        list(batches)
 
 
 def test_a_source_survives_pickling(folder):

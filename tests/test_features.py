@@ -135,6 +135,21 @@ def test_a_damaged_file_is_named(home, tmp_path):
     store.file(picture).write_bytes(b"not what was written")
     with pytest.raises(UserError, match=r"cannot be read .*delete the file"):
         store.read(picture)
+    store.file(picture).unlink()
+    with pytest.raises(UserError, match=r"are gone.*--resume"):
+        store.read(picture)
+
+
+def test_what_a_killed_run_left_half_written_is_swept(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    kept(tmp_path, made, net)
+    old, new = (files(tmp_path)[0].parent / f".{name}.safetensors.1.tmp" for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    kept(tmp_path, made, net)
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_a_killed_run_with_features_resumes_bit_for_bit(home, tmp_path, monkeypatch):

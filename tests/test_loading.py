@@ -286,6 +286,17 @@ def test_a_processor_that_would_count_placeholders_wrong_is_put_right(base, tmp_
     assert f"the processor's {name} is {wrong}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("quantise", ["none", "nf4"])
+def test_weights_of_another_shape_are_refused(base, tmp_path, quantise):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:, :16].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError):
+        loading.load(str(folder), quantise=quantise)
+
+
 def test_a_pickle_is_never_opened(base, tmp_path):
     folder = tiny.checkpoint(kind(base), tmp_path / "model")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -90,3 +90,14 @@ def test_bad_files(tmp_path):
         recipe.read(str(tmp_path / "flat.toml"))
     with pytest.raises(UserError, match="must be a table"):
         recipe.read(str(tmp_path / "flat.toml"), ["train.lr=1"])
+
+
+def test_local_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mine.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    made = recipe.read("digits", ["model.path=model", "data.kind=chat", "data.file=mine.json", "data.images=absent"])
+    assert made.model.path == str(tmp_path / "model")
+    assert made.data.file == str(tmp_path / "mine.json")
+    assert made.data.images == "absent", "what is not there may be a hub id, or a mistake that is named later"
+    assert recipe.read("llava-1.5-7b-qlora-12gb").model.path == "llava-hf/llava-1.5-7b-hf"

@@ -77,7 +77,10 @@ class Chat:
             mark += "\ue000"
         answers, messages = [], []
         for turn in turns:
-            content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in turn.parts]
+            # Templates that move pictures to the front would glue the words around one together.
+            first = next((part for part in turn.parts if part is not IMAGE), None)
+            texts = (part if part is first or part is IMAGE else f"\n{part}" for part in turn.parts)
+            content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in texts]
             if turn.role == "assistant":
                 answers.append("".join(turn.parts))
                 content = [{"type": "text", "text": f"{mark}{len(answers) - 1}\ue001"}]

@@ -155,6 +155,8 @@ def _ask(a) -> int:
     from .train import opened
 
     *pictures, question = a.words
+    if Path(question).is_file():
+        raise UserError(f"{question} is a file, and the last word must be the question")
     pictures = [images.load(Path(picture), picture) for picture in pictures]
     with opened(a.model) as (model, processor, _):
         ask.answer(
@@ -198,6 +200,8 @@ def _benchmark(a) -> int:
 
     if not (a.questions and a.images):
         raise UserError("--task needs --questions and --images")
+    if not Path(a.images).is_dir():
+        raise UserError(f"--images: there is no folder {a.images}")
     questions = benchmarks.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
     with opened(a.model) as (model, processor, name):
         folder = Path(a.model) if Path(a.model).is_dir() else Path()

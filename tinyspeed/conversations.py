@@ -23,7 +23,7 @@ from . import images
 from .chat import Chat
 from .data import Example
 from .errors import UserError
-from .loader import quietly
+from .loader import at_most, quietly
 from .recipe import Data
 from .records import Record, Records
 from .rows import IGNORE
@@ -38,6 +38,8 @@ class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
     def __init__(self, data: Data, processor, cache: Path, *, bar: bool = True):
+        if data.images and not Path(data.images).expanduser().is_dir():
+            raise UserError(f"data.images: there is no folder {data.images}")
         self.data, self.processor = data, processor
         self.records = Records(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
@@ -127,11 +129,12 @@ class Conversations:
     def _parts(self) -> Iterator[list]:
         count = len(self.records)
         parts = [range(begin, min(begin + AT_ONCE, count)) for begin in range(0, count, AT_ONCE)]
-        if self.data.workers == 0 or count < WORTH_WORKERS:
+        workers = at_most(self.data.workers)
+        if workers == 0 or count < WORTH_WORKERS:
             return map(self._part, parts)
         return iter(
             DataLoader(
-                _Parts(self), batch_size=None, sampler=parts, num_workers=self.data.workers, worker_init_fn=quietly,
+                _Parts(self), batch_size=None, sampler=parts, num_workers=workers, worker_init_fn=quietly,
                 generator=torch.Generator(),
             )
         )  # fmt: skip

@@ -14,6 +14,7 @@ does not fit is refused, since features that come and go would cost more than th
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -56,6 +57,11 @@ class Features:
         try:
             tensors = load_file(file)
             return tensors["features"], tensors.get("image_sizes")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the features of {picture} are gone, by hand or to make room for another run: --resume makes them "
+                f"anew, and a run.cache of its own keeps them"
+            ) from error
         except (OSError, KeyError, SafetensorError) as error:
             raise UserError(f"the features of {picture} in {file} cannot be read ({error}): delete the file") from error
 
@@ -66,6 +72,9 @@ def fill(
 ) -> None:
     """Make what is missing, within `most` bytes in all."""
     device = vlm.language_model.device
+    for half in features.folder.glob("*/.*.tmp"):  # of a killed run; a living one's is seconds old
+        if time.time() - half.stat().st_mtime > 3600:
+            half.unlink(missing_ok=True)
     wanted = {features.file(path): path for path in tqdm(pictures, desc="hash", unit="picture", disable=not bar)}
     held = {file: file.stat() for file in features.folder.glob("*/*.safetensors")}
     used = sum(stat.st_size for stat in held.values())

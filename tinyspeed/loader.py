@@ -5,6 +5,7 @@ takes: the same batches come out in the same order, from any number of them. The
 numbers, leave signals to the main process, and hand a bad picture over as the UserError that it is.
 """
 
+import os
 import signal
 from collections.abc import Iterable, Iterator
 
@@ -20,6 +21,7 @@ def load(
     source: Source, parts: Iterable[list[int]], pad: int, *, workers: int = 0, pin: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of these lists of samples, in order."""
+    workers = at_most(workers)
     if workers == 0:
         yield from (collate([source.example(i) for i in part], pad) for part in parts)
         return
@@ -32,10 +34,18 @@ def load(
         worker_init_fn=quietly,
         generator=torch.Generator(),  # its own: the default one belongs to dropout
     )
-    for batch in ahead:
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch
+    try:
+        for batch in ahead:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that decodes pictures was killed, most likely for want of (shared) memory: set data.workers "
+            "lower, or to 0, and go on with --resume"
+        ) from error
 
 
 class _Made(Dataset):
@@ -47,6 +57,11 @@ class _Made(Dataset):
             return collate([self.source.example(i) for i in part], self.pad)
         except UserError as error:  # raised here, it would arrive wrapped in a traceback
             return str(error)
+
+
+def at_most(workers: int) -> int:
+    """More workers than cores only wait for each other."""
+    return min(workers, os.cpu_count() or 1)
 
 
 def quietly(worker: int) -> None:

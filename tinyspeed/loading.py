@@ -66,7 +66,7 @@ def load(
         raise unknown("quantisation", quantise, ("none", "nf4"))
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(where, **how, output_loading_info=True)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
     if found["missing_keys"]:  # transformers would draw them at random and carry on
         missing = sorted(found["missing_keys"])
@@ -138,6 +138,9 @@ def _check_quantised(model: nn.Module) -> None:
                 f"another way; please report it"
             )
         if isinstance(module, Linear4bit):
+            shape = (module.out_features, module.in_features)
+            if tuple(module.weight.quant_state.shape) != shape:
+                raise UserError(f"{name} should be {shape}, and is {tuple(module.weight.quant_state.shape)} on disk")
             # On some CPUs a forward in eval mode without gradients would re-pack the weight, for good, and round its
             # scales: a slow step's teacher would change the model that learns.
             module.support_avx512bf16_for_cpu = False

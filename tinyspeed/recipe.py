@@ -111,6 +111,7 @@ class Data:
         for name in ("max_rows", "workers", "feature_cache_gb"):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"data.{name} = {value}: must not be negative or infinite")
+        _check(self.kind == "chat" or not self.file, 'data.file is given: set data.kind = "chat" too')
         _check(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
 
 
@@ -256,7 +257,22 @@ def read(path: str, changes: list[str] = ()) -> Recipe:
         if not isinstance(tables.setdefault(section, {}), dict):
             raise UserError(f"{file}: {section} must be a table, [{section}]")
         tables[section][name] = parsed
-    return from_tables(tables, f"{file}, with --set" if changes else str(file))
+    return _absolute(from_tables(tables, f"{file}, with --set" if changes else str(file)))
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Files and folders by their whole path: a run is exported and asked from anywhere, and a folder that is not where
+    it was must not be taken for a model of that name on the hub."""
+
+    def whole(path: str) -> str:
+        found = Path(path).expanduser()
+        return str(found.absolute()) if path and found.exists() else path
+
+    model = {name: whole(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
+    data = {name: whole(getattr(recipe.data, name)) for name in ("file", "images")}
+    return dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, **model), data=dataclasses.replace(recipe.data, **data)
+    )
 
 
 def from_tables(tables: dict, where: str) -> Recipe:

@@ -155,7 +155,7 @@ def run_figure(steps: list[dict], name: str = "run"):
         estimate = (seconds * speedup / unit)[measured]
         time.plot(x[measured], estimate, color=GREY, linestyle=(0, (5, 2)), linewidth=1.5)
         ends.append((x[measured][-1], estimate[-1], "if every step\nwere full", GREY))
-        title = f"Time: measured speed-up {speedup[measured][-1]:.2f}x"
+        title = f"Time: estimated speed-up {speedup[measured][-1]:.2f}x"
     time.set_ylim(0, 1.08 * max(y for _, y, *_ in ends) or 1)
     time.set_ylabel(unit_name)
     time.set_xlabel("step")
