@@ -5,9 +5,11 @@ Before training each record is read, its pictures' headers too, and tokenised. W
 divided without touching a picture. Visual rows come from the processor's own count for a picture of that size.
 
 What is wrong with a record is an error that names file and record; `data.skip_bad` leaves such records out, counts and
-lists them. Only a picture that is damaged in the middle, behind a sound header and end, is found when it is decoded.
+lists them. Only a picture that is damaged in the middle, behind a sound header and end, is found when it is decoded;
+then `skip_bad` names it and learns nothing of its record.
 """
 
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -23,7 +26,7 @@ from . import images
 from .chat import Chat
 from .data import Example
 from .errors import UserError
-from .loader import at_most, quietly
+from .loader import at_most, quietly, watched
 from .recipe import Data
 from .records import Record, Records
 from .rows import IGNORE
@@ -72,7 +75,14 @@ class Conversations:
                 looked, image_sizes = zip(*map(self.features.read, paths), strict=True)
                 image_sizes = None if image_sizes[0] is None else torch.cat(image_sizes)
                 return Example(ids, labels, None, image_sizes, torch.cat(looked))
-            pictures = [images.load(path, record.where) for path in paths]
+            try:
+                pictures = [images.load(path, record.where) for path in paths]
+            except UserError as error:
+                if not self.data.skip_bad:
+                    raise
+                # Its place in the batch is taken already. Nothing is learned of it.
+                print(f"left out: {error}", file=sys.stderr)
+                pictures, labels = [Image.new("RGB", size) for size in sizes], torch.full_like(labels, IGNORE)
         batch = self.processor.image_processor(pictures, return_tensors="pt")
         return Example(ids, labels, batch["pixel_values"], batch.get("image_sizes"))
 
@@ -142,7 +152,7 @@ class Conversations:
     def _measure_all(self, bar: bool) -> None:
         count = len(self.records)
         good, texts, sizes, visual, starts, bad = [], [], [], [], [0], []
-        with tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line:
+        with watched(), tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line:
             for part in self._parts():
                 for i, found in part:
                     if isinstance(found, str):

@@ -7,7 +7,9 @@ numbers, leave signals to the main process, and hand a bad picture over as the U
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -34,14 +36,22 @@ def load(
         worker_init_fn=quietly,
         generator=torch.Generator(),  # its own: the default one belongs to dropout
     )
+    for batch in ahead:
+        if isinstance(batch, str):
+            raise UserError(batch)
+        yield batch
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """A worker that the system kills becomes advice. torch raises this wherever the main process happens to be."""
     try:
-        for batch in ahead:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            yield batch
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        with suppress(RuntimeError):  # it says so twice: when it misses a batch, and when the signal arrives
+            time.sleep(0.5)
         raise UserError(
             "a process that decodes pictures was killed, most likely for want of (shared) memory: set data.workers "
             "lower, or to 0, and go on with --resume"

@@ -115,6 +115,7 @@ class StageRun:
         on_cuda = self.model.device.type == "cuda"
         batches = loader.load(self.source, self._ahead(), self.pad, workers=self.recipe.data.workers, pin=on_cuda)
         with (
+            loader.watched(),
             closing(batches),
             open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics,
             tqdm(
