@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyspeed import UserError
-from tinyspeed.ask import answer, chat, to_stdout
+from tinyspeed.ask import answer, to_stdout
+from tinyspeed.chat import Chat
 
 QUESTION = "What is it?\nAnswer the question using a single word or phrase."
 ONLY_END = torch.full((tiny.VOCAB,), -1e9).index_fill(0, torch.tensor([tiny.EOS]), 1e9)
@@ -122,7 +123,7 @@ def test_streaming_prints_the_answer_and_nothing_else(loaded, capsys):
 def test_a_prompt_must_leave_room_for_an_answer(loaded):
     model, processor = loaded
     most = model.config.text_config.max_position_embeddings
-    around = processor(text=chat(processor, "", 0), return_tensors="pt")["input_ids"].shape[1]
+    around = processor(text=Chat(processor).prompt("", 0), return_tensors="pt")["input_ids"].shape[1]
     with pytest.raises(UserError, match=f"the prompt takes {most} tokens, and the model's {most} positions"):
         answer(model, processor, [], "x" * (most - around))
     steps = []
@@ -137,20 +138,20 @@ def test_an_answer_has_a_length(loaded):
 
 
 def test_the_chat_is_the_models(processor):
-    assert chat(processor, "Who?", 2) == "USER: <image>\n<image>\nWho? ASSISTANT:"
-    assert chat(processor, "Who?", 0) == "USER: Who? ASSISTANT:"
+    assert Chat(processor).prompt("Who?", 2) == "USER: <image>\n<image>\nWho? ASSISTANT:"
+    assert Chat(processor).prompt("Who?", 0) == "USER: Who? ASSISTANT:"
 
 
 def test_a_template_may_trim_the_question(processor):
     processor.chat_template = TRIMS
-    assert chat(processor, " Who? ", 1) == "<image>Who?"
+    assert Chat(processor).prompt(" Who? ", 1) == "<image>Who?"
 
 
 def test_the_template_that_drops_strings_is_given_a_list(processor):
-    """Why `chat` is careful: with a string as content, the question is gone and nobody says so."""
+    """Why `prompt` is careful: with a string as content, the question is gone and nobody says so."""
     lost = processor.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True)
     assert "Who?" not in lost
-    assert "Who?" in chat(processor, "Who?", 0)
+    assert "Who?" in Chat(processor).prompt("Who?", 0)
 
 
 FOR_STRINGS = "{% for m in messages %}{{ 'USER: ' + m['content'] }}{% endfor %}"
@@ -167,20 +168,20 @@ REFUSES = "{{ raise_exception('only one picture') }}"
 @pytest.mark.parametrize(
     ("template", "question", "images", "message"),
     [
-        (FOR_STRINGS, "Who?", 0, "cannot write this question"),
-        (REFUSES, "Who?", 2, "cannot write this question: only one picture"),
-        (None, "Who?", 0, "cannot write this question"),
-        (DROPS_TEXT, "Who?", 1, "lost the question: it wrote 'USER: <image> ASSISTANT:'"),
-        (DROPS_PICTURES, "Who?", 1, "made room for 0 pictures, not 1"),
-        (ONE_PICTURE, "Who?", 0, "made room for 1 pictures, not 0"),
-        (ONE_PICTURE, "Who?", 2, "made room for 1 pictures, not 2"),
+        (FOR_STRINGS, "Who?", 0, "cannot write this conversation"),
+        (REFUSES, "Who?", 2, "cannot write this conversation: only one picture"),
+        (None, "Who?", 0, "no chat template"),
+        (DROPS_TEXT, "Who?", 1, "loses the user's text 'Who[?]'"),
+        (DROPS_PICTURES, "Who?", 1, "makes 0 placeholders of 1 image"),
+        (ONE_PICTURE, "Who?", 0, "makes 1 placeholders of 0 image"),
+        (ONE_PICTURE, "Who?", 2, "makes 1 placeholders of 2 image"),
         (tiny.CHAT_TEMPLATE, "Who is <image>?", 1, "contains <image>, which stands for a picture"),
     ],
 )
 def test_a_template_that_loses_something_is_an_error(processor, template, question, images, message):
     processor.chat_template = template
     with pytest.raises(UserError, match=message):
-        chat(processor, question, images)
+        Chat(processor).prompt(question, images)
 
 
 def test_the_start_token_stands_there_once(family):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -260,6 +261,38 @@ def test_other_parts_than_the_folder_was_made_of_are_refused(parts, tmp_path):
     with pytest.raises(UserError, match="cannot load"):
         loading.assemble(str(tmp_path / "absent"), parts[1], tmp_path / "other", seed=1)
     assert not (tmp_path / "other").exists()
+
+
+def test_an_llm_whose_tokenizer_is_a_sentencepiece_file(parts, tmp_path, monkeypatch):
+    """As Vicuna's on the hub is."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    tower, llm = parts[0], tmp_path / "llm"
+    LlamaForCausalLM.from_pretrained(parts[1]).save_pretrained(llm)
+    words = iter(f"what is in picture {i} a cat or {i * 7} dogs" for i in range(500))
+    how = {"vocab_size": 100, "model_type": "bpe", "unk_id": 0, "bos_id": 1, "eos_id": 2, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_prefix=str(llm / "tokenizer"), **how)
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    named["add_bos_token"] = True
+    (llm / "tokenizer_config.json").write_text(json.dumps(named))
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sentencepiece", None)
+        with pytest.raises(UserError, match="SentencePiece file: pip install"):
+            loading.assemble(tower, str(llm), tmp_path / "base", seed=1)
+    folder = loading.assemble(tower, str(llm), tmp_path / "base", seed=1)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(llm / "tokenizer.model"))
+    text = "what is a cat or 7 dogs"
+    assert loading.load_processor(str(folder)).tokenizer(text)["input_ids"] == [1, *pieces.encode(text)]
+
+
+def test_pickled_parts_are_not_opened(parts, tmp_path):
+    llm = tmp_path / "llm"
+    shutil.copytree(parts[1], llm)
+    torch.save(load_file(llm / "model.safetensors"), llm / "pytorch_model.bin")
+    (llm / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="Only safetensors are read"):
+        loading.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
 
 
 # What the disk holds

@@ -250,6 +250,7 @@ CASES = [(name, *step) for number, name in enumerate(SETTINGS) for step in STEPS
 def check(monkeypatch, folder, s, mode, recompute, samples=2, text=TEXT, answers=ANSWERS, **shape):
     model, config = built(s, folder, **shape), small(**shape)
     model.zero_grad()
+    model.activation_checkpointing_enable()
     model.vlm.recompute(recompute)
     batch, visual = batch_of(config, samples, text, answers)
     plan = Plan(mode, keep=s.keep, distill=float(mode == "slow"))

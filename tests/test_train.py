@@ -190,6 +190,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(base, tmp_path, mo
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
 
+def test_a_second_run_goes_on_with_the_isolator_of_the_first(base, uninterrupted, tmp_path):
+    first = uninterrupted.folder
+    made = settings(base, tmp_path, "second", f"dualspeed.isolator_from={first}", "dualspeed.isolator=4")
+    learned = train.load_trained(uninterrupted).isolator.weight
+    assert torch.equal(train.build_model(made).isolator.weight, learned)
+    assert not torch.equal(train.build_model(settings(base, tmp_path, "other")).isolator.weight, learned)
+    with pytest.raises(UserError, match=r"holds 4 rows of 32, not \(2, 32\)"):
+        train.build_model(settings(base, tmp_path, "two", f"dualspeed.isolator_from={first}", "dualspeed.isolator=2"))
+    with pytest.raises(UserError, match="was that run finished"):
+        train.build_model(settings(base, tmp_path, "none", f"dualspeed.isolator_from={tmp_path / 'absent'}"))
+
+
 def test_the_tower_stays_frozen_and_stage_one_trains_only_projector_and_isolator(base, uninterrupted, tmp_path):
     before = load_file(Path(base) / "model.safetensors")
     after = load_file(uninterrupted.folder / "model" / "model.safetensors")

@@ -2,35 +2,18 @@
 
     question -> chat template -> processor -> greedy decoding -> the new tokens, as text
 
-Greedy, as LLaVA's own evaluations are: the same question gets the same answer. The chat template is given the parts of
-the message as a list. A LLaVA template that is given a plain string drops it and asks "USER: ASSISTANT:", and nothing
-in the answer shows it; so what the template wrote is checked before the model sees it.
+Greedy, as LLaVA's own evaluations are: the same question gets the same answer. The prompt is the one that training
+ends at (`chat.py`), and checked: a LLaVA template that is given a plain string drops it and asks "USER: ASSISTANT:",
+and nothing in the answer shows it.
 """
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import nn
 from transformers import TextStreamer
 
+from .chat import Chat
 from .errors import UserError
-
-
-def chat(processor, question: str, images: int) -> str:
-    """The prompt: a question about so many pictures, as the model's chat template writes it."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    try:
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    except (ValueError, TypeError, TemplateError) as error:
-        raise UserError(f"the model's chat template cannot write this question: {error}") from error
-    if question.strip() not in prompt:  # templates may trim it
-        raise UserError(f"the model's chat template lost the question: it wrote {prompt!r}")
-    token = processor.image_token
-    if token in question:
-        raise UserError(f"the question contains {token}, which stands for a picture: leave it out")
-    if prompt.count(token) != images:
-        raise UserError(f"the model's chat template made room for {prompt.count(token)} pictures, not {images}")
-    return prompt
 
 
 def to_stdout(processor) -> TextStreamer:
@@ -51,13 +34,12 @@ def answer(
     """What the model says. It stops at the end token, after `max_new_tokens`, or where its positions end."""
     if max_new_tokens < 1:
         raise UserError(f"an answer needs at least one token, not {max_new_tokens}")
-    prompt = chat(processor, question, len(pictures))
-    bos = processor.tokenizer.bos_token
+    chat = Chat(processor)
+    prompt = chat.prompt(question, len(pictures))
     inputs = processor(
         images=pictures or None,
         text=prompt,
-        # Some templates write the start token themselves, and it must not stand there twice.
-        add_special_tokens=bos is None or not prompt.startswith(bos),
+        add_special_tokens=not chat.begun(prompt),
         return_tensors="pt",
     ).to(model.device, model.dtype)  # only what is floating takes the dtype
     length = inputs["input_ids"].shape[1]

@@ -47,9 +47,7 @@ class Chat:
     def encode(self, turns: Sequence[Turn], image_rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Ids with each picture's placeholder repeated once a feature row, and labels."""
         text, answers = self.render(turns)
-        # A template that writes the first token itself must not get a second one.
-        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
+        made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.begun(text))
         ids, characters = np.array(made["input_ids"], dtype=np.int64), np.array(made["offset_mapping"]).reshape(-1, 2)
         labels = np.full_like(ids, IGNORE)
         first, last = characters.T
@@ -62,6 +60,19 @@ class Chat:
         times = np.ones_like(ids)
         times[pictures] = image_rows
         return ids.repeat(times), labels.repeat(times)
+
+    def begun(self, text: str) -> bool:
+        """Whether the template wrote the first token itself: it must not get a second one."""
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+
+    def prompt(self, question: str, images: int) -> str:
+        """What a model is asked with: a question about so many pictures, up to where the answer begins."""
+        if self.image in question:
+            raise UserError(f"the question contains {self.image}, which stands for a picture: leave it out")
+        turns = [Turn("user", (*[IMAGE] * images, question))]
+        text = self._template([_message(turn) for turn in turns], add_generation_prompt=True)
+        self._check(text, turns)
+        return text
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and where in it the answers are, ends of turns included."""
@@ -77,14 +88,10 @@ class Chat:
             mark += "\ue000"
         answers, messages = [], []
         for turn in turns:
-            # Templates that move pictures to the front would glue the words around one together.
-            first = next((part for part in turn.parts if part is not IMAGE), None)
-            texts = (part if part is first or part is IMAGE else f"\n{part}" for part in turn.parts)
-            content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in texts]
             if turn.role == "assistant":
                 answers.append("".join(turn.parts))
-                content = [{"type": "text", "text": f"{mark}{len(answers) - 1}\ue001"}]
-            messages.append({"role": turn.role, "content": content})
+                turn = Turn(turn.role, (f"{mark}{len(answers) - 1}\ue001",))
+            messages.append(_message(turn))
         rest = self._template(messages)
         self._check(rest, turns)
         asked = next(number for number, turn in enumerate(turns) if turn.role == "assistant")
@@ -128,3 +135,12 @@ class Chat:
         pictures = self.image * spoken[0].parts.count(IMAGE)
         text = pictures + "".join(spoken[1].parts) + "\n"
         return text, [(len(pictures), len(text))]
+
+
+def _message(turn: Turn) -> dict:
+    """A turn as a template takes it. The content is a list: some templates drop a plain string and say nothing."""
+    # Templates that move pictures to the front would glue the words around one together.
+    first = next((part for part in turn.parts if part is not IMAGE), None)
+    texts = (part if part is first or part is IMAGE else f"\n{part}" for part in turn.parts)
+    content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in texts]
+    return {"role": turn.role, "content": content}

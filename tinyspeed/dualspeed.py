@@ -123,16 +123,7 @@ class DualSpeed(DropIn):
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **visual, **asked)
         if labels is None:
             raise UserError("the batch has no labels: there is nothing to learn from")
-        if plan is None:
-            if self.step is None:  # every step would draw the mode of one and the same step
-                raise UserError(
-                    "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
-                )
-            plan = self.schedule.plan(self.step)
-        if plan.answer_keep < 1:
-            raise UserError(
-                "answer_keep below 1 needs a memory of each answer token's difficulty, which is not built yet"
-            )
+        plan = self._planned(plan)
         self.forwards += 1
 
         features = self.vlm.features(visual, plan.mode)
@@ -180,6 +171,20 @@ class DualSpeed(DropIn):
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out
+
+    def _planned(self, plan: Plan | None) -> Plan:
+        """This plan, or without one the schedule's at `self.step`."""
+        if plan is None:
+            if self.step is None:  # every step would draw the mode of one and the same step
+                raise UserError(
+                    "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
+                )
+            plan = self.schedule.plan(self.step)
+        if plan.answer_keep < 1:
+            raise UserError(
+                "answer_keep below 1 needs a memory of each answer token's difficulty, which is not built yet"
+            )
+        return plan
 
     def _kept(self, images: list[Tensor], keep: float) -> Tensor:
         """(V,) bool: which feature rows of all images stay. K counts pictures, never structural rows."""

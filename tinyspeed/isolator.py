@@ -11,11 +11,16 @@ The official code makes P the weight of an nn.Linear(hidden, 4, bias=False); the
 
 The rows sit in the same table as every other row, so the gather of `rows.py` places them: nothing here touches a
 sequence. A slow step does not read P at all, so its gradient is None and the optimizer leaves it alone.
+
+A run leaves its isolator beside the exported model: aligning and tuning are often two runs, and the second goes on with
+the isolator of the first.
 """
 
 import math
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .errors import UserError
@@ -35,3 +40,15 @@ class PromptIsolator(nn.Module):
 
     def __len__(self) -> int:
         return self.weight.shape[0]
+
+    def save(self, file: Path) -> None:
+        save_file({"isolator": self.weight.detach().cpu().contiguous()}, file)
+
+    def load(self, file: Path) -> None:
+        if not file.is_file():
+            raise UserError(f"there is no {file}: was that run finished?")
+        learned = load_file(file)["isolator"]
+        if learned.shape != self.weight.shape:
+            raise UserError(f"{file} holds {len(learned)} rows of {learned.shape[1]}, not {tuple(self.weight.shape)}")
+        with torch.no_grad():
+            self.weight.copy_(learned)

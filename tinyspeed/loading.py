@@ -1,6 +1,6 @@
 """Models from a hub or a folder: as they are, with the LLM in 4 bits, with adapters, or put together from parts.
 
-    load("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    13.5 GB of weights become 4.5
+    load("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    14.1 GB of weights become 4.5
     add_lora(model, rank=16)                                    and 40 million parameters train instead of 7 billion
 
 Three things that other trainers' users found out the hard way are settled here, and checked after loading:
@@ -67,13 +67,23 @@ def load(
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(where, **how, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load the model {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the model {path}: {_reason(error)}") from error
     if found["missing_keys"]:  # transformers would draw them at random and carry on
         missing = sorted(found["missing_keys"])
         raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
     if quantise != "none":
         _check_quantised(model)
     return model
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says, and what it should say."""
+    said = str(error).splitlines()[0]
+    if "tiktoken" in said:
+        return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
+    if "no file named model.safetensors" in said:
+        return f"{said} Only safetensors are read, since a pickle can run code: save it again with save_pretrained"
+    return said
 
 
 def _where(path: str) -> str | Path:
@@ -224,8 +234,8 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(llm)
         vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
         pictures = CLIPImageProcessor.from_pretrained(tower)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load {llm} or {tower}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"cannot load {llm} or {tower}: {_reason(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
 

@@ -139,6 +139,7 @@ class DualSpeed:
     schedule: str = "bernoulli"  # "bernoulli", "periodic", "fast" (pruned-only), "full" (ordinary training)
     slow: float = 0.1  # share of slow steps
     isolator: int = 4  # rows of the mode isolator; 0 = none
+    isolator_from: str = ""  # a finished run, whose isolator this one goes on with
     distill: float = 1.0  # weight of the slow steps' KL
     temperature: float = 1.0
     positions: str = "compact"  # "compact" (the official code's) or "original"
@@ -270,8 +271,10 @@ def _absolute(recipe: Recipe) -> Recipe:
 
     model = {name: whole(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
     data = {name: whole(getattr(recipe.data, name)) for name in ("file", "images")}
+    dual = {"isolator_from": whole(recipe.dualspeed.isolator_from)}
+    changes = {"model": model, "data": data, "dualspeed": dual}
     return dataclasses.replace(
-        recipe, model=dataclasses.replace(recipe.model, **model), data=dataclasses.replace(recipe.data, **data)
+        recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
     )
 
 

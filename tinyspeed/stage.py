@@ -88,6 +88,7 @@ class StageRun:
         loading.set_trainable(model.model, name)
         model.schedule = schedule_of(recipe, name)
         model.train()
+        model.activation_checkpointing_enable()  # each micro-batch then says whether it needs it
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         connector = {id(p) for p in [*model.vlm.connector(), *model.isolator.parameters()]}
         self.optimizer = optimizer.build(

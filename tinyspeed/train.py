@@ -25,6 +25,8 @@ from .errors import UserError
 from .recipe import Recipe, differences, of_run, read
 from .stage import StageRun, Totals, load_parameters, schedule_of
 
+ISOLATOR = "isolator.safetensors"  # in the run's folder, for `dualspeed.isolator_from`
+
 
 @dataclass
 class Result:
@@ -63,6 +65,7 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
         if run.stopped:
             return Result(model, totals, stop[0])
     if not (folder / "model").is_dir():
+        model.isolator.save(folder / ISOLATOR)
         export(recipe, folder / "model", model=model)
     return Result(model, totals)
 
@@ -178,7 +181,7 @@ def build_model(recipe: Recipe) -> DualSpeed:
     if recipe.lora.rank:
         plain = loading.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed)
     settings = recipe.dualspeed
-    return DualSpeed(
+    model = DualSpeed(
         plain,
         plugin=settings.plugin,
         keep=settings.keep,
@@ -189,6 +192,9 @@ def build_model(recipe: Recipe) -> DualSpeed:
         schedule=schedule_of(recipe, "train"),
         seed=recipe.run.seed,
     )
+    if settings.isolator_from:
+        model.isolator.load(Path(settings.isolator_from) / ISOLATOR)
+    return model
 
 
 def base(recipe: Recipe) -> str:

@@ -141,14 +141,8 @@ class Family:
             self.language_model.layers = every
 
     def recompute(self, on: bool) -> None:
-        """Activation checkpointing of the LLM's layers, in the forwards that follow. A frozen tower has nothing to
-        recompute."""
-        llm = self.language_model
-        if on and not getattr(llm, "_recomputes", False):
-            enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
-            enable()
-            llm._recomputes = True
-        for layer in llm.layers:
+        """Whether forwards that follow recompute the LLM's activations, once checkpointing is enabled."""
+        for layer in self.language_model.layers:
             layer.gradient_checkpointing = on
 
     def head(self, hidden: Tensor) -> Tensor:
