@@ -26,9 +26,15 @@ FLOORS = [
     {"compare", "demo", "ask", "benchmarks", "estimate"},
     {"cli"},
 ]
+SCALE_FLOORS = [  # above all of those
+    {"dealing", "lengths"},
+]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+SCALE_FLOOR = {name: floor for floor, names in enumerate(SCALE_FLOORS) for name in names}
 CORE = [name for floor in FLOORS[:5] for name in sorted(floor)]
 FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
+SCALE_FILES = sorted(p.stem for p in (ROOT / "scale").glob("*.py") if not p.stem.startswith("__"))
+PATHS = [PACKAGE / f"{name}.py" for name in FILES] + [ROOT / "scale" / f"{name}.py" for name in SCALE_FILES]
 
 
 def imports(file):
@@ -44,6 +50,7 @@ def imports(file):
 
 def test_every_file_has_a_floor():
     assert set(FILES) == set(FLOOR)
+    assert set(SCALE_FILES) == set(SCALE_FLOOR)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -55,15 +62,25 @@ def test_a_file_imports_only_from_floors_below_it(name):
             assert module == "__version__", f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_rooms_are_small(name):
-    lines = (PACKAGE / f"{name}.py").read_text(encoding="utf-8").count("\n")
-    assert lines < (250 if name in CORE else 400)
+@pytest.mark.parametrize("name", SCALE_FILES)
+def test_scale_is_the_top_floor(name):
+    for module in imports(ROOT / "scale" / f"{name}.py"):
+        package, _, of_core = module.partition(".")
+        if package == "tinyspeed":
+            assert not of_core or of_core.split(".")[0] in FLOOR, f"{name} imports {module}"
+        else:
+            assert SCALE_FLOOR[module.removeprefix("scale.")] < SCALE_FLOOR[name], f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_file_opens_with_its_idea(name):
-    assert len(ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))) > 60
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_rooms_are_small(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines < (250 if path.stem in CORE else 400)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_every_file_opens_with_its_idea(path):
+    assert len(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))) > 60
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +91,7 @@ def readme():
 def test_the_readme_names_every_file_and_no_other(readme):
     tree = readme.split("## The house")[1]
     named = set(re.findall(r"^\s+(\w+)\.py\s", tree, flags=re.MULTILINE))
-    assert named == set(FILES)
+    assert named == {*FILES, *SCALE_FILES}
 
 
 def test_the_readmes_commands_exist(readme, capsys):
