@@ -101,7 +101,31 @@ def test_a_file_cut_short_or_gone_is_noticed(tmp_path_factory, at, name):
         checkpoint.load(path)
 
 
-def test_moments_exist_from_step_zero_and_round_trip():
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(0, 7))
+def test_rows_written_by_many_are_read_by_as_many_as_one_likes(tmp_path_factory, writers, readers, rows, begin):
+    """An oracle: the tensors as they were before they were cut."""
+    split, alone = torch.arange(rows * 3.0).view(rows, 3), torch.tensor(4)
+    temporary = checkpoint.begin(tmp_path_factory.mktemp("many"), 5)
+    files, per = {}, -(-rows // writers)
+    for number in range(writers):
+        first = min(rows, number * per)
+        mine = {"split": split[first : first + per]} if first < rows else {}
+        mine |= {"alone": alone} if number == 0 else {f"own/{number}": torch.tensor([number])}
+        files |= checkpoint.write(temporary, mine, {"split": (first, rows)}, f"-{number}")
+    saved, state = checkpoint.load(checkpoint.finish(temporary, {"x": 1}, files, 1))
+    assert state["x"] == 1
+    assert set(saved) == {"split", "alone", *(f"own/{n}" for n in range(1, writers))}
+    assert torch.equal(saved["split"], split)
+    assert torch.equal(saved["alone"], alone)
+    assert saved.shape("split") == (rows, 3)
+    per = -(-rows // readers)
+    for low in range(0, rows, per):
+        assert torch.equal(saved.part("split", low, min(rows, low + per)), split[low : low + per])
+    begin = min(begin, rows)
+    assert saved.part("split", begin, begin).shape == (0, 3)
+
+
+def test_moments_exist_from_step_zero_and_round_trip(tmp_path):
     layer = torch.nn.Linear(3, 2)
     names = {p: n for n, p in layer.named_parameters()}
     optimizer = build(Stage(), [layer.weight], [layer.bias])
@@ -110,13 +134,14 @@ def test_moments_exist_from_step_zero_and_round_trip():
     }
     layer(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    saved = {k: v.clone() for k, v in checkpoint.optimizer_tensors(optimizer, names).items()}
+    tensors = checkpoint.optimizer_tensors(optimizer, names)
+    saved, _ = checkpoint.load(checkpoint.save(tmp_path, 1, tensors, {}, 1))
     other = build(Stage(), [layer.weight], [layer.bias])
     checkpoint.load_optimizer(other, names, saved)
     again = checkpoint.optimizer_tensors(other, names)
     assert all(torch.equal(again[k], saved[k]) for k in saved)
-    with pytest.raises(UserError, match="another recipe"):
-        checkpoint.load_optimizer(other, names, {})
+    with pytest.raises(UserError, match="another model or recipe"):
+        checkpoint.load_optimizer(other, {p: f"other.{n}" for p, n in names.items()}, saved)
 
 
 def test_zero_moments_start_like_no_moments():

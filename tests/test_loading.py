@@ -147,9 +147,24 @@ def learned(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in net.named_parameters() if p.requires_grad}
 
 
+def saved(net: nn.Module) -> dict[str, torch.Tensor]:
+    """As a checkpoint has it."""
+    return {f"model/{name}": p.detach() for name, p in learned(net).items()}
+
+
+def test_a_model_trained_in_full_is_written_as_its_base_was(base, tmp_path):
+    net = train_a_little(loading.load(base), base)
+    merge.merge(saved(net), 1.0, base, tmp_path / "out")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    ours = merged.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in net.state_dict().items())
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {n for n in before if torch.equal(before[n], after[n])} == {n for n in before if "vision_tower" in n}
+
+
 def test_a_merged_model_is_the_trained_model(base, tmp_path):
     net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
-    merge.merge(learned(net), 2.0, base, tmp_path / "out")
+    merge.merge(saved(net), 2.0, base, tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     batch = tiny.batch(kind(base))
     tiny.assert_close(merged(**batch).logits, net(**batch).logits)
@@ -164,7 +179,7 @@ def test_a_merged_model_is_the_trained_model(base, tmp_path):
 
 def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, tmp_path):
     four = train_a_little(loading.add_lora(loading.load(base, quantise="nf4"), rank=4), base)
-    merge.merge(learned(four), 2.0, base, tmp_path / "out")
+    merge.merge(saved(four), 2.0, base, tmp_path / "out")
     whole = loading.add_lora(loading.load(base), rank=4)
     loading.set_trainable(whole, "train")
     assert learned(four)
@@ -181,7 +196,7 @@ def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tm
     files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
     assert len(files) > 2
     net = train_a_little(loading.add_lora(loading.load(str(tmp_path / "base"), "bf16"), rank=4), base)
-    merge.merge(learned(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
+    merge.merge(saved(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
@@ -195,12 +210,12 @@ def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
     small = tiny.model(kind(base), layers=2)
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="not the model that was trained"):
-        merge.merge(learned(net), 2.0, str(tmp_path / "small"), tmp_path / "out")
+        merge.merge(saved(net), 2.0, str(tmp_path / "small"), tmp_path / "out")
 
 
 def test_an_adapter_alone_carries_the_projector_too(base, tmp_path):
     net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
-    merge.save_adapter(learned(net), loading.lora_config(4), base, tmp_path / "adapter")
+    merge.save_adapter(saved(net), loading.lora_config(4), base, tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "adapter").eval()
     batch = tiny.batch(kind(base))
     assert torch.equal(again(**batch).logits, net(**batch).logits)
@@ -388,7 +403,7 @@ def test_other_precisions_do_not_forgive_an_overflow():
 
 def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspeed(base, tmp_path):
     net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
-    merge.merge(learned(net), 2.0, base, tmp_path / "out")
+    merge.merge(saved(net), 2.0, base, tmp_path / "out")
     loading.load_processor(base).save_pretrained(tmp_path / "out")
     script = (
         "import sys, torch; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"

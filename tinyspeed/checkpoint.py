@@ -6,19 +6,23 @@
 A checkpoint is written under a temporary name, flushed to disk and renamed: whatever kills the run, a folder called
 step-NNNNNNNN is complete. One that is not (a disk fault, a stray copy) is named, and never used in silence. Nothing
 here is pickled: safetensors and JSON only.
+
+Several processes write a file each (tensors-00003-of-00008.safetensors), with some rows of each tensor; its header says
+which. Whoever reads asks for the rows it needs, from whichever files have them, so a run goes on with any number of
+processes, and one process can read what many wrote.
 """
 
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UserError
@@ -38,18 +42,39 @@ def write_atomically(path: Path, text: str) -> None:
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
     """Write the checkpoint of `step`, then delete all but the newest `keep`."""
-    final, temporary = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
+    temporary = begin(folder, step)
+    return finish(temporary, {**state, "step": step}, write(temporary, tensors), keep)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty folder for the checkpoint of `step`, under its temporary name."""
+    temporary = folder / f".tmp-step-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    return temporary
+
+
+def write(
+    temporary: Path, tensors: dict[str, Tensor], rows: dict[str, tuple[int, int]] | None = None, part: str = ""
+) -> dict[str, list[int]]:
+    """One process's file. `rows`: of tensors that are not whole, the first row and how many there are in all files.
+    Returns the file's name with its fingerprint."""
+    path = temporary / TENSORS.replace("tensors", f"tensors{part}")
+    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+        save_file(here, path, metadata={"rows": json.dumps(rows or {})})
     except SafetensorError as error:
         raise UserError(f"cannot write {temporary}: {error}; earlier checkpoints are untouched") from error
-    size, crc = _fingerprint(temporary / TENSORS)
-    state = {**state, "step": step, "bytes": size, "crc32": crc}
+    _to_disk(path)
+    return {path.name: [*_fingerprint(path)]}
+
+
+def finish(temporary: Path, state: dict, files: dict[str, list[int]], keep: int) -> Path:
+    """When all files are written: the state beside them, and the final name."""
+    state = {**state, "files": files}
     (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")
-    for path in (temporary / TENSORS, temporary / STATE):
-        _to_disk(path)
+    _to_disk(temporary / STATE)
+    folder, final = temporary.parent, temporary.with_name(temporary.name.removeprefix(".tmp-"))
     temporary.rename(final)
     _to_disk(folder)
     for old in _complete(folder)[:-keep]:
@@ -85,21 +110,77 @@ def unfinished(folder: Path) -> list[Path]:
     return sorted(folder.glob(".tmp-step-*"))
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and state of one checkpoint; a damaged one is an error that says so."""
+class Saved(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, read when they are asked for."""
+
+    def __init__(self, paths: list[Path]):
+        self._parts: dict[str, list[tuple[int, int, object]]] = {}  # name -> (first row, number of rows, file)
+        self._rows: dict[str, int] = {}  # of tensors in parts: the number of rows in all files
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            rows = json.loads(file.metadata()["rows"])
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                shape = file.get_slice(name).get_shape()
+                first, self._rows[name] = rows.get(name, (0, shape[0] if shape else 0))
+                self._parts.setdefault(name, []).append((first, shape[0] if shape else 0, file))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.part(name, 0, self._rows[name]) if self.shape(name) else self._parts[name][0][2].get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self._parts[name][0][2].get_slice(name).get_shape()
+        return (self._rows[name], *shape[1:]) if shape else ()
+
+    def part(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows `begin` to `end` of a tensor."""
+        found = []
+        for first, count, file in sorted(self._parts[name], key=lambda part: part[0]):
+            low, high = max(begin, first), min(end, first + count)
+            if low < high or begin == end:
+                found.append(file.get_slice(name)[low - first : max(low, high) - first])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def load(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
+    """Tensors and state of one checkpoint; a damaged one is an error that says so. `mine`: which of the files this
+    process checks, where several share that."""
     try:
         written = json.loads((path / STATE).read_text(encoding="utf-8"))
         state = written["state"]
         if written["crc32"] != _crc(state):
             raise ValueError(f"{STATE} is not what was written")
-        if _fingerprint(path / TENSORS) != (state["bytes"], state["crc32"]):
-            raise ValueError(f"{TENSORS} is not what was written")
-        return load_file(path / TENSORS), state
+        for name in sorted(state["files"])[mine]:
+            if [*_fingerprint(path / name)] != state["files"][name]:
+                raise ValueError(f"{name} is not what was written")
+        return Saved([path / name for name in state["files"]]), state
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"checkpoint {path} is damaged ({type(error).__name__}: {error}); delete the folder to resume from the one "
             f"before it"
         ) from error
+
+
+def whole(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this process has of a tensor, and its first row: all of it."""
+    return tensor, 0
+
+
+def fill(tensors: dict[str, Tensor], saved: Saved, local: Callable[[Tensor], tuple[Tensor, int]] = whole) -> None:
+    """Copy what was saved into these tensors; all must be there."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name not in saved or saved.shape(name) != tuple(tensor.shape):
+                raise UserError(
+                    f"the checkpoint has no {name} of shape {tuple(tensor.shape)}: it is of another model or recipe"
+                )
+            here, begin = local(tensor)
+            here.copy_(saved.part(name, begin, begin + len(here)) if here.dim() else saved[name])
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -139,16 +220,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: dict[Tensor, str],
+    saved: Saved,
+    local: Callable[[Tensor], tuple[Tensor, int]] = whole,
+) -> None:
     """The reverse; the state of every parameter must be there already (see `optimizer.py`)."""
+    current = optimizer_tensors(optimizer, names)
+    fill(current, saved, local)
     for parameter, state in optimizer.state.items():
-        for key, current in state.items():
-            if key in CONSTANT:
-                continue
-            name = f"optimizer/{key}/{names[parameter]}"
-            if name not in tensors or tensors[name].shape != torch.as_tensor(current).shape:
-                raise UserError(f"the checkpoint has no {name}: it is of another recipe")
-            if isinstance(current, Tensor):
-                current.copy_(tensors[name])
-            else:  # bitsandbytes counts its steps in a plain number
-                state[key] = tensors[name].item()
+        for key, value in state.items():
+            if not isinstance(value, Tensor):  # bitsandbytes counts its steps in a plain number
+                state[key] = current[f"optimizer/{key}/{names[parameter]}"].item()

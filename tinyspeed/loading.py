@@ -45,9 +45,16 @@ UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
 
 def load(
-    path: str, precision: str = "fp32", *, quantise: str = "none", device: str | torch.device = "cpu"
+    path: str,
+    precision: str = "fp32",
+    *,
+    quantise: str = "none",
+    storage: torch.dtype = torch.uint8,
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`."""
+    """A LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`.
+
+    `storage`: what a tensor of 4-bit weights says it holds. Sharding needs a floating-point type there."""
     if precision not in DTYPES:
         raise unknown("precision", precision, DTYPES)
     where = _where(path)
@@ -60,6 +67,7 @@ def load(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[precision],
+            bnb_4bit_quant_storage=storage,
             llm_int8_skip_modules=list(UNQUANTISED),
         )
     elif quantise != "none":
@@ -202,7 +210,8 @@ def set_trainable(model: nn.Module, stage: str) -> None:
         llm = [*vlm.language_model.parameters(), *vlm.model.get_output_embeddings().parameters()]
         trained += adapters or llm
     for parameter in trained:
-        parameter.data = parameter.data.float()
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
 
 

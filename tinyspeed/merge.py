@@ -1,4 +1,4 @@
-"""Adapters into the base model, tensor by tensor:  W + (alpha / r) B A.
+"""What training changed into the base model, tensor by tensor: whole weights, or adapters as  W + (alpha / r) B A.
 
 The base's files are read, changed where training changed them, and written again under their own names, so the result
 is laid out like the model it came from and loads wherever that loads. The sum is taken in fp32 and rounded once to the
@@ -11,6 +11,7 @@ model to merge it takes 14 GB, and a 13B model 26.
 import json
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -25,21 +26,25 @@ from .errors import UserError
 KEPT = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
-def plain(learned: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What training changed, under the names inside the base model: no wrapper's prefix, no isolator."""
-    wrappers = re.compile(r"^(model\.)?(base_model\.model\.)?(?=model\.|lm_head\.)")
-    return {wrappers.sub("", name): t.detach().cpu() for name, t in learned.items() if "isolator" not in name}
+def plain(names: Iterable[str]) -> dict[str, str]:
+    """Of a checkpoint's names those of trained parameters, by their names inside the base model: no wrapper's prefix,
+    no isolator."""
+    wrappers = re.compile(r"^model/(model\.)?(base_model\.model\.)?(?=model\.|lm_head\.)")
+    return {wrappers.sub("", n): n for n in names if n.startswith("model/") and "isolator" not in n}
 
 
-def merge(learned: dict[str, Tensor], scale: float, base: str, out: Path) -> None:
-    """Write the base with these trained parameters in it to the folder `out`. `scale` is alpha / rank."""
-    learned = plain(learned)
-    whole = {name: tensor for name, tensor in learned.items() if ".lora_" not in name}
-    adapters = {
-        f"{name.partition('.lora_A.')[0]}.weight": (learned[name.replace(".lora_A.", ".lora_B.")], a, scale)
-        for name, a in learned.items()
-        if ".lora_A." in name
-    }
+def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> None:
+    """Write the base with a checkpoint's parameters in it to the folder `out`. `scale` is alpha / rank."""
+    names = plain(saved)
+    adapted = {f"{name.partition('.lora_A.')[0]}.weight": name for name in names if ".lora_A." in name}
+    left = {name for name in names if ".lora_" not in name} | adapted.keys()
+
+    def changed(weight: Tensor, inner: str) -> Tensor:
+        if inner not in adapted:
+            return saved[names[inner]]
+        a, b = (saved[names[adapted[inner].replace(".lora_A.", f".lora_{x}.")]].float() for x in "AB")
+        return weight.float() + scale * (b @ a)
+
     folder = Path(base).expanduser()
     if not folder.is_dir():
         folder = Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
@@ -47,7 +52,6 @@ def merge(learned: dict[str, Tensor], scale: float, base: str, out: Path) -> Non
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-    left = whole.keys() | adapters.keys()
     for file in _weights(folder):
         with safe_open(file, framework="pt") as tensors:
             metadata = tensors.metadata()
@@ -57,7 +61,12 @@ def merge(learned: dict[str, Tensor], scale: float, base: str, out: Path) -> Non
                 mine = next((inner for inner in left if _same(inner, name)), None)
                 if mine is not None:
                     left.remove(mine)
-                    made[name] = _changed(made[name], whole.get(mine), adapters.get(mine))
+                    new = changed(made[name], mine)
+                    if new.shape != made[name].shape:
+                        raise UserError(
+                            f"{name} is {tuple(made[name].shape)} in {base}, and was trained as {tuple(new.shape)}"
+                        )
+                    made[name] = new.to(made[name].dtype).contiguous()
         save_file(made, out / file.name, metadata=metadata)
     if left:
         raise UserError(f"{base} has no tensor for {min(left)}: it is not the model that was trained")
@@ -79,25 +88,14 @@ def _same(inner: str, stored: str) -> bool:
 
 def _plain(name: str) -> str:
     parts = name.split(".")
-    owner = "language_model." if "language_model" in parts else ""
+    owner = "language_model." if {"language_model", "lm_head"} & {*parts} else ""
     parts = [part for part in parts if part not in ("model", "language_model", "base_layer")]
     return owner + ".".join(parts)
 
 
-def _changed(base: Tensor, whole: Tensor | None, adapter: tuple[Tensor, Tensor, float] | None) -> Tensor:
-    if whole is not None:
-        new = whole
-    else:
-        b, a, scale = adapter
-        new = base.float() + scale * (b.float() @ a.float())
-    if new.shape != base.shape:
-        raise UserError(f"the base has a tensor of shape {tuple(base.shape)}, the trained model {tuple(new.shape)}")
-    return new.to(base.dtype).contiguous()
-
-
-def save_adapter(learned: dict[str, Tensor], how: LoraConfig, base: str, out: Path) -> None:
+def save_adapter(saved: Mapping[str, Tensor], how: LoraConfig, base: str, out: Path) -> None:
     """A peft adapter that carries the projector too: PeftModel.from_pretrained(the base, out) is the trained model."""
-    learned = plain(learned)
+    learned = {inner: saved[name] for inner, name in plain(saved).items()}
     if not any(".lora_" in name for name in learned):
         raise UserError("no adapter has been trained yet: the run is still aligning its projector")
     out.mkdir(parents=True)

@@ -14,6 +14,7 @@ It is as good as that one timing; `tinyspeed compare` measures whole runs. Savin
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -68,7 +69,13 @@ def learning_rate(stage: Stage, step: int, steps: int) -> float:
 
 
 class StageRun:
-    """One stage: its optimizer, its schedule, its steps."""
+    """One stage: its optimizer, its schedule, its steps.
+
+    Where several processes share a stage (`scale`), each trains on its part of every batch; what they must agree on
+    passes through `_together`, `_stops` and `_norm`, which have nothing to do in one process.
+    """
+
+    lead = True  # whether this process writes the log
 
     def __init__(
         self,
@@ -118,7 +125,7 @@ class StageRun:
         with (
             loader.watched(),
             closing(batches),
-            open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics,
+            open(folder / "metrics.jsonl" if self.lead else os.devnull, "a", encoding="utf-8") as metrics,
             tqdm(
                 total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
             ) as line,
@@ -134,11 +141,14 @@ class StageRun:
                     refresh=False,
                 )
                 line.update()
-                self.stopped = bool(stop)  # read once: a signal may come at any moment
+                self.stopped = self._stops(stop)  # asked once: a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
                     return
+
+    def _stops(self, stop: list[int]) -> bool:
+        return bool(stop)
 
     def _announce(self) -> None:
         """A short run may draw no slow step, and a model that never saw a whole picture is poor at them."""
@@ -204,10 +214,20 @@ class StageRun:
         (out.loss * self.scale.scale).backward()
         return out
 
+    def _together(self, done: dict) -> dict:
+        """Sums over this process's part of the batch to sums over the batch."""
+        return done
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.names if p.grad is not None]
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return torch.nn.utils.get_total_norm(gradients)
+
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
         """Clip, check that everything is finite, step. Numbers for the log, and whether the step was left out."""
-        gradients = [p.grad for p in self.names if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.scale.scale
+        gradients = self._gradients()
+        norm = self._norm(gradients) / self.scale.scale
         factor = (self.stage.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
         numbers = torch.stack([loss, norm, *others]).tolist()  # waits for the device
         fine = all(map(math.isfinite, numbers))
@@ -229,7 +249,7 @@ class StageRun:
         share = learning_rate(self.stage, step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
-        done = self._forward_backward(step, plan, batches)
+        done = self._together(self._forward_backward(step, plan, batches))
         (loss, norm, ce, kl), skipped = self._update(plan, done["loss"], [done["ce"], done["kl"]])
         took = time.perf_counter() - began
 
@@ -258,7 +278,7 @@ class StageRun:
                 begins = time.perf_counter()
                 for _ in range(5):  # the first ones pay for memory that later steps reuse
                     began = time.perf_counter()
-                    if began - begins > PATIENCE:
+                    if self._stops([1] * (began - begins > PATIENCE)):
                         break
                     out = self._micro_batch(batch, rows, plan, 1)
                     out.loss.item()  # wait for the device
@@ -296,12 +316,19 @@ class StageRun:
         }  # fmt: skip
 
     def save(self, folder: Path, step: int) -> None:
+        checkpoint.save(folder, self.totals.steps, self._tensors(), self._state(step), self.recipe.run.keep_checkpoints)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything with a shape that a resumed run needs."""
         tensors = {f"model/{name}": p for p, name in self.names.items()}
         tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names)
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.model.device)
-        state = {
+        return tensors
+
+    def _state(self, step: int) -> dict:
+        return {
             "stage": self.number,
             "stage_step": step,
             "totals": asdict(self.totals),
@@ -310,31 +337,23 @@ class StageRun:
             "data": self.source.fingerprint,
             "threads": torch.get_num_threads(),
         }
-        checkpoint.save(folder, self.totals.steps, tensors, state, self.recipe.run.keep_checkpoints)
 
-    def restore(self, tensors: dict[str, Tensor], state: dict) -> None:
+    def restore(self, saved: checkpoint.Saved, state: dict) -> None:
         if state["data"] != self.source.fingerprint:
             raise UserError(
                 f"the data has changed since the run was stopped: it was {state['data']}, and now it is "
                 f"{self.source.fingerprint}"
             )
-        load_parameters(self.names, tensors)
-        checkpoint.load_optimizer(self.optimizer, self.names, tensors)
+        checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
+        checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
         self.model.schedule.load_state_dict(state["schedule"])
         self.scale.load_state_dict(state["scale"])
-        torch.set_rng_state(tensors["rng/cpu"])
-        if "rng/cuda" in tensors and self.model.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng/cuda"], self.model.device)
+        self._go_on_drawing(saved)
         self.first = state["stage_step"]
 
+    _local = staticmethod(checkpoint.whole)  # what this process has of a tensor
 
-def load_parameters(names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
-    """Copy a checkpoint's weights into the parameters of these names; all must be there."""
-    with torch.no_grad():
-        for parameter, name in names.items():
-            saved = tensors.get(f"model/{name}")
-            if saved is None or saved.shape != parameter.shape:
-                raise UserError(
-                    f"the checkpoint has no {name} of shape {tuple(parameter.shape)}: it is of another model"
-                )
-            parameter.copy_(saved)
+    def _go_on_drawing(self, saved: checkpoint.Saved) -> None:
+        torch.set_rng_state(saved["rng/cpu"])
+        if "rng/cuda" in saved and self.model.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng/cuda"], self.model.device)

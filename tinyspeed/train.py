@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import ProcessorMixin
 
 from . import checkpoint, conversations, digits, features, loading, merge, precision, record
@@ -23,7 +23,7 @@ from .data import Source
 from .dualspeed import DualSpeed
 from .errors import UserError
 from .recipe import Recipe, differences, of_run, read
-from .stage import StageRun, Totals, load_parameters, schedule_of
+from .stage import StageRun, Totals, schedule_of
 
 ISOLATOR = "isolator.safetensors"  # in the run's folder, for `dualspeed.isolator_from`
 
@@ -51,7 +51,7 @@ def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
 
 
 def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop: list[int], bar: bool) -> Result:
-    state, tensors = _begin(recipe, folder, model.device)
+    state, saved = _begin(recipe, folder, model.device)
     totals = Totals(**state["totals"]) if state else Totals()
     torch.manual_seed(recipe.run.seed)  # after building: dropout is the only thing that draws from here on
     for number, (name, stage) in enumerate(recipe.stages()):
@@ -59,14 +59,14 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
             continue
         run = StageRun(recipe, model, source, name, number, stage, totals)
         if state and number == state["stage"]:
-            run.restore(tensors, state)
-            tensors = None
+            run.restore(saved, state)
+            saved = None
         run.go(folder, stop, bar)
         if run.stopped:
             return Result(model, totals, stop[0])
     if not (folder / "model").is_dir():
         model.isolator.save(folder / ISOLATOR)
-        export(recipe, folder / "model", model=model)
+        export(recipe, folder / "model")
     return Result(model, totals)
 
 
@@ -117,12 +117,12 @@ def _metrics(folder: Path) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
 
 
-def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | None, dict[str, Tensor] | None]:
+def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | None, checkpoint.Saved | None]:
     """The newest checkpoint, if there is one, and metrics that end where it does."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"ignoring {half}: it was being written when the run was killed", file=sys.stderr)
     newest = checkpoint.newest(folder / "checkpoints")
-    tensors, state = checkpoint.load(newest) if newest else (None, None)
+    saved, state = checkpoint.load(newest) if newest else (None, None)
     if state and state["threads"] != torch.get_num_threads():
         print(
             f"the run used {state['threads']} threads and goes on with {torch.get_num_threads()}: "
@@ -132,7 +132,7 @@ def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | N
     lines = _metrics(folder)[: state["totals"]["steps"] if state else 0]
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines))
     record.write(folder / "record.json", device=device, seed=recipe.run.seed)
-    return state, tensors
+    return state, saved
 
 
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
@@ -215,14 +215,14 @@ def _device(name: str) -> torch.device:
 def load_trained(recipe: Recipe) -> DualSpeed:
     """The model of a run as its newest checkpoint has it, isolator included."""
     set_threads(recipe)
-    tensors, state = _newest(recipe)
+    saved, state = _newest(recipe)
     model = build_model(recipe)
     loading.set_trainable(model.model, recipe.stages()[state["stage"]][0])
-    load_parameters({p: n for n, p in model.named_parameters() if p.requires_grad}, tensors)
+    checkpoint.fill({f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad}, saved)
     return model
 
 
-def _newest(recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
+def _newest(recipe: Recipe) -> tuple[checkpoint.Saved, dict]:
     newest = checkpoint.newest(recipe.folder / "checkpoints")
     if newest is None:
         raise UserError(f"{recipe.folder} has no checkpoint yet")
@@ -244,29 +244,22 @@ def opened(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, Process
         yield model.eval(), processor, called
 
 
-def export(recipe: Recipe, out: Path, *, model: DualSpeed | None = None, adapter_only: bool = False) -> None:
-    """The trained model as a plain folder, without isolator, with its processor: transformers alone can load it.
+def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
+    """The newest checkpoint as a plain folder, without isolator, with its processor: transformers alone can load it.
 
-    Adapters are merged into the base's own weights, which were never rounded to 4 bits, or saved alone for peft; both
-    come from the newest checkpoint, and no model is loaded. One trained in full is `model`, or the checkpoint's.
+    What was trained is put into the base's own weights, which were never rounded to 4 bits, or adapters are saved alone
+    for peft. No model is loaded.
     """
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     lora = recipe.lora
     if adapter_only and not lora.rank:
         raise UserError("this run has no adapter (lora.rank = 0): export the whole model")
-    if lora.rank or recipe.model.quantise != "none":
-        tensors, _ = _newest(recipe)
-        learned = {n.removeprefix("model/"): tensor for n, tensor in tensors.items() if n.startswith("model/")}
-        if adapter_only:
-            merge.save_adapter(learned, loading.lora_config(**asdict(lora)), base(recipe), temporary)
-        else:
-            merge.merge(learned, lora.scale, base(recipe), temporary)
+    saved, _ = _newest(recipe)
+    if adapter_only:
+        merge.save_adapter(saved, loading.lora_config(**asdict(lora)), base(recipe), temporary)
     else:
-        model = model or load_trained(recipe)
-        dtype = precision.DTYPES[precision.choose(recipe.model.precision, model.device)]
-        rounded = {name: tensor.to("cpu", dtype) for name, tensor in model.model.state_dict().items()}
-        model.model.save_pretrained(temporary, state_dict=rounded)
+        merge.merge(saved, lora.scale, base(recipe), temporary)
     loading.load_processor(base(recipe)).save_pretrained(temporary)
     temporary.rename(out)
 
