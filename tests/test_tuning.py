@@ -385,6 +385,22 @@ def test_bad_records_in_a_dry_run(home, tmp_path):
     train.train(made, bar=False)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="who may read a file is not in its mode there")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_an_export_is_as_readable_as_any_new_file(home, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for rank in (0, 2):  # one writes the whole model, one merges, and exports its adapter alone
+            made = settings(home, tmp_path, f"rank-{rank}", f"lora.rank={rank}", "train.steps=1")
+            train.train(made, bar=False)
+        assert cli.main(["export", str(made.folder), str(tmp_path / "adapter"), "--adapter"]) == 0
+    finally:
+        os.umask(before)
+    folders = (tmp_path / "rank-0" / "model", tmp_path / "rank-2" / "model", tmp_path / "adapter")
+    assert [len(list(folder.glob("*.safetensors"))) for folder in folders] == [1, 1, 1]
+    assert {f.stat().st_mode & 0o777 for folder in folders for f in folder.iterdir()} == {0o666 & ~umask}
+
+
 def test_an_adapter_that_was_never_trained_is_not_exported(home, tmp_path):
     made = settings(home, tmp_path, "run", "lora.rank=2", "align.steps=1", "align.batch=2", "train.steps=0")
     train.train(made, bar=False)
