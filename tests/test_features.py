@@ -7,7 +7,6 @@ import shutil
 import pytest
 import tiny
 import torch
-from album import album
 from PIL import Image
 from test_train import Killed, die_before, same_end
 from test_tuning import settings
@@ -19,15 +18,6 @@ from tinyspeed.features import Features, fill
 from tinyspeed.recipe import Data
 from tinyspeed.scheduler import Plan
 from tinyspeed.vlm import family as adapter
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    album(home, 10)
-    for name in tiny.FAMILIES:
-        tiny.checkpoint(name, home / name)
-    return home
 
 
 def source(home, family):

@@ -29,16 +29,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Pictures, conversations and the two base models, as a user has them."""
-    home = tmp_path_factory.mktemp("home")
-    album(home, 10)
-    for family in tiny.FAMILIES:
-        tiny.checkpoint(family, home / family)
-    return home
-
-
 def settings(home, folder, name, *changes, family="llava"):
     tables = {
         "run": {"name": name, "folder": str(folder), "threads": 1, "device": "cpu", "save_every": 2},
