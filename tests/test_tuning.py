@@ -14,7 +14,7 @@ import tiny
 import torch
 from album import album
 from safetensors.torch import load_file
-from test_train import Killed, die_before, same_end
+from test_train import Killed, die_before, unlike
 
 from tinyspeed import UserError, checkpoint, cli, evaluate, loader, optimizer, precision, recipe, train
 from tinyspeed.scheduler import Plan
@@ -58,7 +58,7 @@ def test_killed_and_resumed_is_never_killed_for_every_way_to_fit_a_small_gpu(hom
                 train.train(made, resume=attempt > 0, bar=False)
             torch.rand(5)
     train.train(made, resume=True, bar=False)
-    same_end(made, whole)
+    assert not unlike(made, whole)
     before, after = (load_file(f / "model.safetensors") for f in (home / family, whole.folder / "model"))
     rounded = torch.bfloat16 if how == "full" else torch.float32  # all of it is exported in the precision it ran in
     changed = {n for n in before if not torch.equal(before[n].to(rounded).float(), after[n].float())}
@@ -83,7 +83,7 @@ def test_the_export_is_what_the_checkpoint_holds(home, tmp_path, how):
     name = precision.choose(made.model.precision, torch.device("cpu"))
     with precision.autocast(name, torch.device("cpu")):
         trained = ours(**batch).logits.float()
-    tiny.assert_close(plain(**batch).logits, trained, rel=1e-4 if name == "fp32" else 0.05)
+    assert not tiny.difference(plain(**batch).logits, trained, rel=1e-4 if name == "fp32" else 0.05)
 
 
 def test_two_learning_rates_reach_the_optimizer(home, tmp_path):
@@ -113,7 +113,7 @@ def test_checkpointing_and_row_budgets_change_no_gradient(home, tmp_path):
         assert any(layer.gradient_checkpointing for layer in model.vlm.language_model.layers) == ("on" in str(changes))
         seen.append(tiny.gradients(model))
     for other in seen[1:]:
-        tiny.assert_close(other, seen[0])
+        assert not tiny.difference(other, seen[0])
 
 
 def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
@@ -237,7 +237,7 @@ def test_the_whole_path_on_the_command_line(home, tmp_path, family, capsys):
     out, err = finish(run_cli(*command, "--resume", folder=tmp_path))
     assert "model in" in out
     assert "Traceback" not in err
-    same_end(settings(home, tmp_path, "run", *SETTINGS["qlora"], family=family), whole)
+    assert not unlike(settings(home, tmp_path, "run", *SETTINGS["qlora"], family=family), whole)
 
     assert cli.main(["export", str(made.folder), str(tmp_path / "merged")]) == 0
     assert cli.main(["export", str(made.folder), str(tmp_path / "adapter"), "--adapter"]) == 0
