@@ -1,7 +1,9 @@
-"""4 bits, adapters, parts: what should change does, what should not does not, and the disk's mistakes are named."""
+"""4 bits, adapters, parts, hub ids: what should change does, what should not does not, and damage on disk is named."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_train import unlike
+from test_tuning import finish, run_cli, settings
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -22,7 +26,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from tinyspeed import DualSpeed, UserError, loading, merge, precision
+from tinyspeed import DualSpeed, UserError, loading, merge, precision, train
 from tinyspeed.scheduler import Plan
 
 KINDS = ("fp32", "bf16", "fp16")
@@ -260,6 +264,70 @@ def test_other_parts_than_the_folder_was_made_of_are_refused(parts, tmp_path):
     with pytest.raises(UserError, match="cannot load"):
         loading.assemble(str(tmp_path / "absent"), parts[1], tmp_path / "other", seed=1)
     assert not (tmp_path / "other").exists()
+
+
+# The hub
+
+
+def test_a_hub_id_is_another_name_for_a_folder(home, tmp_path, monkeypatch):
+    """A cache as the hub's client leaves it, and no network: every command finds the model there, and the same one."""
+    commit = "1f" * 20
+    repository = tmp_path / "hf" / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for number, file in enumerate((home / "llava").iterdir()):
+        blob = shutil.copy(file, repository / "blobs" / f"{number:040x}")
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    changes = ("lora.rank=2", "train.steps=2")
+    local, made = (settings(home, tmp_path, name, *changes) for name in ("local", "run"))
+    train.train(local, bar=False)
+    toml, merged, adapter = tmp_path / "run.toml", tmp_path / "merged", tmp_path / "adapter"
+    words = [word for change in (*changes, "model.path=org/tiny") for word in ("--set", change)]
+    finish(run_cli("train", toml, *words, folder=tmp_path))
+    assert not unlike(made, local)
+
+    question = (home / "images" / "p0-0.jpg", "What is number 0, 0?", "--max-new-tokens", "4")
+    commands = [
+        ("ask", made.folder, *question), ("ask", local.folder, *question), ("ask", "org/tiny", *question),
+        ("export", made.folder, merged), ("export", made.folder, adapter, "--adapter"),
+        ("estimate", toml, *words), ("look", question[0], "--tower", "org/tiny", "--out", tmp_path / "kept.png"),
+        ("ask", "org/tinny", *question),
+    ]  # fmt: skip
+    script = (
+        "import contextlib, io, json, sys; from tinyspeed import cli\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out: code = cli.main(command)\n"
+        "    print(json.dumps([code, out.getvalue()]))\n"
+    )
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(train.__file__))}
+    done = subprocess.run(
+        [sys.executable, "-c", script, given],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    codes, said = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    assert codes == (0, 0, 0, 0, 0, 0, 0, 2), done.stderr[-2000:]
+    assert said[0] == said[1] != ""
+    assert "org/tinny" in done.stderr.splitlines()[-1]
+
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
+    plain, base = (AutoModelForImageTextToText.from_pretrained(folder).eval() for folder in (merged, home / "llava"))
+    batch = {k: v for k, v in tiny.batch("llava").items() if k != "labels"}
+    before = base(**batch).logits
+    wanted = plain(**batch).logits
+    assert tiny.difference(wanted, before), "two steps have changed the model"
+    assert not tiny.difference(PeftModel.from_pretrained(base, adapter).eval()(**batch).logits, wanted, rel=1e-4)
 
 
 # What the disk holds
