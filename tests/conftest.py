@@ -6,6 +6,7 @@ import os
 import pytest
 import tiny
 import torch
+from album import album
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
@@ -41,3 +42,13 @@ def family(request) -> str:
 def checkpoint(tmp_path):
     """`checkpoint(family)` writes a small checkpoint in the real format and returns its folder."""
     return functools.partial(lambda family: tiny.checkpoint(family, tmp_path / family))
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """Pictures, conversations and the two base models, as a user has them. For all tests: none may write into it."""
+    home = tmp_path_factory.mktemp("home")
+    album(home, 10)
+    for family in tiny.FAMILIES:
+        tiny.checkpoint(family, home / family)
+    return home

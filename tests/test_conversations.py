@@ -86,7 +86,7 @@ def test_a_batch_goes_through_the_model_and_gives_transformers_own_loss(folder, 
     batch = collate([made.example(i) for i in range(len(made))], tiny.PAD)
     net = tiny.model(family)
     theirs = tiny.twin(net)(**batch).loss
-    tiny.assert_close(DualSpeed(net).train()(**batch, plan=Plan("full")).loss, theirs)
+    assert not tiny.difference(DualSpeed(net).train()(**batch, plan=Plan("full")).loss, theirs)
 
 
 def test_workers_make_the_same_batches_in_the_same_order(folder):

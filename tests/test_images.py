@@ -42,8 +42,8 @@ def refused(call, *arguments):
     return str(caught.value)
 
 
-def both(path):
-    """(size, picture) of a file; None for the one that refuses. No warning may escape, and sizes must agree."""
+def outcomes(path):
+    """What `size` and what `load` make of a file, or the words of its refusal. No warning may escape."""
     got = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -51,13 +51,23 @@ def both(path):
             try:
                 got.append(read(path, WHERE))
             except UserError as error:
-                assert str(error).startswith(WHERE + ": ") and "\n" not in str(error)  # noqa: PT017, PT018
-                got.append(None)
-    size, picture = got
-    if picture is not None:
-        assert picture.mode == "RGB"
-        assert picture.size == size
-    return size, picture
+                got.append(str(error))
+    return got
+
+
+def lawful(size, picture):
+    """A refusal is one line that begins with the place. A picture is RGB, and of the size that was read."""
+    for words in (size, picture):
+        if isinstance(words, str) and (not words.startswith(WHERE + ": ") or "\n" in words):
+            return False
+    return isinstance(picture, str) or (picture.mode, picture.size) == ("RGB", size)
+
+
+def both(path):
+    """(size, picture) of a file; None for the one that refuses."""
+    got = outcomes(path)
+    assert lawful(*got)
+    return tuple(None if isinstance(made, str) else made for made in got)
 
 
 # Names
@@ -124,7 +134,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tree):
 def test_the_folder_itself_may_be_a_link(tree, tmp_path):
     (tmp_path / "link").symlink_to(tree)
     assert images.inside(tmp_path / "link", "in/b.png", WHERE) == tmp_path / "link" / "in" / "b.png"
-    refused(images.inside, tmp_path / "link", "out/s.png")
+    assert "a link out of" in refused(images.inside, tmp_path / "link", "out/s.png")
 
 
 def test_a_relative_folder_is_that_of_the_working_directory(tmp_path, monkeypatch):
@@ -295,7 +305,7 @@ def png_header(width, height):
 def test_bombs_and_empty_pictures_are_refused(tmp_path, size):
     (tmp_path / "x").write_bytes(png_header(*size))
     assert both(tmp_path / "x") == (None, None)
-    refused(images.size, tmp_path / "x")
+    assert ("pixels" if min(size) else "not a picture") in refused(images.size, tmp_path / "x")
 
 
 def test_a_hundred_megapixels_are_not_a_bomb(tmp_path):
@@ -317,7 +327,7 @@ def test_a_tiff_bomb_is_refused(tmp_path):
 def test_formats_beyond_the_list_are_refused(tmp_path, kind):
     saved(tmp_path / "x.png", Image.fromarray(COLOURS), kind)
     assert "JPEG" in refused(images.size, tmp_path / "x.png")
-    refused(images.load, tmp_path / "x.png")
+    assert "JPEG" in refused(images.load, tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("kind", images.FORMATS)
@@ -328,9 +338,9 @@ def test_the_content_counts_and_not_the_name(tmp_path, kind):
 
 def test_what_cannot_be_opened_is_refused(tmp_path):
     assert "x.png" in refused(images.size, tmp_path / "x.png")
-    refused(images.load, tmp_path)
+    assert "cannot read" in refused(images.load, tmp_path)
     (tmp_path / "x.png").write_bytes(b"")
-    refused(images.size, tmp_path / "x.png")
+    assert "not a picture" in refused(images.size, tmp_path / "x.png")
 
 
 def camera_jpeg(side=4):
@@ -425,10 +435,10 @@ def test_damaged_files_are_pictures_or_errors(scratch, data, kind):
         at = data.draw(st.integers(0, len(content) - 1))
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     scratch.write_bytes(content)
-    both(scratch)
+    assert lawful(*outcomes(scratch))
 
 
 @given(start=st.sampled_from([content[:n] for content in KINDS.values() for n in (0, 8, 30, 60)]), rest=st.binary())
 def test_arbitrary_bytes_are_pictures_or_errors(scratch, start, rest):
     scratch.write_bytes(start + rest)
-    both(scratch)
+    assert lawful(*outcomes(scratch))

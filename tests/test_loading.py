@@ -1,6 +1,7 @@
-"""4 bits, adapters, parts: what should change does, what should not does not, and the disk's mistakes are named."""
+"""4 bits, adapters, parts, hub ids: what should change does, what should not does not, and damage on disk is named."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_train import unlike
+from test_tuning import finish, run_cli, settings
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -23,7 +26,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from tinyspeed import DualSpeed, UserError, loading, merge, precision
+from tinyspeed import DualSpeed, UserError, loading, merge, precision, train
 from tinyspeed.scheduler import Plan
 
 KINDS = ("fp32", "bf16", "fp16")
@@ -167,14 +170,14 @@ def test_a_merged_model_is_the_trained_model(base, tmp_path):
     merge.merge(saved(net), 2.0, base, tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     batch = tiny.batch(kind(base))
-    tiny.assert_close(merged(**batch).logits, net(**batch).logits)
+    assert not tiny.difference(merged(**batch).logits, net(**batch).logits)
     before, after = load_file(f"{base}/model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed == {n for n in before if re.search(r"language_model.*layers.*_proj|multi_modal_projector", n)}
     theirs = net.merge_and_unload().state_dict()  # peft's own arithmetic
     ours = merged.state_dict()
-    tiny.assert_close(ours, {n: theirs[n] for n in ours})
+    assert not tiny.difference(ours, {n: theirs[n] for n in ours})
 
 
 def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, tmp_path):
@@ -187,7 +190,7 @@ def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, 
     assert not unexpected
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     batch = tiny.batch(kind(base))
-    tiny.assert_close(merged(**batch).logits, whole.eval()(**batch).logits)
+    assert not tiny.difference(merged(**batch).logits, whole.eval()(**batch).logits)
 
 
 def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tmp_path):
@@ -308,6 +311,70 @@ def test_pickled_parts_are_not_opened(parts, tmp_path):
     (llm / "model.safetensors").unlink()
     with pytest.raises(UserError, match="Only safetensors are read"):
         loading.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
+
+
+# The hub
+
+
+def test_a_hub_id_is_another_name_for_a_folder(home, tmp_path, monkeypatch):
+    """A cache as the hub's client leaves it, and no network: every command finds the model there, and the same one."""
+    commit = "1f" * 20
+    repository = tmp_path / "hf" / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for number, file in enumerate((home / "llava").iterdir()):
+        blob = shutil.copy(file, repository / "blobs" / f"{number:040x}")
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    changes = ("lora.rank=2", "train.steps=2")
+    local, made = (settings(home, tmp_path, name, *changes) for name in ("local", "run"))
+    train.train(local, bar=False)
+    toml, merged, adapter = tmp_path / "run.toml", tmp_path / "merged", tmp_path / "adapter"
+    words = [word for change in (*changes, "model.path=org/tiny") for word in ("--set", change)]
+    finish(run_cli("train", toml, *words, folder=tmp_path))
+    assert not unlike(made, local)
+
+    question = (home / "images" / "p0-0.jpg", "What is number 0, 0?", "--max-new-tokens", "4")
+    commands = [
+        ("ask", made.folder, *question), ("ask", local.folder, *question), ("ask", "org/tiny", *question),
+        ("export", made.folder, merged), ("export", made.folder, adapter, "--adapter"),
+        ("estimate", toml, *words), ("look", question[0], "--tower", "org/tiny", "--out", tmp_path / "kept.png"),
+        ("ask", "org/tinny", *question),
+    ]  # fmt: skip
+    script = (
+        "import contextlib, io, json, sys; from tinyspeed import cli\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out: code = cli.main(command)\n"
+        "    print(json.dumps([code, out.getvalue()]))\n"
+    )
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(train.__file__))}
+    done = subprocess.run(
+        [sys.executable, "-c", script, given],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    codes, said = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    assert codes == (0, 0, 0, 0, 0, 0, 0, 2), done.stderr[-2000:]
+    assert said[0] == said[1] != ""
+    assert "org/tinny" in done.stderr.splitlines()[-1]
+
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
+    plain, base = (AutoModelForImageTextToText.from_pretrained(folder).eval() for folder in (merged, home / "llava"))
+    batch = {k: v for k, v in tiny.batch("llava").items() if k != "labels"}
+    before = base(**batch).logits
+    wanted = plain(**batch).logits
+    assert tiny.difference(wanted, before), "two steps have changed the model"
+    assert not tiny.difference(PeftModel.from_pretrained(base, adapter).eval()(**batch).logits, wanted, rel=1e-4)
 
 
 # What the disk holds

@@ -208,32 +208,32 @@ def test_shade_dims_whole_cells_of_oblong_pictures():
 # Mistakes
 
 
-def fails(match: str, *args, **kwargs) -> None:
-    with pytest.raises(UserError, match=match):
+def refused(*args, **kwargs) -> str:
+    with pytest.raises(UserError) as caught:
         look(*args, **kwargs)
+    return str(caught.value)
 
 
 def test_names_and_shares_are_checked_before_anything_is_read():
-    fails(
-        "unknown pruning plugin 'divprun'; did you mean 'divprune'", "no.png", "o.png", plugins=["divprun"], tower="/no"
-    )
-    fails("keep = 2", "no.png", "o.png", keep=2, tower="/no")
-    fails("no plugin to look at", "no.png", "o.png", plugins=[])
+    message = refused("no.png", "o.png", plugins=["divprun"], tower="/no")
+    assert "unknown pruning plugin 'divprun'; did you mean 'divprune'" in message
+    assert "keep = 2" in refused("no.png", "o.png", keep=2, tower="/no")
+    assert "no plugin to look at" in refused("no.png", "o.png", plugins=[])
 
 
 def test_bad_pictures_are_refused(tmp_path, photo, monkeypatch):
     out = tmp_path / "out.png"
-    fails("no picture", tmp_path / "none.png", out)
-    fails("cannot be read", tmp_path, out)
+    assert "no picture" in refused(tmp_path / "none.png", out)
+    assert "cannot be read" in refused(tmp_path, out)
     (tmp_path / "text.png").write_text("hello")
-    fails("cannot be read", tmp_path / "text.png", out)
+    assert "cannot be read" in refused(tmp_path / "text.png", out)
     (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:150])
-    fails("cannot be read", tmp_path / "cut.png", out)
+    assert "cannot be read" in refused(tmp_path / "cut.png", out)
     Image.new("RGB", (1, 200)).save(tmp_path / "thin.png")
-    fails("too thin", tmp_path / "thin.png", out)
+    assert "too thin" in refused(tmp_path / "thin.png", out)
     for limit in (2000, 1000):  # a photo of 2400 pixels: Pillow warns above its limit and raises above twice that
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        fails(f"more than {limit:,} pixels", photo, out)
+        assert f"more than {limit:,} pixels" in refused(photo, out)
     assert not out.exists()
 
 
@@ -249,17 +249,17 @@ def test_pictures_are_turned_as_their_camera_says_and_become_rgb(tmp_path):
 
 def test_bad_towers_are_refused(photo, tmp_path):
     out = tmp_path / "out.png"
-    fails("no model folder", photo, out, tower=str(tmp_path / "nowhere"))
+    assert "no model folder" in refused(photo, out, tower=str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    fails("cannot load", photo, out, tower=str(tmp_path / "empty"))
+    assert "cannot load" in refused(photo, out, tower=str(tmp_path / "empty"))
     tower = tmp_path / "tower"
     CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tower)
     weights = (tower / "model.safetensors").read_bytes()
     (tower / "model.safetensors").write_bytes(weights[:1000])
-    fails("cannot load", photo, out, tower=str(tower))
+    assert "cannot load" in refused(photo, out, tower=str(tower))
     (tower / "model.safetensors").unlink()
     torch.save({}, tower / "pytorch_model.bin")  # a pickle, which is never opened
-    fails("cannot load", photo, out, tower=str(tower))
+    assert "cannot load" in refused(photo, out, tower=str(tower))
 
 
 def test_a_tower_without_all_its_weights_is_refused(photo, tmp_path):
@@ -270,13 +270,13 @@ def test_a_tower_without_all_its_weights_is_refused(photo, tmp_path):
     gone = next(name for name in weights if "patch_embedding" in name)
     del weights[gone]
     save_file(weights, tmp_path / "tower" / "model.safetensors", {"format": "pt"})
-    fails("lacks 1 of the model's weights", photo, tmp_path / "out.png", tower=str(tmp_path / "tower"))
+    assert "lacks 1 of the model's weights" in refused(photo, tmp_path / "out.png", tower=str(tmp_path / "tower"))
 
 
 def test_a_model_without_patches_is_refused(photo, tmp_path):
     tiny.config("llava").text_config.save_pretrained(tmp_path / "llm")
-    fails("no tower", photo, tmp_path / "out.png", tower=str(tmp_path / "llm"))
+    assert "no tower" in refused(photo, tmp_path / "out.png", tower=str(tmp_path / "llm"))
 
 
 def test_an_unknown_picture_format_is_refused(plain, tmp_path):
-    fails("choose a name that ends in", plain, tmp_path / "out.docx")
+    assert "choose a name that ends in" in refused(plain, tmp_path / "out.docx")

@@ -1,6 +1,6 @@
 """`DualSpeed` as a whole, against transformers' own forward and against sequences put together by hand.
 
-Tolerances: fp32 sums taken in another order, 1e-5 of the largest entry (`tiny.assert_close`); equal where nothing is
+Tolerances: fp32 sums taken in another order, 1e-5 of the largest entry (`tiny.difference`); equal where nothing is
 computed in another order.
 """
 
@@ -132,11 +132,11 @@ def test_a_full_step_has_the_loss_logits_and_gradients_of_transformers(family, p
     model = wrap(net, layout=layout, positions=positions)
     want, want_gradients = backward(hf, batch)
     got, got_gradients = backward(model, batch, plan=FULL)
-    tiny.assert_close(got, want)
-    tiny.assert_close(of_net(got_gradients), want_gradients)
+    assert not tiny.difference(got, want)
+    assert not tiny.difference(of_net(got_gradients), want_gradients)
     out = model(**batch, plan=FULL, return_logits=True)
     logits, targets = answers_of(hf(**batch).logits, batch["labels"])
-    tiny.assert_close(out.logits, logits)
+    assert not tiny.difference(out.logits, logits)
     assert torch.equal(out.targets, targets)
 
 
@@ -176,8 +176,8 @@ def test_a_fast_step_has_the_logits_of_its_sequence_put_together_by_hand(family,
     out = model(**batch, plan=FAST, return_logits=True)
     logits, targets = fast_by_hand(hf, batch, model.isolator.weight, positions)
     assert torch.equal(out.targets, targets)
-    tiny.assert_close(out.logits, logits)
-    tiny.assert_close(out.loss, F.cross_entropy(logits, targets))
+    assert not tiny.difference(out.logits, logits)
+    assert not tiny.difference(out.loss, F.cross_entropy(logits, targets))
 
 
 @every_layout
@@ -204,7 +204,7 @@ def test_original_positions_are_the_full_sequence_with_the_dropped_rows_hidden(f
         answers = (batch["labels"][0] != tiny.IGNORE).nonzero()[:, 0].tolist()
         predicting = [int(shown[:i].nonzero()[-1, 0]) for i in answers]
         out = out_of(**batch, plan=FAST, return_logits=True)
-        tiny.assert_close(out.logits, hf.lm_head(hidden[predicting]))
+        assert not tiny.difference(out.logits, hf.lm_head(hidden[predicting]))
 
 
 def test_the_oracles_tell_positions_and_isolators_apart(llava):
@@ -225,8 +225,8 @@ def test_packed_and_padded_layouts_have_the_same_loss_and_gradients(family, plan
         backward(wrap(copy.deepcopy(net), layout=layout, positions=positions), batch, plan=plan)
         for layout in ("padded", "packed")
     )
-    tiny.assert_close(packed[0], padded[0])
-    tiny.assert_close(packed[1], padded[1])
+    assert not tiny.difference(packed[0], padded[0])
+    assert not tiny.difference(packed[1], padded[1])
 
 
 def test_layers_outside_the_plan_are_left_out(llava):
@@ -235,7 +235,7 @@ def test_layers_outside_the_plan_are_left_out(llava):
     del hf.model.language_model.layers[1]
     hf.config.text_config.num_hidden_layers = 2
     out = model(**batch, plan=Plan("full", layers=(0, 2)), return_logits=True)
-    tiny.assert_close(out.logits, answers_of(hf(**batch, use_cache=False).logits, batch["labels"])[0])
+    assert not tiny.difference(out.logits, answers_of(hf(**batch, use_cache=False).logits, batch["labels"])[0])
     layers = model.vlm.language_model.layers
     assert len(layers) == 3  # and back afterwards
     layers[1].register_forward_pre_hook(lambda *_: pytest.fail("the layer ran"))
@@ -279,8 +279,8 @@ def test_a_slow_step_is_cross_entropy_plus_divergence_from_a_fixed_teacher(famil
     divergence = (q.exp() * (q - p)).sum() / len(targets)
     loss = F.cross_entropy(logits, targets) + distill * temperature**2 * divergence
     loss.backward()
-    tiny.assert_close(got, loss.detach())
-    tiny.assert_close(of_net(got_gradients), tiny.gradients(hf))
+    assert not tiny.difference(got, loss.detach())
+    assert not tiny.difference(of_net(got_gradients), tiny.gradients(hf))
 
 
 def test_a_teacher_that_sees_what_the_student_sees_teaches_nothing(family):
@@ -385,7 +385,7 @@ def test_text_only_samples_cost_the_same_rows_in_fast_and_full_mode(family):
     model, batch = wrap(tiny.model(family)), tiny.batch(family, outlines=[(4,), (6,)])
     fast, full = model(**batch, plan=FAST), model(**batch, plan=FULL)
     assert fast.metrics["rows_kept"] == full.metrics["rows_kept"] == fast.metrics["rows_full"] == 12
-    tiny.assert_close(fast.loss, full.loss)
+    assert not tiny.difference(fast.loss, full.loss)
 
 
 @pytest.mark.parametrize("stage", loading.STAGES)
@@ -433,8 +433,8 @@ def test_cutting_a_batch_into_micro_batches_changes_nothing(family, plan, layout
         loss = model(**tiny.collate(part), plan=plan, num_items_in_batch=torch.tensor(answers)).loss
         loss.backward()
         total += loss.detach()
-    tiny.assert_close(total, whole)
-    tiny.assert_close(tiny.gradients(model), gradients)
+    assert not tiny.difference(total, whole)
+    assert not tiny.difference(tiny.gradients(model), gradients)
 
 
 # The plan of a step
@@ -479,8 +479,8 @@ def test_activation_checkpointing_changes_no_gradient(plan, layout):
         outcomes.append(backward(model, batch, plan=plan))
         counts.append(len(runs))
     assert counts[1] == counts[0] + 1  # it was on: the student's forward ran twice, the teacher's once
-    tiny.assert_close(outcomes[1][0], outcomes[0][0])
-    tiny.assert_close(outcomes[1][1], outcomes[0][1])
+    assert not tiny.difference(outcomes[1][0], outcomes[0][0])
+    assert not tiny.difference(outcomes[1][1], outcomes[0][1])
 
 
 # LoRA
@@ -531,8 +531,10 @@ def test_on_cuda_packed_attention_equals_padded_attention(family, plan, position
     assert torch.equal(packed.targets, padded.targets)
     # bf16 keeps 8 bits: on a CPU these logits differ from fp32 by up to 3 % of the largest. A leak between samples
     # would differ by as much as the logits themselves.
-    tiny.assert_close(packed.logits.float(), padded.logits.float(), rel=0.1 if dtype == torch.bfloat16 else 1e-4)
-    tiny.assert_close(packed.loss, padded.loss, rel=0.01 if dtype == torch.bfloat16 else 1e-4)
+    assert not tiny.difference(
+        packed.logits.float(), padded.logits.float(), rel=0.1 if dtype == torch.bfloat16 else 1e-4
+    )
+    assert not tiny.difference(packed.loss, padded.loss, rel=0.01 if dtype == torch.bfloat16 else 1e-4)
 
 
 @pytest.mark.gpu
@@ -548,8 +550,8 @@ def test_on_cuda_fp32_weights_under_autocast_use_the_packed_kernel(family, plan,
             backward(wrap(copy.deepcopy(net), layout=layout), batch, plan=plan) for layout in ("auto", "padded")
         )
     assert len(calls) == 3 * (2 if plan.mode == "slow" else 1)  # three layers, with the teacher's twice
-    tiny.assert_close(packed[0], padded[0], rel=0.01)
-    tiny.assert_close(packed[1], padded[1], rel=0.1)
+    assert not tiny.difference(packed[0], padded[0], rel=0.01)
+    assert not tiny.difference(packed[1], padded[1], rel=0.1)
 
 
 @contextmanager
@@ -599,7 +601,7 @@ def test_the_packed_kernel_gets_queries_keys_and_values_in_autocasts_precision(a
         got, _ = attention.rows_attention(module, query, key, value.to(autocast), None, rows=layout)
     assert seen == [autocast] * 3
     assert got.dtype == autocast
-    tiny.assert_close(got.float(), want, rel=0.02)
+    assert not tiny.difference(got.float(), want, rel=0.02)
 
 
 # From disk

@@ -14,7 +14,7 @@ import tiny
 import torch
 from album import album
 from safetensors.torch import load_file
-from test_train import Killed, die_before, same_end
+from test_train import Killed, die_before, unlike
 
 from tinyspeed import UserError, checkpoint, cli, evaluate, loader, optimizer, precision, recipe, train
 from tinyspeed.scheduler import Plan
@@ -27,16 +27,6 @@ SETTINGS = {
     "bf16": ("model.precision=bf16", "lora.rank=4", "train.optimizer=paged_adamw8bit", "train.batch=5"),
     "full": ("model.precision=bf16", "train.row_budget=150"),
 }
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """Pictures, conversations and the two base models, as a user has them."""
-    home = tmp_path_factory.mktemp("home")
-    album(home, 10)
-    for family in tiny.FAMILIES:
-        tiny.checkpoint(family, home / family)
-    return home
 
 
 def settings(home, folder, name, *changes, family="llava"):
@@ -68,7 +58,7 @@ def test_killed_and_resumed_is_never_killed_for_every_way_to_fit_a_small_gpu(hom
                 train.train(made, resume=attempt > 0, bar=False)
             torch.rand(5)
     train.train(made, resume=True, bar=False)
-    same_end(made, whole)
+    assert not unlike(made, whole)
     before, after = (load_file(f / "model.safetensors") for f in (home / family, whole.folder / "model"))
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed
@@ -92,7 +82,7 @@ def test_the_export_is_what_the_checkpoint_holds(home, tmp_path, how):
     name = precision.choose(made.model.precision, torch.device("cpu"))
     with precision.autocast(name, torch.device("cpu")):
         trained = ours(**batch).logits.float()
-    tiny.assert_close(plain(**batch).logits, trained, rel=1e-4 if name == "fp32" else 0.05)
+    assert not tiny.difference(plain(**batch).logits, trained, rel=1e-4 if name == "fp32" else 0.05)
 
 
 def test_two_learning_rates_reach_the_optimizer(home, tmp_path):
@@ -122,7 +112,7 @@ def test_checkpointing_and_row_budgets_change_no_gradient(home, tmp_path):
         assert any(layer.gradient_checkpointing for layer in model.vlm.language_model.layers) == ("on" in str(changes))
         seen.append(tiny.gradients(model))
     for other in seen[1:]:
-        tiny.assert_close(other, seen[0])
+        assert not tiny.difference(other, seen[0])
 
 
 def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
@@ -246,7 +236,7 @@ def test_the_whole_path_on_the_command_line(home, tmp_path, family, capsys):
     out, err = finish(run_cli(*command, "--resume", folder=tmp_path))
     assert "model in" in out
     assert "Traceback" not in err
-    same_end(settings(home, tmp_path, "run", *SETTINGS["qlora"], family=family), whole)
+    assert not unlike(settings(home, tmp_path, "run", *SETTINGS["qlora"], family=family), whole)
 
     assert cli.main(["export", str(made.folder), str(tmp_path / "merged")]) == 0
     assert cli.main(["export", str(made.folder), str(tmp_path / "adapter"), "--adapter"]) == 0
@@ -382,6 +372,22 @@ def test_bad_records_in_a_dry_run(home, tmp_path):
     assert {found["mode"] for found in train.dry_run(made)} == {"fast", "slow"}, "though the run has one step"
     assert [p.name for p in made.folder.iterdir()] == ["skipped.txt"]
     train.train(made, bar=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="who may read a file is not in its mode there")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_an_export_is_as_readable_as_any_new_file(home, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for rank in (0, 2):  # one writes the whole model, one merges, and exports its adapter alone
+            made = settings(home, tmp_path, f"rank-{rank}", f"lora.rank={rank}", "train.steps=1")
+            train.train(made, bar=False)
+        assert cli.main(["export", str(made.folder), str(tmp_path / "adapter"), "--adapter"]) == 0
+    finally:
+        os.umask(before)
+    folders = (tmp_path / "rank-0" / "model", tmp_path / "rank-2" / "model", tmp_path / "adapter")
+    assert [len(list(folder.glob("*.safetensors"))) for folder in folders] == [1, 1, 1]
+    assert {f.stat().st_mode & 0o777 for folder in folders for f in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_an_adapter_that_was_never_trained_is_not_exported(home, tmp_path):

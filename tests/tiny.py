@@ -197,19 +197,23 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def assert_close(got: dict[str, Tensor] | Tensor, want: dict[str, Tensor] | Tensor, rel: float = 1e-5) -> None:
-    """Equal within `rel` of the largest entry of all: fp32 sums of another order, and nothing more.
+def difference(got: dict[str, Tensor] | Tensor, want: dict[str, Tensor] | Tensor, rel: float = 1e-5) -> str:
+    """What differs, in words; "" if all is equal within `rel` of the largest entry, as sums in another order are.
 
     Of the largest of all and not of each tensor: where a true gradient is near zero, its rounding is not."""
     if isinstance(got, Tensor):
         got, want = {"": got}, {"": want}
     got, want = ({name: t.detach() for name, t in side.items()} for side in (got, want))
-    assert got.keys() == want.keys(), f"only on one side: {sorted(got.keys() ^ want.keys())}"
+    if got.keys() != want.keys():
+        return f"only on one side: {sorted(got.keys() ^ want.keys())}"
     scale = max([1e-6, *(float(t.abs().max()) for t in want.values() if t.numel())])
     for name in want:
-        assert got[name].shape == want[name].shape, name
+        if got[name].shape != want[name].shape:
+            return f"{name or 'values'} are {tuple(got[name].shape)}, not {tuple(want[name].shape)}"
         worst = float((got[name] - want[name]).abs().max()) if want[name].numel() else 0.0
-        assert worst <= rel * scale, f"{name or 'values'} differ by {worst:.3g}, the largest entry is {scale:.3g}"
+        if not worst <= rel * scale:  # so that NaN differs too
+            return f"{name or 'values'} differ by {worst:.3g}, the largest entry is {scale:.3g}"
+    return ""
 
 
 # LLaVA-1.5's own template, as it stands on the hub.

@@ -261,7 +261,18 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
     else:
         merge.merge(saved, lora.scale, base(recipe), temporary)
     loading.load_processor(base(recipe)).save_pretrained(temporary)
+    _share(temporary)
     temporary.rename(out)
+
+
+def _share(folder: Path) -> None:
+    """Make the weights as readable as any new file here. safetensors writes them for their owner alone, whatever the
+    umask, and a server that runs as another user could not open them."""
+    plain = folder / ".plain"
+    plain.touch()
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(plain, weights)
+    plain.unlink()
 
 
 @contextmanager
