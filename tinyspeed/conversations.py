@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from . import images
+from . import folders, images
 from .chat import Chat
 from .data import Example
 from .errors import UserError
@@ -41,8 +41,7 @@ class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
     def __init__(self, data: Data, processor, cache: Path, *, bar: bool = True):
-        if data.images and not Path(data.images).expanduser().is_dir():
-            raise UserError(f"data.images: there is no folder {data.images}")
+        folders.conversations(data.file, data.images)
         self.data, self.processor = data, processor
         self.records = Records(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
