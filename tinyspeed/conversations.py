@@ -34,7 +34,6 @@ from .rows import IGNORE
 AT_ONCE = 64  # records a worker checks before it reports
 WORTH_WORKERS = 2000  # fewer records are checked before a worker has started
 ENOUGH = 100  # bad records after which nobody wants to wait for the rest
-LISTED = 5  # bad records named in the error
 
 
 class Conversations:
@@ -189,9 +188,8 @@ class _Parts(Dataset):
 def _listed(bad: list[str], file: str) -> str:
     if len(bad) == 1:
         return f"{bad[0]} (--skip-bad trains without such records)"
-    count = f"more than {ENOUGH}" if len(bad) > ENOUGH else str(len(bad))
-    lines = [f"{count} bad records in {file} (--skip-bad trains without them):", *bad[:LISTED]]
-    return "\n  ".join(lines + ["..."] * (len(bad) > LISTED))
+    count = f"the first {ENOUGH}" if len(bad) > ENOUGH else str(len(bad))
+    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:ENOUGH]])
 
 
 @contextmanager
