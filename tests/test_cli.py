@@ -93,6 +93,12 @@ def test_mistakes_are_named_before_anything_heavy_is_imported(tmp_path, without,
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("command", ["compare", "demo"])
+def test_what_asks_about_digits_does_not_train_on_other_pictures(capsys, tmp_path, command):
+    assert "about digits" in fails(capsys, command, "llava-1.5-7b-qlora-8gb", "--set", f"run.folder={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_with_broken_weights(capsys, tmp_path, small, base):
     import shutil
 
