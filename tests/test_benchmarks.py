@@ -261,9 +261,9 @@ def test_scores_are_percentages_and_the_order_does_not_matter(task, data):
 
 def test_a_score_is_over_all_questions_or_there_is_none():
     questions = ask_all(["yes", "no", "no"])
-    with pytest.raises(UserError, match="2 of 3 questions have no prediction, the first of them 1"):
+    with pytest.raises(UserError, match="no prediction to 2 of 3 questions, the first of them 1"):
         score("pope", questions, {"0": "yes"})
-    with pytest.raises(UserError, match="1 predictions are to other questions, such as 7"):
+    with pytest.raises(UserError, match="there are predictions to other questions, such as 7"):
         score("pope", questions, {"0": "yes", "1": "yes", "2": "no", "7": "no"})
     with pytest.raises(UserError, match="no prediction"):
         submission(questions, {})
@@ -509,9 +509,15 @@ def test_another_evaluations_file_is_refused_and_untouched(tmp_path):
     go(out)
     whole = out.read_bytes()
     reworded = [*QUESTIONS[:3], Question("q3", None, "Else?", "0")]
-    for other in ({"task": "pope"}, {"model": "n"}, {"questions": QUESTIONS[:3]}, {"questions": reworded}):
-        with pytest.raises(UserError, match="is not of this evaluation, choose another file"):
+    for other, differs in [
+        ({"task": "pope"}, "answers gqa, and not pope"),
+        ({"model": "n"}, "has the answers of m, and not of n"),
+        ({"questions": QUESTIONS[:3]}, "another number of questions, 4 and not 3"),
+        ({"questions": reworded}, "other questions, or the same with other words"),
+    ]:
+        with pytest.raises(UserError, match=rf"{differs}.*: choose another file \(--out\)") as caught:
             go(out, **other)
+        assert "{" not in str(caught.value), "a user reads words, not our header"
     assert out.read_bytes() == whole
     go(out, questions=[Question(q.id, q.image, q.text, "another truth") for q in QUESTIONS])  # the same was asked
 
@@ -520,7 +526,7 @@ def test_another_evaluations_file_is_refused_and_untouched(tmp_path):
 def test_a_file_of_something_else_is_refused_and_untouched(tmp_path, content):
     out = tmp_path / "out.jsonl"
     out.write_bytes(content)
-    with pytest.raises(UserError, match="choose another file"):
+    with pytest.raises(UserError, match="does not begin as predictions do: choose another file"):
         go(out)
     assert out.read_bytes() == content
 

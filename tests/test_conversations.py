@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import signal
 
@@ -202,7 +203,7 @@ def test_a_bad_record_is_named_before_step_0_and_left_out_when_asked(folder, tmp
         assert torch.equal(made.example(i).input_ids, whole.example(j).input_ids)
 
 
-def test_many_bad_records_are_counted_and_some_are_listed(folder, tmp_path):
+def test_bad_records_are_counted_and_all_are_listed_until_there_are_enough(folder, tmp_path):
     def spoil(records):
         for record in records[:7]:
             record["conversations"][1]["value"] = ""
@@ -210,7 +211,12 @@ def test_many_bad_records_are_counted_and_some_are_listed(folder, tmp_path):
     copy = rewrite(folder, tmp_path, spoil)
     with pytest.raises(UserError, match=r"^7 bad records in .*--skip-bad") as caught:
         source(copy)
-    assert str(caught.value).count("\n") == 6
+    named = re.findall(r"\n  train\.json: record (\d+) ", str(caught.value))
+    assert named == [str(n) for n in range(1, 8)]
+    many = rewrite(copy, tmp_path / "many", lambda records: records.extend(records[:1] * 300))
+    with pytest.raises(UserError, match=r"^the first 100 bad records in .*--skip-bad") as caught:
+        source(many)
+    assert str(caught.value).count("\n") == 100
     copy = rewrite(copy, tmp_path / "all", lambda records: [r["conversations"].clear() for r in records])
     with pytest.raises(UserError, match=r"no record of .* can be used"):
         source(copy, skip_bad=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyspeed import cli
+from tinyspeed import cli, recipe
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinyspeed"
@@ -16,10 +16,10 @@ FLOORS = [
     {"attention", "drop_in"},
     {"vlm"},
     {"dualspeed"},
-    {"data", "batching", "precision", "memory"},
+    {"data", "batching", "precision", "memory", "folders"},
     {"loading", "loader", "images", "checkpoint", "callback", "digits"},
     {"records", "recipe", "record", "report", "merge"},
-    {"optimizer", "chat"},
+    {"optimizer", "chat", "runs"},
     {"conversations", "questions", "vqa", "features"},
     {"evaluate", "stage"},
     {"train", "look", "bench"},
@@ -110,6 +110,16 @@ def test_the_readmes_python_compiles(readme):
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_the_readmes_recipes_are_recipes(readme, tmp_path):
+    blocks = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "my.toml").write_text(block, encoding="utf-8")
+        made = recipe.read(str(tmp_path / "my.toml"))
+        assert (made.data.kind, made.model.quantise) == ("chat", "nf4")
+        assert made.stages()
 
 
 def test_links_inside_the_project_lead_somewhere(readme):

@@ -304,11 +304,11 @@ MISTAKES = [
     ("end with an answer", CHAT, lambda raw: raw[M].append(raw[M][3])),
     ("end with an answer", LLAVA, put(C, [LLAVA[C][0]])),
     ("0 places for 1", LLAVA, put(C, 1, "value", "What?")),
-    ("2 places for 1", LLAVA, put(C, 1, "value", "<image><image> What?")),
-    ("2 places for 1", LLAVA, put(C, 3, "value", "<image> What?")),
-    ("1 places for 0", LLAVA, drop("image")),
-    ("1 places for 2", LLAVA, put("image", ["a.jpg", "b.jpg"])),
-    ("1 places for 2", CHAT, put("images", ["a.jpg", "b.jpg"])),
+    ("2 places for 1 picture;", LLAVA, put(C, 1, "value", "<image><image> What?")),
+    ("2 places for 1 picture;", LLAVA, put(C, 3, "value", "<image> What?")),
+    ("1 place for 0 pictures", LLAVA, drop("image")),
+    ("1 place for 2 pictures", LLAVA, put("image", ["a.jpg", "b.jpg"])),
+    ("1 place for 2 pictures", CHAT, put("images", ["a.jpg", "b.jpg"])),
     ("0 places for 1", CHAT, drop(M, *PART)),
     ("0 places for 1", CHAT, put(M, *PART, "image", "b.jpg")),
     *((MARKER, raw, put(*path, "An <image>.")) for raw, path in [
@@ -600,7 +600,7 @@ def test_broken_json_is_located(folder, monkeypatch, content, number, byte, chun
 
 def test_what_follows_the_list_is_an_error(folder):
     (folder / "two.json").write_bytes(b"[1, 2]\n [3]")
-    assert "list of 2 records, which ends at byte 6" in refusal(Records, folder / "two.json")
+    assert "its list of 2 records, at byte 6" in refusal(Records, folder / "two.json")
 
 
 @pytest.mark.parametrize(

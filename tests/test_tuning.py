@@ -16,7 +16,7 @@ from album import album
 from safetensors.torch import load_file
 from test_train import Killed, die_before, unlike
 
-from tinyspeed import UserError, checkpoint, cli, evaluate, loader, optimizer, precision, recipe, train
+from tinyspeed import UserError, checkpoint, cli, conversations, evaluate, loader, optimizer, precision, recipe, train
 from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun
 
@@ -319,6 +319,14 @@ def test_an_official_evaluation_on_the_command_line(home, tmp_path, capsys, monk
     monkeypatch.setattr(ask, "answer", None)
     assert cli.main(command) == 0
     assert capsys.readouterr().out == out
+    monkeypatch.undo()
+    before = sorted(p.name for p in (home / "llava").iterdir())
+    monkeypatch.chdir(tmp_path / "mine")
+    assert cli.main(command[:-2]) == 0
+    here = f"{home.name}-llava-pope.jsonl"
+    assert f"predictions go to {here}" in capsys.readouterr().err
+    assert (tmp_path / "mine" / here).read_text().splitlines()[1:] == kept[1:]
+    assert sorted(p.name for p in (home / "llava").iterdir()) == before, "a model's folder is not ours to write to"
     assert cli.main(["eval", str(home / "llava"), "--task", "pop"]) == 2
     absent = ["eval", str(home / "llava"), "--task", "pop", "--questions", "x", "--images"]
     assert cli.main([*absent, str(tmp_path / "absent")]) == 2
@@ -361,6 +369,43 @@ def test_a_run_without_slow_steps_says_so(home, tmp_path, capsys):
     assert "none of the 2 steps sees whole pictures" in capsys.readouterr().err
     train.train(settings(home, tmp_path, "some", "dualspeed.slow=1.0", "train.steps=2"), bar=False)
     assert "whole pictures" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("run.device=cuda", "finds no CUDA device"),
+        ("data.max_rows=1000000", "data.max_rows = 1,000,000: the context of"),
+        ("run.name=other", "holds a run already"),
+        ("model.path=./absent", "no model folder"),
+    ],
+)
+def test_mistakes_of_the_recipe_are_found_before_records_are_looked_at(home, tmp_path, monkeypatch, change, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(conversations, "Conversations", None)  # whoever looks at a record now fails
+    (tmp_path / "other" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(UserError, match=re.escape(says)):
+        train.train(settings(home, tmp_path, "run", change), bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_never_began_leaves_nothing_and_stops_no_other(home, tmp_path):
+    records = json.loads((home / "train.json").read_text())
+    records[4]["image"] = "gone.jpg"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    bad = settings(home, tmp_path, "run", f"data.file={tmp_path}/bad.json", "train.steps=1")
+    with pytest.raises(UserError, match=r"gone\.jpg"):
+        train.train(bad, bar=False)
+    assert not bad.folder.exists()
+    bad.folder.mkdir()
+    (bad.folder / "recipe.toml").write_text("# mine")
+    with pytest.raises(UserError, match=r"gone\.jpg"):
+        train.train(bad, bar=False)
+    assert (bad.folder / "recipe.toml").exists(), "the folder was there before"
+    assert recipe.of_run(str(bad.folder)).train.lr == 0.01, "as a killed start leaves it"
+    other = settings(home, tmp_path, "run", "train.steps=1", "train.lr=0.02", "lora.rank=2")
+    assert train.train(other, bar=False).totals.steps == 1
+    assert recipe.of_run(str(bad.folder)) == other
 
 
 def test_bad_records_in_a_dry_run(home, tmp_path):

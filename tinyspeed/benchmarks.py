@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import images, vqa
-from .errors import UserError
+from .errors import UserError, counted
 from .questions import LETTERS, Question, known, read
 
 __all__ = ["Question", "read", "run", "score", "submission"]
@@ -57,9 +57,10 @@ def _check_complete(questions: list[Question], predictions: dict[str, str]) -> N
         raise UserError("there are no questions to score")
     ids = [question.id for question in questions]
     if missing := [id for id in ids if id not in predictions]:
-        raise UserError(f"{len(missing)} of {len(ids)} questions have no prediction, the first of them {missing[0]}")
+        lacks = f"{len(missing)} of {counted(len(ids), 'question')}"
+        raise UserError(f"no prediction to {lacks}, the first of them {missing[0]}")
     if strange := sorted(predictions.keys() - set(ids)):
-        raise UserError(f"{len(strange)} predictions are to other questions, such as {strange[0]}")
+        raise UserError(f"there are predictions to other questions, such as {strange[0]}")
 
 
 def _pope(questions: list[Question], predictions: dict[str, str]) -> Scores:
@@ -178,8 +179,8 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
         out.write_bytes(header)
         return {}
     if not held.startswith(header):
-        begins = held.split(b"\n")[0][:300].decode(errors="replace")
-        raise UserError(f"{out} is not of this evaluation, choose another file: {begins} is not {header.decode()}")
+        what = _other(held.split(b"\n")[0], json.loads(header))
+        raise UserError(f"{out} {what}: choose another file (--out)")
     whole = held[: held.rindex(b"\n") + 1]
     try:
         entries = [json.loads(line) for line in whole.split(b"\n")[1:-1]]
@@ -190,6 +191,24 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
         raise UserError(f"{out} is damaged, delete it to begin anew: its lines are not the questions in their order")
     os.truncate(out, len(whole))
     return dict(done)
+
+
+def _other(begins: bytes, wanted: dict) -> str:
+    """What a file that begins with this line has, in words, where it is not what is wanted."""
+    try:
+        held = json.loads(begins)
+        differ = [key for key in wanted if held[key] != wanted[key]]
+    except (ValueError, KeyError, TypeError):
+        differ = []
+    if not differ:
+        return "does not begin as predictions do"
+    said = {
+        "task": "answers {0[task]}, and not {1[task]}",
+        "model": "has the answers of {0[model]}, and not of {1[model]}",
+        "questions": "has another number of questions, {0[questions]} and not {1[questions]}",
+        "digest": "answers other questions, or the same with other words or pictures",
+    }
+    return said[differ[0]].format(held, wanted)
 
 
 def _line(entry: dict) -> bytes:

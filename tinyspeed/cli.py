@@ -1,4 +1,8 @@
-"""The command line: one program, `tinyspeed`. A mistake of the user's is one line and exit code 2."""
+"""The command line: one program, `tinyspeed`. A mistake of the user's is one line and exit code 2.
+
+torch takes a second to import, and transformers four. So nothing here imports either until the recipe, the paths and
+the arguments have been looked at: a slip of the pen costs no time.
+"""
 
 import argparse
 import json
@@ -9,8 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import __version__, pruning
-from .errors import UserError
+from . import __version__, folders
+from .errors import UserError, counted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--questions", metavar="PATH", help="the benchmark's own file, or folder of files")
     made.add_argument("--beside", metavar="PATH", help="textvqa: a file of OCR tokens; vqav2: the annotations")
     made.add_argument("--images", metavar="FOLDER", help="where its pictures are")
-    made.add_argument("--out", metavar="FILE", help="predictions, kept and gone on with (default: in the run's folder)")
+    made.add_argument("--out", metavar="FILE", help="predictions, to go on with (default: in the run, or here)")
 
     made = command("export", _export, "write a run's newest checkpoint as a plain Hugging Face folder")
     made.add_argument("run", metavar="RUN")
@@ -95,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
     made.add_argument("image")
-    made.add_argument("--plugin", action="append", choices=pruning.names(), help="repeat for several; default: all")
+    made.add_argument("--plugin", action="append", metavar="NAME", help="repeat for several; default: all")
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
     made.add_argument("--seed", type=int, default=0, help="for plugins that draw")
@@ -117,47 +121,62 @@ def _stopped(number: int | None, how_to_go_on: str = "saved; continue with --res
 
 
 def _demo(a) -> int:
-    from . import demo, recipe
+    from . import recipe
 
     chosen = recipe.read(a.recipe, a.set)
+    from . import demo
+
     return _stopped(demo.demo(demo.short(chosen) if a.short else chosen).stopped_by, "saved; the same command goes on")
 
 
 def _train(a) -> int:
-    from . import recipe, report
-    from .train import dry_run, train
+    from . import recipe
 
     chosen = recipe.read(a.recipe, a.set + ["data.skip_bad=true"] * a.skip_bad)
+    from . import runs
+
+    runs.check_sources(chosen)
     if a.dry_run:
         from . import estimate
+        from .train import dry_run
 
         print(estimate.compare_measured(estimate.estimate(chosen), dry_run(chosen)))
         return 0
+    runs.check(chosen, a.resume)
+    from . import report
+    from .train import train
+
     result = train(chosen, resume=a.resume)
     if result.totals.steps:
         report.draw_run(chosen.folder)
     if result.stopped_by is None:
         t = result.totals
         speedup = f", {result.speedup:.2f}x full" if result.speedup else ""
-        print(f"{t.steps} steps, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
+        print(f"{counted(t.steps, 'step')}, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
     return _stopped(result.stopped_by)
 
 
 def _estimate(a) -> int:
-    from . import estimate, recipe
+    from . import recipe
 
-    print(estimate.describe(estimate.estimate(recipe.read(a.recipe, a.set), a.gpu, a.tflops)))
+    chosen = recipe.read(a.recipe, a.set)
+    from . import estimate
+
+    print(estimate.describe(estimate.estimate(chosen, a.gpu, a.tflops)))
     return 0
 
 
 def _ask(a) -> int:
-    from . import ask, images
-    from .train import opened
+    from . import images
 
     *pictures, question = a.words
     if Path(question).is_file():
         raise UserError(f"{question} is a file, and the last word must be the question")
+    _check_model(a.model)
     pictures = [images.load(Path(picture), picture) for picture in pictures]
+    from . import ask
+    from .train import opened
+
     with opened(a.model) as (model, processor, _):
         ask.answer(
             model, processor, pictures, question, max_new_tokens=a.max_new_tokens, streamer=ask.to_stdout(processor)
@@ -166,9 +185,11 @@ def _ask(a) -> int:
 
 
 def _compare(a) -> int:
-    from . import compare, recipe
+    from . import recipe
 
     chosen = recipe.read(a.recipe, a.set)
+    from . import compare
+
     arms = [arm.strip() for arm in a.arms.split(",")] if a.arms else None
     stopped = compare.compare(chosen, a.seeds, arms)
     if stopped is None:
@@ -179,33 +200,37 @@ def _compare(a) -> int:
 
 
 def _eval(a) -> int:
-    from . import evaluate, report
     from .recipe import of_run
-    from .train import load_trained
 
     if a.task:
         return _benchmark(a)
     chosen = of_run(a.model)
     if chosen.data.kind != "digits":
         raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
+    from . import evaluate, report
+    from .train import load_trained
+
     full, pruned = evaluate.held_out(load_trained(chosen), chosen)
     print(report.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
     return 0
 
 
 def _benchmark(a) -> int:
-    from . import ask, benchmarks, report
-    from .checkpoint import write_atomically
-    from .train import opened
+    from . import questions as official
 
     if not (a.questions and a.images):
         raise UserError("--task needs --questions and --images")
     if not Path(a.images).is_dir():
         raise UserError(f"--images: there is no folder {a.images}")
-    questions = benchmarks.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
+    _check_model(a.model)
+    questions = official.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
+    out = Path(a.out) if a.out else _predictions(a.model, a.task)
+    print(f"predictions go to {out}", file=sys.stderr)
+    from . import ask, benchmarks, report
+    from .checkpoint import write_atomically
+    from .train import opened
+
     with opened(a.model) as (model, processor, name):
-        folder = Path(a.model) if Path(a.model).is_dir() else Path()
-        out = Path(a.out) if a.out else folder / f"{a.task}.jsonl"
 
         def asked(pictures, text: str) -> str:
             return ask.answer(model, processor, pictures, text)
@@ -223,13 +248,28 @@ def _benchmark(a) -> int:
     return 0
 
 
+def _check_model(path: str) -> None:
+    if not folders.is_run(path):
+        folders.model(path)
+
+
+def _predictions(model: str, task: str) -> Path:
+    """A run keeps its own. A model's folder is somebody's model, and nothing else belongs into it."""
+    if folders.is_run(model):
+        return Path(model) / f"{task}.jsonl"
+    whole = Path(model).expanduser().resolve()
+    return Path("-".join([*whole.relative_to(whole.anchor).parts[-2:], task]) + ".jsonl")
+
+
 def _export(a) -> int:
     from .recipe import of_run
-    from .train import export
 
     if Path(a.out).exists():
         raise UserError(f"{a.out} exists already; nothing was overwritten")
-    export(of_run(a.run), Path(a.out), adapter_only=a.adapter)
+    run = of_run(a.run)
+    from .train import export
+
+    export(run, Path(a.out), adapter_only=a.adapter)
     by = "peft.PeftModel.from_pretrained(base, ...)" if a.adapter else "transformers.AutoModelForImageTextToText"
     print(f"{a.out}: load it with {by}")
     return 0

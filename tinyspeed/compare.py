@@ -47,6 +47,8 @@ def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool
     for arm in arms:
         if arm not in ARMS:
             raise unknown("arm", arm, ARMS)
+    if recipe.data.kind != "digits":
+        raise UserError(f'compare asks about digits: data.kind = "{recipe.data.kind}" has no such questions')
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: compare at least one seed")
     folder = folder_of(recipe)

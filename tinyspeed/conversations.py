@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from . import images
+from . import folders, images
 from .chat import Chat
 from .data import Example
 from .errors import UserError
@@ -34,15 +34,13 @@ from .rows import IGNORE
 AT_ONCE = 64  # records a worker checks before it reports
 WORTH_WORKERS = 2000  # fewer records are checked before a worker has started
 ENOUGH = 100  # bad records after which nobody wants to wait for the rest
-LISTED = 5  # bad records named in the error
 
 
 class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
     def __init__(self, data: Data, processor, cache: Path, *, bar: bool = True):
-        if data.images and not Path(data.images).expanduser().is_dir():
-            raise UserError(f"data.images: there is no folder {data.images}")
+        folders.conversations(data.file, data.images)
         self.data, self.processor = data, processor
         self.records = Records(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
@@ -190,9 +188,8 @@ class _Parts(Dataset):
 def _listed(bad: list[str], file: str) -> str:
     if len(bad) == 1:
         return f"{bad[0]} (--skip-bad trains without such records)"
-    count = f"more than {ENOUGH}" if len(bad) > ENOUGH else str(len(bad))
-    lines = [f"{count} bad records in {file} (--skip-bad trains without them):", *bad[:LISTED]]
-    return "\n  ".join(lines + ["..."] * (len(bad) > LISTED))
+    count = f"the first {ENOUGH}" if len(bad) > ENOUGH else str(len(bad))
+    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:ENOUGH]])
 
 
 @contextmanager

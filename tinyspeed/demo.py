@@ -11,12 +11,15 @@ import numpy as np
 from PIL import Image
 
 from . import digits, evaluate, look, report
+from .errors import UserError
 from .recipe import Recipe
 from .train import Result, train
 
 
 def demo(recipe: Recipe) -> Result:
     """Train, or go on with an interrupted demo, or show a finished one again."""
+    if recipe.data.kind != "digits":
+        raise UserError("the demo is about digits: `tinyspeed train` is for pictures of your own")
     folder = recipe.folder
     result = train(recipe, resume=(folder / "recipe.toml").is_file())
     if result.stopped_by is not None:

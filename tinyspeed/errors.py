@@ -13,6 +13,11 @@ class UserError(ValueError):
     """Something the user can mend. The message says what, where and how."""
 
 
+def counted(count: int, thing: str) -> str:
+    """1 record, 2,000 records."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not in `known`, offering the nearest one that is."""
     known = sorted(known)

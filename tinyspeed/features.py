@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import images
-from .errors import UserError
+from .errors import UserError, counted
 from .precision import autocast
 from .vlm import Family
 
@@ -80,7 +80,7 @@ def fill(
     used = sum(stat.st_size for stat in held.values())
     oldest = sorted((file for file in held if file not in wanted), key=lambda file: -held[file].st_mtime)
     missing = {file: path for file, path in wanted.items() if file not in held}
-    for file, path in tqdm(missing.items(), desc="features", unit="picture", disable=not bar):
+    for file, path in tqdm(missing.items(), desc="features", unit="picture", disable=not (bar and missing)):
         batch = image_processor([images.load(path, str(path))], return_tensors="pt")
         sizes = batch.get("image_sizes")
         with autocast(precision, device):
@@ -95,7 +95,7 @@ def fill(
         used += len(content)
         if used > most:
             raise UserError(
-                f"the features of {len(wanted):,} pictures take more than {most / GB:.1f} GB: raise "
+                f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB: raise "
                 f"data.feature_cache_gb, or set it to 0 to train without them"
             )
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from . import folders
 from .errors import UserError, unknown
 from .precision import DTYPES
 from .vlm import FAMILIES, family
@@ -96,20 +97,15 @@ def _reason(error: Exception) -> str:
 
 def _where(path: str) -> str | Path:
     """The folder, or the hub id as it is; a folder that cannot be a model of ours is refused before it is read."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{path} is not a model folder: it has no config.json")
+    found = folders.model(path)
+    if isinstance(found, Path):
         try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+            kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
         if kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
-        return folder
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
-        raise UserError(f"there is no model folder {path}; give a folder, or a hub id such as llava-hf/llava-1.5-7b-hf")
-    return path
+    return found
 
 
 def config(path: str):

@@ -13,9 +13,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import pruning
 from .errors import UserError, unknown
-from .rows import LAYOUTS, POSITIONS
 from .scheduler import KINDS, Plan
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -146,10 +144,12 @@ class DualSpeed:
     layout: str = "auto"
 
     def __post_init__(self):
+        from . import pruning, rows  # here, for they import torch: other mistakes in a recipe are named without it
+
         _among("dualspeed.plugin", self.plugin, pruning.names())
         _among("dualspeed.schedule", self.schedule, KINDS)
-        _among("dualspeed.positions", self.positions, POSITIONS)
-        _among("dualspeed.layout", self.layout, LAYOUTS)
+        _among("dualspeed.positions", self.positions, rows.POSITIONS)
+        _among("dualspeed.layout", self.layout, rows.LAYOUTS)
         Plan("slow", keep=self.keep, distill=self.distill)  # refuses a bad share or weight
         _check(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
         _check(self.isolator >= 0, f"dualspeed.isolator = {self.isolator}: must not be negative")
@@ -280,7 +280,7 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 def from_tables(tables: dict, where: str) -> Recipe:
     sections = {f.name: f for f in dataclasses.fields(Recipe)}
-    made = {}
+    typed = {}
     for section, values in tables.items():
         if section not in sections:
             raise UserError(f"{where}: {unknown('section', section, sections)}")
@@ -296,8 +296,11 @@ def from_tables(tables: dict, where: str) -> Recipe:
                 values = {**values, key: float(value)}
             elif type(value) is not wanted:
                 raise UserError(f"{where}: {section}.{key} = {value!r} must be of type {wanted.__name__}")
+        typed[section] = values
+    made = {}
+    for section, values in sorted(typed.items(), key=lambda item: item[0] == "dualspeed"):  # last: it imports torch
         try:
-            made[section] = kind(**values)
+            made[section] = sections[section].type(**values)
         except UserError as error:
             raise UserError(f"{where}: [{section}] {error}") from error
     try:

@@ -27,7 +27,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from .errors import UserError, unknown
+from .errors import UserError, counted, unknown
 
 IMAGE = None  # the part of a turn where a picture stands; the other parts are text
 MARKER = "<image>"
@@ -88,7 +88,7 @@ def parse(raw: object, where: str) -> Record:
         if all(isinstance(part, str) and not part.strip() for part in parts):
             _refuse(where, f"turn {number} is empty; write its text, or delete the record")
     if pictures.count(IMAGE) != len(given):
-        places = f"{pictures.count(IMAGE)} places for {len(given)} pictures"
+        places = f"{counted(pictures.count(IMAGE), 'place')} for {counted(len(given), 'picture')}"
         _refuse(where, f"has {places}; write {MARKER} once for each, where it belongs in a question")
     rest = iter(given)
     return Record(
@@ -311,7 +311,7 @@ def _entries(file: BinaryIO, name: str) -> Iterator[tuple[int, int]]:
     file.seek(start)
     while block := file.read(CHUNK):
         if block.strip(_BLANK):
-            raise UserError(f"{name}: something follows the list of {number} records, which ends at byte {start}")
+            raise UserError(f"{name}: something follows its list of {counted(number, 'record')}, at byte {start}")
 
 
 def _bytes(text: str) -> int:

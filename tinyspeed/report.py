@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, counted
 
 DPI = 120
 # Okabe and Ito's colours, the pale ones darkened so that names can be written in them. With each goes a dash and a
@@ -108,7 +108,7 @@ def run_figure(steps: list[dict], name: str = "run"):
     loss.set_xlim(x[0] - 0.5, x[-1] + 0.5)
     stages = list(dict.fromkeys(step["stage"] for step in steps))
     modes = [mode for mode in MODES if any(step["mode"] == mode for step in steps)]
-    title = f"{name}: {len(steps):,} step{'s' * (len(steps) > 1)} in {timedelta(seconds=round(seconds[-1]))}"
+    title = f"{name}: {counted(len(steps), 'step')} in {timedelta(seconds=round(seconds[-1]))}"
     fig.suptitle(title, x=0.1, ha="left", weight="bold", parse_math=False)
 
     # Loss: pale single steps, and a smooth curve for each mode of each stage

@@ -2,7 +2,7 @@
 
 What a run does follows from (recipe, seed, step) alone, so one that is killed and resumes from a checkpoint ends with
 the same bits as one that was never killed (on a CPU, with the same number of threads). The first Ctrl-C or SIGTERM
-finishes the step and saves. Nothing of another run, or of anything else, is ever overwritten.
+finishes the step and saves.
 """
 
 import os
@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from . import checkpoint, conversations, digits, features, loading, merge, precision, record
+from . import checkpoint, conversations, digits, features, folders, loading, merge, precision, record, runs
 from .data import Source
 from .dualspeed import DualSpeed
-from .errors import UserError
-from .recipe import Recipe, differences, of_run, read
+from .errors import UserError, counted
+from .recipe import Recipe, of_run
 from .stage import StageRun, Totals, schedule_of
 
 ISOLATOR = "isolator.safetensors"  # in the run's folder, for `dualspeed.isolator_from`
@@ -42,9 +42,7 @@ class Result:
 def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
     """Run a recipe from the start, or from its newest checkpoint."""
     set_threads(recipe)
-    folder = _folder(recipe, resume)
-    with checkpoint.only_one(folder):
-        checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
+    with runs.claimed(recipe, resume) as folder:
         model, source = build(recipe)
         with _stop_requested() as stop:  # not before: while the base model is built there is nothing to save
             return _stages(recipe, folder, model, source, stop, bar)
@@ -92,31 +90,6 @@ def set_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.run.threads)
 
 
-def _folder(recipe: Recipe, resume: bool) -> Path:
-    """The run's folder, made or found."""
-    folder = recipe.folder
-    begun = checkpoint.newest(folder / "checkpoints") or _metrics(folder)
-    if resume and not folder.is_dir():
-        raise UserError(f"there is no run to resume in {folder}")
-    if begun and not resume:
-        raise UserError(f"{folder} holds a run already: --resume continues it, or choose another run.name")
-    if begun and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
-        raise UserError(
-            f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} differ. Resume "
-            f"with that one, or choose another run.name"
-        )
-    ours = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
-    if folder.is_dir() and any(folder.iterdir()) and not ours & {path.name for path in folder.iterdir()}:
-        raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _metrics(folder: Path) -> list[str]:
-    file = folder / "metrics.jsonl"
-    return file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-
-
 def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | None, checkpoint.Saved | None]:
     """The newest checkpoint, if there is one, and metrics that end where it does."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
@@ -125,11 +98,11 @@ def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | N
     saved, state = checkpoint.load(newest) if newest else (None, None)
     if state and state["threads"] != torch.get_num_threads():
         print(
-            f"the run used {state['threads']} threads and goes on with {torch.get_num_threads()}: "
+            f"the run used {counted(state['threads'], 'thread')} and goes on with {torch.get_num_threads()}: "
             f"its weights will be right, but not bit-identical to an uninterrupted run",
             file=sys.stderr,
         )
-    lines = _metrics(folder)[: state["totals"]["steps"] if state else 0]
+    lines = runs.metrics(folder)[: state["totals"]["steps"] if state else 0]
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines))
     record.write(folder / "record.json", device=device, seed=recipe.run.seed)
     return state, saved
@@ -138,10 +111,12 @@ def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | N
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     """The wrapped model and the training examples of a recipe."""
     source = None
+    runs.check_sources(recipe)
+    _place(recipe)
     if recipe.data.kind == "chat":  # first: its mistakes show before a large model is loaded
         source = _conversations(recipe)
     model = build_model(recipe)
-    if source is not None and recipe.data.feature_cache_gb:
+    if source is not None and recipe.data.feature_cache_gb and len(source.visual):
         _keep_features(recipe, model, source)
     if source is None:
         digits.check_model(model.model, base(recipe))
@@ -161,7 +136,10 @@ def _conversations(recipe: Recipe) -> conversations.Conversations:
         file = recipe.folder / "skipped.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(source.bad) + "\n", encoding="utf-8")
-        print(f"{len(source.bad):,} of {len(source.records):,} records left out, listed in {file}", file=sys.stderr)
+        print(
+            f"{len(source.bad):,} of {counted(len(source.records), 'record')} left out, listed in {file}",
+            file=sys.stderr,
+        )
     return source
 
 
@@ -175,8 +153,7 @@ def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conve
 
 def build_model(recipe: Recipe) -> DualSpeed:
     """The base model with what training adds to it: adapters and isolator."""
-    device = _device(recipe.run.device)
-    name = precision.choose(recipe.model.precision, device)
+    device, name = _place(recipe)
     plain = loading.load(base(recipe), name, quantise=recipe.model.quantise, device=device)
     if recipe.lora.rank:
         plain = loading.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed)
@@ -206,6 +183,12 @@ def base(recipe: Recipe) -> str:
     return str(digits.prepare(recipe.folder / "base", recipe.run.seed, **asdict(recipe.digits)))
 
 
+def _place(recipe: Recipe) -> tuple[torch.device, str]:
+    """Where the model runs, and in which precision."""
+    device = _device(recipe.run.device)
+    return device, precision.choose(recipe.model.precision, device)
+
+
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError('run.device = "cuda", but torch finds no CUDA device; use "auto" or "cpu"')
@@ -232,7 +215,7 @@ def _newest(recipe: Recipe) -> tuple[checkpoint.Saved, dict]:
 @contextmanager
 def opened(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, ProcessorMixin, str]]:
     """The model of a run, or of any folder or hub id, with its processor and a name for it, ready to answer."""
-    if (Path(path) / "recipe.toml").is_file():
+    if folders.is_run(path):
         recipe = of_run(path)
         made = load_trained(recipe)
         model, name, processor = made.model, recipe.model.precision, loading.load_processor(base(recipe))

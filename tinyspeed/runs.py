@@ -1,0 +1,74 @@
+"""The folder of a run: may it begin or go on there, by one process alone; and nothing is left of one that never began.
+
+    runs/NAME/   recipe.toml   checkpoints/   metrics.jsonl   ...
+
+Nothing of another run, or of anything else, is ever overwritten. What can be known before torch builds a model is
+known here, so that a mistake costs a second and not the time that a base model, or 200,000 records, take.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from . import checkpoint, folders
+from .errors import UserError
+from .recipe import Recipe, differences, read
+
+OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
+
+
+def check_sources(recipe: Recipe) -> None:
+    """That what the run is made from is there."""
+    if recipe.model.path:
+        folders.model(recipe.model.path)
+    if recipe.data.kind == "chat":
+        folders.conversations(recipe.data.file, recipe.data.images)
+
+
+def check(recipe: Recipe, resume: bool) -> None:
+    """That the run may begin, or go on, in its folder."""
+    folder = recipe.folder
+    begun = checkpoint.newest(folder / "checkpoints") or metrics(folder)
+    if resume and not folder.is_dir():
+        raise UserError(f"there is no run to resume in {folder}")
+    if begun and not resume:
+        raise UserError(f"{folder} holds a run already: --resume continues it, or choose another run.name")
+    if begun and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
+        raise UserError(
+            f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} differ. Resume "
+            f"with that one, or choose another run.name"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not OURS & {path.name for path in folder.iterdir()}:
+        raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
+
+
+def metrics(folder: Path) -> list[str]:
+    file = folder / "metrics.jsonl"
+    return file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+
+
+@contextmanager
+def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
+    """The run's folder, with its recipe in it, for this process alone."""
+    check(recipe, resume)
+    folder = recipe.folder
+    new = not folder.is_dir()
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with checkpoint.only_one(folder):
+        checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
+        try:
+            yield folder
+        except BaseException:
+            if new:
+                _leave(folder)
+            raise
+
+
+def _leave(folder: Path) -> None:
+    """Take the folder away again, unless something was made in it."""
+    if {path.name for path in folder.iterdir()} <= {"recipe.toml", "checkpoints", ".lock"}:
+        with suppress(OSError):  # a checkpoint, or another process: then it is a run
+            (folder / "checkpoints").rmdir()
+            for name in ("recipe.toml", ".lock"):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
