@@ -414,7 +414,7 @@ def test_bad_records_in_a_dry_run(home, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(records))
     changes = (f"data.file={tmp_path}/bad.json", "data.skip_bad=true", "train.steps=1")
     made = settings(home, tmp_path / "runs", "fresh", *changes)
-    assert {found["mode"] for found in train.dry_run(made)} == {"fast", "slow"}, "though the run has one step"
+    assert {found["mode"] for found in train.dry_run(made)[1]} == {"fast", "slow"}, "though the run has one step"
     assert [p.name for p in made.folder.iterdir()] == ["skipped.txt"]
     train.train(made, bar=False)
 

@@ -140,7 +140,8 @@ def _train(a) -> int:
         from . import estimate
         from .train import dry_run
 
-        print(estimate.compare_measured(estimate.estimate(chosen), dry_run(chosen)))
+        source, measured = dry_run(chosen)
+        print(estimate.compare_measured(estimate.estimate(chosen, source=source), measured))
         return 0
     runs.check(chosen, a.resume)
     from . import report

@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,12 +23,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from . import folders, images
+from . import folders, images, loading
 from .chat import Chat
 from .data import Example
 from .errors import UserError
 from .loader import at_most, quietly, watched
-from .recipe import Data
+from .recipe import Data, Recipe
 from .records import Record, Records
 from .rows import IGNORE
 
@@ -39,11 +40,21 @@ ENOUGH = 100  # bad records after which nobody wants to wait for the rest
 class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
-    def __init__(self, data: Data, processor, cache: Path, *, bar: bool = True):
+    def __init__(
+        self,
+        data: Data,
+        processor,
+        cache: Path,
+        *,
+        bar: bool = True,
+        mine: slice = slice(None),
+        gather=lambda mine: mine,
+    ):
         folders.conversations(data.file, data.images)
         self.data, self.processor = data, processor
         self.records = Records(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
+        self.mine, self.gather = mine, gather  # where several processes share the checking: a part, and all of them
         self.features = None  # a `features.Features` to read instead of decoding pictures
         self._measure_all(bar)
 
@@ -101,7 +112,7 @@ class Conversations:
 
     def _tokens(self, record: Record, image_rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
         ids, labels = self.chat.encode(record.turns, image_rows)
-        most = self.data.max_rows or len(ids)  # 0: whatever the model takes, which `train` has looked up
+        most = self.data.max_rows or len(ids)  # 0: whatever the model takes, which `of` has looked up
         if len(ids) > most:
             if self.data.too_long == "error":
                 raise UserError(
@@ -136,7 +147,7 @@ class Conversations:
 
     def _parts(self) -> Iterator[list]:
         count = len(self.records)
-        parts = [range(begin, min(begin + AT_ONCE, count)) for begin in range(0, count, AT_ONCE)]
+        parts = [range(begin, min(begin + AT_ONCE, count)) for begin in range(0, count, AT_ONCE)][self.mine]
         workers = at_most(self.data.workers)
         if workers == 0 or count < WORTH_WORKERS:
             return map(self._part, parts)
@@ -150,21 +161,24 @@ class Conversations:
     def _measure_all(self, bar: bool) -> None:
         count = len(self.records)
         good, texts, sizes, visual, starts, bad = [], [], [], [], [0], []
+        measures, wrong = [], 0
         with watched(), tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line:
             for part in self._parts():
-                for i, found in part:
-                    if isinstance(found, str):
-                        bad.append(found)
-                        continue
-                    text, rows, answers, checksum = found
-                    good.append(i)
-                    texts.append(checksum)
-                    sizes.append((text, answers))
-                    visual += rows
-                    starts.append(len(visual))
+                measures += part
+                wrong += sum(isinstance(found, str) for _, found in part)
                 line.update(len(part))
-                if len(bad) > ENOUGH and not self.data.skip_bad:
+                if wrong > ENOUGH and not self.data.skip_bad:
                     break
+        for i, found in sorted(self.gather(measures), key=lambda measure: measure[0]):
+            if isinstance(found, str):
+                bad.append(found)
+                continue
+            text, rows, answers, checksum = found
+            good.append(i)
+            texts.append(checksum)
+            sizes.append((text, answers))
+            visual += rows
+            starts.append(len(visual))
         if bad and not self.data.skip_bad:
             raise UserError(_listed(bad, self.data.file))
         if not good:
@@ -175,6 +189,15 @@ class Conversations:
         self.sizes = np.array(sizes, dtype=np.int32)
         self.visual = np.array(visual, dtype=np.int32)
         self.starts = np.array(starts, dtype=np.int64)
+
+
+def of(recipe: Recipe, model: str, **how) -> Conversations:
+    """The conversations that a recipe names, as this model reads them."""
+    data, context = recipe.data, loading.config(model).text_config.max_position_embeddings
+    if data.max_rows > context:
+        raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
+    data = replace(data, max_rows=data.max_rows or context)
+    return Conversations(data, loading.load_processor(model), Path(recipe.run.cache).expanduser(), **how)
 
 
 class _Parts(Dataset):

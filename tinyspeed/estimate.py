@@ -20,8 +20,8 @@ from statistics import fmean
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
-from . import digits, loading, memory, precision
-from .conversations import Conversations
+from . import conversations, digits, loading, memory, precision
+from .data import Source
 from .errors import UserError
 from .memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
 from .recipe import Recipe
@@ -130,8 +130,11 @@ class Estimate:
         return samples, samples * each["full"], samples * sum(share * each[mode] for mode, share in mix.items())
 
 
-def estimate(recipe: Recipe, gpu: float | None = None, tflops: float | None = None) -> Estimate:
-    """`gpu`: GiB of the GPU it shall fit; without it this machine's, if it has one. `tflops`: what that sustains."""
+def estimate(
+    recipe: Recipe, gpu: float | None = None, tflops: float | None = None, source: Source | None = None
+) -> Estimate:
+    """`gpu`: GiB of the GPU it shall fit; without it this machine's, if it has one. `tflops`: what that sustains.
+    `source`: the data, where it has been read already."""
     for name, value in (("--gpu", gpu), ("--tflops", tflops)):
         if value is not None and not 0 < value < inf:
             raise UserError(f"{name} {value:g}: must be above 0")
@@ -141,7 +144,7 @@ def estimate(recipe: Recipe, gpu: float | None = None, tflops: float | None = No
         name = precision.choose(recipe.model.precision, device)
         gpu = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
     shape = _shape(recipe)
-    case = Case(shape, *_lengths(recipe, shape), name, gpu)
+    case = Case(shape, *_lengths(recipe, shape, source), name, gpu)
     peak = max(mode.peak for mode in case.used(recipe).values())
     changes = _mend(case, recipe) if case.too_large(recipe) else {}
     budgets = {f"{name}.row_budget": stage.row_budget for name, stage in recipe.stages() if gpu and stage.row_budget}
@@ -165,14 +168,14 @@ def _shape(recipe: Recipe) -> Shape:
     return Shape(LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=text.tie_word_embeddings))
 
 
-def _lengths(recipe: Recipe, shape: Shape) -> tuple[list[Sample], int, str]:
+def _lengths(recipe: Recipe, shape: Shape, source: Source | None) -> tuple[list[Sample], int, str]:
     """Lengths of samples, how many make an epoch, and how that is known."""
     data, path = recipe.data, recipe.model.path
     if data.kind == "digits":
         source = digits.Digits(1_000_000, data.turns)
         return [source.lengths(0)], len(source), "the embedded digits"
     if path and Path(data.file).is_file():
-        source = Conversations(data, loading.load_processor(path), Path(recipe.run.cache).expanduser())
+        source = source or conversations.of(recipe, path)
         return [source.lengths(i) for i in range(len(source))], len(source), f"{len(source):,} samples of {data.file}"
     crops, side = min(shape.crops, 5), shape.pixels // shape.patch
     picture = crops * shape.patches + shape.newline * side * isqrt(crops - 1)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import UserError
 
@@ -41,9 +41,6 @@ class PromptIsolator(nn.Module):
     def __len__(self) -> int:
         return self.weight.shape[0]
 
-    def save(self, file: Path) -> None:
-        save_file({"isolator": self.weight.detach().cpu().contiguous()}, file)
-
     def load(self, file: Path) -> None:
         if not file.is_file():
             raise UserError(f"there is no {file}: was that run finished?")
@@ -52,3 +49,7 @@ class PromptIsolator(nn.Module):
             raise UserError(f"{file} holds {len(learned)} rows of {learned.shape[1]}, not {tuple(self.weight.shape)}")
         with torch.no_grad():
             self.weight.copy_(learned)
+
+
+def save(weight: Tensor, file: Path) -> None:
+    save_file({"isolator": weight.detach().cpu().contiguous()}, file)

@@ -116,6 +116,12 @@ def config(path: str):
         raise UserError(f"cannot load the configuration of {path}: {str(error).splitlines()[0]}") from error
 
 
+def skeleton(path: str, precision: str) -> nn.Module:
+    """The model without its weights, on `meta`."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config(path), dtype=DTYPES[precision])
+
+
 def load_processor(path: str):
     """The processor saved beside a model: tokeniser, image processor, chat template.
 

@@ -1,6 +1,6 @@
 """Recipes: a TOML file, read into frozen dataclasses; an unknown key is an error that names the nearest known one.
 
-    [run] [model] [lora] [data] [digits] [dualspeed] [align] [train]
+    [run] [model] [lora] [data] [digits] [dualspeed] [align] [train] [scale]
 
 `align` and `train` are LLaVA's two stages: first the projector alone, every step fast, then the LLM too, fast and slow.
 The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a value on the command line.
@@ -189,6 +189,23 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How `scale` spreads a run over processes; one process reads none of it."""
+
+    shard: int = 0  # ranks that share one copy of the model; 0 = all. 8: every node of 8 GPUs holds a copy (HSDP)
+    reshard: bool = True  # drop a layer's weights between forward and backward; false: less traffic, more memory
+    offload: bool = False  # keep each rank's slice in CPU memory
+    window: int = 1  # batches that are made together, of samples alike, so that ranks get equal work; 1 = at random
+    check_every: int = 50  # steps between comparisons of what the ranks are about to do
+    timeout: float = 600.0  # seconds without progress after which a rank says so and all stop
+
+    def __post_init__(self):
+        for name, least in (("shard", 0), ("window", 1), ("check_every", 1), ("timeout", 1)):
+            value = getattr(self, name)
+            _check(least <= value < math.inf, f"scale.{name} = {value}: must be at least {least}, and finite")
+
+
+@dataclass(frozen=True)
 class Recipe:
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
@@ -198,6 +215,7 @@ class Recipe:
     dualspeed: DualSpeed = field(default_factory=DualSpeed)
     align: Stage = field(default_factory=Stage)
     train: Stage = field(default_factory=Stage)
+    scale: Scale = field(default_factory=Scale)
 
     def __post_init__(self):
         some = self.train.steps or self.train.epochs or self.align.steps or self.align.epochs
@@ -316,6 +334,7 @@ FREE = {
     "data": ("workers", "feature_cache_gb"),
     "align": ("row_budget", "checkpointing"),
     "train": ("row_budget", "checkpointing"),
+    "scale": ("shard", "reshard", "offload", "check_every", "timeout"),
 }
 
 

@@ -11,14 +11,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from . import checkpoint, conversations, digits, features, folders, loading, merge, precision, record, runs
+from . import checkpoint, conversations, digits, features, folders, isolator, loading, merge, precision, record, runs
 from .data import Source
 from .dualspeed import DualSpeed
 from .errors import UserError, counted
@@ -44,12 +44,14 @@ def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
     set_threads(recipe)
     with runs.claimed(recipe, resume) as folder:
         model, source = build(recipe)
-        with _stop_requested() as stop:  # not before: while the base model is built there is nothing to save
+        with stop_requested() as stop:  # not before: while the base model is built there is nothing to save
             return _stages(recipe, folder, model, source, stop, bar)
 
 
 def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop: list[int], bar: bool) -> Result:
-    state, saved = _begin(recipe, folder, model.device)
+    newest = checkpoint.newest(folder / "checkpoints")
+    saved, state = checkpoint.load(newest) if newest else (None, None)
+    begin(recipe, folder, model.device, state)
     totals = Totals(**state["totals"]) if state else Totals()
     torch.manual_seed(recipe.run.seed)  # after building: dropout is the only thing that draws from here on
     for number, (name, stage) in enumerate(recipe.stages()):
@@ -62,14 +64,20 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
         run.go(folder, stop, bar)
         if run.stopped:
             return Result(model, totals, stop[0])
-    if not (folder / "model").is_dir():
-        model.isolator.save(folder / ISOLATOR)
-        export(recipe, folder / "model")
+    finish(recipe)
     return Result(model, totals)
 
 
-def dry_run(recipe: Recipe) -> list[dict]:
-    """One step of every mode of every stage, on the longest example: what it takes, before anything is trained.
+def finish(recipe: Recipe) -> None:
+    """What a run leaves when all its steps are done."""
+    if not (recipe.folder / "model").is_dir():
+        saved, _ = _newest(recipe)
+        isolator.save(saved["model/isolator.weight"], recipe.folder / ISOLATOR)
+        export(recipe, recipe.folder / "model")
+
+
+def dry_run(recipe: Recipe) -> tuple[Source, list[dict]]:
+    """The data, and one step of every mode of every stage on its longest example: what it takes, before training.
 
     Slow steps are rare and long: without this, a run that cannot fit ends after an hour instead of a minute.
     """
@@ -82,7 +90,7 @@ def dry_run(recipe: Recipe) -> list[dict]:
         plans = {plan.mode: plan for plan in map(model.schedule.plan, range(10_000))}
         for plan in plans.values():
             found.append({"stage": name, "mode": plan.mode, **run.rehearse(plan)})
-    return found
+    return source, found
 
 
 def set_threads(recipe: Recipe) -> None:
@@ -90,12 +98,10 @@ def set_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.run.threads)
 
 
-def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | None, checkpoint.Saved | None]:
-    """The newest checkpoint, if there is one, and metrics that end where it does."""
+def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None) -> None:
+    """The run's log, cut off where the newest checkpoint, whose state this is, was written."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"ignoring {half}: it was being written when the run was killed", file=sys.stderr)
-    newest = checkpoint.newest(folder / "checkpoints")
-    saved, state = checkpoint.load(newest) if newest else (None, None)
     if state and state["threads"] != torch.get_num_threads():
         print(
             f"the run used {counted(state['threads'], 'thread')} and goes on with {torch.get_num_threads()}: "
@@ -105,7 +111,6 @@ def _begin(recipe: Recipe, folder: Path, device: torch.device) -> tuple[dict | N
     lines = runs.metrics(folder)[: state["totals"]["steps"] if state else 0]
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines))
     record.write(folder / "record.json", device=device, seed=recipe.run.seed)
-    return state, saved
 
 
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
@@ -126,21 +131,18 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
 
 
 def _conversations(recipe: Recipe) -> conversations.Conversations:
-    path, data = base(recipe), recipe.data
-    context = loading.config(path).text_config.max_position_embeddings
-    if data.max_rows > context:
-        raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {path} ends at {context:,}")
-    data = replace(data, max_rows=data.max_rows or context)
-    source = conversations.Conversations(data, loading.load_processor(path), Path(recipe.run.cache).expanduser())
+    source = conversations.of(recipe, base(recipe))
+    list_skipped(recipe, source)
+    return source
+
+
+def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
     if source.bad:
         file = recipe.folder / "skipped.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(source.bad) + "\n", encoding="utf-8")
-        print(
-            f"{len(source.bad):,} of {counted(len(source.records), 'record')} left out, listed in {file}",
-            file=sys.stderr,
-        )
-    return source
+        count = f"{len(source.bad):,} of {counted(len(source.records), 'record')}"
+        print(f"{count} left out, listed in {file}", file=sys.stderr)
 
 
 def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations) -> None:
@@ -152,9 +154,14 @@ def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conve
 
 
 def build_model(recipe: Recipe) -> DualSpeed:
-    """The base model with what training adds to it: adapters and isolator."""
+    """The base model with adapters and isolator."""
     device, name = _place(recipe)
     plain = loading.load(base(recipe), name, quantise=recipe.model.quantise, device=device)
+    return wrap(recipe, plain)
+
+
+def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
+    """A loaded model with what training adds to it."""
     if recipe.lora.rank:
         plain = loading.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed)
     settings = recipe.dualspeed
@@ -259,7 +266,7 @@ def _share(folder: Path) -> None:
 
 
 @contextmanager
-def _stop_requested() -> Iterator[list[int]]:
+def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM puts its number into; a second one ends the process as usual."""
     stop: list[int] = []
     before = {}
@@ -267,7 +274,10 @@ def _stop_requested() -> Iterator[list[int]]:
     def ask(number, frame):
         stop.append(number)
         # Not print: the signal may have come in the middle of another write to the same stream.
-        os.write(2, f"\n{signal.Signals(number).name}: this step, then saving; once more to quit at once\n".encode())
+        if not quiet:
+            os.write(
+                2, f"\n{signal.Signals(number).name}: this step, then saving; once more to quit at once\n".encode()
+            )
         signal.signal(number, before[number])
 
     try:
