@@ -4,8 +4,8 @@
 
     compute   FLOPs of the rank that has most, forward by forward (dealt by `dealing.py`), / (peak x SUSTAINED)
     network   bytes that a rank receives / bandwidth + hops x HOP
-    step      max(compute, network) + what cannot hide: the first gather and the last reduction of each micro-batch,
-              and, with replicas, the all-reduce
+    step      max(compute + ends, network) + between: nothing is computed beside the first gather and the last reduction
+              of a micro-batch, nor beside the all-reduce between replicas
 
 FLOPs and activations are `tinyspeed.estimate`'s and `tinyspeed.memory`'s, bandwidths those of `fleet.py`; lengths are
 the recipe's data where it is there, else LLaVA's mix (`lengths.py`). Of s shards a micro-batch gathers (s - 1) / s of
@@ -168,8 +168,17 @@ class ModeCost:
     sent: float  # bytes that a GPU receives in a step
     compute: float  # seconds
     network: float
-    step: float
+    ends: float  # of the network: what nothing can be computed beside
+    between: float  # replicas
     waiting: float  # most / mean, of the arithmetic
+
+    @property
+    def by_network(self) -> bool:
+        return self.network > self.compute + self.ends
+
+    @property
+    def step(self) -> float:
+        return max(self.compute + self.ends, self.network) + self.between
 
 
 @dataclass(frozen=True)
@@ -217,22 +226,18 @@ def _mode(job: Job, layout: Layout, mode: str) -> ModeCost:
     most, mean = job.flops(mode, layout.gpus, again)
     steps = job.dealt(mode, layout.gpus)
     forwards = float(np.mean([len(step[0]) for step in steps]))
-    compute = most / (layout.gpu.tflops * 1e12 * SUSTAINED)
-
     size, turns = model.micro_batch(mode)
-    network = forwards * layout.seconds(size, turns)
     trained = 4 * (model.shape.layers * model.trained[0] + model.trained[1]) / layout.shards
-    between = layout.all_reduce(trained, model.shape.layers + 1)
-    ends = forwards * layout.seconds(model.root + model.layer + 4 * max(model.trained), 3)
     ring, rings = (layout.shards - 1) / layout.shards, 2 * (layout.replicas - 1) / layout.replicas
     return ModeCost(
         forwards=forwards,
         recompute=again,
         peak=peaks[again],
         sent=forwards * ring * size + rings * trained,
-        compute=compute,
-        network=network + between,
-        step=max(compute, network) + ends + between,
+        compute=most / (layout.gpu.tflops * 1e12 * SUSTAINED),
+        network=forwards * layout.seconds(size, turns),
+        ends=forwards * layout.seconds(model.root + model.layer + 4 * max(model.trained), 3),
+        between=layout.all_reduce(trained, model.shape.layers + 1),
         waiting=most / mean,
     )
 
@@ -282,7 +287,7 @@ def describe(found: list[Cost], gpu: str) -> str:
         for c in costs:
             every = c.modes.values()
             again = ", ".join(name for name, m in c.modes.items() if m.recompute) or "no"
-            network = ", ".join(name for name, m in c.modes.items() if m.network > m.compute)
+            network = ", ".join(name for name, m in c.modes.items() if m.by_network)
             bound = f"network ({network})" if network else "compute"
             row = [f"{c.layout.gpus:,}", str(c.layout), f"{c.peak / GIB:.1f}{'' if c.fits else ' !'}"]
             row += [f"{m.step:.3g}" for m in every] + [f"{m.sent / 1e9:,.0f}" for m in every]
@@ -341,7 +346,7 @@ def as_json(found: list[Cost]) -> list[dict]:
         {
             "stage": c.job.stage, "gpus": c.layout.gpus, "sharding": str(c.layout), "steps": c.job.steps,
             "peak_bytes": c.peak, "fits": c.fits, "waiting": c.waiting, "hours": c.hours, "full_hours": c.full_hours,
-            "shares": c.job.shares, "modes": {name: asdict(mode) for name, mode in c.modes.items()},
+            "shares": c.job.shares, "modes": {name: asdict(m) | {"step": m.step} for name, m in c.modes.items()},
         }
         for c in found
     ]  # fmt: skip

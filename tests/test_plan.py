@@ -145,7 +145,9 @@ def test_a_step_is_never_shorter_than_its_parts(recipe, gpus):
         )
         assert cost.full_hours > cost.hours
         for found in cost.modes.values():
-            assert found.step > max(found.compute, found.network) * (1 - 1e-12)
+            assert found.step >= max(found.compute + found.ends, found.network)
+            assert found.ends < found.network
+            assert (found.between > 0) == (layout.replicas > 1)
             assert found.waiting >= 1
         assert cost.modes["fast"].compute < cost.modes["full"].compute < cost.modes["slow"].compute
         assert cost.modes["slow"].network / cost.modes["slow"].forwards > (
