@@ -1,4 +1,4 @@
-"""scale: the same `tinyspeed.DualSpeed`, sharded from outside under torchrun and FSDP2. Nothing is here yet.
+"""scale: the same `tinyspeed.DualSpeed`, sharded from outside under torchrun and FSDP2.
 
 The core never imports this package.
 """

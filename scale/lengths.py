@@ -4,7 +4,7 @@ llava_v1_5_mix665k is ten sets. How many samples each has, how many questions a 
 cut and not split, is public (the appendix of LLaVA-1.5, arXiv 2310.03744, and the sets' own counts):
 
     VQAv2     443,757 questions on 82,783 pictures, 5.4 a conversation; GQA 943,000 on 72,140, 13.1
-    VG        10 regions a picture, RefCOCO fewer than 10; A-OKVQA a question once for each of its choices
+    VG        up to 10 regions a picture, RefCOCO fewer; A-OKVQA a question once for each of its choices
     ShareGPT  no pictures, cut at 2,048 tokens
 
 How many tokens a turn takes is not; those here are estimates (a short question and answer with its roles about 20, a
@@ -59,15 +59,13 @@ VISUAL = {
 
 def mix(n: int, seed: int, family: str = "1.5", longest: int = 2048) -> list[Sample]:
     """`n` samples as they come in a shuffled epoch: text rows, visual rows of each picture, tokens to learn."""
-    if family not in VISUAL:
-        raise unknown("family", family, VISUAL)
     draw = np.random.default_rng([seed, 665])
     kinds = draw.choice(len(MIX), size=n, p=[part.samples / SAMPLES for part in MIX])
     turns = np.array([part.turns for part in MIX])[kinds]
     turns = np.where(turns > 1, 1 + draw.poisson(np.maximum(turns - 1, 0)), 1)
     spread, tokens = (np.array([getattr(part, name) for part in MIX])[kinds] for name in ("spread", "tokens"))
     text = SYSTEM + turns * tokens * np.exp(spread * draw.standard_normal(n))
-    visual = draw.choice(list(VISUAL[family]), size=n, p=list(VISUAL[family].values()))
+    visual = _visual(draw, n, family)
     found: list[Sample] = []
     for kind, rows, picture in zip(kinds, text.round().astype(int), visual, strict=True):
         part = MIX[kind]
@@ -75,3 +73,20 @@ def mix(n: int, seed: int, family: str = "1.5", longest: int = 2048) -> list[Sam
         rows = int(min(rows, longest - sum(images)))
         found.append((rows, images, max(1, int((rows - SYSTEM) * part.learned))))
     return found
+
+
+CAPTIONS = 558_128  # LLaVA's alignment set: a picture and a web caption of some 15 words, and nothing else
+
+
+def captions(n: int, seed: int, family: str = "1.5") -> list[Sample]:
+    """The same of the alignment stage, which has neither a template nor a system message."""
+    draw = np.random.default_rng([seed, 558])
+    words = np.maximum(4, 22 * np.exp(0.4 * draw.standard_normal(n))).round().astype(int)
+    visual = _visual(draw, n, family)
+    return [(int(rows) + 1, [int(picture)], int(rows)) for rows, picture in zip(words, visual, strict=True)]
+
+
+def _visual(draw: np.random.Generator, n: int, family: str) -> np.ndarray:
+    if family not in VISUAL:
+        raise unknown("family", family, VISUAL)
+    return draw.choice(list(VISUAL[family]), size=n, p=list(VISUAL[family].values()))

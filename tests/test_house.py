@@ -27,7 +27,8 @@ FLOORS = [
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those
-    {"dealing", "lengths"},
+    {"dealing", "lengths", "fleet"},
+    {"simulate", "plan", "measure"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SCALE_FLOOR = {name: floor for floor, names in enumerate(SCALE_FLOORS) for name in names}

@@ -11,7 +11,7 @@ then `skip_bad` names it and learns nothing of its record.
 
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache

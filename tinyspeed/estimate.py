@@ -143,8 +143,8 @@ def estimate(
         device = torch.device("cuda" if torch.cuda.is_available() and recipe.run.device != "cpu" else "cpu")
         name = precision.choose(recipe.model.precision, device)
         gpu = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
-    shape = _shape(recipe)
-    case = Case(shape, *_lengths(recipe, shape, source), name, gpu)
+    shape = shape_of(recipe)
+    case = Case(shape, *lengths_of(recipe, shape, source), name, gpu)
     peak = max(mode.peak for mode in case.used(recipe).values())
     changes = _mend(case, recipe) if case.too_large(recipe) else {}
     budgets = {f"{name}.row_budget": stage.row_budget for name, stage in recipe.stages() if gpu and stage.row_budget}
@@ -152,7 +152,7 @@ def estimate(
     return Estimate(recipe, case, tflops or TFLOPS, peak, changes, room)
 
 
-def _shape(recipe: Recipe) -> Shape:
+def shape_of(recipe: Recipe) -> Shape:
     """From a configuration; a model from parts, and the embedded default's, are put together as they will be."""
     model = recipe.model
     if model.path:
@@ -168,7 +168,7 @@ def _shape(recipe: Recipe) -> Shape:
     return Shape(LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=text.tie_word_embeddings))
 
 
-def _lengths(recipe: Recipe, shape: Shape, source: Source | None) -> tuple[list[Sample], int, str]:
+def lengths_of(recipe: Recipe, shape: Shape, source: Source | None = None) -> tuple[list[Sample], int, str]:
     """Lengths of samples, how many make an epoch, and how that is known."""
     data, path = recipe.data, recipe.model.path
     if data.kind == "digits":
