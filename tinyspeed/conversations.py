@@ -48,7 +48,7 @@ class Conversations:
         *,
         bar: bool = True,
         mine: slice = slice(None),
-        gather=lambda mine: mine,
+        gather: Callable[[list], list] = list,
     ):
         folders.conversations(data.file, data.images)
         self.data, self.processor = data, processor
