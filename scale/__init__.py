@@ -1,4 +1,4 @@
-"""scale: the same `tinyspeed.DualSpeed`, sharded from outside under torchrun and FSDP2.
+"""scale: the same `tinyspeed.DualSpeed` on many GPUs. The dealing and the planner are here; the sharding is not yet.
 
 The core never imports this package.
 """
