@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinyspeed import UserError, loader
+from tinyspeed import UserError, conversations, loader
 from tinyspeed.conversations import Conversations
 from tinyspeed.data import collate
 from tinyspeed.recipe import Data
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def source(folder, family="llava", **how) -> Conversations:
+def source(folder, family="llava", shared=None, **how) -> Conversations:
     how = {
         "kind": "chat",
         "file": str(folder / "train.json"),
@@ -38,7 +38,7 @@ def source(folder, family="llava", **how) -> Conversations:
         "max_rows": 512,
         **how,
     }
-    return Conversations(Data(**how), tiny.processor(family), folder / "cache", bar=False)
+    return Conversations(Data(**how), tiny.processor(family), folder / "cache", bar=False, **(shared or {}))
 
 
 def rewrite(folder, tmp_path, change):
@@ -291,3 +291,25 @@ def test_whatever_a_record_says_it_trains_right_or_is_refused(data, tmp_path_fac
     learned = made.chat.tokenizer.decode(example.labels[example.labels != IGNORE])
     assert learned == "".join(f" {text.strip()}</s>" for text in says[1::2])
     assert int((example.input_ids == tiny.IMAGE).sum()) == 9 * count
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_several_processes_share_the_checking(folder, monkeypatch, ranks):
+    """Each checks its parts, and what all have found is what one finds alone."""
+    monkeypatch.setattr(conversations, "AT_ONCE", 3)
+    alone, found = source(folder), []
+    for rank in range(ranks):
+        with pytest.raises(LookupError, match="mine"):
+            source(
+                folder, shared={"mine": slice(rank, None, ranks), "gather": lambda mine: found.append(mine) or _stop()}
+            )
+    assert [len(part) > 0 for part in found] == [True] * ranks
+    every = [measure for part in found for measure in part]
+    assert len(every) == len(alone.records)
+    together = source(folder, shared={"mine": slice(0, None, ranks), "gather": lambda mine: every})
+    assert together.fingerprint == alone.fingerprint
+    assert [together.lengths(i) for i in range(len(alone))] == [alone.lengths(i) for i in range(len(alone))]
+
+
+def _stop():
+    raise LookupError("mine is all that is wanted")

@@ -54,9 +54,9 @@ class Conversations:
         self.data, self.processor = data, processor
         self.records = Records(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
-        self.mine, self.gather = mine, gather  # where several processes share the checking: a part, and all of them
+        self.mine = mine  # of the parts, where several processes share the checking
         self.features = None  # a `features.Features` to read instead of decoding pictures
-        self._measure_all(bar)
+        self._measure_all(gather, bar)
 
     def __len__(self) -> int:
         return len(self.good)
@@ -158,7 +158,7 @@ class Conversations:
             )
         )  # fmt: skip
 
-    def _measure_all(self, bar: bool) -> None:
+    def _measure_all(self, gather: Callable[[list], list], bar: bool) -> None:
         count = len(self.records)
         good, texts, sizes, visual, starts, bad = [], [], [], [], [0], []
         measures, wrong = [], 0
@@ -169,7 +169,7 @@ class Conversations:
                 line.update(len(part))
                 if wrong > ENOUGH and not self.data.skip_bad:
                     break
-        for i, found in sorted(self.gather(measures), key=lambda measure: measure[0]):
+        for i, found in sorted(gather(measures), key=lambda measure: measure[0]):
             if isinstance(found, str):
                 bad.append(found)
                 continue
