@@ -4,6 +4,7 @@ import functools
 import os
 
 import pytest
+import real
 import tiny
 import torch
 from album import album
@@ -52,3 +53,12 @@ def home(tmp_path_factory):
     for family in tiny.FAMILIES:
         tiny.checkpoint(family, home / family)
     return home
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders with the configurations of real models, and no weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, config in real.REAL.items():
+        config().save_pretrained(folder / name)
+    return folder

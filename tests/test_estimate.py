@@ -4,12 +4,14 @@ import dataclasses
 import re
 
 import pytest
+import real
 import tiny
 import torch
 from album import album
 from hypothesis import given
 from hypothesis import strategies as st
-from test_memory import ANSWERS, REAL, TEXT, batch_of, clip, llama, small
+from real import REAL, clip, llama
+from test_memory import ANSWERS, TEXT, batch_of, small
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -21,15 +23,6 @@ from tinyspeed.scheduler import Plan
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders with the configurations of real models, and no weights."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, config in REAL.items():
-        config().save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def recipe(models):
     """`recipe("1.5-7b", train_batch=8, ...)`: QLoRA of rank 16 unless something else is said."""
 
@@ -37,13 +30,9 @@ def recipe(models):
         tables = {
             "model": {"path": str(models / name), "quantise": "nf4"},
             "lora": {"rank": 16},
-            "data": {"kind": "chat", "file": "not-here.json"},
             "train": {"epochs": 1.0, "batch": 32, "row_budget": 2048},
         }
-        for key, value in changes.items():
-            section, _, field = key.partition("_")
-            tables.setdefault(section, {})[field] = value
-        return from_tables(tables, "the test")
+        return real.recipe(tables, **changes)
 
     return made
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_memory import REAL
+from real import REAL
 from transformers import AutoModelForImageTextToText
 
 from scale import fleet, lengths, measure, plan, simulate
@@ -23,34 +24,20 @@ from scale.plan import Model, jobs
 from tinyspeed import UserError, loading, memory
 from tinyspeed.estimate import flops
 from tinyspeed.memory import Settings, Shape
-from tinyspeed.recipe import Recipe, from_tables
 
 README = (Path(__file__).parents[1] / "scale" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Folders with the configurations of real models, and no weights."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, config in REAL.items():
-        config().save_pretrained(folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def recipe(models):
     """`recipe("1.5-7b", train_batch=64, ...)`: LLaVA's own tuning of all weights, in micro-batches, unless said."""
 
-    def made(name="1.5-7b", **changes) -> Recipe:
+    def made(name="1.5-7b", **changes):
         tables = {
             "model": {"path": str(models / name)},
-            "data": {"kind": "chat", "file": "not-here.json"},
             "train": {"epochs": 1.0, "batch": 128, "row_budget": 16384},
         }
-        for key, value in changes.items():
-            section, _, field = key.partition("_")
-            tables.setdefault(section, {})[field] = value
-        return from_tables(tables, "the test")
+        return real.recipe(tables, **changes)
 
     return made
 
