@@ -1,4 +1,1 @@
-"""scale: the same `tinyspeed.DualSpeed` on many GPUs. The dealing and the planner are here; the sharding is not yet.
-
-The core never imports this package.
-"""
+"""scale: the same `tinyspeed.DualSpeed` on many GPUs. The core never imports this package."""

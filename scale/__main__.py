@@ -1,11 +1,56 @@
-"""The command line of scale: `python -m scale plan RECIPE.toml --gpus 8,64,512 --gpu h100`."""
+"""The command line of scale.
 
+torchrun --nproc-per-node 8 -m scale RECIPE.toml [--set section.key=value ...]     train; goes on by itself
+python -m scale plan RECIPE.toml --gpus 8,64,512 --gpu h100                        what it costs, beforehand
+"""
+
+import argparse
+import os
+import signal
 import sys
+import traceback
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["plan"]:
+        from .plan import main as plan
+
+        return plan(argv[1:])
+    parser = _Parser(prog="python -m scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
+    a = parser.parse_args(argv)
+
+    from tinyspeed import UserError, cli, recipe
+
+    cli.quiet()
+    from . import run, world
+
+    with world.join() as here:
+        try:
+            stopped = run.train(recipe.read(a.recipe, a.set), here)
+        except (UserError, OSError) as error:
+            here.leave(world.MISTAKE, f"tinyspeed: {cli.said(error)}")
+        except Exception as error:
+            if world.lost(error):
+                here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
+            here.leave(world.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
+        except KeyboardInterrupt:  # the second one, or before the first step
+            os._exit(130)
+        if stopped is not None and here.leads:
+            print("saved; the same command goes on", file=sys.stderr)
+    return 143 if stopped == signal.SIGTERM else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Every rank reads the same arguments, and one complaint about them is enough."""
+
+    def error(self, message: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            super().error(message)
+        self.exit(2)
+
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["plan"]:
-        print("usage: python -m scale plan RECIPE.toml [--gpus 8,64,512] [--gpu h100]", file=sys.stderr)
-        sys.exit(2)
-    from .plan import main
-
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(main())

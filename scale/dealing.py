@@ -42,8 +42,8 @@ def deal(rows: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
         forwards = needed
         hands = _hands(rows, ranks, min(forwards, len(rows) // ranks))
         parts = [[[hand[i] for i in part] for part in cut([rows[s] for s in hand], budget)] for hand in hands]
-        needed = max(forwards, *map(len, parts))
-    return [_split(part, rows, forwards) for part in parts]
+        needed = max(map(len, parts))
+    return [_split(part, rows, needed) for part in parts]
 
 
 def _hands(rows: list[int], ranks: int, least: int) -> list[list[int]]:

@@ -28,62 +28,22 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyspeed import estimate, memory, recipe, report
+from tinyspeed import estimate, recipe, report
 from tinyspeed.batching import plan_rows
 from tinyspeed.checkpoint import write_atomically
 from tinyspeed.errors import UserError
 from tinyspeed.estimate import Sample
-from tinyspeed.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
+from tinyspeed.memory import GIB, RESERVE, MicroBatch, Settings, Step
 from tinyspeed.recipe import Recipe
 from tinyspeed.scheduler import Plan
 
 from . import fleet, lengths
 from .dealing import WINDOW, Alike, deal
 from .fleet import Layout
+from .model import Model
 
 SUSTAINED = 0.4  # share of a GPU's peak that training sustains
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Model:
-    """What of a model is gathered, and what of it trains: bytes and numbers."""
-
-    shape: Shape
-    s: Settings
-
-    @cached_property
-    def layer(self) -> int:
-        """Bytes of a gathered layer."""
-        shape = self.shape
-        linears = [memory.nf4(a * b) if self.s.quantise == "nf4" else 2 * a * b for a, b in shape.linears]
-        return sum(linears) + 2 * (sum(a * b for a, b in shape.adapters(self.s.rank)) + 2 * shape.hidden)
-
-    @cached_property
-    def root(self) -> int:
-        parts = self.shape.parameters
-        return 2 * (sum(parts[name] for name in ("embeddings", "head", "projector", "newline")) + self.shape.hidden)
-
-    @cached_property
-    def trained(self) -> tuple[int, int]:
-        """Numbers that train in a layer, and in the root."""
-        matrices = self.shape.adapters(self.s.rank) or self.shape.linears
-        layer = sum(a * b for a, b in matrices) * (self.s.stage == "train")
-        return layer, memory.fixed(self.shape, self.s).trainable - self.shape.layers * layer
-
-    def held(self, layout: Layout) -> int:
-        """Bytes on a GPU beside activations."""
-        fixed, tower = memory.fixed(self.shape, self.s), self.s.width * self.shape.parameters["tower"]
-        if layout.shards == 1:
-            return fixed.total
-        reducing = (2 + 4) * max(self.trained)  # a gradient, and its copy in fp32
-        return (fixed.total - tower) // layout.shards + tower + 2 * self.layer + self.root + reducing
-
-    def micro_batch(self, mode: str) -> tuple[float, int]:
-        """Bytes that a micro-batch gathers and reduces, and in how many turns."""
-        layers, gathers = self.shape.layers, 3 if mode == "slow" else 2
-        size = gathers * layers * self.layer + self.root + 4 * (layers * self.trained[0] + self.trained[1])
-        return size, gathers * layers + 1 + layers * (self.trained[0] > 0) + 1
 
 
 class Sharded(Step):
@@ -218,7 +178,7 @@ def cost(job: Job, layout: Layout) -> Cost:
 
 def _mode(job: Job, layout: Layout, mode: str) -> ModeCost:
     model, stage = job.model, getattr(job.recipe, job.stage)
-    held, batch = model.held(layout), job.largest(mode, layout.gpus)
+    held, batch = model.held(layout.shards), job.largest(mode, layout.gpus)
     alive = Step if layout.shards == 1 else Sharded
     peaks = {again: held + alive(model.shape, model.s, batch, again).peak for again in (False, True)}
     fits = peaks[False] <= layout.gpu.gib * GIB - RESERVE

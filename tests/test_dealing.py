@@ -36,6 +36,7 @@ def test_all_ranks_run_as_many_forwards_and_none_is_empty_without_need(rows, ran
     assert forwards >= 1
     if len(rows) >= ranks * forwards:
         assert all(part for parts in dealt for part in parts)
+    assert all(any(turn) for turn in zip(*dealt, strict=True)), "no forward that all ranks run for nothing"
 
 
 @given(rows=rows_lists, ranks=ranks, budget=st.integers(1, 20_000))

@@ -17,9 +17,9 @@ FLOORS = [
     {"vlm"},
     {"dualspeed"},
     {"data", "batching", "precision", "memory", "folders"},
-    {"loading", "loader", "images", "checkpoint", "callback", "digits"},
+    {"loading", "loader", "images", "checkpoint", "callback"},
     {"records", "recipe", "record", "report", "merge"},
-    {"optimizer", "chat", "runs"},
+    {"optimizer", "chat", "runs", "digits"},
     {"conversations", "questions", "vqa", "features"},
     {"evaluate", "stage"},
     {"train", "look", "bench"},
@@ -27,8 +27,9 @@ FLOORS = [
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those
-    {"dealing", "lengths", "fleet"},
-    {"simulate", "plan", "measure"},
+    {"dealing", "lengths", "fleet", "model", "world"},
+    {"simulate", "plan", "measure", "shard", "stage"},
+    {"run"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 SCALE_FLOOR = {name: floor for floor, names in enumerate(SCALE_FLOORS) for name in names}

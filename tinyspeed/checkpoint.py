@@ -59,7 +59,7 @@ def write(
 ) -> dict[str, list[int]]:
     """One process's file. `rows`: of tensors that are not whole, the first row and how many there are in all files.
     Returns the file's name with its fingerprint."""
-    path = temporary / TENSORS.replace("tensors", f"tensors{part}")
+    path = temporary / TENSORS.replace("tensors.", f"tensors{part}.")
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(here, path, metadata={"rows": json.dumps(rows or {})})

@@ -18,24 +18,30 @@ from .errors import UserError, counted
 
 
 def main(argv: list[str] | None = None) -> int:
-    # The bars and notices of ours are enough: transformers' own would drown them.
+    quiet()
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except (UserError, OSError) as error:
+        print(f"tinyspeed: {said(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # outside of the steps, which save first
+        print("tinyspeed: interrupted", file=sys.stderr)
+        return 130
+
+
+def quiet() -> None:
+    """The bars and notices of ours are enough: transformers' own would drown them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when workers are forked
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about each other
-    arguments = _parser().parse_args(argv)
-    try:
-        return arguments.command(arguments)
-    except UserError as error:
-        print(f"tinyspeed: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full or read-only disk, a folder that is a file
-        print(f"tinyspeed: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # outside of the steps, which save first
-        print("tinyspeed: interrupted", file=sys.stderr)
-        return 130
+
+
+def said(error: UserError | OSError) -> str:
+    """One line about a mistake; an OSError is a full or read-only disk, or a folder that is a file."""
+    return str(error) if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}"
 
 
 def _parser() -> argparse.ArgumentParser:

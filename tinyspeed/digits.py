@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .data import IGNORE, Example
 from .errors import UserError
+from .recipe import Recipe
 
 CELL, SIDE = 8, 12
 CELLS, PIXELS = SIDE * SIDE, SIDE * CELL
@@ -136,6 +137,11 @@ class Digits:
             ids += prompt + reply
             labels += [IGNORE] * len(prompt) + reply
         return Example(torch.tensor(ids), torch.tensor(labels), pixel_values(canvas)[None])
+
+
+def of(recipe: Recipe) -> Digits:
+    """The training pictures of a recipe: far more than any run looks at, so that every picture is new."""
+    return Digits(1_000_000, recipe.data.turns, "train", recipe.run.seed)
 
 
 def build_model(

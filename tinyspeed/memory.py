@@ -278,10 +278,11 @@ class Step:
 
 
 @cache
-def rows_within(free: float, shape: Shape, s: Settings) -> int:
-    """Rows of a micro-batch that need no recomputing in so much memory, which holds weights and moments already, and
-    no gradients yet. Whatever the rows are: all visual and all answers, or what pruning has left of pictures."""
-    free = (1 - MARGIN) * free - fixed(shape, s).gradients
+def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = None) -> int:
+    """Rows of a micro-batch that need no recomputing in so much memory, which holds weights and moments already.
+    Whatever the rows are: all visual and all answers, or what pruning has left of pictures. `coming`: bytes that will
+    come to stay; the gradients, if nothing else is said."""
+    free = (1 - MARGIN) * free - (fixed(shape, s).gradients if coming is None else coming)
 
     def needs(rows: int, mode: str, visual: int) -> int:
         batch = MicroBatch(mode, rows, visual, visual, math.ceil(visual / shape.patches / shape.crops), rows)
@@ -291,9 +292,9 @@ def rows_within(free: float, shape: Shape, s: Settings) -> int:
     return bisect.bisect_right(range(1, 2**20), free, key=worse)
 
 
-def rows_that_fit(model, s: Settings) -> float:
+def rows_that_fit(model, s: Settings, coming: int | None = None) -> float:
     """`rows_within` what the model's device has left; without limit on a CPU."""
     if model.device.type != "cuda":
         return math.inf
     unused = cuda.memory_reserved(model.device) - cuda.memory_allocated(model.device)
-    return rows_within(cuda.mem_get_info(model.device)[0] + unused, Shape(model.config), s)
+    return rows_within(cuda.mem_get_info(model.device)[0] + unused, Shape(model.config), s, coming)

@@ -117,7 +117,7 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     """The wrapped model and the training examples of a recipe."""
     source = None
     runs.check_sources(recipe)
-    _place(recipe)
+    place(recipe)
     if recipe.data.kind == "chat":  # first: its mistakes show before a large model is loaded
         source = _conversations(recipe)
     model = build_model(recipe)
@@ -125,8 +125,7 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
         _keep_features(recipe, model, source)
     if source is None:
         digits.check_model(model.model, base(recipe))
-        # Far more pictures than any run looks at: every picture is new.
-        source = digits.Digits(1_000_000, recipe.data.turns, "train", recipe.run.seed)
+        source = digits.of(recipe)
     return model, source
 
 
@@ -155,7 +154,7 @@ def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conve
 
 def build_model(recipe: Recipe) -> DualSpeed:
     """The base model with adapters and isolator."""
-    device, name = _place(recipe)
+    device, name = place(recipe)
     plain = loading.load(base(recipe), name, quantise=recipe.model.quantise, device=device)
     return wrap(recipe, plain)
 
@@ -190,7 +189,7 @@ def base(recipe: Recipe) -> str:
     return str(digits.prepare(recipe.folder / "base", recipe.run.seed, **asdict(recipe.digits)))
 
 
-def _place(recipe: Recipe) -> tuple[torch.device, str]:
+def place(recipe: Recipe) -> tuple[torch.device, str]:
     """Where the model runs, and in which precision."""
     device = _device(recipe.run.device)
     return device, precision.choose(recipe.model.precision, device)
@@ -267,18 +266,17 @@ def _share(folder: Path) -> None:
 
 @contextmanager
 def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM puts its number into; a second one ends the process as usual."""
+    """A list that SIGINT and SIGTERM put their number into. A second SIGINT ends the process as usual; a second SIGTERM
+    does not, since schedulers send it to a whole tree of processes, and parents pass it on."""
     stop: list[int] = []
     before = {}
 
     def ask(number, frame):
         stop.append(number)
-        # Not print: the signal may have come in the middle of another write to the same stream.
-        if not quiet:
-            os.write(
-                2, f"\n{signal.Signals(number).name}: this step, then saving; once more to quit at once\n".encode()
-            )
-        signal.signal(number, before[number])
+        if not quiet and len(stop) == 1:  # not print: the signal may have come in the middle of another write
+            more = "; once more to quit at once" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: this step, then saving{more}\n".encode())
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,0 +1,124 @@
+"""A recipe on many ranks: the core's recipe, data, steps, checkpoints and export; sharded, and shared out.
+
+    torchrun --nproc-per-node 8 -m scale RECIPE.toml     begins, or goes on from the newest complete checkpoint
+
+torchrun starts everything again with the same arguments when a process dies, so going on is not asked for. Each stage
+gets a freshly sharded model, into which the trained weights of the stage before are put: what trains differs, and FSDP
+wants to know before. Only rank 0 writes the log and makes folders; checking the records is shared by all ranks.
+"""
+
+import sys
+from contextlib import ExitStack
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from tinyspeed import DualSpeed, UserError, checkpoint, conversations, digits, loading, precision, runs
+from tinyspeed import train as core
+from tinyspeed.data import Source
+from tinyspeed.errors import counted
+from tinyspeed.recipe import Recipe
+from tinyspeed.stage import Totals
+
+from .shard import shard
+from .stage import ShardedStage
+from .world import World
+
+
+def supported(made: Recipe, world: World) -> None:
+    """That this recipe can be spread over these ranks."""
+    for name, stage in made.stages():
+        if stage.optimizer != "adamw":
+            raise UserError(f'{name}.optimizer = "{stage.optimizer}": 8-bit moments cannot be sharded; set "adamw"')
+        if stage.batch < world.size:
+            raise UserError(f"{name}.batch = {stage.batch} is less than {world.size} ranks: some would only wait")
+    if made.data.feature_cache_gb:
+        raise UserError("data.feature_cache_gb: several ranks cannot share the feature cache; set it to 0")
+    if made.scale.offload and (world.device.type != "cuda" or made.model.quantise != "none"):
+        raise UserError("scale.offload is for weights that are not in 4 bits, on a GPU")
+
+
+def train(made: Recipe, world: World) -> int | None:
+    """Run a recipe to its end; the signal that ended it early, if one did."""
+    if made.run.device == "cpu":
+        world.device = torch.device("cpu")
+    core.place(made)  # refuses a device or a precision that is not there
+    core.set_threads(made)
+    supported(made, world)
+    mesh = world.mesh(made.scale.shard)
+    with ExitStack() as stack:
+        if world.leads:
+            stack.enter_context(runs.claimed(made, resume=made.folder.is_dir()))
+            runs.check_sources(made)
+            core.base(made)  # puts it together, if it is not there yet
+        world.wait()
+        source = _source(made, world)
+        world.agree("the data", source.fingerprint)
+        stop = stack.enter_context(core.stop_requested(quiet=not world.leads))
+        return _stages(made, world, mesh, source, stop)
+
+
+def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: list[int]) -> int | None:
+    folder = made.folder
+    newest = checkpoint.newest(folder / "checkpoints")
+    saved, state = checkpoint.load(newest, slice(world.rank, None, world.size)) if newest else (None, None)
+    world.agree("the checkpoint to go on from", state and state["step"])
+    if world.leads:
+        core.begin(made, folder, world.device, state)
+        if state:
+            print(f"going on behind step {state['step']} of {folder}", file=sys.stderr)
+    torch.manual_seed(made.run.seed + world.rank)  # dropout; the same on two ranks would drop the same twice
+    totals = Totals(**state["totals"]) if state else Totals()
+    for number, (name, stage) in enumerate(made.stages()):
+        if state and number < state["stage"]:
+            continue
+        with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
+            model = build(made, name, world, mesh, saved)
+        run = ShardedStage(world, mesh, made, model, source, name, number, stage, totals)
+        if state and number == state["stage"]:
+            run.restore(saved, state)
+        world.timeout = made.scale.timeout
+        run.go(folder, stop, bar=world.leads)
+        world.at("between stages", patient=True)
+        if run.stopped:
+            return stop[0] if stop else None
+        saved = checkpoint.load(checkpoint.newest(folder / "checkpoints"), slice(0))[0]
+    world.at("exporting", patient=True)
+    if world.leads:
+        core.finish(made)
+        print(f"{counted(totals.steps, 'step')}, {totals.seconds:.0f} s; model in {folder / 'model'}")
+    world.wait()
+    return None
+
+
+def _source(made: Recipe, world: World) -> Source:
+    """The training examples. Each rank checks its share of the records, and all learn what all found."""
+    if made.data.kind == "digits":
+        return digits.of(made)
+    mine = slice(world.rank, None, world.size)
+    source = conversations.of(made, core.base(made), bar=world.leads, mine=mine, gather=world.gather)
+    if world.leads:
+        core.list_skipped(made, source)
+    return source
+
+
+def build(made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: checkpoint.Saved | None) -> DualSpeed:
+    """The sharded model of a stage, with what the stage before has trained."""
+    device, name = world.device, precision.choose(made.model.precision, world.device)
+    path, quantise = core.base(made), made.model.quantise
+    if quantise != "none":
+        plain = loading.load(path, name, quantise=quantise, storage=torch.bfloat16, device=device)
+    elif world.leads:
+        plain = loading.load(path, name)
+    else:
+        plain = loading.skeleton(path, name)
+    model = core.wrap(made, plain)
+    loading.set_trainable(model.model, stage)
+    parameters = {f"model/{n}": p for n, p in model.named_parameters()}
+    if before is not None:
+        checkpoint.fill({n: p for n, p in parameters.items() if n in before and not p.is_meta}, before)
+    world.agree("the model", [(n, p.shape, p.dtype) for n, p in parameters.items()])
+    full = stage == "train" and not made.lora.rank
+    cast = precision.DTYPES[name] if full and name != "fp32" else None
+    shard(model, mesh, device, cast=cast, reshard=made.scale.reshard, offload=made.scale.offload)
+    return model.train()

@@ -1,0 +1,165 @@
+"""One stage on many ranks: the core's own steps, each on its part of every batch.
+
+    batch -> deal(rows of its samples, ranks) -> as many micro-batches on each rank, of nearly equal rows
+    loss of a rank = its answers' loss / answers of the whole batch;   gradient = sum over ranks
+
+so two ranks compute what one rank does in two micro-batches. What a step does follows from (seed, step), and how long
+samples are is known to every rank, so ranks agree about plan, batch and division without a word; a hash of all that is
+compared every `check_every` steps, to be told if it is not so. With one rank everything is the core's, bit for bit.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from tinyspeed import checkpoint, memory
+from tinyspeed.batching import plan_rows
+from tinyspeed.dualspeed import Output
+from tinyspeed.rows import IGNORE
+from tinyspeed.scheduler import Plan
+from tinyspeed.stage import StageRun
+
+from .dealing import Alike, deal
+from .model import Model
+from .world import World
+
+SUMMED = ("loss", "ce", "kl", "rows_kept", "rows_taught", "rows_full")
+
+
+class ShardedStage(StageRun):
+    """A `StageRun` whose model is sharded over `mesh`."""
+
+    def __init__(self, world: World, mesh: DeviceMesh, recipe, model, source, name, number, stage, totals):
+        self.world, self.mesh, self.settings = world, mesh, recipe.scale
+        self.lead = world.leads
+        self.forwards = 0  # that this step still has
+        super().__init__(recipe, model, source, name, number, stage, totals)
+        if recipe.scale.window > 1:
+            seed = recipe.run.seed + number
+            self.order = Alike(source.lengths, len(source), seed, stage.batch, recipe.scale.window)
+
+    @property
+    def _shards(self) -> dist.ProcessGroup:
+        return self.mesh.get_group("shard")
+
+    def _parts(self, step: int, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:
+        """This rank's micro-batches. One without rows is a sample run for the sake of the others, and nothing is
+        learned of it: all ranks must meet in as many forwards."""
+        chosen = self.order.batch(step, self.stage.batch)
+        rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in chosen]
+        for part in deal(rows, self.world.size, self.stage.row_budget)[self.world.rank]:
+            if part:
+                yield [chosen[i] for i in part], [rows[i] for i in part]
+            else:
+                yield [chosen[min(range(len(rows)), key=rows.__getitem__)]], []
+
+    def _micro_batch(self, batch: dict[str, Tensor], rows: list[int], plan: Plan, answers: int) -> Output:
+        self.world.at(f"in a {plan.mode} micro-batch of step {self.totals.steps + 1}")
+        self.forwards -= 1
+        if self.mesh.ndim > 1:  # copies of the model add up their gradients once a step
+            self.model.set_requires_all_reduce(self.forwards <= 0)
+        idle = not rows
+        if idle:
+            batch, rows = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}, [batch["labels"].shape[1]]
+        with self._fitting(plan.mode, rows):  # here too: in the core's probe it may be caught, and others would wait
+            out = super()._micro_batch(batch, rows, plan, answers)
+        if idle:
+            out.metrics.update(rows_kept=0, rows_taught=0, rows_full=0)
+        return out
+
+    def _forward_backward(self, step: int, plan: Plan, batches: Iterator[dict[str, Tensor]]) -> dict:
+        self.forwards = sum(1 for _ in self._parts(step, plan))
+        return super()._forward_backward(step, plan, batches)
+
+    def _step(self, step: int, batches: Iterator[dict[str, Tensor]], full_seconds_per_row: float | None) -> dict:
+        if step % self.settings.check_every == 0:
+            said = (asdict(self.model.schedule.plan(step)), self.order.batch(step, self.stage.batch))
+            self.world.agree(f"step {self.totals.steps + 1}", said)
+        return super()._step(step, batches, full_seconds_per_row)
+
+    def _probe(self) -> float | None:
+        """Seconds a row of all ranks together. Where no step sees whole pictures, they need not fit the memory."""
+        modes = {self.model.schedule.plan(step).mode for step in range(self.first, self.steps)}
+        if modes == {"fast"} and self.model.device.type == "cuda":
+            return None
+        found = super()._probe()
+        return found and found / self.world.size
+
+    def _rows_that_fit(self) -> float:
+        if self.stage.checkpointing != "auto":
+            return super()._rows_that_fit()
+        settings = memory.Settings.of(self.recipe, self.name, self.precision)
+        coming = Model(memory.Shape(self.model.config), settings).coming(self._shards.size())
+        return memory.rows_that_fit(self.model, settings, coming)
+
+    def _announce(self) -> None:
+        if self.lead:
+            super()._announce()
+
+    def _stops(self, stop: list[int]) -> bool:
+        return self.world.any(bool(stop))
+
+    def _together(self, done: dict) -> dict:
+        if self.world.size == 1:
+            return done
+        sums = self.world.sums([done[name] for name in SUMMED])
+        numbers = {name: n.float() if name in SUMMED[:3] else int(n) for name, n in zip(SUMMED, sums, strict=True)}
+        return {**done, **numbers}
+
+    def _gradients(self) -> list[Tensor]:
+        return [self._local(p.grad)[0] for p in self.names if p.grad is not None]
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        mine = super()._norm(gradients)
+        if self._shards.size() == 1:
+            return mine
+        squares = mine.double().square()
+        dist.all_reduce(squares, group=self._shards)
+        return squares.sqrt().float().to(self.model.device)
+
+    def _local(self, tensor: Tensor) -> tuple[Tensor, int]:
+        if not isinstance(tensor, DTensor):
+            return tensor, 0
+        here, every = tensor.to_local(), len(tensor)
+        per = -(-every // self._shards.size())
+        return here, min(every, per * self._shards.rank())
+
+    def save(self, folder: Path, step: int) -> None:
+        world = self.world
+        world.at(f"writing the checkpoint of step {self.totals.steps}")
+        temporary = folder / f".tmp-step-{self.totals.steps:08d}"
+        if world.leads:
+            checkpoint.begin(folder, self.totals.steps)
+        dist.barrier()
+        here, rows = {}, {}
+        for name, tensor in self._tensors().items():
+            local, begin = self._local(tensor)
+            if isinstance(tensor, DTensor):
+                if world.rank < self._shards.size() and len(local):  # the first copy of the model is enough
+                    here[name], rows[name] = local, (begin, len(tensor))
+            elif world.leads or name.startswith("rng/"):
+                here[name + (f"/{world.rank}" if world.rank else "")] = tensor
+        part = f"-{world.rank:05d}-of-{world.size:05d}" if world.size > 1 else ""
+        files: list = [None] * world.size
+        dist.all_gather_object(files, checkpoint.write(temporary, here, rows, part))
+        if world.leads:
+            every = {name: found for of in files for name, found in of.items()}
+            state = {**self._state(step), "step": self.totals.steps}
+            checkpoint.finish(temporary, state, every, self.recipe.run.keep_checkpoints)
+        dist.barrier()
+
+    def _go_on_drawing(self, saved: checkpoint.Saved) -> None:
+        """Each rank as it drew before; one that was not there before draws on its own."""
+        mine = f"/{self.world.rank}" if self.world.rank else ""
+        if f"rng/cpu{mine}" not in saved:
+            torch.manual_seed(hash((self.recipe.run.seed, self.totals.steps, self.world.rank)))
+            return
+        torch.set_rng_state(saved[f"rng/cpu{mine}"])
+        if f"rng/cuda{mine}" in saved and self.model.device.type == "cuda":
+            torch.cuda.set_rng_state(saved[f"rng/cuda{mine}"], self.model.device)

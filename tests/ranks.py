@@ -1,0 +1,126 @@
+"""What several ranks compute beside one process: torchrun runs this for test_sharding.py, and it writes what it found.
+
+    torchrun --nproc-per-node 2 ranks.py HOME OUT.json
+
+Starting two processes costs seven seconds, so all cases share a start. Rank 0 also takes the same step by itself, as
+the core does, which is the oracle.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from test_tuning import settings
+from torch.distributed.tensor import DTensor
+
+from scale import run, stage, world
+from tinyspeed import UserError, loader, train
+from tinyspeed.scheduler import Plan
+from tinyspeed.stage import StageRun, Totals
+
+PLANS = {mode: Plan(mode, keep=0.3, distill=float(mode == "slow")) for mode in ("fast", "slow", "full")}
+CASES = {
+    "llava": (),
+    "llava lora": ("lora.rank=4",),
+    "llava 4-bit lora": ("lora.rank=4", "model.quantise=nf4"),
+    "llava copies": ("scale.shard=1",),  # HSDP: every rank holds a copy
+    "llava copies in turns": ("scale.shard=1", "train.row_budget=60"),
+    "llava lora copies": ("scale.shard=1", "train.row_budget=60", "lora.rank=4"),
+    "llava recomputed": ("lora.rank=4", "train.checkpointing=on"),
+    "llava without isolator": ("lora.rank=4", "dualspeed.isolator=0"),
+    "llava bf16": ("model.precision=bf16",),
+    "llava kept gathered": ("scale.reshard=false",),
+    "llava one a rank": ("train.batch=2",),  # one of them has no picture
+    "llava idle": ("train.batch=3", "train.row_budget=1"),  # a rank has one sample, and two forwards to run
+    "llava_next": (),
+    "llava_next idle": ("lora.rank=4", "train.batch=3", "train.row_budget=1"),
+    "llava_next lora": ("lora.rank=4",),
+    "llava_next 4-bit lora": ("lora.rank=4", "model.quantise=nf4"),
+}
+STEP = 1
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+
+
+def one(made, plan: Plan) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients as the core computes them, in one process."""
+    model, source = train.build(made)
+    alone = StageRun(made, model, source, "train", 0, made.train, Totals())
+    parts = (part for part, _ in alone._parts(STEP, plan))
+    done = alone._forward_backward(STEP, plan, loader.load(source, parts, 0))
+    return done["loss"].item(), tiny.gradients(model)
+
+
+def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -> dict:
+    made = settings(home, home.parent / f"run{here.rank}", "run", "lora.dropout=0.0", *changes, family=name.split()[0])
+    source, mesh = run._source(made, here), here.mesh(made.scale.shard)
+    model = run.build(made, "train", here, mesh, None)
+    sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
+    found = {}
+    for mode, plan in PLANS.items():
+        parts = list(sharded._parts(STEP, plan))
+        done = sharded._forward_backward(STEP, plan, loader.load(source, (part for part, _ in parts), 0))
+        done = sharded._together(done)
+        norm, every = float(sharded._norm(sharded._gradients())), gradients(model)
+        sharded.optimizer.zero_grad(set_to_none=True)
+        forwards = here.gather([[len(rows) for _, rows in parts]])
+        if here.leads:
+            loss, want = one(made, plan)
+            whole = torch.nn.utils.get_total_norm(want.values()).item()
+            found[mode] = {
+                "loss": [done["loss"].item(), loss],
+                "norm": [norm, whole],
+                "different": tiny.difference(every, want, rel=0.02 if "bf16" in name else 1e-5),
+                "samples": forwards,
+            }
+    return found
+
+
+def mistakes(here: world.World, home: Path) -> dict:
+    """What every rank is told when something is wrong on one."""
+
+    def told(of) -> str:
+        try:
+            of()
+        except UserError as error:
+            return str(error)
+        return "nothing"
+
+    made = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", "train.steps=2")
+    source, mesh = run._source(made, here), here.mesh(0)
+    model = run.build(made, "train", here, mesh, None)
+    sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
+    backward = sharded._micro_batch
+
+    def broken(*given):
+        out = backward(*given)
+        out.loss = out.loss * (float("nan") if here.rank == 1 else 1.0)
+        return out
+
+    sharded._micro_batch = broken
+    batches = loader.load(source, sharded._ahead(), 0)
+    return {
+        "NaN": here.gather([told(lambda: sharded._step(0, batches, None))]),
+        "steps": here.gather([sharded.totals.steps]),
+        "disagree": here.gather([told(lambda: here.agree("the weather", here.rank))]),
+        "agree": here.gather([told(lambda: here.agree("the weather", "fine"))]),
+        "divide": here.gather([told(lambda: here.mesh(3))]),
+    }
+
+
+def main(home: str, out: str) -> None:
+    torch.set_num_threads(1)
+    with world.join() as here:
+        found = {name: parity(here, Path(home), name, changes) for name, changes in CASES.items()}
+        found["mistakes"] = mistakes(here, Path(home))
+        if here.leads:
+            Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
