@@ -172,9 +172,9 @@ REFUSES = "{{ raise_exception('only one picture') }}"
         (REFUSES, "Who?", 2, "cannot write this conversation: only one picture"),
         (None, "Who?", 0, "no chat template"),
         (DROPS_TEXT, "Who?", 1, "loses the user's text 'Who[?]'"),
-        (DROPS_PICTURES, "Who?", 1, "makes 0 placeholders of 1 image"),
-        (ONE_PICTURE, "Who?", 0, "makes 1 placeholders of 0 image"),
-        (ONE_PICTURE, "Who?", 2, "makes 1 placeholders of 2 image"),
+        (DROPS_PICTURES, "Who?", 1, "makes 0 placeholders of 1 picture$"),
+        (ONE_PICTURE, "Who?", 0, "makes 1 placeholder of 0 pictures"),
+        (ONE_PICTURE, "Who?", 2, "makes 1 placeholder of 2 pictures"),
         (tiny.CHAT_TEMPLATE, "Who is <image>?", 1, "contains <image>, which stands for a picture"),
     ],
 )

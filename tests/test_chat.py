@@ -226,9 +226,12 @@ TURNS = [Turn("user", (IMAGE, "What is this?")), Turn("assistant", ("A cat.",))]
             "{% for m in messages %}{{ m.role + ': ' + (m.content if m.content is string else '') }}{% endfor %}",
             "loses",
         ),
-        ("{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}", "0 placeholders of 1"),
+        (
+            "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}",
+            "0 placeholders of 1 picture",
+        ),
         ("<image>{% for m in messages if m.role == 'user' %}{{ m.content[1].text }}{% endfor %}", "an answer"),
-        ("<image><image>{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "2 placeholders of 1"),
+        ("<image><image>{% for m in messages %}{{ m.content[-1].text }}{% endfor %}", "2 placeholders of 1 picture"),
     ],
 )
 def test_a_template_that_loses_something_is_refused(template, says):

@@ -67,19 +67,28 @@ sys.exit(code)
         ("torch", "train digits --set dualspeed.kep=1", "did you mean 'dualspeed.keep'"),
         ("torch", "train digits --set train.lr=0", "above 0"),
         ("torch", "train digits --set lr", "section.key=value"),
+        ("torch", "train digits --set dualspeed.keep=2", "at most 1"),
+        ("torch", "train digits --set dualspeed.schedule=never", "known: bernoulli"),
+        ("torch", "train llava-1.5-7b-qlora-8gb --set data.file=absent.json", "data.file: there is no file"),
+        ("torch", "train llava-1.5-7b-qlora-8gb --set model.path=./absent", "no model folder"),
         ("torch", "train absent.toml", "no recipe file"),
         ("torch", "demo --set train.lrr=1", "did you mean"),
         ("torch", "estimate absent.toml", "no recipe file"),
         ("torch", "compare --set train.lrr=1", "did you mean"),
         ("torch", "eval absent", "not a run"),
         ("torch", "export absent out", "not a run"),
+        ("torch", "eval absent --task pop --questions . --images .", "did you mean 'pope'"),
+        (
+            "torch",
+            "ask some/model absent.png why",
+            "ask: cannot read the picture absent.png: No such file or directory\n",
+        ),
         ("torch", "ask absent why", "no model folder absent, and no run"),
         ("torch", "ask adapter why", "adapter without its model"),
         ("torch", "eval absent --task pope --questions . --images .", "no model folder absent, and no run"),
         ("transformers", "train digits --set dualspeed.plugin=divprun", "did you mean 'divprune'"),
         ("transformers", "train digits --resume", "no run to resume"),
         ("transformers", "train digits --set model.path=./absent", "no model folder"),
-        ("transformers", "train llava-1.5-7b-qlora-8gb --set data.file=absent.json", "data.file: there is no file"),
     ],
 )
 def test_mistakes_are_named_before_anything_heavy_is_imported(tmp_path, without, words, says):
@@ -126,7 +135,9 @@ def test_train_eval_export_and_resume(capsys, tmp_path, small):
     capsys.readouterr()
     assert "exists already" in fails(capsys, "export", run, tmp_path / "out")
     assert "holds a run already" in fails(capsys, "train", *small)
+    assert "train.lr differs." in fails(capsys, "train", *small, "--set", "train.lr=1e-9", "--resume")
     assert cli.main(["train", *small, "--resume"]) == 0
+    assert "complete already" in capsys.readouterr().out
     assert "is not a run" in fails(capsys, "eval", tmp_path / "out")
 
 

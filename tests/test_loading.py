@@ -494,3 +494,12 @@ def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspe
     batch = processor(images=Image.new("RGB", (40, 30), "red"), text=text, return_tensors="pt")
     wanted = net.generate(**batch, max_new_tokens=5, do_sample=False)[0, batch["input_ids"].shape[1] :].tolist()
     assert json.loads(done.stdout) == wanted
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(monkeypatch):
+    def offline(*_):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(UserError, match=r"no_such/model: We couldn't connect.*no such folder here.\)$"):
+        loading.config("no_such/model")

@@ -37,6 +37,8 @@ def test_built_in_recipes_are_valid(name):
     ("change", "says"),
     [
         ("train.lrr=1", "did you mean 'train.lr'"),
+        ("train.learning_rate=1", "known: train.batch, .*train.lr, "),
+        ("lora.r=8", "known: lora.alpha, lora.dropout, lora.rank$"),
         ("trian.lr=1", "did you mean 'train'"),
         ("train.lr=fast", "must be of type float"),
         ("train.steps=1.5", "must be of type int"),

@@ -745,12 +745,22 @@ def test_processes_read_side_by_side(folder):
 
 
 @pytest.mark.parametrize("bar", [False, True])
-def test_the_bar(parquet, tmp_path, capsys, bar):
+def test_the_bar(parquet, tmp_path, capsys, monkeypatch, bar):
+    monkeypatch.setattr(records, "SOON", 0)
     store(parquet, tmp_path / "x.parquet", [{"messages": messages(), "image": "a.jpg"}] * 70)
     Records(tmp_path / "x.parquet", cache=tmp_path, bar=bar)
     shown = capsys.readouterr().err
     assert shown.count("100%") == 2 * bar
     assert bar or not shown
+
+
+def test_what_is_read_at_once_flashes_no_bar(parquet, tmp_path, capsys):
+    store(parquet, tmp_path / "x.parquet", [{"messages": messages(), "image": "a.jpg"}] * 70)
+    assert len(Records(tmp_path / "x.parquet", cache=tmp_path, bar=True)) == 70
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UserError, match="empty list"):
+        Records(tmp_path / "x.json", bar=True)
+    assert not capsys.readouterr().err
 
 
 # Parquet

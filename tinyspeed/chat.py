@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 from jinja2 import TemplateError
 
-from .errors import UserError
+from .errors import UserError, counted
 from .records import IMAGE, Turn
 from .rows import IGNORE
 
@@ -56,7 +56,8 @@ class Chat:
             labels[touched] = ids[touched]
         pictures = ids == self.image_id
         if pictures.sum() != len(image_rows):
-            raise UserError(f"{pictures.sum()} placeholders {self.image} in the text for {len(image_rows)} image(s)")
+            found = counted(int(pictures.sum()), "placeholder")
+            raise UserError(f"{found} {self.image} in the text for {counted(len(image_rows), 'picture')}")
         times = np.ones_like(ids)
         times[pictures] = image_rows
         return ids.repeat(times), labels.repeat(times)
@@ -125,8 +126,9 @@ class Chat:
                 if part is not IMAGE and turn.role != "assistant" and part.strip() not in rendered:
                     raise UserError(f"the chat template loses the {turn.role}'s text {part[:60]!r}")
         pictures = sum(part is IMAGE for turn in turns for part in turn.parts)
-        if rendered.count(self.image) != pictures:
-            raise UserError(f"the chat template makes {rendered.count(self.image)} placeholders of {pictures} image(s)")
+        if (made := rendered.count(self.image)) != pictures:
+            made = counted(made, "placeholder")
+            raise UserError(f"the chat template makes {made} of {counted(pictures, 'picture')}")
 
     def _caption(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         spoken = [turn for turn in turns if turn.role != "system"]

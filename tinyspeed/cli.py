@@ -153,13 +153,15 @@ def _train(a) -> int:
     from . import report
     from .train import train
 
+    complete = (chosen.folder / "model").is_dir()
     result = train(chosen, resume=a.resume)
     if result.totals.steps:
         report.draw_run(chosen.folder)
     if result.stopped_by is None:
         t = result.totals
         speedup = f", {result.speedup:.2f}x full" if result.speedup else ""
-        print(f"{counted(t.steps, 'step')}, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
+        before = "the run was complete already: " if complete else ""
+        print(f"{before}{counted(t.steps, 'step')}, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
     return _stopped(result.stopped_by)
 
 
@@ -180,7 +182,7 @@ def _ask(a) -> int:
     if Path(question).is_file():
         raise UserError(f"{question} is a file, and the last word must be the question")
     _check_model(a.model)
-    pictures = [images.load(Path(picture), picture) for picture in pictures]
+    pictures = [images.load(Path(picture), "ask") for picture in pictures]
     from . import ask
     from .train import opened
 
@@ -225,6 +227,7 @@ def _eval(a) -> int:
 def _benchmark(a) -> int:
     from . import questions as official
 
+    official.known(a.task)
     if not (a.questions and a.images):
         raise UserError("--task needs --questions and --images")
     if not Path(a.images).is_dir():

@@ -45,9 +45,9 @@ def _results(recipe: Recipe, result: Result) -> str:
         ["rows through the LLM", f"{t.rows:,}"],
         ["rows in full training", f"{t.rows_full:,}"],
         ["training seconds", f"{t.seconds:.0f}"],
-        ["seconds of full training, by the probe", f"{t.full_seconds:.0f}"],
+        ["seconds of full training, estimated", f"{t.full_seconds:.0f}"],
     ]
-    return report.table(["after training", "value"], [*rows, ["speed-up", f"{result.speedup:.2f}"]])
+    return report.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.speedup:.2f}"]])
 
 
 def draw_example(path: Path, seed: int) -> Path:

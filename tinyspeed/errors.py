@@ -18,9 +18,10 @@ def counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """An error for a name that is not in `known`, offering the nearest one that is."""
+def unknown(kind: str, name: str, known: Iterable[str], before: str = "") -> UserError:
+    """An error for a name that is not in `known`, offering the nearest one that is. `before`: what stands before all of
+    them. It makes none nearer: train.weight_decay is not what train.learning_rate was meant to be."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return UserError(f"unknown {kind} {name!r}; {hint}")
+    hint = f"did you mean {before + near[0]!r}?" if near else f"known: {', '.join(before + name for name in known)}"
+    return UserError(f"unknown {kind} {before + str(name)!r}; {hint}")

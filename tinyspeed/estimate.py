@@ -22,7 +22,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
 from . import conversations, digits, loading, memory, precision
 from .data import Source
-from .errors import UserError
+from .errors import UserError, counted
 from .memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
 from .recipe import Recipe
 from .report import table
@@ -176,7 +176,8 @@ def lengths_of(recipe: Recipe, shape: Shape, source: Source | None = None) -> tu
         return [source.lengths(0)], len(source), "the embedded digits"
     if path and Path(data.file).is_file():
         source = source or conversations.of(recipe, path)
-        return [source.lengths(i) for i in range(len(source))], len(source), f"{len(source):,} samples of {data.file}"
+        every = [source.lengths(i) for i in range(len(source))]
+        return every, len(every), f"{counted(len(every), 'sample')} of {data.file}"
     crops, side = min(shape.crops, 5), shape.pixels // shape.patch
     picture = crops * shape.patches + shape.newline * side * isqrt(crops - 1)
     picture = max(1, min(picture, (data.max_rows or inf) - TEXT))

@@ -45,7 +45,8 @@ def inside(folder: Path, name: str, where: str) -> Path:
     if not isinstance(name, str) or not name.strip() or _CONTROL.search(name):
         raise UserError(f"{where}: {name!r:.300} is no file name")
     if _OUTWARDS.search(name):
-        raise UserError(f"{where}: {name!r:.300} leads out of the picture folder; give the path from {folder} on")
+        what = "is absolute or leads out of the picture folder"
+        raise UserError(f"{where}: {name!r:.300} {what}; give the path from {folder} on")
     path = os.path.join(folder, name)
     try:
         found, here = os.lstat(path), os.getcwd()
@@ -108,7 +109,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, t
         except UnidentifiedImageError as error:
             raise UserError(f"{where}: {path} is not a picture, or not one of {', '.join(FORMATS)}") from error
         except Exception as error:  # on a broken file Pillow raises nearly anything
-            raise UserError(f"{where}: cannot read the picture {path}: {str(error) or type(error).__name__}") from error
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise UserError(f"{where}: cannot read the picture {path}: {reason}") from error
 
 
 def _tail(kind: str, file: BinaryIO) -> bytes:

@@ -90,6 +90,8 @@ def _reason(error: Exception) -> str:
     said = str(error).splitlines()[0]
     if "tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
+    if "couldn't connect" in said:
+        return f"{said} (It was looked for on the hub because there is no such folder here.)"
     if "no file named model.safetensors" in said:
         return f"{said} Only safetensors are read, since a pickle can run code: save it again with save_pretrained"
     return said
@@ -113,7 +115,7 @@ def config(path: str):
     try:
         return AutoConfig.from_pretrained(_where(path))
     except OSError as error:
-        raise UserError(f"cannot load the configuration of {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the configuration of {path}: {_reason(error)}") from error
 
 
 def skeleton(path: str, precision: str) -> nn.Module:

@@ -144,16 +144,18 @@ class DualSpeed:
     layout: str = "auto"
 
     def __post_init__(self):
-        from . import pruning, rows  # here, for they import torch: other mistakes in a recipe are named without it
-
-        _among("dualspeed.plugin", self.plugin, pruning.names())
         _among("dualspeed.schedule", self.schedule, KINDS)
-        _among("dualspeed.positions", self.positions, rows.POSITIONS)
-        _among("dualspeed.layout", self.layout, rows.LAYOUTS)
         Plan("slow", keep=self.keep, distill=self.distill)  # refuses a bad share or weight
         _check(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
         _check(self.isolator >= 0, f"dualspeed.isolator = {self.isolator}: must not be negative")
         _check(0 < self.temperature < math.inf, f"dualspeed.temperature = {self.temperature}: must be above 0")
+        defaults = type(self)
+        if (self.plugin, self.positions, self.layout) != (defaults.plugin, defaults.positions, defaults.layout):
+            from . import pruning, rows  # here, for they import torch: other mistakes are named without it
+
+            _among("dualspeed.plugin", self.plugin, pruning.names())
+            _among("dualspeed.positions", self.positions, rows.POSITIONS)
+            _among("dualspeed.layout", self.layout, rows.LAYOUTS)
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,7 @@ def from_tables(tables: dict, where: str) -> Recipe:
         fields = {f.name: f for f in dataclasses.fields(kind)}
         for key, value in values.items():
             if key not in fields:
-                raise UserError(f"{where}: {unknown('key', f'{section}.{key}', [f'{section}.{f}' for f in fields])}")
+                raise UserError(f"{where}: {unknown('key', key, fields, f'{section}.')}")
             wanted = fields[key].type
             if wanted is float and type(value) is int:
                 values = {**values, key: float(value)}
@@ -316,7 +318,7 @@ def from_tables(tables: dict, where: str) -> Recipe:
                 raise UserError(f"{where}: {section}.{key} = {value!r} must be of type {wanted.__name__}")
         typed[section] = values
     made = {}
-    for section, values in sorted(typed.items(), key=lambda item: item[0] == "dualspeed"):  # last: it imports torch
+    for section, values in sorted(typed.items(), key=lambda item: item[0] == "dualspeed"):  # last: it may import torch
         try:
             made[section] = sections[section].type(**values)
         except UserError as error:

@@ -31,7 +31,7 @@ from .errors import UserError, counted, unknown
 
 IMAGE = None  # the part of a turn where a picture stands; the other parts are text
 MARKER = "<image>"
-CHUNK = 1 << 20  # bytes read at a time
+CHUNK, SOON = 1 << 20, 1  # bytes read at a time; seconds after which reading shows a bar
 LARGEST = 64 << 20  # bytes of one record
 FORMATS = {  # the key of the turns: the keys of a turn, and the names of the roles
     "conversations": ("from", "value", {"system": "system", "human": "user", "gpt": "assistant"}),
@@ -196,7 +196,7 @@ class Records:
         beside = given if given.is_dir() else given.parent
         self.folder = inside or (beside if images is None else Path(images).expanduser())
         spans = array("q")
-        line = tqdm(total=self.path.stat().st_size, desc=self.name, unit="B", unit_scale=True, disable=not bar)
+        line = tqdm(None, self.name, self.path.stat().st_size, disable=not bar, unit="B", unit_scale=True, delay=SOON)
         with line, _opened(self.path) as (opened, self._version):
             for start, length in _spans(opened, self.name):
                 if length > LARGEST:
@@ -362,7 +362,7 @@ def _rows(files: list[Path], bar: bool) -> Iterator[dict]:
                 # Columns that are only nearly right are read too: `parse` will name them.
                 known = ("id", *FORMATS, *PICTURES, *UNREAD)
                 columns = [name for name in names if difflib.get_close_matches(name, known, cutoff=0.8)]
-                with tqdm(total=table.metadata.num_rows, desc=file.name, unit="record", disable=not bar) as line:
+                with tqdm(None, file.name, table.metadata.num_rows, disable=not bar, unit="row", delay=SOON) as line:
                     for batch in table.iter_batches(64, columns=columns):
                         yield from batch.to_pylist()
                         line.update(len(batch))

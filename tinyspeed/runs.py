@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import checkpoint, folders
+from . import folders
 from .errors import UserError
 from .recipe import Recipe, differences, read
 
@@ -28,15 +28,17 @@ def check_sources(recipe: Recipe) -> None:
 def check(recipe: Recipe, resume: bool) -> None:
     """That the run may begin, or go on, in its folder."""
     folder = recipe.folder
-    begun = checkpoint.newest(folder / "checkpoints") or metrics(folder)
     if resume and not folder.is_dir():
         raise UserError(f"there is no run to resume in {folder}")
+    from . import checkpoint  # here, for it imports torch
+
+    begun = checkpoint.newest(folder / "checkpoints") or metrics(folder)
     if begun and not resume:
-        raise UserError(f"{folder} holds a run already: --resume continues it, or choose another run.name")
+        raise UserError(f"{folder} holds a run already: --resume continues it, and --set run.name=NAME begins another")
     if begun and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
         raise UserError(
-            f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} differ. Resume "
-            f"with that one, or choose another run.name"
+            f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} "
+            f"{'differs' if len(changed) == 1 else 'differ'}. Resume with that one, or choose another run.name"
         )
     if folder.is_dir() and any(folder.iterdir()) and not OURS & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
@@ -51,6 +53,8 @@ def metrics(folder: Path) -> list[str]:
 def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
     """The run's folder, with its recipe in it, for this process alone."""
     check(recipe, resume)
+    from . import checkpoint
+
     folder = recipe.folder
     new = not folder.is_dir()
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from . import checkpoint, loader, loading, memory, optimizer, precision, record,
 from .batching import Order, cut, plan_rows
 from .data import Source
 from .dualspeed import DualSpeed, Output
-from .errors import UserError
+from .errors import UserError, counted
 from .recipe import Recipe, Stage
 from .scheduler import Plan, Schedule
 
@@ -155,8 +155,8 @@ class StageRun:
         modes = [self.model.schedule.plan(step).mode for step in range(self.steps)]
         if "fast" in modes and "slow" not in modes and self.name == "train":
             print(
-                f"none of the {self.steps} steps sees whole pictures: train longer (train.epochs), or set "
-                f'dualspeed.schedule = "periodic" and a larger dualspeed.slow',
+                f"in {counted(self.steps, 'step')} no whole picture is seen: train for more steps (more train.epochs, "
+                f'a smaller train.batch), or set dualspeed.schedule = "periodic" and a larger dualspeed.slow',
                 file=sys.stderr,
             )
 
@@ -169,9 +169,10 @@ class StageRun:
             advice = f"set {self.name}.row_budget below that (or a smaller {self.name}.batch)"
             if len(rows) == 1:
                 advice = f'set {self.name}.checkpointing = "on", model.quantise = "nf4" or a smaller data.max_rows'
+            size = f"{len(rows) * max(rows):,} rows ({counted(len(rows), 'sample')})"
             raise UserError(
-                f"step {self.totals.steps + 1}: a {mode} micro-batch of {len(rows) * max(rows):,} rows "
-                f"({len(rows)} samples) does not fit into memory; {advice}; `tinyspeed estimate` says what fits"
+                f"step {self.totals.steps + 1}: a {mode} micro-batch of {size} does not fit into memory; {advice}; "
+                f"`tinyspeed estimate` says what fits"
             ) from error
 
     def _parts(self, step: int, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:

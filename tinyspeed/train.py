@@ -141,7 +141,7 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(source.bad) + "\n", encoding="utf-8")
         count = f"{len(source.bad):,} of {counted(len(source.records), 'record')}"
-        print(f"{count} left out, listed in {file}", file=sys.stderr)
+        print(f"{count} left out, listed in {file}; the first: {source.bad[0]}", file=sys.stderr)
 
 
 def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations) -> None:
