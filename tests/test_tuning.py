@@ -115,6 +115,36 @@ def test_checkpointing_and_row_budgets_change_no_gradient(home, tmp_path):
         assert not tiny.difference(other, seen[0])
 
 
+def test_each_micro_batch_is_recomputed_just_if_its_rows_do_not_fit(home, tmp_path, monkeypatch):
+    made = settings(home, tmp_path, "run", "lora.rank=4", "train.batch=6", "train.row_budget=80")
+    model, source = train.build(made)
+    monkeypatch.setattr(StageRun, "_rows_that_fit", lambda self: 60)
+    run = StageRun(made, model, source, "train", 0, made.train, train.Totals())
+    passes, seen = [], []
+    model.vlm.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: passes.append(1))
+    for plan in (Plan("fast", keep=0.3), Plan("full")):
+        for part, rows in run._parts(0, plan):
+            passes.clear()
+            run._micro_batch(next(loader.load(source, [part], run.pad)), rows, plan, 1)
+            seen.append((plan.mode, len(rows) * max(rows) > 60))
+            assert len(passes) == 1 + seen[-1][1], "a recomputed layer runs again in the backward"
+    assert {("fast", False), ("fast", True), ("full", True)} <= set(seen)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_what_is_frozen_stays_in_half_precision_and_what_trains_is_fp32(home, tmp_path, family, half):
+    """peft's own preparation makes fp32 of the tower, the embeddings and lm_head."""
+    made = settings(home, tmp_path, "run", f"model.precision={half}", *SETTINGS["qlora"], family=family)
+    model, source = train.build(made)
+    run = StageRun(made, model, source, "train", 0, made.train, train.Totals())
+    dtypes = {n: p.dtype for n, p in model.named_parameters()}
+    frozen = {n: dtype for n, dtype in dtypes.items() if n not in run.names.values() and dtype != torch.uint8}
+    assert {re.search("tower|embed_tokens|norm|lm_head|newline", n)[0] for n in frozen} >= {"tower", "lm_head"}
+    assert set(frozen.values()) == {precision.DTYPES[half]}
+    assert {dtypes[n] for n in run.names.values()} == {torch.float32}
+
+
 def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
     """As on a T4: frozen weights in fp16, what trains in fp32, autocast, a loss scale that finds its size."""
     made = settings(
