@@ -21,7 +21,14 @@ from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun
 
 SETTINGS = {
-    "qlora": ("model.quantise=nf4", "lora.rank=4", "data.workers=2", "train.checkpointing=on", "train.row_budget=120"),
+    "qlora": (
+        "model.quantise=nf4",
+        "lora.rank=4",
+        "lora.alpha=5.0",
+        "data.workers=2",
+        "train.checkpointing=on",
+        "train.row_budget=120",
+    ),
     "fp16": ("model.precision=fp16", "lora.rank=4", "train.optimizer=adamw8bit", "model.quantise=nf4"),
     # Ten records, five a step: killed at the end of an epoch, and again in the middle of the next.
     "bf16": ("model.precision=bf16", "lora.rank=4", "train.optimizer=paged_adamw8bit", "train.batch=5"),
@@ -186,6 +193,29 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, monkeyp
     made = settings(home, tmp_path, "other", "model.precision=bf16", "lora.rank=4")
     with pytest.raises(UserError, match="gradient norm inf"):
         train.train(made, bar=False)
+
+
+def test_a_resumed_run_goes_on_with_its_loss_scale(home, tmp_path, monkeypatch):
+    """Checkpoints come after steps 2 and 4; the second step overflows."""
+    original, grown = precision.LossScale.stepped, []
+
+    def overflowing(scale):
+        grown.append(1)
+        scale.overflowed() if len(grown) == 2 else original(scale)
+
+    runs = [settings(home, tmp_path, name, "model.precision=fp16", "lora.rank=4") for name in ("whole", "run")]
+    for made, dies in zip(runs, ((), (3,)), strict=True):
+        grown.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(precision.LossScale, "stepped", overflowing)
+            die_before(patch, *dies)
+            if dies:
+                with pytest.raises(Killed):
+                    train.train(made, bar=False)
+            train.train(made, resume=bool(dies), bar=False)
+    assert not unlike(*runs)
+    states = [checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"] for made in runs]
+    assert states[0] == states[1] == {"scale": 2.0**15, "good": 4, "moving": True}
 
 
 def test_other_data_than_the_run_began_with_is_refused(home, tmp_path, monkeypatch):

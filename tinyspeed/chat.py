@@ -95,7 +95,7 @@ class Chat:
         rest = self._template(messages)
         self._check(rest, turns)
         asked = next(number for number, turn in enumerate(turns) if turn.role == "assistant")
-        told, prompt = (self._template(messages[:asked], add_generation_prompt=cue) for cue in (False, True))
+        prompt = self._template(messages[:asked], add_generation_prompt=True)
 
         text, spans, lead, opener, cue = "", [], "", "", ""
         for number, answer in enumerate(answers):
@@ -104,9 +104,10 @@ class Chat:
                 raise UserError("the chat template loses or moves an answer")
             if number == 0 and before.startswith(prompt):
                 lead = before[len(prompt) :]  # what the model says before each answer
-            elif number == 0 and before.startswith(told) and prompt.startswith(told):
-                # OneVision's template opens an answer with "assistant \n", and asks for one with "assistant\n".
-                opener, cue = before[len(told) :], prompt[len(told) :]
+            elif number == 0:  # OneVision's opens an answer with "assistant \n", and asks for one with "assistant\n"
+                told = self._template(messages[:asked])
+                if before.startswith(told) and prompt.startswith(told):
+                    opener, cue = before[len(told) :], prompt[len(told) :]
             text += before.removesuffix(opener) + cue if before.endswith(opener) else before
             begin, end = len(text.removesuffix(lead)), self.turn_ends.match(rest)
             if end:
