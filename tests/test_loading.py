@@ -339,6 +339,9 @@ def test_a_hub_id_is_another_name_for_a_folder(home, tmp_path, monkeypatch):
     words = [word for change in (*changes, "model.path=org/tiny") for word in ("--set", change)]
     finish(run_cli("train", toml, *words, folder=tmp_path))
     assert not unlike(made, local)
+    record, other = (json.loads((run.folder / "record.json").read_text()) for run in (made, local))
+    assert (record["base"], record["revision"]) == ("org/tiny", commit), "which of the hub's versions it was"
+    assert (other["base"], other["revision"]) == (str(home / "llava"), None)
 
     question = (home / "images" / "p0-0.jpg", "What is number 0, 0?", "--max-new-tokens", "4")
     commands = [

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -114,6 +115,12 @@ def config(path: str):
         return AutoConfig.from_pretrained(_where(path))
     except OSError as error:
         raise UserError(f"cannot load the configuration of {path}: {str(error).splitlines()[0]}") from error
+
+
+def revision(path: str) -> str | None:
+    """The hub's commit that a hub id, once loaded, stands for; None for a folder."""
+    found = None if isinstance(_where(path), Path) else try_to_load_from_cache(path, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def skeleton(path: str, precision: str) -> nn.Module:
