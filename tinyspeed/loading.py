@@ -17,6 +17,7 @@ Weights come from safetensors only: a pickle can run code when it is opened.
 import json
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -135,11 +136,13 @@ def load_processor(path: str):
     It counts placeholders by numbers of its own, and older checkpoints lack some of them (576 features then meet 575
     placeholders). The model's configuration knows them all.
     """
+    shape = config(path)
+    if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
+        raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
     try:
         processor = AutoProcessor.from_pretrained(_where(path))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{path} has no usable processor beside its model: {str(error).splitlines()[0]}") from error
-    shape = config(path)
     facts = {
         "patch_size": shape.vision_config.patch_size,
         "vision_feature_select_strategy": shape.vision_feature_select_strategy,
