@@ -89,7 +89,7 @@ def load(
 
 def _reason(error: Exception) -> str:
     """What transformers says, and what it should say."""
-    said = str(error).splitlines()[0]
+    said = (str(error).strip() or repr(error)).splitlines()[0]
     if "tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
     if "no file named model.safetensors" in said:
@@ -115,7 +115,7 @@ def config(path: str):
     try:
         return AutoConfig.from_pretrained(_where(path))
     except OSError as error:
-        raise UserError(f"cannot load the configuration of {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the configuration of {path}: {_reason(error)}") from error
 
 
 def revision(path: str) -> str | None:
@@ -142,7 +142,7 @@ def load_processor(path: str):
     try:
         processor = AutoProcessor.from_pretrained(_where(path))
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path} has no usable processor beside its model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} has no usable processor beside its model: {_reason(error)}") from error
     facts = {
         "patch_size": shape.vision_config.patch_size,
         "vision_feature_select_strategy": shape.vision_feature_select_strategy,
