@@ -395,6 +395,35 @@ def test_an_official_evaluation_on_the_command_line(home, tmp_path, capsys, monk
     assert "did you mean 'pope'" in capsys.readouterr().err
 
 
+def test_parquet_trains_as_its_json_does_and_the_run_is_evaluated_where_it_is(home, tmp_path):
+    """Pictures inside the file, as on the hub; then GQA, of the run itself: in 4 bits, with its adapters."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = json.loads((home / "train.json").read_text())
+    for row in rows:
+        names = row.pop("image", [])
+        names = [names] if isinstance(names, str) else names
+        row["images"] = [{"bytes": (home / "images" / name).read_bytes(), "path": None} for name in names]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    how = ("model.quantise=nf4", "lora.rank=4", "train.steps=1", "train.batch=2", f"run.cache={tmp_path}/cache")
+    plain = settings(home, tmp_path, "plain", *how)
+    made = settings(home, tmp_path, "run", *how, f"data.file={tmp_path}/train.parquet", "data.images=")
+    one, other = (conversations.of(run, run.model.path, bar=False) for run in (plain, made))
+    assert one.fingerprint == other.fingerprint
+    assert all(torch.equal(one.example(i).pixel_values, other.example(i).pixel_values) for i in (0, 1, 2))
+    train.train(made, bar=False)
+
+    questions = {"7": {"imageId": "p0-0", "question": "Is it?", "answer": "yes"}}
+    (tmp_path / "gqa.json").write_text(json.dumps(questions))
+    command = ["eval", str(made.folder), "--task", "gqa", "--questions", str(tmp_path / "gqa.json")]
+    assert cli.main([*command, "--images", str(home / "images")]) == 0
+    header, *kept = map(json.loads, (made.folder / "gqa.jsonl").read_text().splitlines())
+    assert header["model"].endswith("run, step-00000001"), "another checkpoint's answers are other answers"
+    assert [line["id"] for line in kept] == ["7"]
+    assert json.loads((made.folder / "gqa.json").read_text())["accuracy"] in (0, 100)
+
+
 def test_a_resume_may_change_how_a_step_fits_and_nothing_else(home, tmp_path, monkeypatch):
     """The mend that an out-of-memory error advises must not cost the run."""
     made = settings(home, tmp_path, "run", "lora.rank=2", "lora.dropout=0.0")
