@@ -503,7 +503,12 @@ def test_bad_records_in_a_dry_run(home, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(records))
     changes = (f"data.file={tmp_path}/bad.json", "data.skip_bad=true", "train.steps=1")
     made = settings(home, tmp_path / "runs", "fresh", *changes)
-    assert {found["mode"] for found in train.dry_run(made)[1]} == {"fast", "slow"}, "though the run has one step"
+    source, found = train.dry_run(made)
+    assert {step["mode"] for step in found} == {"fast", "slow"}, "though the run has one step"
+    lengths = [source.lengths(i)[:2] for i in range(len(source))]
+    kept = [text + sum(max(1, int(0.3 * n + 1e-6)) + 4 for n in images) for text, images in lengths]
+    longest = {"fast": max(kept), "slow": max(text + sum(images) for text, images in lengths)}
+    assert {step["mode"]: step["rows"] / step["samples"] for step in found} == longest
     assert [p.name for p in made.folder.iterdir()] == ["skipped.txt"]
     train.train(made, bar=False)
 
