@@ -16,24 +16,43 @@ from tinyspeed.chat import Chat
 from tinyspeed.records import IMAGE, Turn
 from tinyspeed.rows import IGNORE
 
+# What the templates of the hub write, in fewer words. `BOS` begins with the first token, as Mistral's own has it.
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'][0]['text'] + eos_token }}"
-    "{% else %}{{ m['content'][0]['text'] + '\n' }}{% endif %}{% endfor %}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'][0]['text'] + '</s> ' }}"
+    "{% else %}{{ '<<SYS>>\n' + m['content'][0]['text'] + '\n<</SYS>>\n\n' }}{% endif %}{% endfor %}"
+)
+SLIP = MISTRAL.replace("</s>", "<\\\\s>")  # an earlier one of LLaVA-NeXT's ends its turns with a slip of the pen
+BOS = "{{ bos_token }}" + MISTRAL.replace("'</s> '", "eos_token")
+VICUNA = (
+    "{% for m in messages %}{{ '' if m['role'] == 'system' else m['role'] | upper + ': ' }}"
+    "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}"
+    "{{ '' if m['role'] == 'system' else ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else (c['text'] | trim) }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-TEMPLATES = {"hub": tiny.CHAT_TEMPLATE, "mistral": MISTRAL, "chatml": CHATML, "parts": loading.TEMPLATE}
+ONEVISION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ' ' }}"
+    "{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else '\n' + c['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "hub": tiny.CHAT_TEMPLATE, "vicuna": VICUNA, "mistral": MISTRAL, "slip": SLIP, "bos": BOS, "chatml": CHATML,
+    "onevision": ONEVISION, "parts": loading.TEMPLATE,
+}  # fmt: skip
+IM = ("chatml", "onevision")  # those with <|im_end|>
 
 
 def chat(template: str = "hub", **how) -> Chat:
     processor = tiny.processor("llava")
     processor.chat_template = TEMPLATES.get(template, template)
-    if template == "chatml":
+    if template in IM:
         processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     return Chat(processor, **how)
 
@@ -69,12 +88,13 @@ def learned(talk: Chat, ids, labels) -> list[str]:
 @given(turns=conversations())
 @example(turns=[Turn("user", ("ASSISTANT: no",)), Turn("assistant", ("ASSISTANT: USER: yes",))])
 @example(turns=[Turn("user", ("a",)), Turn("assistant", ("a",)), Turn("user", ("a",)), Turn("assistant", ("a",))])
+@example(turns=[Turn("user", (IMAGE, "a")), Turn("assistant", ("b",))])
 def test_what_is_learned_is_the_answers_and_the_ends_of_their_turns(template, turns):
     talk = CHATS[template]
     images = sum(part is IMAGE for turn in turns for part in turn.parts)
     ids, labels = talk.encode(turns, [3] * images)
-    end = "<|im_end|>" if template == "chatml" else "</s>"
-    lead = "" if template == "chatml" else " "  # the prompt ends with "ASSISTANT:", so the model says the space
+    end = "<|im_end|>" if template in IM else "</s>"
+    lead = "" if template in IM else " "  # the prompt ends with "ASSISTANT:", so the model says the space
     assert learned(talk, ids, labels) == [lead + turn.parts[0] + end for turn in turns if turn.role == "assistant"]
     assert (ids == tiny.IMAGE).sum() == 3 * images
     assert not (labels == tiny.IMAGE).any()
@@ -83,6 +103,10 @@ def test_what_is_learned_is_the_answers_and_the_ends_of_their_turns(template, tu
     for turn in turns:
         for part in turn.parts:
             assert part is IMAGE or part.strip() in text
+    if turns[0].role == "user":
+        *pictures, question = turns[0].parts
+        asked, (text, spans) = talk.prompt(question, len(pictures)), talk.render(turns)
+        assert text[: spans[0][0]] == asked, "training and asking see the same prompt"
 
 
 @given(turns=conversations(), rows=st.lists(st.integers(1, 9), min_size=6, max_size=6))

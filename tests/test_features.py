@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -116,6 +117,22 @@ def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
     whole = kept(tmp_path / "whole", made, net)
     for picture in made.pictures():
         assert torch.equal(store.read(picture)[0], whole.read(picture)[0])
+
+
+def test_an_interruption_while_a_file_is_written_leaves_no_half_of_it_behind(home, tmp_path, monkeypatch):
+    made, net, original = source(home, "llava"), tiny.model("llava"), Path.write_bytes
+
+    def half(path, content):
+        original(path, content[: len(content) // 2])
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(Killed):
+            kept(tmp_path, made, net)
+    assert len(files(tmp_path)) == 1
+    store = kept(tmp_path, made, net)
+    assert all(store.read(picture)[0].isfinite().all() for picture in made.pictures())
 
 
 def test_a_damaged_file_is_named(home, tmp_path):

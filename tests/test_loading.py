@@ -1,11 +1,13 @@
 """4 bits, adapters, parts, hub ids: what should change does, what should not does not, and damage on disk is named."""
 
+import gc
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import tiny
@@ -193,7 +195,16 @@ def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, 
     assert not tiny.difference(merged(**batch).logits, whole.eval()(**batch).logits)
 
 
-def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tmp_path):
+def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tmp_path, monkeypatch):
+    held, original = [], merge.save_file
+
+    def watched(tensors, *rest, **how):
+        gc.collect()
+        assert not any(tensor() is not None for tensor in held), "files before this one are still in memory"
+        held.extend(map(weakref.ref, tensors.values()))
+        original(tensors, *rest, **how)
+
+    monkeypatch.setattr(merge, "save_file", watched)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
@@ -203,6 +214,7 @@ def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tm
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert held
     theirs = net.merge_and_unload()
     for (name, ours), other in zip(merged.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours.float(), other.float(), rtol=0.01, atol=0.01, msg=name)
@@ -339,6 +351,9 @@ def test_a_hub_id_is_another_name_for_a_folder(home, tmp_path, monkeypatch):
     words = [word for change in (*changes, "model.path=org/tiny") for word in ("--set", change)]
     finish(run_cli("train", toml, *words, folder=tmp_path))
     assert not unlike(made, local)
+    record, other = (json.loads((run.folder / "record.json").read_text()) for run in (made, local))
+    assert (record["base"], record["revision"]) == ("org/tiny", commit), "which of the hub's versions it was"
+    assert (other["base"], other["revision"]) == (str(home / "llava"), None)
 
     question = (home / "images" / "p0-0.jpg", "What is number 0, 0?", "--max-new-tokens", "4")
     commands = [

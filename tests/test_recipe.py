@@ -1,13 +1,19 @@
 """Recipes: what is written is what is read, and a mistake is named."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_memory import REAL
 
 from tinyspeed import UserError, recipe
+from tinyspeed.estimate import estimate
+from tinyspeed.memory import GIB
 
+README = Path(__file__).parents[1] / "README.md"
 share = st.floats(0.01, 1)
 
 
@@ -31,6 +37,31 @@ def test_a_recipe_survives_toml(seed, keep, slow, lr, name, folder):
 @pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("*.toml")))
 def test_built_in_recipes_are_valid(name):
     assert recipe.read(name).stages()
+
+
+MODELS = {
+    "llava-1.5-7b-hf": "1.5-7b", "llava-1.5-13b-hf": "1.5-13b",
+    "llava-v1.6-vicuna-7b-hf": "next-7b", "llava-v1.6-mistral-7b-hf": "next-mistral",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*.toml")))
+def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name, tmp_path):
+    """For which card, how much memory, how much faster, and how that is known."""
+    gib, hub_id = int(re.search(r"(\d+)gb", name)[1]), recipe.read(name).model.path
+    REAL[MODELS[hub_id.removeprefix("llava-hf/")]]().save_pretrained(tmp_path)
+    found = estimate(recipe.read(name, [f"model.path={tmp_path}"]), gib)
+    _, full, ours = found.work("train")
+    assert found.peak < gib * GIB
+    memory, speedup = f"{found.peak / GIB:#.3g} GiB", f"{full / ours:.2f}x"
+    opening = (recipe.BUILT_IN / f"{name}.toml").read_text().split("[run]")[0]
+    card, said, faster, checked, *_ = opening.splitlines()
+    assert f"{gib} GB" in card
+    assert re.search(r"^# Memory: (\S+ GiB) ", said)[1] == memory
+    assert re.search(r"^# Speed-up: (\S+) less", faster)[1] == speedup
+    assert re.search(r"^# Checked: .* measured on a GPU", checked)
+    row = next(line for line in README.read_text().splitlines() if line.startswith(f"| [{name}]"))
+    assert [cell.strip() for cell in row.split("|")][-3:-1] == [memory, speedup]
 
 
 @pytest.mark.parametrize(

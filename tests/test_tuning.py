@@ -21,7 +21,14 @@ from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun
 
 SETTINGS = {
-    "qlora": ("model.quantise=nf4", "lora.rank=4", "data.workers=2", "train.checkpointing=on", "train.row_budget=120"),
+    "qlora": (
+        "model.quantise=nf4",
+        "lora.rank=4",
+        "lora.alpha=5.0",
+        "data.workers=2",
+        "train.checkpointing=on",
+        "train.row_budget=120",
+    ),
     "fp16": ("model.precision=fp16", "lora.rank=4", "train.optimizer=adamw8bit", "model.quantise=nf4"),
     # Ten records, five a step: killed at the end of an epoch, and again in the middle of the next.
     "bf16": ("model.precision=bf16", "lora.rank=4", "train.optimizer=paged_adamw8bit", "train.batch=5"),
@@ -115,6 +122,36 @@ def test_checkpointing_and_row_budgets_change_no_gradient(home, tmp_path):
         assert not tiny.difference(other, seen[0])
 
 
+def test_each_micro_batch_is_recomputed_just_if_its_rows_do_not_fit(home, tmp_path, monkeypatch):
+    made = settings(home, tmp_path, "run", "lora.rank=4", "train.batch=6", "train.row_budget=80")
+    model, source = train.build(made)
+    monkeypatch.setattr(StageRun, "_rows_that_fit", lambda self: 60)
+    run = StageRun(made, model, source, "train", 0, made.train, train.Totals())
+    passes, seen = [], []
+    model.vlm.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_: passes.append(1))
+    for plan in (Plan("fast", keep=0.3), Plan("full")):
+        for part, rows in run._parts(0, plan):
+            passes.clear()
+            run._micro_batch(next(loader.load(source, [part], run.pad)), rows, plan, 1)
+            seen.append((plan.mode, len(rows) * max(rows) > 60))
+            assert len(passes) == 1 + seen[-1][1], "a recomputed layer runs again in the backward"
+    assert {("fast", False), ("fast", True), ("full", True)} <= set(seen)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_what_is_frozen_stays_in_half_precision_and_what_trains_is_fp32(home, tmp_path, family, half):
+    """peft's own preparation makes fp32 of the tower, the embeddings and lm_head."""
+    made = settings(home, tmp_path, "run", f"model.precision={half}", *SETTINGS["qlora"], family=family)
+    model, source = train.build(made)
+    run = StageRun(made, model, source, "train", 0, made.train, train.Totals())
+    dtypes = {n: p.dtype for n, p in model.named_parameters()}
+    frozen = {n: dtype for n, dtype in dtypes.items() if n not in run.names.values() and dtype != torch.uint8}
+    assert {re.search("tower|embed_tokens|norm|lm_head|newline", n)[0] for n in frozen} >= {"tower", "lm_head"}
+    assert set(frozen.values()) == {precision.DTYPES[half]}
+    assert {dtypes[n] for n in run.names.values()} == {torch.float32}
+
+
 def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
     """As on a T4: frozen weights in fp16, what trains in fp32, autocast, a loss scale that finds its size."""
     made = settings(
@@ -156,6 +193,29 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, monkeyp
     made = settings(home, tmp_path, "other", "model.precision=bf16", "lora.rank=4")
     with pytest.raises(UserError, match="gradient norm inf"):
         train.train(made, bar=False)
+
+
+def test_a_resumed_run_goes_on_with_its_loss_scale(home, tmp_path, monkeypatch):
+    """Checkpoints come after steps 2 and 4; the second step overflows."""
+    original, grown = precision.LossScale.stepped, []
+
+    def overflowing(scale):
+        grown.append(1)
+        scale.overflowed() if len(grown) == 2 else original(scale)
+
+    runs = [settings(home, tmp_path, name, "model.precision=fp16", "lora.rank=4") for name in ("whole", "run")]
+    for made, dies in zip(runs, ((), (3,)), strict=True):
+        grown.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(precision.LossScale, "stepped", overflowing)
+            die_before(patch, *dies)
+            if dies:
+                with pytest.raises(Killed):
+                    train.train(made, bar=False)
+            train.train(made, resume=bool(dies), bar=False)
+    assert not unlike(*runs)
+    states = [checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"] for made in runs]
+    assert states[0] == states[1] == {"scale": 2.0**15, "good": 4, "moving": True}
 
 
 def test_other_data_than_the_run_began_with_is_refused(home, tmp_path, monkeypatch):
@@ -336,6 +396,35 @@ def test_an_official_evaluation_on_the_command_line(home, tmp_path, capsys, monk
     assert "cannot read x" in capsys.readouterr().err
 
 
+def test_parquet_trains_as_its_json_does_and_the_run_is_evaluated_where_it_is(home, tmp_path):
+    """Pictures inside the file, as on the hub; then GQA, of the run itself: in 4 bits, with its adapters."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = json.loads((home / "train.json").read_text())
+    for row in rows:
+        names = row.pop("image", [])
+        names = [names] if isinstance(names, str) else names
+        row["images"] = [{"bytes": (home / "images" / name).read_bytes(), "path": None} for name in names]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    how = ("model.quantise=nf4", "lora.rank=4", "train.steps=1", "train.batch=2", f"run.cache={tmp_path}/cache")
+    plain = settings(home, tmp_path, "plain", *how)
+    made = settings(home, tmp_path, "run", *how, f"data.file={tmp_path}/train.parquet", "data.images=")
+    one, other = (conversations.of(run, run.model.path, bar=False) for run in (plain, made))
+    assert one.fingerprint == other.fingerprint
+    assert all(torch.equal(one.example(i).pixel_values, other.example(i).pixel_values) for i in (0, 1, 2))
+    train.train(made, bar=False)
+
+    questions = {"7": {"imageId": "p0-0", "question": "Is it?", "answer": "yes"}}
+    (tmp_path / "gqa.json").write_text(json.dumps(questions))
+    command = ["eval", str(made.folder), "--task", "gqa", "--questions", str(tmp_path / "gqa.json")]
+    assert cli.main([*command, "--images", str(home / "images")]) == 0
+    header, *kept = map(json.loads, (made.folder / "gqa.jsonl").read_text().splitlines())
+    assert header["model"].endswith("run, step-00000001"), "another checkpoint's answers are other answers"
+    assert [line["id"] for line in kept] == ["7"]
+    assert json.loads((made.folder / "gqa.json").read_text())["accuracy"] in (0, 100)
+
+
 def test_a_resume_may_change_how_a_step_fits_and_nothing_else(home, tmp_path, monkeypatch):
     """The mend that an out-of-memory error advises must not cost the run."""
     made = settings(home, tmp_path, "run", "lora.rank=2", "lora.dropout=0.0")
@@ -417,7 +506,12 @@ def test_bad_records_in_a_dry_run(home, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps(records))
     changes = (f"data.file={tmp_path}/bad.json", "data.skip_bad=true", "train.steps=1")
     made = settings(home, tmp_path / "runs", "fresh", *changes)
-    assert {found["mode"] for found in train.dry_run(made)[1]} == {"fast", "slow"}, "though the run has one step"
+    source, found = train.dry_run(made)
+    assert {step["mode"] for step in found} == {"fast", "slow"}, "though the run has one step"
+    lengths = [source.lengths(i)[:2] for i in range(len(source))]
+    kept = [text + sum(max(1, int(0.3 * n + 1e-6)) + 4 for n in images) for text, images in lengths]
+    longest = {"fast": max(kept), "slow": max(text + sum(images) for text, images in lengths)}
+    assert {step["mode"]: step["rows"] / step["samples"] for step in found} == longest
     assert [p.name for p in made.folder.iterdir()] == ["skipped.txt"]
     train.train(made, bar=False)
 

@@ -98,14 +98,18 @@ class Chat:
         asked = next(number for number, turn in enumerate(turns) if turn.role == "assistant")
         prompt = self._template(messages[:asked], add_generation_prompt=True)
 
-        text, spans, lead = "", [], ""
+        text, spans, lead, opener, cue = "", [], "", "", ""
         for number, answer in enumerate(answers):
             before, found, rest = rest.partition(f"{mark}{number}\ue001")
             if not found:
                 raise UserError("the chat template loses or moves an answer")
             if number == 0 and before.startswith(prompt):
                 lead = before[len(prompt) :]  # what the model says before each answer
-            text += before
+            elif number == 0:  # OneVision's opens an answer with "assistant \n", and asks for one with "assistant\n"
+                told = self._template(messages[:asked])
+                if before.startswith(told) and prompt.startswith(told):
+                    opener, cue = before[len(told) :], prompt[len(told) :]
+            text += before.removesuffix(opener) + cue if before.endswith(opener) else before
             begin, end = len(text.removesuffix(lead)), self.turn_ends.match(rest)
             if end:
                 text, rest = text + answer + end[0], rest[end.end() :]

@@ -17,9 +17,11 @@ Weights come from safetensors only: a pickle can run code when it is opened.
 import json
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -87,7 +89,7 @@ def load(
 
 def _reason(error: Exception) -> str:
     """What transformers says, and what it should say."""
-    said = str(error).splitlines()[0]
+    said = (str(error).strip() or repr(error)).splitlines()[0]
     if "tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
     if "couldn't connect" in said:
@@ -118,6 +120,12 @@ def config(path: str):
         raise UserError(f"cannot load the configuration of {path}: {_reason(error)}") from error
 
 
+def revision(path: str) -> str | None:
+    """The hub's commit that a hub id, once loaded, stands for; None for a folder."""
+    found = None if isinstance(_where(path), Path) else try_to_load_from_cache(path, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def skeleton(path: str, precision: str) -> nn.Module:
     """The model without its weights, on `meta`."""
     with torch.device("meta"):
@@ -130,11 +138,13 @@ def load_processor(path: str):
     It counts placeholders by numbers of its own, and older checkpoints lack some of them (576 features then meet 575
     placeholders). The model's configuration knows them all.
     """
+    shape = config(path)
+    if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
+        raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
     try:
         processor = AutoProcessor.from_pretrained(_where(path))
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path} has no usable processor beside its model: {str(error).splitlines()[0]}") from error
-    shape = config(path)
+        raise UserError(f"{path} has no usable processor beside its model: {_reason(error)}") from error
     facts = {
         "patch_size": shape.vision_config.patch_size,
         "vision_feature_select_strategy": shape.vision_feature_select_strategy,

@@ -110,7 +110,10 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
         )
     lines = runs.metrics(folder)[: state["totals"]["steps"] if state else 0]
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines))
-    record.write(folder / "record.json", device=device, seed=recipe.run.seed)
+    model = base(recipe)
+    record.write(
+        folder / "record.json", device=device, seed=recipe.run.seed, base=model, revision=loading.revision(model)
+    )
 
 
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
