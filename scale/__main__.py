@@ -27,19 +27,23 @@ def main(argv: list[str] | None = None) -> int:
     cli.quiet()
     from . import run, world
 
-    with world.join() as here:
-        try:
-            stopped = run.train(recipe.read(a.recipe, a.set), here)
-        except (UserError, OSError) as error:
-            here.leave(world.MISTAKE, f"tinyspeed: {cli.said(error)}")
-        except Exception as error:
-            if world.lost(error):
-                here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
-            here.leave(world.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
-        except KeyboardInterrupt:  # the second one, or before the first step
-            os._exit(130)
-        if stopped is not None and here.leads:
-            print("saved; the same command goes on", file=sys.stderr)
+    try:
+        with world.join() as here:
+            try:
+                stopped = run.train(recipe.read(a.recipe, a.set), here)
+            except (UserError, OSError) as error:
+                here.leave(world.MISTAKE, f"tinyspeed: {cli.said(error)}")
+            except Exception as error:
+                if world.lost(error):
+                    here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
+                here.leave(world.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
+            except KeyboardInterrupt:  # the second one, or before the first step
+                os._exit(130)
+            if stopped is not None and here.leads:
+                print("saved; the same command goes on", file=sys.stderr)
+    except UserError as error:  # ranks that did not find each other
+        print(f"tinyspeed: {error}", file=sys.stderr)
+        return world.MISTAKE
     return 143 if stopped == signal.SIGTERM else 0
 
 

@@ -31,8 +31,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tinyspeed import UserError
 
+from .meeting import meet
+
 FAULT, MISTAKE, LOST = 1, 2, 3  # exit codes: of ours, of the user's, of the machines'
 LOOK_EVERY = 1.0  # seconds
+NOTE = "note"
 
 
 @dataclass
@@ -83,8 +86,8 @@ class World:
             print(f"tinyspeed: {said}: {hint}", file=sys.stderr, flush=True)
             time.sleep(2 * LOOK_EVERY)  # for the others to say where they were
             os._exit(LOST)
-        if board.check([self._note]):
-            code, by = map(int, board.get(self._note).split())
+        if board.check([NOTE]):
+            code, by = map(int, board.get(NOTE).split())
             if by == self.rank:
                 return
             if code == LOST:
@@ -94,11 +97,7 @@ class World:
     def _claims(self, code: int, board: dist.Store | None = None) -> bool:
         """Write on the board why the run ends, unless that is known; whether this rank was the first."""
         mine = f"{code} {self.rank}"
-        return (board or self.board).compare_set(self._note, "", mine).decode() == mine
-
-    @property
-    def _note(self) -> str:
-        return f"tinyspeed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
+        return (board or self.board).compare_set(NOTE, "", mine).decode() == mine
 
     def agree(self, what: str, value: object) -> None:
         """An error on every rank if this differs between them. Values are compared by a hash."""
@@ -146,6 +145,17 @@ def lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def _store(rank: int, size: int) -> dist.Store:
+    if "MASTER_ADDR" not in os.environ:  # without torchrun
+        return dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return dist.TCPStore(host, port, size, is_master=hosts, wait_for_workers=False)
+    except dist.DistError as error:
+        raise UserError(f"rank {rank} cannot reach {host}:{port}, where rank 0 should be") from error
+
+
 @contextmanager
 def join() -> Iterator[World]:
     """The process group that torchrun's environment asks for; without it, a group of one."""
@@ -156,13 +166,11 @@ def join() -> Iterator[World]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    store = None
-    if "MASTER_ADDR" not in os.environ:  # without torchrun
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    how = {} if store is None else {"store": store, "rank": rank, "world_size": size}
-    how["timeout"] = timedelta(days=1)  # the watch below is better at it
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **how)
-    world = World(rank, size, device, dist.distributed_c10d._get_default_store())
+    store = meet(_store(rank, size), rank, size)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # The watch is better at noticing than the group's own timeout.
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=1))
+    world = World(rank, size, device, store)
     world.watch()
     yield world
     world.over.set()

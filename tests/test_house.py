@@ -27,8 +27,9 @@ FLOORS = [
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those
-    {"dealing", "lengths", "fleet", "model", "world"},
-    {"simulate", "plan", "measure", "shard", "stage"},
+    {"dealing", "lengths", "fleet", "model", "meeting"},
+    {"world", "simulate", "plan", "measure", "shard"},
+    {"stage"},
     {"run"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

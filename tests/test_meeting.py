@@ -1,0 +1,63 @@
+"""Ranks that meet in a store full of what others left: all in one place, and never in one where somebody was before."""
+
+import threading
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scale.meeting import meet
+from tinyspeed import UserError
+
+SIZE = 3
+
+
+def attempt(store: dist.Store, ranks: set[int], patience: float) -> dict[int, dist.Store | str]:
+    """What these ranks of SIZE find, each in a thread of its own."""
+    found = {}
+
+    def come(rank: int) -> None:
+        try:
+            found[rank] = meet(store, rank, SIZE, patience)
+        except UserError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@settings(max_examples=15)
+@given(before=st.lists(st.sets(st.integers(0, SIZE - 1)), max_size=3))
+def test_all_meet_in_a_new_place_whoever_was_there_before(before):
+    store = dist.HashStore()
+    for number, ranks in enumerate(before):
+        found = attempt(store, ranks, patience=20 if len(ranks) == SIZE else 0.1)
+        for rank, place in found.items():
+            if len(ranks) == SIZE:
+                place.set(f"said by {rank}", str(number))
+            else:
+                assert "not come" in place, "and nobody goes on alone"
+    found = attempt(store, set(range(SIZE)), patience=20)
+    for rank in range(SIZE):
+        assert not found[rank].check([f"said by {rank}"]), "nobody was here before"
+    found[0].set("word", "hello")
+    assert [found[rank].get("word") for rank in range(SIZE)] == [b"hello"] * SIZE
+
+
+def test_who_is_missing_is_said():
+    found = attempt(dist.HashStore(), {0, 2}, patience=0.3)
+    assert found[0].startswith("ranks [1] of 3 have not come")
+    assert found[2].startswith("rank 0 has not come")
+
+
+def test_one_rank_meets_nobody():
+    place = meet(dist.HashStore(), 0, 1, patience=0.0)
+    place.set("word", "hello")
+    assert place.get("word") == b"hello"
+    with pytest.raises(UserError):
+        meet(dist.HashStore(), 0, 2, patience=0.0)
