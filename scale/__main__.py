@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
+    parser.add_argument("--dry-run", action="store_true", help="one step of each mode on the longest record")
     a = parser.parse_args(argv)
 
     from tinyspeed import UserError, cli, recipe
@@ -27,24 +28,49 @@ def main(argv: list[str] | None = None) -> int:
     cli.quiet()
     from . import run, world
 
+    def trained(here: world.World) -> int | None:
+        try:
+            made = recipe.read(a.recipe, a.set)
+            if not a.dry_run:
+                return run.train(made, here)
+            found = run.dry_run(made, here)
+            if here.leads:
+                print(_taken(found, here.size))
+        except (UserError, OSError) as error:
+            here.leave(world.MISTAKE, f"tinyspeed: {cli.said(error)}")
+        except Exception as error:
+            if world.lost(error):
+                here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
+            here.leave(world.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
+        except KeyboardInterrupt:  # the second one, or before the first step
+            os._exit(130)
+
     try:
         with world.join() as here:
-            try:
-                stopped = run.train(recipe.read(a.recipe, a.set), here)
-            except (UserError, OSError) as error:
-                here.leave(world.MISTAKE, f"tinyspeed: {cli.said(error)}")
-            except Exception as error:
-                if world.lost(error):
-                    here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
-                here.leave(world.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
-            except KeyboardInterrupt:  # the second one, or before the first step
-                os._exit(130)
-            if stopped is not None and here.leads:
-                print("saved; the same command goes on", file=sys.stderr)
-    except UserError as error:  # ranks that did not find each other
+            stopped = trained(here)
+    except UserError as error:  # ranks that have not found each other
         print(f"tinyspeed: {error}", file=sys.stderr)
         return world.MISTAKE
+    if stopped is not None and here.leads:
+        print("saved; the same command goes on", file=sys.stderr)
     return 143 if stopped == signal.SIGTERM else 0
+
+
+def _taken(found: list[dict], ranks: int) -> str:
+    from tinyspeed.report import table
+
+    rows = [
+        [
+            f["stage"],
+            f["mode"],
+            f"{f['samples']:,}",
+            f"{f['rows']:,}",
+            f"{f['memory_mib'] / 1024:.2f}",
+            f"{f['seconds']:.2f}",
+        ]
+        for f in found
+    ]
+    return table(["stage", "mode", "samples", "rows", f"GiB, of rank 0 of {ranks}", "seconds"], rows)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from tinyspeed import DualSpeed, UserError, checkpoint, conversations, digits, loading, precision, runs
+from tinyspeed import DualSpeed, UserError, checkpoint, conversations, digits, loading, precision, report, runs
 from tinyspeed import train as core
 from tinyspeed.data import Source
 from tinyspeed.errors import counted
@@ -40,12 +40,7 @@ def supported(made: Recipe, world: World) -> None:
 
 def train(made: Recipe, world: World) -> int | None:
     """Run a recipe to its end; the signal that ended it early, if one did."""
-    if made.run.device == "cpu":
-        world.device = torch.device("cpu")
-    core.place(made)  # refuses a device or a precision that is not there
-    core.set_threads(made)
-    supported(made, world)
-    mesh = world.mesh(made.scale.shard)
+    mesh = _prepare(made, world)
     with ExitStack() as stack:
         if world.leads:
             stack.enter_context(runs.claimed(made, resume=made.folder.is_dir()))
@@ -55,19 +50,48 @@ def train(made: Recipe, world: World) -> int | None:
         source = _source(made, world)
         world.agree("the data", source.fingerprint)
         stop = stack.enter_context(core.stop_requested(quiet=not world.leads))
-        return _stages(made, world, mesh, source, stop)
+        totals, stopped = _stages(made, world, mesh, source, stop)
+        if world.leads and totals.steps:
+            report.draw_run(made.folder)
+        return stopped
 
 
-def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: list[int]) -> int | None:
+def dry_run(made: Recipe, world: World) -> list[dict]:
+    """One step of every mode of every stage on the longest example, the same on every rank: what it takes."""
+    mesh = _prepare(made, world)
+    if world.leads:
+        runs.check_sources(made)
+        core.base(made)
+    world.wait()
+    source, found = _source(made, world), []
+    for number, (name, stage) in enumerate(made.stages()):
+        run = ShardedStage(
+            world, mesh, made, build(made, name, world, mesh, None), source, name, number, stage, Totals()
+        )
+        found += core.rehearsed(run)
+    return found
+
+
+def _prepare(made: Recipe, world: World) -> DeviceMesh:
+    if made.run.device == "cpu":
+        world.device = torch.device("cpu")
+    core.place(made)  # refuses a device or a precision that is not there
+    core.set_threads(made)
+    supported(made, world)
+    return world.mesh(made.scale.shard)
+
+
+def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: list[int]) -> tuple[Totals, int | None]:
     folder = made.folder
     newest = checkpoint.newest(folder / "checkpoints")
     saved, state = checkpoint.load(newest, slice(world.rank, None, world.size)) if newest else (None, None)
     world.agree("the checkpoint to go on from", state and state["step"])
     if world.leads:
-        core.begin(made, folder, world.device, state)
+        core.begin(made, folder, world.device, state, ranks=world.size)
         if state:
             print(f"going on behind step {state['step']} of {folder}", file=sys.stderr)
     torch.manual_seed(made.run.seed + world.rank)  # dropout; the same on two ranks would drop the same twice
+    world.timeout = made.scale.timeout
     totals = Totals(**state["totals"]) if state else Totals()
     for number, (name, stage) in enumerate(made.stages()):
         if state and number < state["stage"]:
@@ -77,18 +101,17 @@ def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: 
         run = ShardedStage(world, mesh, made, model, source, name, number, stage, totals)
         if state and number == state["stage"]:
             run.restore(saved, state)
-        world.timeout = made.scale.timeout
         run.go(folder, stop, bar=world.leads)
         world.at("between stages", patient=True)
         if run.stopped:
-            return stop[0] if stop else None
+            return totals, stop[0]
         saved = checkpoint.load(checkpoint.newest(folder / "checkpoints"), slice(0))[0]
     world.at("exporting", patient=True)
     if world.leads:
         core.finish(made)
         print(f"{counted(totals.steps, 'step')}, {totals.seconds:.0f} s; model in {folder / 'model'}")
     world.wait()
-    return None
+    return totals, None
 
 
 def _source(made: Recipe, world: World) -> Source:

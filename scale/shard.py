@@ -39,7 +39,9 @@ def shard(
     check_storage(model)
     quantised = any(type(p).__name__ == "Params4bit" for p in model.parameters())
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32 if cast else None)
-    how = {"mesh": mesh, "mp_policy": policy, **({"offload_policy": CPUOffloadPolicy()} if offload else {})}
+    how = {"mesh": mesh, "mp_policy": policy}
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for layer in model.vlm.language_model.layers:
         if not quantised:
             _arrive(layer, device)

@@ -37,7 +37,7 @@ class ShardedStage(StageRun):
 
     def __init__(self, world: World, mesh: DeviceMesh, recipe, model, source, name, number, stage, totals):
         self.world, self.mesh, self.settings = world, mesh, recipe.scale
-        self.lead = world.leads
+        self.lead, self.processes = world.leads, world.size
         self.forwards = 0  # that this step still has
         super().__init__(recipe, model, source, name, number, stage, totals)
         if recipe.scale.window > 1:
@@ -103,7 +103,11 @@ class ShardedStage(StageRun):
             super()._announce()
 
     def _stops(self, stop: list[int]) -> bool:
-        return self.world.any(bool(stop))
+        """Whether any rank is asked to stop; then all are."""
+        number = self.world.most(stop[0] if stop else 0)
+        if number and not stop:
+            stop.append(number)
+        return number > 0
 
     def _together(self, done: dict) -> dict:
         if self.world.size == 1:

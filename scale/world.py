@@ -105,13 +105,13 @@ class World:
         both = torch.tensor([number, -number], device=self.device)
         dist.all_reduce(both, dist.ReduceOp.MAX)
         if both[0] != -both[1]:
-            raise UserError(f"the ranks do not agree about {what}; rank {self.rank} has {value}")
+            raise UserError(f"the ranks do not agree about {what}; rank {self.rank} has {str(value)[:200]}")
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        found = torch.tensor(int(flag), device=self.device)
+    def most(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        found = torch.tensor(number, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        return int(found)
 
     def gather(self, mine: list) -> list:
         """Every rank's list, end to end."""

@@ -32,6 +32,8 @@ CASES = {
     "llava without isolator": ("lora.rank=4", "dualspeed.isolator=0"),
     "llava bf16": ("model.precision=bf16",),
     "llava kept gathered": ("scale.reshard=false",),
+    "llava bf16 lora": ("model.precision=bf16", "lora.rank=4"),
+    "llava offloaded": ("scale.offload=true",),
     "llava one a rank": ("train.batch=2",),  # one of them has no picture
     "llava idle": ("train.batch=3", "train.row_budget=1"),  # a rank has one sample, and two forwards to run
     "llava_next": (),

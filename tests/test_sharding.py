@@ -120,6 +120,16 @@ def test_one_rank_is_the_core_bit_for_bit(home, tmp_path, changes):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_dry_run_takes_a_step_of_each_mode_and_leaves_nothing(home, tmp_path, capsys):
+    made = settings(home, tmp_path, "dry", "lora.rank=4", "align.steps=1", "align.batch=2", "train.batch=3")
+    assert __main__.main([str(tmp_path / saved(made)), "--dry-run"]) == 0
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert sorted([cell.strip() for cell in row] for row in rows) == [
+        ["align", "fast", "2"], ["train", "fast", "3"], ["train", "slow", "3"],
+    ]  # fmt: skip
+    assert not made.folder.exists()
+
+
 def test_a_rank_is_killed_and_the_run_ends_as_if_it_had_not_been(home, tmp_path):
     changes = ("lora.rank=4", "model.quantise=nf4", "train.steps=12", "run.save_every=4")
     whole = settings(home, tmp_path, "whole", *changes)

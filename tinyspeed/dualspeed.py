@@ -211,7 +211,8 @@ class DualSpeed(DropIn):
 
     @property
     def device(self) -> torch.device:
-        return self.isolator.weight.device
+        """Where the arithmetic is: the tower is there whole, even if what trains is kept elsewhere between steps."""
+        return next(self.vlm.tower.parameters()).device
 
     def _quiet_head(self, hidden: Tensor) -> Tensor:
         with _without_dropout(self.vlm.model.get_output_embeddings()):

@@ -257,19 +257,18 @@ class Step:
         width = b * (2 if s.dropout and s.stage == "align" else 1) if s.casts or (s.rank and s.dropout) else 0
         end = rows * (6 * h * b + shape.inner * (width + 4 * s.casts * (2 if s.dropout else 1)))
         forward, backward = end, rows * 2 * h * b + mlp * (2 if s.stage == "train" else 3)
-        copies, late = 2 * s.half * h * (shape.read + shape.vocab * s.full), 0  # projector's and head's
+        head = 2 * s.half * h * shape.vocab * s.full  # autocast's copy
+        loss += head
         if self.recompute:
-            forward, copies = max(end, 3 * mlp), copies + shape.layers * self._copies  # autocast's cache
+            forward = max(end, 3 * mlp)
             backward = max(end, backward) + rows * (self.row - 4 * h * (s.stream == 4)) + self._copies
-            # A slow step's copies are as old as its teacher, so gradients of theirs wait for the end of the backward.
-            late = (self._projector + copies) * (batch.mode == "slow")
         # The largest weight, from 4 bits back in 16; or its gradient, before it is added to the others.
         weight = h * max(shape.inner, shape.vocab * s.full) * (6 if s.full else 2 * (s.quantise == "nf4"))
         return {
             "tower": pixels * (2 if shape.newline else 1) + tower,
             "pruning": (pixels + self._projector + words + pruning) * (batch.mode != "full"),
-            "forward": pixels + self.kept + held + copies + max(table + forward, loss),
-            "backward": pixels + max(self.kept + max(backward, loss, weight), late + backward),
+            "forward": pixels + self.kept + held + max(table + forward, loss),
+            "backward": pixels + self.kept + max(backward, loss, weight),
         }
 
     @property

@@ -40,8 +40,12 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def autocast(name: str, device: torch.device) -> AbstractContextManager:
-    """The arithmetic of a forward. fp32 runs as it is."""
-    return nullcontext() if name == "fp32" else torch.autocast(device.type, dtype=DTYPES[name])
+    """The arithmetic of a forward. fp32 runs as it is.
+
+    Copies of fp32 weights are made anew where they are used, and not kept to the end of the forward: that costs next to
+    nothing and saves memory. And where weights are gathered for each use (`scale`) a kept copy can be the teacher's,
+    which was made without a graph: then the student's gradients are lost, without an error."""
+    return nullcontext() if name == "fp32" else torch.autocast(device.type, dtype=DTYPES[name], cache_enabled=False)
 
 
 @dataclass

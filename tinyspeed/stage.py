@@ -76,6 +76,7 @@ class StageRun:
     """
 
     lead = True  # whether this process writes the log
+    processes = 1
 
     def __init__(
         self,
@@ -238,7 +239,7 @@ class StageRun:
                 f"before the optimizer used them, and nothing was saved. Start a new run with a lower {self.name}.lr"
             )
         if fine:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
             self.optimizer.step()
             self.scale.stepped()
         self.optimizer.zero_grad(set_to_none=True)
@@ -300,7 +301,8 @@ class StageRun:
         device = self.model.device
         rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
         longest = max(range(len(rows)), key=rows.__getitem__)
-        samples = next(cut([rows[longest]] * self.stage.batch, self.stage.row_budget))
+        share = math.ceil(self.stage.batch / self.processes)
+        samples = next(cut([rows[longest]] * share, self.stage.row_budget))
         batch = next(loader.load(self.source, [[longest] * len(samples)], self.pad))
         if device.type == "cuda":
             torch.cuda.empty_cache()

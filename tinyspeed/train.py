@@ -85,12 +85,15 @@ def dry_run(recipe: Recipe) -> tuple[Source, list[dict]]:
     model, source = build(recipe)
     found = []
     for number, (name, stage) in enumerate(recipe.stages()):
-        run = StageRun(recipe, model, source, name, number, stage, Totals())
-        # Beyond the run's own steps: a short one may draw no slow step, and the next, longer one will.
-        plans = {plan.mode: plan for plan in map(model.schedule.plan, range(10_000))}
-        for plan in plans.values():
-            found.append({"stage": name, "mode": plan.mode, **run.rehearse(plan)})
+        found += rehearsed(StageRun(recipe, model, source, name, number, stage, Totals()))
     return source, found
+
+
+def rehearsed(run: StageRun) -> list[dict]:
+    """One step of every mode of a stage."""
+    # Beyond the run's own steps: a short one may draw no slow step, and the next, longer one will.
+    plans = {plan.mode: plan for plan in map(run.model.schedule.plan, range(10_000))}
+    return [{"stage": run.name, "mode": plan.mode, **run.rehearse(plan)} for plan in plans.values()]
 
 
 def set_threads(recipe: Recipe) -> None:
@@ -98,7 +101,7 @@ def set_threads(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.run.threads)
 
 
-def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None) -> None:
+def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None, **more) -> None:
     """The run's log, cut off where the newest checkpoint, whose state this is, was written."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"ignoring {half}: it was being written when the run was killed", file=sys.stderr)
@@ -111,9 +114,8 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     lines = runs.metrics(folder)[: state["totals"]["steps"] if state else 0]
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines))
     model = base(recipe)
-    record.write(
-        folder / "record.json", device=device, seed=recipe.run.seed, base=model, revision=loading.revision(model)
-    )
+    known = {"seed": recipe.run.seed, "base": model, "revision": loading.revision(model)}
+    record.write(folder / "record.json", device=device, **known, **more)
 
 
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
