@@ -7,6 +7,7 @@ the core does, which is the oracle.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -106,7 +107,10 @@ def mistakes(here: world.World, home: Path) -> dict:
 
     sharded._micro_batch = broken
     batches = loader.load(source, sharded._ahead(), 0)
+    stop, calm = [signal.SIGTERM] * (here.rank == 1), []
     return {
+        "stops": here.gather([(sharded._stops(stop), stop)]),
+        "goes on": here.gather([(sharded._stops(calm), calm)]),
         "NaN": here.gather([told(lambda: sharded._step(0, batches, None))]),
         "steps": here.gather([sharded.totals.steps]),
         "disagree": here.gather([told(lambda: here.agree("the weather", here.rank))]),

@@ -4,6 +4,7 @@ hang, are sent away or find something wrong. Real torchrun, real signals, two pr
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from ranks import CASES, PLANS
 from safetensors.torch import load_file
 from test_train import unlike
 from test_tuning import settings
+from transformers import AutoModelForImageTextToText
 
 from scale import __main__, run, shard, world
 from scale.model import Model
@@ -100,6 +103,8 @@ def test_every_rank_is_told_of_what_is_wrong_on_one(ranks):
     assert found["steps"] == [0, 0]
     assert [told.rpartition(";")[2] for told in found["disagree"]] == [" rank 0 has 0", " rank 1 has 1"]
     assert found["agree"] == ["nothing"] * 2
+    assert found["stops"] == [[True, [signal.SIGTERM]]] * 2, "a signal to one rank stops all"
+    assert found["goes on"] == [[False, []]] * 2
     assert found["divide"] == ["scale.shard = 3 does not divide the 2 ranks"] * 2
 
 
@@ -118,6 +123,32 @@ def test_one_rank_is_the_core_bit_for_bit(home, tmp_path, changes):
     one, other = (load_file(r.folder / "model" / "model.safetensors") for r in (alone, made))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_goes_on_only_with_its_own_model_and_data(home, tmp_path):
+    shutil.copytree(home / "llava", tmp_path / "model")
+    shutil.copy(home / "train.json", tmp_path)
+    own = ("lora.rank=4", "train.steps=2", f"model.path={tmp_path}/model", f"data.file={tmp_path}/train.json")
+    made = settings(home, tmp_path, "run", *own)
+
+    def refused(message: str, *changes: str) -> None:
+        with world.join() as here, pytest.raises(UserError, match=message):
+            run.train(settings(home, tmp_path, "run", *own, *changes), here)
+
+    with world.join() as here:
+        assert run.train(made, here) is None
+    refused("train.lr differs", "train.lr=0.5")
+    records = json.loads((tmp_path / "train.json").read_text())
+    (tmp_path / "train.json").write_text(json.dumps(records[1:]))
+    refused("the data has changed")
+    shutil.copy(home / "train.json", tmp_path)
+    other = tiny.config("llava")
+    other.text_config.hidden_size //= 2
+    AutoModelForImageTextToText.from_config(other).save_pretrained(tmp_path / "model")
+    refused("it is of another model or recipe")
+    damaged = next((made.folder / "checkpoints").glob("step-*/tensors.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    refused("is damaged")
 
 
 def test_a_dry_run_takes_a_step_of_each_mode_and_leaves_nothing(home, tmp_path, capsys):
