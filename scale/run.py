@@ -102,6 +102,7 @@ def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: 
         if state and number == state["stage"]:
             run.restore(saved, state)
         run.go(folder, stop, bar=world.leads)
+        run.settle()
         world.at("between stages", patient=True)
         if run.stopped:
             return totals, stop[0]

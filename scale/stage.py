@@ -9,6 +9,7 @@ compared every `check_every` steps, to be told if it is not so. With one rank ev
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class ShardedStage(StageRun):
         self.world, self.mesh, self.settings = world, mesh, recipe.scale
         self.lead, self.processes = world.leads, world.size
         self.forwards = 0  # that this step still has
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: tuple[Future, Path, dict] | None = None  # the checkpoint under way
         super().__init__(recipe, model, source, name, number, stage, totals)
         if recipe.scale.window > 1:
             seed = recipe.run.seed + number
@@ -103,10 +106,12 @@ class ShardedStage(StageRun):
             super()._announce()
 
     def _stops(self, stop: list[int]) -> bool:
-        """Whether any rank is asked to stop; then all are."""
-        number = self.world.most(stop[0] if stop else 0)
+        """Whether any rank is asked to stop; then all are. And whether all have written their checkpoints."""
+        number, writing = self.world.most(stop[0] if stop else 0, bool(self.writing) and not self.writing[0].done())
         if number and not stop:
             stop.append(number)
+        if not writing:
+            self.settle()
         return number > 0
 
     def _together(self, done: dict) -> dict:
@@ -135,28 +140,42 @@ class ShardedStage(StageRun):
         return here, min(every, per * self._shards.rank())
 
     def save(self, folder: Path, step: int) -> None:
-        world = self.world
-        world.at(f"writing the checkpoint of step {self.totals.steps}")
-        temporary = folder / f".tmp-step-{self.totals.steps:08d}"
-        if world.leads:
+        """Each rank copies its rows, and writes them while training goes on: of all weights of a 7B model and their
+        moments, a rank of 8 has 10 GB, which is a second to copy and half a minute to write."""
+        self.settle()
+        self.world.at(f"copying the checkpoint of step {self.totals.steps}")
+        temporary = checkpoint.temporary_name(folder, self.totals.steps)
+        if self.world.leads:
             checkpoint.begin(folder, self.totals.steps)
-        dist.barrier()
-        here, rows = {}, {}
+        self.world.wait()
+        here, rows = self._mine()
+        part = f"-{self.world.rank:05d}-of-{self.world.size:05d}" if self.world.size > 1 else ""
+        state = {**self._state(step), "step": self.totals.steps}
+        self.writing = self.writer.submit(checkpoint.write, temporary, here, rows, part), temporary, state
+
+    def _mine(self) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+        """Copies of what this rank writes; and of tensors in parts, its first row and the rows of all."""
+        here, rows, rank = {}, {}, self.world.rank
         for name, tensor in self._tensors().items():
             local, begin = self._local(tensor)
             if isinstance(tensor, DTensor):
-                if world.rank < self._shards.size() and len(local):  # the first copy of the model is enough
+                if rank < self._shards.size() and len(local):  # the first copy of the model is enough
                     here[name], rows[name] = local, (begin, len(tensor))
-            elif world.leads or name.startswith("rng/"):
-                here[name + (f"/{world.rank}" if world.rank else "")] = tensor
-        part = f"-{world.rank:05d}-of-{world.size:05d}" if world.size > 1 else ""
-        files: list = [None] * world.size
-        dist.all_gather_object(files, checkpoint.write(temporary, here, rows, part))
-        if world.leads:
-            every = {name: found for of in files for name, found in of.items()}
-            state = {**self._state(step), "step": self.totals.steps}
-            checkpoint.finish(temporary, state, every, self.recipe.run.keep_checkpoints)
-        dist.barrier()
+            elif rank == 0 or name.startswith("rng/"):
+                here[name + (f"/{rank}" if rank else "")] = tensor
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in here.items()}, rows
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is whole, and give it its name."""
+        if self.writing is None:
+            return
+        self.world.at(f"writing the checkpoint of step {self.totals.steps}")
+        (future, temporary, state), self.writing = self.writing, None
+        written = self.world.gather([future.result()])
+        if self.world.leads:
+            files = {name: found for of in written for name, found in of.items()}
+            checkpoint.finish(temporary, state, files, self.recipe.run.keep_checkpoints)
+        self.world.wait()
 
     def _go_on_drawing(self, saved: checkpoint.Saved) -> None:
         """Each rank as it drew before; one that was not there before draws on its own."""

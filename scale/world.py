@@ -107,11 +107,11 @@ class World:
         if both[0] != -both[1]:
             raise UserError(f"the ranks do not agree about {what}; rank {self.rank} has {str(value)[:200]}")
 
-    def most(self, number: int) -> int:
-        """The largest of all ranks' numbers."""
-        found = torch.tensor(number, device=self.device)
+    def most(self, *numbers: int) -> list[int]:
+        """The largest of all ranks' numbers, of each of these."""
+        found = torch.tensor(numbers, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return found.tolist()
 
     def gather(self, mine: list) -> list:
         """Every rank's list, end to end."""

@@ -125,6 +125,28 @@ def test_one_rank_is_the_core_bit_for_bit(home, tmp_path, changes):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(home, tmp_path, monkeypatch):
+    made = settings(home, tmp_path, "run", "lora.rank=4", "train.steps=30", "run.save_every=10")
+    write, gone, kept = checkpoint.write, [], []
+
+    def slowly(temporary, *given):
+        began = steps(made)
+        until(lambda: steps(made) >= min(began + 3, 30), "three steps are done beside the writing")
+        gone.append(steps(made) - began)
+        kept.append([path.name for path in checkpoint._complete(temporary.parent)])
+        return write(temporary, *given)
+
+    monkeypatch.setattr(checkpoint, "write", slowly)
+    with world.join() as here:
+        assert run.train(made, here) is None
+    assert min(gone[:2]) >= 3, "behind the last step there is nothing to go on with"
+    assert kept == [[], ["step-00000010"], ["step-00000010", "step-00000020"]], "half-written ones have no name"
+    monkeypatch.undo()
+    alone = settings(home, tmp_path, "alone", "lora.rank=4", "train.steps=30", "run.save_every=10")
+    train.train(alone, bar=False)
+    assert not unlike(made, alone)
+
+
 def test_a_run_goes_on_only_with_its_own_model_and_data(home, tmp_path):
     shutil.copytree(home / "llava", tmp_path / "model")
     shutil.copy(home / "train.json", tmp_path)

@@ -46,9 +46,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
     return finish(temporary, {**state, "step": step}, write(temporary, tensors), keep)
 
 
+def temporary_name(folder: Path, step: int) -> Path:
+    return folder / f".tmp-step-{step:08d}"
+
+
 def begin(folder: Path, step: int) -> Path:
     """An empty folder for the checkpoint of `step`, under its temporary name."""
-    temporary = folder / f".tmp-step-{step:08d}"
+    temporary = temporary_name(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
