@@ -24,7 +24,7 @@ def describe(device: torch.device | str = "cpu", **more) -> dict:
         except PackageNotFoundError:
             continue
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "commit": commit(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
         "cores": os.cpu_count(),
@@ -32,6 +32,10 @@ def describe(device: torch.device | str = "cpu", **more) -> dict:
         "versions": versions,
         **more,
     }
+
+
+def _program(file: Path) -> list[str]:
+    return ["python", "-m", file.parent.name] if file.name == "__main__.py" else [file.name]
 
 
 def write(path: Path, **more) -> None:
