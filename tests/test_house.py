@@ -16,7 +16,7 @@ FLOORS = [
     {"attention", "drop_in"},
     {"vlm"},
     {"dualspeed"},
-    {"data", "batching", "precision", "memory", "folders"},
+    {"data", "batching", "precision", "memory", "folders", "shapes"},
     {"loading", "loader", "images", "checkpoint", "callback"},
     {"records", "recipe", "record", "report", "merge"},
     {"optimizer", "chat", "runs", "digits"},
