@@ -24,6 +24,7 @@ FLOORS = [
     {"evaluate", "stage"},
     {"train", "look", "bench"},
     {"compare", "demo", "ask", "benchmarks", "estimate"},
+    {"peaks"},
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those

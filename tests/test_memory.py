@@ -378,6 +378,10 @@ def test_rows_that_fit_asks_the_device(monkeypatch):
     monkeypatch.setattr(memory.cuda, "mem_get_info", lambda device: (6 * memory.GIB, 12 * memory.GIB))
     monkeypatch.setattr(memory.cuda, "memory_reserved", lambda device: 5 * memory.GIB)
     monkeypatch.setattr(memory.cuda, "memory_allocated", lambda device: 3 * memory.GIB)
+    monkeypatch.setattr(memory.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     found = memory.rows_that_fit(SimpleNamespace(device=torch.device("cuda"), config=config), s)
     assert 0 < found == memory.rows_within(8 * memory.GIB, Shape(config), s)
+    monkeypatch.setattr(memory.cuda, "get_per_process_memory_fraction", lambda device: 0.75)  # 9 of 12 GiB
+    capped = memory.rows_that_fit(SimpleNamespace(device=torch.device("cuda"), config=config), s)
+    assert found > capped == memory.rows_within(6 * memory.GIB, Shape(config), s)
     assert memory.rows_within(-memory.GIB, Shape(config), s) == 0
