@@ -133,7 +133,7 @@ def test_what_is_written_is_what_was_measured(family, shapes, here, tmp_path, ca
     (found,) = result["recipes"]
     assert (found["recipe"], found["path"], found["error"]) == (QLORA, str(shapes / family), None)
     assert (found["precision"], found["quantise"], found["rank"]) == ("fp32", "nf4", 16)
-    assert (found["gpu_gib"], found["outside_gib"]) == (None, None)
+    assert (found["gpu_gib"], found["outside_gib"], result["held_to_gib"]) == (None, None, None)
     rows = sum(tiny.image_rows(family, found["picture"]))
     assert (found["text"], found["visual"], found["answers"]) == (100, [rows], 60)
     modes = {(m["stage"], m["mode"]): m for m in found["modes"]}
@@ -249,7 +249,7 @@ def test_mistakes_are_named(shapes, here, monkeypatch):
         peaks.bench_memory({"one": tiny_recipe(shapes / "llava_onevision")})
     with pytest.raises(UserError, match="max_rows = 105: no picture fits"):
         peaks.bench_memory({"short": tiny_recipe(shapes / "llava", "data.max_rows=105")})
-    with pytest.raises(UserError, match="good: --gpu: there is no GPU"):
+    with pytest.raises(UserError, match="--gpu: there is no GPU"):
         peaks.bench_memory({"good": good}, gpu=8)
     monkeypatch.setattr(peaks.shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(UserError, match=r"need 13.8 GiB of disk, .* has 9.0 GiB free: set TMPDIR"):

@@ -62,10 +62,12 @@ def bench_memory(recipes: dict[str, Recipe], gpu: float | None = None, out: Path
     for name, recipe in recipes.items():
         if not recipe.model.path:
             raise UserError(f"{name}: its model is put together by the run itself; give a recipe with a model.path")
+        if gpu is not None and train.device_of(recipe.run.device).type != "cuda":
+            raise UserError("--gpu: there is no GPU here that could be held to it")
         longest(recipe, loading.config(recipe.model.path))
         models.setdefault(recipe.model.path, []).append(name)
     _check_disk(models)
-    result = record.describe(bench="memory", recipes=[])
+    result = record.describe(bench="memory", held_to_gib=gpu, recipes=[])
     for path, names in models.items():
         with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
             print(f"{path}: drawing {_size(path) / GIB:.1f} GiB of random weights in {folder}", file=sys.stderr)
@@ -96,7 +98,8 @@ def describe(result: dict) -> str:
     headers = ["recipe", "stage", "mode", "rows", "samples", "recompute"]
     said = table([*headers, "measured GiB", "estimated GiB", "off by %", "seconds"], rows)
     cpu = any(found["gpu_gib"] is None for found in result["recipes"])
-    return f"{result['device']}\n\n{said}" + f"\n\n{ON_A_CPU}" * cpu
+    held = f", held to {result['held_to_gib']:g} GiB" if result["held_to_gib"] else ""
+    return f"{result['device']}{held}\n\n{said}" + f"\n\n{ON_A_CPU}" * cpu
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,6 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
         model = train.build_model(recipe)
         if device.type == "cuda":
             found["gpu_gib"], found["outside_gib"] = _hold(model.device, gpu)
-        elif gpu is not None:
-            raise UserError("--gpu: there is no GPU here that could be held to it")
         case = Case(Shape(source.config), [source.sample], 1, "noise", name, found["gpu_gib"])
         for m in train.rehearsals(recipe, model, source):
             same = case.micro_batch(recipe, m["stage"], m["mode"], source.sample, m["samples"])
