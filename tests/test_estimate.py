@@ -10,7 +10,7 @@ import torch
 from album import album
 from hypothesis import given
 from hypothesis import strategies as st
-from real import REAL, clip, llama
+from real import REAL
 from test_memory import ANSWERS, TEXT, batch_of, small
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
@@ -20,6 +20,7 @@ from tinyspeed.estimate import GRAIN, changed, compare_measured, describe, estim
 from tinyspeed.memory import GIB, RESERVE, Settings, Shape
 from tinyspeed.recipe import from_tables, read
 from tinyspeed.scheduler import Plan
+from tinyspeed.shapes import clip, vicuna
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_lengths_come_from_the_data_where_it_is_there(tmp_path):
 
 def test_a_model_from_parts(tmp_path, models):
     clip().save_pretrained(tmp_path / "clip")
-    llama(vocab=32000).save_pretrained(tmp_path / "vicuna")
+    vicuna(vocab_size=32000).save_pretrained(tmp_path / "vicuna")
     tables = {
         "model": {"tower": str(tmp_path / "clip"), "llm": str(tmp_path / "vicuna")},
         "data": {"kind": "chat", "file": "x.json"},

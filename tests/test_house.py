@@ -16,7 +16,7 @@ FLOORS = [
     {"attention", "drop_in"},
     {"vlm"},
     {"dualspeed"},
-    {"data", "batching", "precision", "memory", "folders"},
+    {"data", "batching", "precision", "memory", "folders", "shapes"},
     {"loading", "loader", "images", "checkpoint", "callback"},
     {"records", "recipe", "record", "report", "merge"},
     {"optimizer", "chat", "runs", "digits"},
@@ -24,6 +24,7 @@ FLOORS = [
     {"evaluate", "stage"},
     {"train", "look", "bench"},
     {"compare", "demo", "ask", "benchmarks", "estimate"},
+    {"peaks"},
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those

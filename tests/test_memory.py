@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from real import GRIDS, REAL, clip, config_of, llama
+from real import REAL
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +21,7 @@ from tinyspeed import DualSpeed, loading, memory, optimizer, precision
 from tinyspeed.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.recipe import Stage
 from tinyspeed.scheduler import Plan
+from tinyspeed.shapes import GRIDS, clip, vicuna
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -52,15 +53,16 @@ SIDE, PATCH, HIDDEN, LAYERS, VOCAB = 64, 8, 128, 4, 300
 
 
 def small(family="llava", *, hidden=HIDDEN, layers=LAYERS, vocab=VOCAB, tower=32):
-    text = llama(hidden, 11 * hidden // 4, layers, 4, vocab)
+    text = vicuna(hidden, 11 * hidden // 4, layers, 4, vocab_size=vocab)
     vision = clip(
         hidden_size=tower, intermediate_size=4 * tower, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
         patch_size=PATCH,
     )  # fmt: skip
+    both = {"vision_config": vision, "text_config": text, "image_token_index": 3}
     if family == "llava":
-        return config_of(LlavaConfig, vision, text, image_token_index=3, image_seq_length=(SIDE // PATCH) ** 2)
+        return LlavaConfig(**both, image_seq_length=(SIDE // PATCH) ** 2)
     grids = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-    return config_of(LlavaNextConfig, vision, text, image_token_index=3, image_grid_pinpoints=grids)
+    return LlavaNextConfig(**both, image_grid_pinpoints=grids)
 
 
 @functools.lru_cache(maxsize=1)  # the cases of one model follow each other
@@ -376,6 +378,10 @@ def test_rows_that_fit_asks_the_device(monkeypatch):
     monkeypatch.setattr(memory.cuda, "mem_get_info", lambda device: (6 * memory.GIB, 12 * memory.GIB))
     monkeypatch.setattr(memory.cuda, "memory_reserved", lambda device: 5 * memory.GIB)
     monkeypatch.setattr(memory.cuda, "memory_allocated", lambda device: 3 * memory.GIB)
+    monkeypatch.setattr(memory.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     found = memory.rows_that_fit(SimpleNamespace(device=torch.device("cuda"), config=config), s)
     assert 0 < found == memory.rows_within(8 * memory.GIB, Shape(config), s)
+    monkeypatch.setattr(memory.cuda, "get_per_process_memory_fraction", lambda device: 0.75)  # 9 of 12 GiB
+    capped = memory.rows_that_fit(SimpleNamespace(device=torch.device("cuda"), config=config), s)
+    assert found > capped == memory.rows_within(6 * memory.GIB, Shape(config), s)
     assert memory.rows_within(-memory.GIB, Shape(config), s) == 0

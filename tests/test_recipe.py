@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_memory import REAL
 
 from tinyspeed import UserError, recipe
 from tinyspeed.estimate import estimate
@@ -39,18 +38,11 @@ def test_built_in_recipes_are_valid(name):
     assert recipe.read(name).stages()
 
 
-MODELS = {
-    "llava-1.5-7b-hf": "1.5-7b", "llava-1.5-13b-hf": "1.5-13b",
-    "llava-v1.6-vicuna-7b-hf": "next-7b", "llava-v1.6-mistral-7b-hf": "next-mistral",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*.toml")))
-def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name, tmp_path):
+def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name):
     """For which card, how much memory, how much faster, and how that is known."""
-    gib, hub_id = int(re.search(r"(\d+)gb", name)[1]), recipe.read(name).model.path
-    REAL[MODELS[hub_id.removeprefix("llava-hf/")]]().save_pretrained(tmp_path)
-    found = estimate(recipe.read(name, [f"model.path={tmp_path}"]), gib)
+    gib = int(re.search(r"(\d+)gb", name)[1])
+    found = estimate(recipe.read(name), gib)
     _, full, ours = found.work("train")
     assert found.peak < gib * GIB
     memory, speedup = f"{found.peak / GIB:#.3g} GiB", f"{full / ours:.2f}x"

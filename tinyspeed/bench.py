@@ -1,6 +1,6 @@
 """How fast, on this machine: ratios, taken side by side, with the machine written beside them.
 
-    bench_pruning()        what choosing the rows costs
+    bench_pruning()        what choosing the rows costs; memory is measured in `peaks.py`
 
 A time in milliseconds says little about another machine and not much about this one an hour later; a ratio of two
 contestants timed in turns says something about both. So every benchmark here brings its own yardsticks: a floor, what
@@ -82,7 +82,7 @@ def bench_pruning(
     print(table(headers, [_line(name, t) for name, t in result["contestants"].items()]))
     print(f"\ndivprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows")
     if out is not None:
-        _write(result, Path(out))
+        write(result, Path(out))
     return result
 
 
@@ -164,7 +164,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _write(result: dict, out: Path) -> None:
+def write(result: dict, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(result, indent=1) + "\n")

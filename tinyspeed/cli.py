@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tinyspeed {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function, help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help)
+    def command(name: str, function, help: str, among=commands) -> argparse.ArgumentParser:
+        made = among.add_parser(name, help=help, description=help)
         made.set_defaults(command=function)
         return made
 
@@ -111,10 +111,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="for plugins that draw")
     made.add_argument("--out", default="look.png")
 
-    made = command("bench", _bench, "measure speed on this machine")
-    made.add_argument("what", choices=["pruning"])
+    says = "measure speed and memory on this machine"
+    bench = commands.add_parser("bench", help=says, description=says).add_subparsers(required=True, metavar="WHAT")
+    made = command("pruning", _bench_pruning, "what choosing the rows costs", bench)
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--device", default="cpu")
+    made.add_argument("--out", help="write the numbers to this JSON file")
+    made = command("memory", _bench_memory, "what recipes need, beside what is estimated; downloads nothing", bench)
+    made.add_argument("recipe", nargs="+", metavar="RECIPE.toml", help="recipe files, or names of built-in ones")
+    made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value of all")
+    made.add_argument("--gpu", type=float, metavar="GIB", help="as on a GPU with so much memory")
     made.add_argument("--out", help="write the numbers to this JSON file")
     return parser
 
@@ -296,8 +302,18 @@ def _look(a) -> int:
     return 0
 
 
-def _bench(a) -> int:
+def _bench_pruning(a) -> int:
     from .bench import bench_pruning
 
     bench_pruning(keep=a.keep, device=a.device, out=a.out)
+    return 0
+
+
+def _bench_memory(a) -> int:
+    from . import recipe
+
+    chosen = {name: recipe.read(name, a.set) for name in a.recipe}
+    from .peaks import bench_memory
+
+    bench_memory(chosen, a.gpu, a.out)
     return 0

@@ -33,6 +33,7 @@ TEXT, ANSWERS, EPOCH = 100, 60, 1000  # text rows and tokens to learn of assumed
 SEVERAL, GRAIN = 2000, 64  # samples whose FLOPs are averaged; and what advised numbers of rows are multiples of
 BYTES = ("GiB", 2**30), ("MiB", 2**20)
 FLOPS = ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)
+ON_A_CPU = "On a CPU what is measured is the whole process, libraries and all."
 TIMES = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
 
 Sample = tuple[int, list[int], int]  # text rows, visual rows of each image, tokens to learn
@@ -178,12 +179,17 @@ def lengths_of(recipe: Recipe, shape: Shape, source: Source | None = None) -> tu
         source = source or conversations.of(recipe, path)
         every = [source.lengths(i) for i in range(len(source))]
         return every, len(every), f"{counted(len(every), 'sample')} of {data.file}"
+    text, (picture,), answers = assumed(recipe, shape)
+    why = "there is no such file" if path else "the model has no processor yet"
+    said = f"{EPOCH:,} samples of {text} text rows, {picture:,} visual rows and {answers} tokens to learn, assumed"
+    return [(text, [picture], answers)], EPOCH, f"{said} in place of {data.file}: {why}"
+
+
+def assumed(recipe: Recipe, shape: Shape) -> Sample:
+    """A short conversation about one large picture, where there is no data."""
     crops, side = min(shape.crops, 5), shape.pixels // shape.patch
     picture = crops * shape.patches + shape.newline * side * isqrt(crops - 1)
-    picture = max(1, min(picture, (data.max_rows or inf) - TEXT))
-    why = "there is no such file" if path else "the model has no processor yet"
-    said = f"{EPOCH:,} samples of {TEXT} text rows, {picture:,} visual rows and {ANSWERS} tokens to learn, assumed"
-    return [(TEXT, [picture], ANSWERS)], EPOCH, f"{said} in place of {data.file}: {why}"
+    return TEXT, [max(1, min(picture, (recipe.data.max_rows or inf) - TEXT))], ANSWERS
 
 
 def shares(recipe: Recipe, name: str) -> dict[str, float]:
@@ -295,7 +301,7 @@ def compare_measured(found: Estimate, measured: list[dict]) -> str:
         off = None if got is None else f"{100 * (want / got - 1):+.0f}"
         rows.append([m["stage"], m["mode"], f"{same.rows:,}", got and f"{got / 1024:.2f}", f"{want / 1024:.2f}", off])
     said = table(["stage", "mode", "rows", "measured GiB", "estimated GiB", "off by %"], rows)
-    return said if found.case.gpu else f"{said}\n\nOn a CPU what is measured is the whole process, libraries and all."
+    return said if found.case.gpu else f"{said}\n\n{ON_A_CPU}"
 
 
 def _said(n: float, units: tuple[tuple[str, float], ...]) -> str:

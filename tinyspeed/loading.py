@@ -39,7 +39,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from . import folders
+from . import folders, shapes
 from .errors import UserError, unknown
 from .precision import DTYPES
 from .vlm import FAMILIES, family
@@ -113,17 +113,26 @@ def _where(path: str) -> str | Path:
 
 
 def config(path: str):
-    """The configuration alone: a few kilobytes, enough to know a model's shapes."""
+    """The configuration alone: a few kilobytes, enough to know a model's shapes. A published model that is not here
+    needs no network for it."""
+    where = _where(path)
+    if where in shapes.KNOWN and not _downloaded(path):
+        return shapes.KNOWN[path]()
     try:
-        return AutoConfig.from_pretrained(_where(path))
+        return AutoConfig.from_pretrained(where)
     except OSError as error:
         raise UserError(f"cannot load the configuration of {path}: {_reason(error)}") from error
 
 
 def revision(path: str) -> str | None:
     """The hub's commit that a hub id, once loaded, stands for; None for a folder."""
-    found = None if isinstance(_where(path), Path) else try_to_load_from_cache(path, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    found = None if isinstance(_where(path), Path) else _downloaded(path)
+    return found and found.parent.name
+
+
+def _downloaded(hub_id: str) -> Path | None:
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found) if isinstance(found, str) else None
 
 
 def skeleton(path: str, precision: str) -> nn.Module:

@@ -292,8 +292,10 @@ def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = Non
 
 
 def rows_that_fit(model, s: Settings, coming: int | None = None) -> float:
-    """`rows_within` what the model's device has left; without limit on a CPU."""
-    if model.device.type != "cuda":
+    """`rows_within` what the model's device has left, or this process may still take; without limit on a CPU."""
+    device = model.device
+    if device.type != "cuda":
         return math.inf
-    unused = cuda.memory_reserved(model.device) - cuda.memory_allocated(model.device)
-    return rows_within(cuda.mem_get_info(model.device)[0] + unused, Shape(model.config), s, coming)
+    (free, total), reserved = cuda.mem_get_info(device), cuda.memory_reserved(device)
+    free = min(free, cuda.get_per_process_memory_fraction(device.index) * total - reserved)
+    return rows_within(free + reserved - cuda.memory_allocated(device), Shape(model.config), s, coming)

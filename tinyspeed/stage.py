@@ -315,7 +315,7 @@ class StageRun:
         self._update(plan, out.loss.detach(), [])
         return {
             "samples": len(samples), "rows": len(samples) * rows[longest], "memory_mib": record.peak_memory_mib(device),
-            "seconds": time.perf_counter() - began,
+            "recompute": len(samples) * rows[longest] > self.rows_that_fit, "seconds": time.perf_counter() - began,
         }  # fmt: skip
 
     def save(self, folder: Path, step: int) -> None:

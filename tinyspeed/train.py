@@ -83,17 +83,20 @@ def dry_run(recipe: Recipe) -> tuple[Source, list[dict]]:
     """
     set_threads(recipe)
     model, source = build(recipe)
-    found = []
+    return source, list(rehearsals(recipe, model, source))
+
+
+def rehearsals(recipe: Recipe, model: DualSpeed, source: Source) -> Iterator[dict]:
     for number, (name, stage) in enumerate(recipe.stages()):
-        found += rehearsed(StageRun(recipe, model, source, name, number, stage, Totals()))
-    return source, found
+        yield from rehearsed(StageRun(recipe, model, source, name, number, stage, Totals()))
 
 
-def rehearsed(run: StageRun) -> list[dict]:
+def rehearsed(run: StageRun) -> Iterator[dict]:
     """One step of every mode of a stage."""
     # Beyond the run's own steps: a short one may draw no slow step, and the next, longer one will.
     plans = {plan.mode: plan for plan in map(run.model.schedule.plan, range(10_000))}
-    return [{"stage": run.name, "mode": plan.mode, **run.rehearse(plan)} for plan in plans.values()]
+    for plan in plans.values():
+        yield {"stage": run.name, "mode": plan.mode, **run.rehearse(plan)}
 
 
 def set_threads(recipe: Recipe) -> None:
@@ -196,11 +199,11 @@ def base(recipe: Recipe) -> str:
 
 def place(recipe: Recipe) -> tuple[torch.device, str]:
     """Where the model runs, and in which precision."""
-    device = _device(recipe.run.device)
+    device = device_of(recipe.run.device)
     return device, precision.choose(recipe.model.precision, device)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError('run.device = "cuda", but torch finds no CUDA device; use "auto" or "cpu"')
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -233,7 +236,7 @@ def opened(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, Process
         called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
     else:
         name, processor, called = "auto", loading.load_processor(path), path
-        model = loading.load(path, precision.choose(name, _device(device)), device=_device(device))
+        model = loading.load(path, precision.choose(name, device_of(device)), device=device_of(device))
     with precision.autocast(precision.choose(name, model.device), model.device):  # a run has fp32 beside bf16
         yield model.eval(), processor, called
 
