@@ -45,7 +45,7 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*.toml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*gb*.toml")))
 def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name, tmp_path):
     """For which card, how much memory, how much faster, and how that is known."""
     gib, hub_id = int(re.search(r"(\d+)gb", name)[1]), recipe.read(name).model.path

@@ -1,0 +1,151 @@
+"""The recipes for labs: LLaVA's and DualSpeed's published values, and an opening that says what the planner says."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jinja2
+import pytest
+from real import clip, llama
+
+from scale import fleet, plan
+from scale.dealing import WINDOW, Alike
+from tinyspeed import UserError, loading, memory, recipe
+from tinyspeed.memory import GIB, Settings
+
+SAMPLES = {"1.5 stage1": 558_128, "1.5 stage2": 665_298, "next stage2": 779_289}
+STEPS = {"1.5 stage1": 2_181, "1.5 stage2": 5_198, "next stage2": 6_089}  # LLaVA's own bars show the first two
+NAMES = sorted(p.stem for p in recipe.BUILT_IN.glob("*-stage?*.toml"))
+LORA = [name for name in NAMES if name.endswith("lora")]
+ALIGNS = [name for name in NAMES if "stage1" in name]
+TUNES = [name for name in NAMES if "stage2" in name]
+
+
+def kind(name):
+    return " ".join(re.search(r"llava-(1\.5|next)-.*(stage\d)", name).groups())
+
+
+def size(name):
+    return re.search(r"-(\d+b)-", name)[1]
+
+
+@pytest.fixture(scope="module")
+def planned(models, tmp_path_factory):
+    """`planned(name, gpu)`: what the planner says of 8 GPUs. Models are configurations without weights."""
+    folder, found = tmp_path_factory.mktemp("parts"), {}
+    clip().save_pretrained(folder / "clip")
+    llama(vocab=32000).save_pretrained(folder / "7b")
+    llama(5120, 13824, 40, 40, vocab=32000).save_pretrained(folder / "13b")
+
+    def made(name, gpu):
+        if (name, gpu) not in found:
+            changes = [f"model.path={models / name.split('-stage')[0].removeprefix('llava-')}"]
+            if name in ALIGNS:
+                changes = [f"model.tower={folder / 'clip'}", f"model.llm={folder / size(name)}"]
+            (job,) = plan.jobs(recipe.read(name, changes), SAMPLES[kind(name)])
+            found[name, gpu] = plan.cost(job, fleet.Layout(fleet.GPUS[gpu], 8, 8))
+        return found[name, gpu]
+
+    return made
+
+
+def test_there_is_one_for_each_published_run():
+    published = {f"llava-1.5-{size}-{stage}" for size in ("7b", "13b") for stage in ("stage1", "stage2", "stage2-lora")}
+    assert set(NAMES) == published | {"llava-next-7b-stage2"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_epoch_has_the_published_steps_and_fits(planned, name):
+    for gpu in ("a100-80", "h100"):
+        cost = planned(name, gpu)
+        assert cost.job.steps == STEPS[kind(name)]
+        assert cost.fits
+        assert not any(cost.modes[mode].recompute for mode in cost.job.shares)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_opening_says_what_the_planner_says(planned, name):
+    opening = (recipe.BUILT_IN / f"{name}.toml").read_text(encoding="utf-8").split("[run]")[0]
+    for box, gpu in (("A100", "a100-80"), ("H100", "h100")):
+        cost = planned(name, gpu)
+        hours, full = plan._hours(cost.hours), plan._hours(cost.full_hours)
+        assert f"# 8 {box} of 80 GB: {cost.peak / GIB:.1f} GiB a GPU, {hours} hours; full training {full}.\n" in opening
+    assert f" {SAMPLES[kind(name)]:,} " in opening
+    assert f" {STEPS[kind(name)]:,} steps" in opening
+    assert f"plan {name} --gpus 8,64 --gpu h100 --samples {SAMPLES[kind(name)]}" in opening
+    assert f"torchrun --nproc-per-node 8 -m scale {name}\n" in opening
+    assert "not yet measured" in opening
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_the_published_ones(name):
+    made = recipe.read(name)
+    d = made.dualspeed
+    assert (d.plugin, d.keep, d.isolator, d.positions) == ("divprune", 0.1, 4, "compact")
+    assert (d.schedule, d.slow, d.distill, d.temperature) == ("bernoulli", 0.1, 1.0, 1.0)
+    ((stage, values),) = made.stages()
+    assert (values.epochs, values.warmup, values.weight_decay, values.optimizer) == (1.0, 0.03, 0.0, "adamw")
+    assert values.checkpointing == "auto"
+    assert (made.run.name, made.data.too_long) == (name, "cut")
+    assert made.data.max_rows == (4096 if "next" in name else 2048)
+    if name in ALIGNS:
+        assert (stage, values.batch, values.lr, values.connector_lr) == ("align", 256, 1e-3, 0.0)
+        assert (made.model.tower, made.data.template) == ("openai/clip-vit-large-patch14-336", "plain")
+        assert made.model.llm == f"lmsys/vicuna-{size(name)}-v1.5"
+        return
+    assert (stage, values.batch, made.data.template) == ("train", 128, "chat")
+    if name in LORA:
+        assert (made.lora.rank, made.lora.alpha, values.lr, values.connector_lr) == (128, 256.0, 2e-4, 2e-5)
+    else:
+        assert (made.lora.rank, values.lr, values.connector_lr) == (0, 2e-5, 0.0)
+
+
+@pytest.mark.parametrize("name", [name for name in TUNES if "next" not in name])
+def test_stage_2_goes_on_where_stage_1_ends(name):
+    first, then = recipe.read(f"llava-1.5-{size(name)}-stage1"), recipe.read(name)
+    assert then.model.path == str(first.folder / "model")
+    assert then.dualspeed.isolator_from == str(first.folder)
+    assert first.data.file.startswith(first.data.images.removesuffix("images"))
+    with pytest.raises(UserError, match="no model folder runs/"):
+        loading.config(then.model.path)
+
+
+@pytest.mark.parametrize("name", [name for name in TUNES if "next" not in name])
+def test_the_prompt_is_llavas_own(name):
+    """`conv_vicuna_v1` of LLaVA's conversation.py."""
+    part = lambda text: [{"type": "text", "text": text}]
+    chat = [
+        {"role": "system", "content": part(recipe.read(name).data.system)},
+        {"role": "user", "content": [{"type": "image"}, *part("What is it?")]},
+        {"role": "assistant", "content": part("A wren.")},
+    ]
+    assert jinja2.Template(loading.TEMPLATE).render(messages=chat, eos_token="</s>") == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A wren.</s>"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in TUNES if name not in LORA])
+def test_a_checkpoint_is_as_large_as_the_recipe_says(planned, name):
+    model = planned(name, "h100").job.model
+    trained = memory.fixed(model.shape, Settings.of(recipe.read(name), "train", "bf16")).trainable
+    text = (recipe.BUILT_IN / f"{name}.toml").read_text(encoding="utf-8")
+    assert int(re.search(r"# (\d+) GB each: weights and two moments in fp32", text)[1]) == round(12 * trained / 1e9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_are_made_alike_where_ranks_would_wait_for_each_other(planned, name, monkeypatch):
+    """A picture and its caption are like any other; instructions are not."""
+    cost = planned(name, "a100-80")
+    monkeypatch.setattr(plan, "Alike", partial(Alike, window=1))
+    drawn = plan.cost(dataclasses.replace(cost.job), cost.layout)
+    waiting = 1 - 1 / drawn.waiting
+    window = recipe.read(name).scale.window
+    if name in ALIGNS:
+        assert window == 1
+        assert waiting < 0.01
+    else:
+        text = (recipe.BUILT_IN / f"{name}.toml").read_text(encoding="utf-8")
+        assert window == WINDOW
+        assert f"or 8 GPUs would wait {waiting:.0%}".replace("%", " %") in text
+        assert 1 - 1 / cost.waiting < 0.05 < waiting
