@@ -4,6 +4,7 @@ miniature, the stages of a model one after the other."""
 import dataclasses
 import re
 from functools import partial
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -20,6 +21,9 @@ from tinyspeed.memory import GIB, Settings
 
 SAMPLES = {"1.5 stage1": 558_128, "1.5 stage2": 665_298, "next stage2": 779_289}
 STEPS = {"1.5 stage1": 2_181, "1.5 stage2": 5_198, "next stage2": 6_089}  # LLaVA's own bars show the first two
+SCALE = Path(__file__).parents[1] / "scale"
+README = (SCALE / "README.md").read_text(encoding="utf-8")
+SIZES = ("7b", "13b")
 NAMES = sorted(p.stem for p in recipe.BUILT_IN.glob("*-stage?*.toml"))
 LORA = [name for name in NAMES if name.endswith("lora")]
 ALIGNS = [name for name in NAMES if "stage1" in name]
@@ -179,3 +183,51 @@ def test_batches_are_made_alike_where_ranks_would_wait_for_each_other(planned, n
         assert window == WINDOW
         assert f"or 8 GPUs would wait {waiting:.0%}".replace("%", " %") in text
         assert 1 - 1 / cost.waiting < 0.05 < waiting
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readmes_table_says_what_the_planner_says(planned, name):
+    row = next(line for line in README.splitlines() if line.startswith(f"| [{name}](../tinyspeed/recipes/{name}.toml)"))
+    a100, h100 = planned(name, "a100-80"), planned(name, "h100")
+    hours = [f"{plan._hours(cost.hours)}, {plan._hours(cost.full_hours)}" for cost in (a100, h100)]
+    assert a100.peak == h100.peak
+    said = [f"{SAMPLES[kind(name)]:,}", f"{STEPS[kind(name)]:,}", f"{a100.peak / GIB:.1f}", *hours]
+    assert [cell.strip() for cell in row.split("|")][3:-1] == said
+
+
+def test_the_readme_says_how_large_checkpoints_are(planned):
+    """12 bytes for each weight that trains."""
+
+    def gb(name):
+        job = planned(name, "h100").job
+        trained = 12e-9 * memory.fixed(job.model.shape, job.model.s).trainable
+        return f"{trained:.1f}" if trained < 1 else f"{trained:.0f}"
+
+    small, large = (
+        [gb(f"llava-1.5-{size}-{stage}") for stage in ("stage1", "stage2-lora", "stage2")] for size in SIZES
+    )
+    said = "of the 7B {} GB in stage 1, {} GB with LoRA and {} GB with all weights, of the 13B {}, {} and {} GB."
+    assert said.format(*small, *large) in " ".join(README.split())
+
+
+def test_the_readmes_commands_name_recipes_and_keys_that_exist():
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)).replace("\\\n", " ")
+    launched = r"^(?:\w+=\S+ )*(?:tinyspeed estimate|scale/launch/torchrun\.sh|sbatch .*slurm\.sbatch) (\S+)([^#\n]*)"
+    commands = re.findall(launched, blocks, flags=re.MULTILINE)
+    assert {name for name, _ in commands} >= {"llava-1.5-7b-stage1", "llava-1.5-7b-stage2"}
+    in_text = re.findall(r"`(--set\s[^`]+)`", README)
+    assert len(in_text) > 5
+    for name, changes in commands:
+        assert recipe.read(name, re.findall(r"--set (\S+)", changes)).stages()
+    for text in in_text:
+        changes = re.findall(r"--set\s+(\w+\.\w+=\S*)", text)
+        if changes != ["section.key=value"]:
+            assert recipe.read(f"llava-1.5-7b-stage{1 if 'model.llm' in text else 2}", changes).stages()
+
+
+def test_the_readmes_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    headings = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in README.splitlines()}
+    assert targets
+    for target in targets:
+        assert target[1:] in headings if target.startswith("#") else (SCALE / target).exists(), target
