@@ -28,7 +28,8 @@ fi
 
 # Threads of a rank for what it computes on the CPU (moving weights, exporting). torchrun would say 1.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-# Seconds that torchrun waits after SIGTERM before it kills: a step and a checkpoint must fit in. It would wait 30.
+# Seconds that torchrun waits after SIGTERM before it kills: a step and a checkpoint must fit in. It would wait 30, as a
+# torchrun that does not know this variable still does (2.13 does).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}
 # Fast and slow steps need blocks of different sizes; segments that can grow leave fewer gaps in a GPU's memory.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
