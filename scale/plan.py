@@ -207,7 +207,8 @@ def jobs(chosen: Recipe, samples: int | None = None) -> list[Job]:
     name = "bf16" if chosen.model.precision == "auto" else chosen.model.precision
     if name == "fp32":
         raise UserError('the planner knows what GPUs do in half precision: set model.precision = "bf16"')
-    shape, there = estimate.shape_of(chosen), chosen.data.kind == "digits" or Path(chosen.data.file).is_file()
+    shape, path = estimate.shape_of(chosen), chosen.model.path  # one from parts has no processor yet, to read data with
+    there = chosen.data.kind == "digits" or (path and Path(chosen.data.file).is_file())
     found = []
     for stage, settings in chosen.stages():
         if there:

@@ -38,7 +38,7 @@ def test_built_in_recipes_are_valid(name):
     assert recipe.read(name).stages()
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*.toml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*gb*.toml")))
 def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name):
     """For which card, how much memory, how much faster, and how that is known."""
     gib = int(re.search(r"(\d+)gb", name)[1])
