@@ -6,6 +6,7 @@ python -m scale plan RECIPE.toml --gpus 8,64,512 --gpu h100                     
 
 import argparse
 import os
+import platform
 import signal
 import sys
 import traceback
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
             if here.leads:
                 print(_taken(found, here.size))
         except (UserError, OSError) as error:
-            here.leave(world.MISTAKE, f"tinyspeed: {cli.said(error)}")
+            where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
+            here.leave(world.MISTAKE, f"tinyspeed: {where}{cli.said(error)}")
         except Exception as error:
             if world.lost(error):
                 here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")

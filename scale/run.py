@@ -7,11 +7,15 @@ gets a freshly sharded model, into which the trained weights of the stage before
 wants to know before. Only rank 0 writes the log and makes folders; checking the records is shared by all ranks.
 """
 
+import dataclasses
+import gc
+import io
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, redirect_stderr
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from transformers.utils import logging
 
 from tinyspeed import DualSpeed, UserError, checkpoint, conversations, digits, loading, precision, report, runs
 from tinyspeed import train as core
@@ -23,6 +27,10 @@ from tinyspeed.stage import Totals
 from .shard import shard
 from .stage import ShardedStage
 from .world import World
+
+# What may differ between nodes.
+PLACES = ("run.folder", "run.cache", "model.path", "model.tower", "model.llm", "data.file", "data.images",
+          "dualspeed.isolator_from")  # fmt: skip
 
 
 def supported(made: Recipe, world: World) -> None:
@@ -44,11 +52,7 @@ def train(made: Recipe, world: World) -> int | None:
     with ExitStack() as stack:
         if world.leads:
             stack.enter_context(runs.claimed(made, resume=made.folder.is_dir()))
-            runs.check_sources(made)
-            core.base(made)  # puts it together, if it is not there yet
-        world.wait()
         source = _source(made, world)
-        world.agree("the data", source.fingerprint)
         stop = stack.enter_context(core.stop_requested(quiet=not world.leads))
         totals, stopped = _stages(made, world, mesh, source, stop)
         if world.leads and totals.steps:
@@ -59,16 +63,12 @@ def train(made: Recipe, world: World) -> int | None:
 def dry_run(made: Recipe, world: World) -> list[dict]:
     """One step of every mode of every stage on the longest example, the same on every rank: what it takes."""
     mesh = _prepare(made, world)
-    if world.leads:
-        runs.check_sources(made)
-        core.base(made)
-    world.wait()
     source, found = _source(made, world), []
     for number, (name, stage) in enumerate(made.stages()):
-        run = ShardedStage(
-            world, mesh, made, build(made, name, world, mesh, None), source, name, number, stage, Totals()
-        )
-        found += core.rehearsed(run)
+        model = build(made, name, world, mesh, None)
+        found += core.rehearsed(ShardedStage(world, mesh, made, model, source, name, number, stage, Totals()))
+        del model
+        gc.collect()
     return found
 
 
@@ -77,14 +77,46 @@ def _prepare(made: Recipe, world: World) -> DeviceMesh:
         world.device = torch.device("cpu")
     core.place(made)  # refuses a device or a precision that is not there
     core.set_threads(made)
+    if not world.leads:
+        logging.disable_progress_bar()
     supported(made, world)
+    same_recipe(made, world)
     return world.mesh(made.scale.shard)
+
+
+def same_recipe(made: Recipe, world: World) -> None:
+    """That all ranks were started with it; only where things are may differ from node to node."""
+    tables = dataclasses.asdict(made).items()
+    mine = {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
+    first, *others = world.gather([{key: value for key, value in mine.items() if key not in PLACES}])
+    for rank, other in enumerate(others, 1):
+        if differ := [key for key in first if first[key] != other[key]]:
+            raise UserError(f"rank {rank} was started with another recipe than rank 0: {', '.join(differ)}")
+
+
+def _source(made: Recipe, world: World) -> Source:
+    """The training examples. Each rank checks its share of the records, and all learn what all found."""
+    world.at("looking for model and data", patient=True)
+    if world.leads:
+        runs.check_sources(made)
+        core.base(made)  # puts it together, if it is not there yet
+    world.wait()
+    if made.data.kind == "digits":
+        return digits.of(made)
+    world.at("checking the records", patient=True)
+    mine = slice(world.rank, None, world.size)
+    with nullcontext() if world.leads else redirect_stderr(io.StringIO()):  # one rank's notices are enough
+        source = conversations.of(made, core.base(made), bar=world.leads, mine=mine, gather=world.gather)
+    if world.leads:
+        core.list_skipped(made, source)
+    world.agree("the data", source.fingerprint)
+    return source
 
 
 def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: list[int]) -> tuple[Totals, int | None]:
     folder = made.folder
     newest = checkpoint.newest(folder / "checkpoints")
-    saved, state = checkpoint.load(newest, slice(world.rank, None, world.size)) if newest else (None, None)
+    state = checkpoint.load(newest, slice(world.rank, None, world.size))[1] if newest else None
     world.agree("the checkpoint to go on from", state and state["step"])
     if world.leads:
         core.begin(made, folder, world.device, state, ranks=world.size)
@@ -93,20 +125,10 @@ def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: 
     torch.manual_seed(made.run.seed + world.rank)  # dropout; the same on two ranks would drop the same twice
     world.timeout = made.scale.timeout
     totals = Totals(**state["totals"]) if state else Totals()
-    for number, (name, stage) in enumerate(made.stages()):
-        if state and number < state["stage"]:
-            continue
-        with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
-            model = build(made, name, world, mesh, saved)
-        run = ShardedStage(world, mesh, made, model, source, name, number, stage, totals)
-        if state and number == state["stage"]:
-            run.restore(saved, state)
-        run.go(folder, stop, bar=world.leads)
-        run.settle()
-        world.at("between stages", patient=True)
-        if run.stopped:
+    for number in range(state["stage"] if state else 0, len(made.stages())):
+        if _stopped(made, world, mesh, source, stop, number, totals, state):
             return totals, stop[0]
-        saved = checkpoint.load(checkpoint.newest(folder / "checkpoints"), slice(0))[0]
+        gc.collect()  # FSDP's modules know each other in circles, and the next stage needs the memory
     world.at("exporting", patient=True)
     if world.leads:
         core.finish(made)
@@ -115,19 +137,27 @@ def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: 
     return totals, None
 
 
-def _source(made: Recipe, world: World) -> Source:
-    """The training examples. Each rank checks its share of the records, and all learn what all found."""
-    if made.data.kind == "digits":
-        return digits.of(made)
-    mine = slice(world.rank, None, world.size)
-    source = conversations.of(made, core.base(made), bar=world.leads, mine=mine, gather=world.gather)
-    if world.leads:
-        core.list_skipped(made, source)
-    return source
+def _stopped(
+    made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: list[int], number: int, totals: Totals, state
+) -> bool:
+    """Run one stage, on what has been trained so far; whether it was stopped."""
+    (name, stage), checkpoints = made.stages()[number], made.folder / "checkpoints"
+    # By name: what is newest may look different from another node.
+    saved = checkpoint.load(checkpoint.named(checkpoints, totals.steps), slice(0))[0] if totals.steps else None
+    with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
+        model = build(made, name, world, mesh, saved)
+    run = ShardedStage(world, mesh, made, model, source, name, number, stage, totals)
+    if state and number == state["stage"]:
+        run.restore(saved, state)
+    del saved  # its files are mapped, and could not be deleted
+    run.go(made.folder, stop, bar=world.leads)
+    run.settle()
+    return run.stopped
 
 
 def build(made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: checkpoint.Saved | None) -> DualSpeed:
     """The sharded model of a stage, with what the stage before has trained."""
+    world.at("loading the model", patient=True)
     device, name = world.device, precision.choose(made.model.precision, world.device)
     path, quantise = core.base(made), made.model.quantise
     if quantise != "none":
@@ -138,11 +168,13 @@ def build(made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: chec
         plain = loading.skeleton(path, name)
     model = core.wrap(made, plain)
     loading.set_trainable(model.model, stage)
-    parameters = {f"model/{n}": p for n, p in model.named_parameters()}
     if before is not None:
-        checkpoint.fill({n: p for n, p in parameters.items() if n in before and not p.is_meta}, before)
-    world.agree("the model", [(n, p.shape, p.dtype) for n, p in parameters.items()])
-    full = stage == "train" and not made.lora.rank
+        here = {f"model/{n}": p for n, p in model.named_parameters() if not p.is_meta}
+        checkpoint.fill({n: p for n, p in here.items() if n in before}, before)
+        del here  # or sharding could not free them
+    world.agree("the model", [(n, p.shape, p.dtype) for n, p in model.named_parameters()])
+    full = stage == "train" and not made.lora.rank and mesh.get_group("shard").size() > 1
     cast = precision.DTYPES[name] if full and name != "fp32" else None
+    world.at("sharding the model", patient=True)
     shard(model, mesh, device, cast=cast, reshard=made.scale.reshard, offload=made.scale.offload)
     return model.train()

@@ -13,8 +13,9 @@ Weights in 4 bits cannot be built on `meta`: there every rank reads and quantise
 and their bytes must travel as a floating-point type (as uint8 they broke in silence: accelerate #3983).
 
 Precision: what trains is fp32. Where the LLM itself trains, groups are gathered in half precision (`param_dtype`), as
-half the bytes travel; beside adapters nothing is cast, as the frozen weights are in half precision already and 4-bit
-ones must not be.
+half the bytes travel. (What flows between layers is in half precision then, as in LLaVA's own training; one process
+keeps it in fp32.) Beside adapters nothing is cast, as the frozen weights are in half precision already and 4-bit ones
+must not be.
 """
 
 import torch

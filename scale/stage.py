@@ -6,6 +6,7 @@
 so two ranks compute what one rank does in two micro-batches. What a step does follows from (seed, step), and how long
 samples are is known to every rank, so ranks agree about plan, batch and division without a word; a hash of all that is
 compared every `check_every` steps, to be told if it is not so. With one rank everything is the core's, bit for bit.
+Checkpoints are copied first, and written while training goes on.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tinyspeed import checkpoint, memory
+from tinyspeed import UserError, checkpoint, memory
 from tinyspeed.batching import plan_rows
 from tinyspeed.dualspeed import Output
 from tinyspeed.rows import IGNORE
@@ -72,6 +73,7 @@ class ShardedStage(StageRun):
             batch, rows = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}, [batch["labels"].shape[1]]
         with self._fitting(plan.mode, rows):  # here too: in the core's probe it may be caught, and others would wait
             out = super()._micro_batch(batch, rows, plan, answers)
+        self.world.at(f"behind a {plan.mode} micro-batch of step {self.totals.steps + 1}")
         if idle:
             out.metrics.update(rows_kept=0, rows_taught=0, rows_full=0)
         return out
@@ -127,10 +129,17 @@ class ShardedStage(StageRun):
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         mine = super()._norm(gradients)
         if self._shards.size() == 1:
-            return mine
+            return mine.to(self.model.device)
         squares = mine.double().square()
         dist.all_reduce(squares, group=self._shards)
         return squares.sqrt().float().to(self.model.device)
+
+    def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
+        try:
+            return super()._update(plan, loss, others)
+        except UserError:  # not finite, which all ranks see: the checkpoint under way is still good
+            self.settle()
+            raise
 
     def _local(self, tensor: Tensor) -> tuple[Tensor, int]:
         if not isinstance(tensor, DTensor):
@@ -144,7 +153,7 @@ class ShardedStage(StageRun):
         moments, a rank of 8 has 10 GB, which is a second to copy and half a minute to write."""
         self.settle()
         self.world.at(f"copying the checkpoint of step {self.totals.steps}")
-        temporary = checkpoint.temporary_name(folder, self.totals.steps)
+        temporary = checkpoint.unnamed(folder, self.totals.steps)
         if self.world.leads:
             checkpoint.begin(folder, self.totals.steps)
         self.world.wait()

@@ -166,12 +166,12 @@ def join() -> Iterator[World]:
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    store = meet(_store(rank, size), rank, size)
+    world = World(rank, size, device, meet(_store(rank, size), rank, size))
+    world.watch()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The watch is better at noticing than the group's own timeout.
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(days=1))
-    world = World(rank, size, device, store)
-    world.watch()
+    dist.init_process_group(backend, store=world.board, rank=rank, world_size=size, timeout=timedelta(days=1))
+    world.wait()  # NCCL connects at the first call, and would not wait long for a rank that is busy then
     yield world
     world.over.set()
     dist.destroy_process_group()  # not after an error: it would wait for the others

@@ -9,6 +9,7 @@ the core does, which is the oracle.
 import json
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import tiny
@@ -16,7 +17,7 @@ import torch
 from test_tuning import settings
 from torch.distributed.tensor import DTensor
 
-from scale import run, stage, world
+from scale import run, shard, stage, world
 from tinyspeed import UserError, loader, train
 from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun, Totals
@@ -46,40 +47,58 @@ STEP = 1
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in found.items()}
+    return whole({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
-def one(made, plan: Plan) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients as the core computes them, in one process."""
+def trained(model) -> dict[str, torch.Tensor]:
+    return whole({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of all rows."""
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
+
+
+def one(made, plan: Plan) -> tuple[float, dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
+    """Loss and gradients as the core computes them, in one process; and how far a step goes, and where it leads."""
     model, source = train.build(made)
     alone = StageRun(made, model, source, "train", 0, made.train, Totals())
     parts = (part for part, _ in alone._parts(STEP, plan))
     done = alone._forward_backward(STEP, plan, loader.load(source, parts, 0))
-    return done["loss"].item(), tiny.gradients(model)
+    gradients, before = tiny.gradients(model), trained(model)
+    alone._update(plan, done["loss"], [])
+    after = trained(model)
+    return done["loss"].item(), gradients, apart(before, after), after
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The distance between two models."""
+    return sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
 
 
 def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -> dict:
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.dropout=0.0", *changes, family=name.split()[0])
     source, mesh = run._source(made, here), here.mesh(made.scale.shard)
-    model = run.build(made, "train", here, mesh, None)
-    sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
     found = {}
     for mode, plan in PLANS.items():
+        model = run.build(made, "train", here, mesh, None)
+        sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
         parts = list(sharded._parts(STEP, plan))
         done = sharded._forward_backward(STEP, plan, loader.load(source, (part for part, _ in parts), 0))
         done = sharded._together(done)
         norm, every = float(sharded._norm(sharded._gradients())), gradients(model)
-        sharded.optimizer.zero_grad(set_to_none=True)
+        sharded._update(plan, done["loss"], [])
+        after = trained(model)
         forwards = here.gather([[len(rows) for _, rows in parts]])
         if here.leads:
-            loss, want = one(made, plan)
+            loss, want, way, alone = one(made, plan)
             whole = torch.nn.utils.get_total_norm(want.values()).item()
             found[mode] = {
                 "loss": [done["loss"].item(), loss],
                 "norm": [norm, whole],
                 "different": tiny.difference(every, want, rel=0.02 if "bf16" in name else 1e-5),
                 "samples": forwards,
+                "way": [apart(after, alone), way],
             }
     return found
 
@@ -95,7 +114,16 @@ def mistakes(here: world.World, home: Path) -> dict:
         return "nothing"
 
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", "train.steps=2")
+    other = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", f"train.lr={0.1 + here.rank}")
     source, mesh = run._source(made, here), here.mesh(0)
+    alive = []
+
+    def watched(model, *given, **how):
+        whole = [weakref.ref(p) for layer in model.vlm.language_model.layers for p in layer.parameters()]
+        shard.shard(model, *given, **how)
+        alive.append(sum(ref() is not None for ref in whole))
+
+    run.shard = watched
     model = run.build(made, "train", here, mesh, None)
     sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
     backward = sharded._micro_batch
@@ -109,6 +137,8 @@ def mistakes(here: world.World, home: Path) -> dict:
     batches = loader.load(source, sharded._ahead(), 0)
     stop, calm = [signal.SIGTERM] * (here.rank == 1), []
     return {
+        "alive": here.gather(alive),
+        "recipes": here.gather([told(lambda: run.same_recipe(other, here))]),
         "stops": here.gather([(sharded._stops(stop), stop)]),
         "goes on": here.gather([(sharded._stops(calm), calm)]),
         "NaN": here.gather([told(lambda: sharded._step(0, batches, None))]),

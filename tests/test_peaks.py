@@ -94,7 +94,7 @@ def test_where_there_is_such_a_picture_it_is_what_estimate_assumes(name, sample)
     assert peaks.longest(chosen, REAL[name]()).lengths(0) == sample
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*.toml")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*gb*.toml")))
 def test_what_is_measured_of_a_recipe_is_the_peak_that_it_names(name):
     chosen = recipe.read(name)
     found = estimate(chosen, 24)

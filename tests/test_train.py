@@ -294,14 +294,15 @@ def test_running_out_of_memory_names_mode_rows_and_setting(base, tmp_path, monke
     assert train.train(fast, bar=False).speedup is None
 
 
-def test_a_damaged_checkpoint_is_named_and_a_half_written_one_ignored(base, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_a_half_written_one_removed(base, tmp_path, capsys):
     made = settings(base, tmp_path, "run", "train.steps=2")
     train.train(made, bar=False)
     newest = checkpoint.newest(made.folder / "checkpoints")
     half = made.folder / "checkpoints" / ".tmp-step-00000009"
     half.mkdir()
     train.train(made, resume=True, bar=False)
-    assert f"ignoring {half}" in capsys.readouterr().err
+    assert f"removing {half}" in capsys.readouterr().err
+    assert not half.exists()
     file = newest / checkpoint.TENSORS
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match=f"{newest.name} is damaged"):

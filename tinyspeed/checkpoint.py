@@ -46,13 +46,19 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
     return finish(temporary, {**state, "step": step}, write(temporary, tensors), keep)
 
 
-def temporary_name(folder: Path, step: int) -> Path:
+def named(folder: Path, step: int) -> Path:
+    """The checkpoint of `step`, which is complete if it is there."""
+    return folder / f"step-{step:08d}"
+
+
+def unnamed(folder: Path, step: int) -> Path:
+    """The same while it is written."""
     return folder / f".tmp-step-{step:08d}"
 
 
 def begin(folder: Path, step: int) -> Path:
     """An empty folder for the checkpoint of `step`, under its temporary name."""
-    temporary = temporary_name(folder, step)
+    temporary = unnamed(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
@@ -82,7 +88,7 @@ def finish(temporary: Path, state: dict, files: dict[str, list[int]], keep: int)
     temporary.rename(final)
     _to_disk(folder)
     for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what cannot be deleted must not end the run
     return final
 
 

@@ -19,6 +19,8 @@ from .recipe import Stage
 
 def build(stage: Stage, connector: list[Tensor], others: list[Tensor]) -> torch.optim.Optimizer:
     """Projector and isolator learn at `connector_lr`, the others at `lr`."""
+    # An isolator without rows has nothing to learn, and cannot be sharded, so it cannot be stepped with what is.
+    connector, others = ([p for p in group if p.numel()] for group in (connector, others))
     lrs = (stage.connector_lr or stage.lr, stage.lr)
     groups = [{"params": p, "lr": lr, "base_lr": lr} for p, lr in zip((connector, others), lrs, strict=True) if p]
     how = {"betas": (0.9, stage.beta2), "weight_decay": stage.weight_decay}

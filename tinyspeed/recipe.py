@@ -192,7 +192,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Scale:
-    """How `scale` spreads a run over processes; one process reads none of it."""
+    """How `scale` spreads a run over processes; `tinyspeed` itself reads none of it."""
 
     shard: int = 0  # ranks that share one copy of the model; 0 = all. 8: every node of 8 GPUs holds a copy (HSDP)
     reshard: bool = True  # drop a layer's weights between forward and backward; false: less traffic, more memory

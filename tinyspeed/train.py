@@ -107,7 +107,8 @@ def set_threads(recipe: Recipe) -> None:
 def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None, **more) -> None:
     """The run's log, cut off where the newest checkpoint, whose state this is, was written."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
-        print(f"ignoring {half}: it was being written when the run was killed", file=sys.stderr)
+        print(f"removing {half}: it was being written when the run was killed", file=sys.stderr)
+        shutil.rmtree(half, ignore_errors=True)
     if state and state["threads"] != torch.get_num_threads():
         print(
             f"the run used {counted(state['threads'], 'thread')} and goes on with {torch.get_num_threads()}: "
