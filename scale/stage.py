@@ -178,8 +178,8 @@ class ShardedStage(StageRun):
         """Wait until the checkpoint that is being written is whole, and give it its name."""
         if self.writing is None:
             return
-        self.world.at(f"writing the checkpoint of step {self.totals.steps}")
         (future, temporary, state), self.writing = self.writing, None
+        self.world.at(f"writing the checkpoint of step {state['step']}")
         written = self.world.gather([future.result()])
         if self.world.leads:
             files = {name: found for of in written for name, found in of.items()}
