@@ -11,9 +11,12 @@ import signal
 import sys
 import traceback
 
+from tinyspeed import cli  # light: no torch yet
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    cli.quiet()
     if argv[:1] == ["plan"]:
         from .plan import main as plan
 
@@ -24,9 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="one step of each mode on the longest record")
     a = parser.parse_args(argv)
 
-    from tinyspeed import UserError, cli, recipe
+    from tinyspeed import UserError, recipe
 
-    cli.quiet()
     from . import run, world
 
     def trained(here: world.World) -> int | None:
