@@ -218,15 +218,15 @@ def test_a_dry_run_takes_a_step_of_each_mode_and_leaves_nothing(home, tmp_path, 
 
 
 def test_a_rank_is_killed_and_the_run_ends_as_if_it_had_not_been(home, tmp_path):
-    changes = ("lora.rank=4", "model.quantise=nf4", "train.steps=12", "run.save_every=4")
+    changes = ("lora.rank=4", "model.quantise=nf4", "train.steps=30", "run.save_every=4")
     whole = settings(home, tmp_path, "whole", *changes)
     assert torchrun(tmp_path, *PROGRAM, saved(whole)).wait(120) == 0, log(tmp_path)
     made = settings(home, tmp_path, "killed", *changes)
     agent = torchrun(tmp_path, *PROGRAM, saved(made), restarts=1)
-    until(lambda: steps(made) > 4, "there is a checkpoint")
+    until(lambda: checkpoint.newest(made.folder / "checkpoints"), "there is a checkpoint")
     os.kill(process(agent, 1), signal.SIGKILL)
     assert agent.wait(120) == 0, log(tmp_path)
-    assert re.search(r"going on behind step [48] of", log(tmp_path)), "torchrun has started it again"
+    assert re.search(r"going on behind step \d+ of", log(tmp_path)), "torchrun has started it again"
     assert not unlike(made, whole)
     one, other = (load_file(r.folder / "model" / "model.safetensors") for r in (whole, made))
     assert all(torch.equal(one[name], other[name]) for name in one)
