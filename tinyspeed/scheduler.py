@@ -117,6 +117,32 @@ class PeriodicSchedule(DualSpeedSchedule):
         return Plan("fast", keep=self.keep)
 
 
+class Combined(Schedule):
+    """A schedule, and what else its steps leave out.
+
+    Each part is asked in turn for the plan it makes of the one before: `part.change(plan, step)`, as pure as a schedule.
+    """
+
+    def __init__(self, schedule: Schedule, *parts):
+        self.schedule, self.parts = schedule, parts
+
+    def plan(self, step: int) -> Plan:
+        plan = self.schedule.plan(step)
+        for part in self.parts:
+            plan = part.change(plan, step)
+        return plan
+
+    def state_dict(self) -> dict:
+        return {"schedule": self.schedule.state_dict(), "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state.keys() != {"schedule", "parts"} or len(state["parts"]) != len(self.parts):
+            raise UserError(f"the checkpoint was made with schedule {state}, this run asks for {self.state_dict()}")
+        self.schedule.load_state_dict(state["schedule"])
+        for part, of in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(of)
+
+
 KINDS = ("full", "fast", "bernoulli", "periodic")
 
 
