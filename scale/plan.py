@@ -85,7 +85,7 @@ class Job:
     def dealt(self, mode: str, gpus: int) -> list[list[list[list[int]]]]:
         """batch -> rank -> micro-batches -> numbers of samples."""
         dual, budget = self.recipe.dualspeed, getattr(self.recipe, self.stage).row_budget
-        plan, found = Plan(mode, keep=dual.keep), []
+        plan, found = Plan(mode, keep=self.recipe.pruning(self.stage)[1]), []
         for chosen in self.batches:
             rows = [plan_rows(*self.samples[i][:2], plan, dual.isolator) for i in chosen]
             found.append([[[chosen[i] for i in part] for part in rank] for rank in deal(rows, gpus, budget)])

@@ -119,9 +119,9 @@ class ShardedStage(StageRun):
     def _together(self, done: dict) -> dict:
         if self.world.size == 1:
             return done
-        sums = self.world.sums([done[name] for name in SUMMED])
-        numbers = {name: n.float() if name in SUMMED[:3] else int(n) for name, n in zip(SUMMED, sums, strict=True)}
-        return {**done, **numbers}
+        sums = iter(self.world.sums([*(done[name] for name in SUMMED), *done["influence"]]))
+        numbers = {name: n.float() if name in SUMMED[:3] else int(n) for name, n in zip(SUMMED, sums, strict=False)}
+        return {**done, **numbers, "influence": [n.float() for n in sums]}
 
     def _gradients(self) -> list[Tensor]:
         return [self._local(p.grad)[0] for p in self.names if p.grad is not None]

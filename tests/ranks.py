@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import tiny
@@ -22,7 +23,11 @@ from tinyspeed import UserError, loader, train
 from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun, Totals
 
-PLANS = {mode: Plan(mode, keep=0.3, distill=float(mode == "slow")) for mode in ("fast", "slow", "full")}
+PLANS = {
+    mode: Plan(mode, keep=0.3, distill=float(mode == "slow"), measure=mode != "fast")
+    for mode in ("fast", "slow", "full")
+}
+SKIPPING = {mode: replace(plan, layers=(0, 2), measure=False) for mode, plan in PLANS.items()}  # of three
 CASES = {
     "llava": (),
     "llava lora": ("lora.rank=4",),
@@ -42,6 +47,10 @@ CASES = {
     "llava_next idle": ("lora.rank=4", "train.batch=3", "train.row_budget=1"),
     "llava_next lora": ("lora.rank=4",),
     "llava_next 4-bit lora": ("lora.rank=4", "model.quantise=nf4"),
+    "llava skipping": (),
+    "llava skipping lora copies": ("scale.shard=1", "train.row_budget=60", "lora.rank=4"),
+    "llava skipping kept gathered": ("scale.reshard=false", "train.row_budget=60"),
+    "llava_next skipping idle": ("lora.rank=4", "train.batch=3", "train.row_budget=1"),
 }
 STEP = 1
 
@@ -59,8 +68,9 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
 
 
-def one(made, plan: Plan) -> tuple[float, dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
-    """Loss and gradients as the core computes them, in one process; and how far a step goes, and where it leads."""
+def one(made, plan: Plan) -> tuple[float, list[float], dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
+    """Loss, influence of layers and gradients as the core computes them, in one process; and how far a step goes, and
+    where it leads."""
     model, source = train.build(made)
     alone = StageRun(made, model, source, "train", 0, made.train, Totals())
     parts = (part for part, _ in alone._parts(STEP, plan))
@@ -68,7 +78,7 @@ def one(made, plan: Plan) -> tuple[float, dict[str, torch.Tensor], float, dict[s
     gradients, before = tiny.gradients(model), trained(model)
     alone._update(plan, done["loss"], [])
     after = trained(model)
-    return done["loss"].item(), gradients, apart(before, after), after
+    return done["loss"].item(), done["influence"].tolist(), gradients, apart(before, after), after
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -80,7 +90,7 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.dropout=0.0", *changes, family=name.split()[0])
     source, mesh = run._source(made, here), here.mesh(made.scale.shard)
     found = {}
-    for mode, plan in PLANS.items():
+    for mode, plan in (SKIPPING if "skipping" in name else PLANS).items():
         model = run.build(made, "train", here, mesh, None)
         sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
         parts = list(sharded._parts(STEP, plan))
@@ -91,10 +101,11 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
         after = trained(model)
         forwards = here.gather([[len(rows) for _, rows in parts]])
         if here.leads:
-            loss, want, way, alone = one(made, plan)
+            loss, influence, want, way, alone = one(made, plan)
             whole = torch.nn.utils.get_total_norm(want.values()).item()
             found[mode] = {
                 "loss": [done["loss"].item(), loss],
+                "influence": [[n.item() for n in done["influence"]], influence],
                 "norm": [norm, whole],
                 "different": tiny.difference(every, want, rel=0.02 if "bf16" in name else 1e-5),
                 "samples": forwards,

@@ -1,5 +1,6 @@
 """Plans and schedules: a schedule is a function of (seed, step), and of nothing else."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyspeed import UserError, scheduler
-from tinyspeed.scheduler import DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Plan
+from tinyspeed.scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Plan
 
 shares = st.floats(0, 1)
 seeds = st.integers(-(2**31), 2**63)
@@ -201,3 +202,37 @@ def test_a_bad_setting_is_refused_when_the_schedule_is_built_and_not_at_some_lat
 def test_an_unknown_schedule_is_refused_with_the_nearest_known_one():
     with pytest.raises(UserError, match="did you mean 'periodic'"):
         build("periodical")
+
+
+class Fewer:
+    """A part that halves what is kept on even steps."""
+
+    def __init__(self, every: int = 2):
+        self.every = every
+
+    def change(self, plan: Plan, step: int) -> Plan:
+        return plan if step % self.every else dataclasses.replace(plan, keep=plan.keep / 2, layers=(0, 1))
+
+    def state_dict(self) -> dict:
+        return {"every": self.every}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state != self.state_dict():
+            raise UserError("another part")
+
+
+@given(kind=kinds, seed=seeds, step=steps)
+def test_parts_change_the_plan_in_turn_and_nothing_else(kind, seed, step):
+    plan = build(kind, seed=seed).plan(step)
+    assert Combined(build(kind, seed=seed)).plan(step) == plan
+    once, twice = Combined(build(kind, seed=seed), Fewer()), Combined(build(kind, seed=seed), Fewer(1), Fewer())
+    assert once.plan(step).keep == plan.keep / (1 if step % 2 else 2)
+    assert twice.plan(step) == dataclasses.replace(plan, keep=plan.keep / (2 if step % 2 else 4), layers=(0, 1))
+
+
+def test_a_combined_schedules_state_is_that_of_all():
+    made = Combined(build(), Fewer())
+    made.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    for other in (Combined(build(seed=1), Fewer()), Combined(build(), Fewer(3)), Combined(build()), build()):
+        with pytest.raises(UserError):
+            other.load_state_dict(made.state_dict())

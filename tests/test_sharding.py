@@ -92,6 +92,8 @@ def test_two_ranks_are_one_process_in_two_micro_batches(ranks, name, mode):
     found, half = ranks[name][mode], "bf16" in name
     assert not found["different"]
     assert found["loss"][0] == pytest.approx(found["loss"][1], rel=1e-3 if half else 1e-6)
+    assert found["influence"][0] == pytest.approx(found["influence"][1], rel=1e-2 if half else 1e-4)
+    assert len(found["influence"][0]) == 3 * (mode != "fast" and "skipping" not in name)
     assert found["norm"][0] == pytest.approx(found["norm"][1], rel=1e-2 if half else 1e-5)
     assert found["way"][0] < (0.2 if half else 1e-3) * found["way"][1], "and a step leads to the same weights"
     assert len(found["samples"][0]) == len(found["samples"][1])
@@ -121,8 +123,9 @@ def test_every_rank_is_told_of_what_is_wrong_on_one(ranks):
         ("lora.rank=4", "train.row_budget=60"),
         ("align.steps=2",),
         ("align.steps=2", "model.precision=bf16"),
+        ("sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0", "sts.protect_last=0"),
     ],
-    ids=["4-bit", "lora", "all weights", "all weights, bf16"],
+    ids=["4-bit", "lora", "all weights", "all weights, bf16", "skipping"],
 )
 def test_one_rank_is_the_core_bit_for_bit(home, tmp_path, changes):
     """With dropout, through both stages, to the exported weights."""
@@ -218,7 +221,9 @@ def test_a_dry_run_takes_a_step_of_each_mode_and_leaves_nothing(home, tmp_path, 
 
 
 def test_a_rank_is_killed_and_the_run_ends_as_if_it_had_not_been(home, tmp_path):
-    changes = ("lora.rank=4", "model.quantise=nf4", "train.steps=30", "run.save_every=4")
+    """And it measures layers, and skips some, which both ranks must agree on."""
+    changes = ("lora.rank=4", "model.quantise=nf4", "train.steps=30", "run.save_every=4", "scale.check_every=1")
+    changes += ("sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0", "sts.protect_last=0")
     whole = settings(home, tmp_path, "whole", *changes)
     assert torchrun(tmp_path, *PROGRAM, saved(whole)).wait(120) == 0, log(tmp_path)
     made = settings(home, tmp_path, "killed", *changes)

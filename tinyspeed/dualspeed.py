@@ -20,13 +20,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from . import attention, pruning, rows
+from . import attention, layers, pruning, rows
 from .distill import answer_loss
 from .drop_in import DropIn
 from .errors import UserError, unknown
@@ -141,10 +141,10 @@ class DualSpeed(DropIn):
         teacher = None
         if taught:
             with torch.no_grad(), _without_dropout(self.vlm.language_model):
-                teacher = self._answers([*table, self.isolator.weight], isolating, plan)[0]
+                teacher = self._answers([*table, self.isolator.weight], isolating, replace(plan, measure=False))[0]
         elif plan.mode == "fast":
             table, run = [*table, self.isolator.weight], isolating
-        hidden, target = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)
+        hidden, target, influence = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
 
@@ -166,6 +166,7 @@ class DualSpeed(DropIn):
             "rows_kept": len(run),  # rows that were trained on
             "rows_taught": len(isolating) if taught else 0,  # and rows of the teacher's forward
             "rows_full": len(full),
+            "influence": influence,  # a number for each layer, or none
         }
         out = Output(loss=(ce + plan.distill * kl) / total, metrics=metrics)
         if return_logits:
@@ -198,16 +199,20 @@ class DualSpeed(DropIn):
         lengths = torch.tensor([len(image) for image in images], device=mask.device)
         return kept[:, :-1][torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]]
 
-    def _answers(self, table: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows."""
+    def _answers(self, table: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows, and if the plan
+        asks for it, how much each layer changed them."""
         layout = self.layout
         if layout == "auto":
             layout = "packed" if attention.packs(table[0]) else "padded"
         placed = rows.lay_out(selected, layout)
         whole = torch.cat([part.to(table[0].dtype) for part in table])
-        hidden = self.vlm.hidden(whole.index_select(0, placed.index), placed, plan.layers)
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
-        return hidden.index_select(0, placed.slot[answers]), selected.target[answers]
+        slots = placed.slot[answers]
+        with layers.watched(self.vlm.language_model.layers if plan.measure else (), slots) as found:
+            hidden = self.vlm.hidden(whole.index_select(0, placed.index), placed, plan.layers)
+        influence = torch.stack(found) if found else whole.new_zeros(0, dtype=torch.float32)
+        return hidden.index_select(0, slots), selected.target[answers], influence
 
     @property
     def device(self) -> torch.device:

@@ -25,3 +25,13 @@ def unknown(kind: str, name: str, known: Iterable[str], before: str = "") -> Use
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {before + near[0]!r}?" if near else f"known: {', '.join(before + name for name in known)}"
     return UserError(f"unknown {kind} {before + str(name)!r}; {hint}")
+
+
+def check(good: bool, what: str) -> None:
+    if not good:
+        raise UserError(what)
+
+
+def among(kind: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise unknown(kind, name, known)

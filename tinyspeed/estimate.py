@@ -11,6 +11,7 @@ an assumption, a third to a half of the number on its box.
 """
 
 from bisect import bisect_left
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from math import inf, isqrt
@@ -26,7 +27,7 @@ from .errors import UserError, counted
 from .memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
 from .recipe import Recipe
 from .report import table
-from .stage import schedule_of
+from .schedules import rows_schedule, skipper_of
 
 TFLOPS = 20.0  # sustained in half precision: about what an RTX 3060 to 4070 does
 TEXT, ANSWERS, EPOCH = 100, 60, 1000  # text rows and tokens to learn of assumed samples, and their number
@@ -126,9 +127,14 @@ class Estimate:
         case, recipe, mix, stage = self.case, self.recipe, shares(self.recipe, name), getattr(self.recipe, name)
         s, some = Settings.of(recipe, name, case.precision), case.samples[:: -(-len(case.samples) // SEVERAL)]
         again = {mode: case.mode(recipe, name, mode).recompute for mode in {**mix, "full": 0}}
-        each = {mode: fmean(flops(case.shape, s, mode, sample, r) for sample in some) for mode, r in again.items()}
+        each = lambda mode, shape: fmean(flops(shape, s, mode, sample, again[mode]) for sample in some)
+        skipper = skipper_of(recipe, name, case.shape.layers)
+        shallow = copy(case.shape)
+        shallow.layers = skipper.on_average if skipper else shallow.layers
+        whole = {"slow"} | ({"full"} if recipe.dualspeed.schedule != "full" else set())  # slow without a teacher
+        ours = {mode: each(mode, case.shape if mode in whole else shallow) for mode in mix}
         samples = stage.total(case.epoch) * stage.batch
-        return samples, samples * each["full"], samples * sum(share * each[mode] for mode, share in mix.items())
+        return samples, samples * each("full", case.shape), samples * sum(mix[mode] * ours[mode] for mode in mix)
 
 
 def estimate(
@@ -194,7 +200,7 @@ def assumed(recipe: Recipe, shape: Shape) -> Sample:
 
 def shares(recipe: Recipe, name: str) -> dict[str, float]:
     """The modes of a stage, and their shares of its steps. A slow step without a teacher is a full one."""
-    schedule = schedule_of(recipe, name)
+    schedule = rows_schedule(recipe, name)
     slow = getattr(schedule, "slow", None)
     found = {"fast": 1 - slow, "slow" if recipe.dualspeed.distill else "full": slow} if slow else None
     return {mode: share for mode, share in (found or {schedule.plan(0).mode: 1.0}).items() if share}

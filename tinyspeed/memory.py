@@ -94,7 +94,9 @@ class Settings:
         """Those of a `Recipe`; `precision` is what "auto" came to mean."""
         lora, optimizer, dual = recipe.lora, getattr(recipe, stage).optimizer, recipe.dualspeed
         quantise = recipe.model.quantise
-        return cls(precision, quantise, lora.rank, lora.dropout, optimizer, stage, dual.keep, dual.isolator)
+        return cls(
+            precision, quantise, lora.rank, lora.dropout, optimizer, stage, recipe.pruning(stage)[1], dual.isolator
+        )
 
     @property
     def half(self) -> bool:

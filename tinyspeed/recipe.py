@@ -1,6 +1,6 @@
 """Recipes: a TOML file, read into frozen dataclasses; an unknown key is an error that names the nearest known one.
 
-    [run] [model] [lora] [data] [digits] [dualspeed] [align] [train] [scale]
+    [run] [model] [lora] [data] [digits] [dualspeed] [sts] [align] [train] [scale]
 
 `align` and `train` are LLaVA's two stages: first the projector alone, every step fast, then the LLM too, fast and slow.
 The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a value on the command line.
@@ -14,22 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import UserError, unknown
+from .errors import among as _among
+from .errors import check as _check
 from .scheduler import KINDS, Plan
+from .sts import Sts
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTISATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+LAST = ("dualspeed", "sts")  # they may import torch: mistakes of others are named before
 BUILT_IN = Path(__file__).parent / "recipes"
-
-
-def _check(good: bool, what: str) -> None:
-    if not good:
-        raise UserError(what)
-
-
-def _among(kind: str, name: str, known) -> None:
-    if name not in known:
-        raise unknown(kind, name, known)
 
 
 @dataclass(frozen=True)
@@ -215,6 +209,7 @@ class Recipe:
     data: Data = field(default_factory=Data)
     digits: Digits = field(default_factory=Digits)
     dualspeed: DualSpeed = field(default_factory=DualSpeed)
+    sts: Sts = field(default_factory=Sts)
     align: Stage = field(default_factory=Stage)
     train: Stage = field(default_factory=Stage)
     scale: Scale = field(default_factory=Scale)
@@ -223,6 +218,9 @@ class Recipe:
         some = self.train.steps or self.train.epochs or self.align.steps or self.align.epochs
         _check(bool(some), "the recipe trains nothing: set train.steps or train.epochs")
         tunes = self.train.steps or self.train.epochs
+        aligns = self.align.steps or self.align.epochs
+        _check(bool(aligns) or not self.sts.compress, "sts.compress is for aligning: set align.steps or align.epochs")
+        _check(bool(tunes) or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
         if self.model.quantise != "none" and tunes:
             _check(self.lora.rank > 0, '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"')
         if self.data.kind == "chat":
@@ -236,6 +234,11 @@ class Recipe:
         """The stages that run, with the name under which `loading.set_trainable` knows them."""
         every = [("align", self.align), ("train", self.train)]
         return [(name, stage) for name, stage in every if stage.steps or stage.epochs]
+
+    def pruning(self, stage: str) -> tuple[str, float]:
+        """The plugin of a stage's fast steps, and the share of visual rows that it keeps."""
+        d, s = self.dualspeed, self.sts
+        return (s.compressor or d.plugin, s.compress) if stage == "align" and s.compress else (d.plugin, d.keep)
 
     def to_toml(self) -> str:
         lines = []
@@ -318,7 +321,7 @@ def from_tables(tables: dict, where: str) -> Recipe:
                 raise UserError(f"{where}: {section}.{key} = {value!r} must be of type {wanted.__name__}")
         typed[section] = values
     made = {}
-    for section, values in sorted(typed.items(), key=lambda item: item[0] == "dualspeed"):  # last: it may import torch
+    for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):
         try:
             made[section] = sections[section].type(**values)
         except UserError as error:

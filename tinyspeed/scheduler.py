@@ -34,6 +34,7 @@ class Plan:
     distill: float = 0.0  # weight of KL(teacher || student); slow plans only
     layers: tuple[int, ...] | None = None  # the LLM layers that run; None = all
     answer_keep: float = 1.0  # share of answer rows
+    measure: bool = False  # whether the step says how much each layer changes the answer rows
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -49,6 +50,8 @@ class Plan:
                 raise UserError(
                     f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once"
                 )
+            if self.measure:
+                raise UserError("a step that skips layers cannot measure them")
 
 
 def uniform(seed: int, step: int) -> float:
@@ -62,6 +65,10 @@ class Schedule:
 
     def plan(self, step: int) -> Plan:
         raise NotImplementedError
+
+    def observe(self, plan: Plan, seen: dict) -> None:
+        """What a step of this plan saw, the same numbers on all ranks: all that a schedule may depend on beside its
+        settings."""
 
     def state_dict(self) -> dict:
         return {"kind": type(self).__name__, **vars(self)}
@@ -115,6 +122,37 @@ class PeriodicSchedule(DualSpeedSchedule):
         if int((step + 1) * self.slow + 1e-9) > int(step * self.slow + 1e-9):
             return Plan("slow", keep=self.keep, distill=self.distill)
         return Plan("fast", keep=self.keep)
+
+
+class Combined(Schedule):
+    """A schedule, and what else its steps leave out.
+
+    Each part is asked in turn for the plan it makes of the one before, `part.change(plan, step)`, and is as pure as a
+    schedule. It also has `observe`, `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(self, schedule: Schedule, *parts):
+        self.schedule, self.parts = schedule, parts
+
+    def plan(self, step: int) -> Plan:
+        plan = self.schedule.plan(step)
+        for part in self.parts:
+            plan = part.change(plan, step)
+        return plan
+
+    def observe(self, plan: Plan, seen: dict) -> None:
+        for part in (self.schedule, *self.parts):
+            part.observe(plan, seen)
+
+    def state_dict(self) -> dict:
+        return {"schedule": self.schedule.state_dict(), "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state.keys() != {"schedule", "parts"} or len(state["parts"]) != len(self.parts):
+            raise UserError(f"the checkpoint was made with schedule {state}, this run asks for {self.state_dict()}")
+        self.schedule.load_state_dict(state["schedule"])
+        for part, of in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(of)
 
 
 KINDS = ("full", "fast", "bernoulli", "periodic")

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, loader, loading, memory, optimizer, precision, record, scheduler
+from . import checkpoint, loader, loading, memory, optimizer, precision, record
 from .batching import Order, cut, plan_rows
 from .data import Source
 from .dualspeed import DualSpeed, Output
 from .errors import UserError, counted
 from .recipe import Recipe, Stage
-from .scheduler import Plan, Schedule
+from .scheduler import Plan
+from .schedules import schedule_of
 
 PATIENCE = 5.0  # seconds that the probe may go on measuring
 
@@ -51,13 +52,6 @@ class Totals:
     def speedup(self) -> float | None:
         """None before the first step, and where a full step does not fit the device and could not be timed."""
         return self.full_seconds / self.seconds if self.full_seconds else None
-
-
-def schedule_of(recipe: Recipe, stage: str) -> Schedule:
-    """Aligning is all fast (unless the recipe trains without pruning altogether); tuning follows the recipe."""
-    d = recipe.dualspeed
-    kind = "fast" if stage == "align" and d.schedule != "full" else d.schedule
-    return scheduler.build(kind, slow=d.slow, keep=d.keep, distill=d.distill, seed=recipe.run.seed)
 
 
 def learning_rate(stage: Stage, step: int, steps: int) -> float:
@@ -94,7 +88,8 @@ class StageRun:
         self.first = 0  # the step to begin with
         self.stopped = False
         loading.set_trainable(model.model, name)
-        model.schedule = schedule_of(recipe, name)
+        model.schedule = schedule_of(recipe, name, model.config.text_config.num_hidden_layers)
+        model.plugin, _ = recipe.pruning(name)
         model.train()
         model.activation_checkpointing_enable()  # each micro-batch then says whether it needs it
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
@@ -195,14 +190,14 @@ class StageRun:
         if answers == 0:
             raise UserError(f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
         self.model.step = step
-        total = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "rows_kept": 0, "rows_taught": 0, "rows_full": 0}
+        total = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "influence": 0.0, "rows_kept": 0, "rows_taught": 0, "rows_full": 0}
         for _, rows in self._parts(step, plan):
             with self._fitting(plan.mode, rows):
                 out = self._micro_batch(next(batches), rows, plan, answers)
             total["loss"] += out.loss.detach()
             for name in ("ce", "kl"):
                 total[name] += out.metrics[name] * (out.metrics["answers"] / answers)
-            for name in ("rows_kept", "rows_taught", "rows_full"):
+            for name in ("influence", "rows_kept", "rows_taught", "rows_full"):
                 total[name] += out.metrics[name]
         return {**total, "answers": answers}
 
@@ -252,7 +247,10 @@ class StageRun:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
         done = self._together(self._forward_backward(step, plan, batches))
-        (loss, norm, ce, kl), skipped = self._update(plan, done["loss"], [done["ce"], done["kl"]])
+        others = [done["ce"], done["kl"], *done["influence"]]
+        (loss, norm, ce, kl, *influence), skipped = self._update(plan, done["loss"], others)
+        if not skipped:
+            self.model.schedule.observe(plan, {"influence": influence, "answers": done["answers"]})
         took = time.perf_counter() - began
 
         t = self.totals
@@ -263,6 +261,7 @@ class StageRun:
         return {
             "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": loss, "ce": ce, "kl": kl, "grad_norm": norm,
             "skipped": skipped, "lr": self.stage.lr * share, "answers": done["answers"],
+            "layers": len(plan.layers) if plan.layers else None,
             "rows_kept": done["rows_kept"], "rows_taught": done["rows_taught"], "rows_full": done["rows_full"],
             "rows_per_second": rows / took, "seconds": t.seconds, "speedup": t.speedup,
             "memory_mib": record.peak_memory_mib(self.model.device),

@@ -23,7 +23,8 @@ from .data import Source
 from .dualspeed import DualSpeed
 from .errors import UserError, counted
 from .recipe import Recipe, of_run
-from .stage import StageRun, Totals, schedule_of
+from .schedules import schedule_of
+from .stage import StageRun, Totals
 
 ISOLATOR = "isolator.safetensors"  # in the run's folder, for `dualspeed.isolator_from`
 
@@ -93,8 +94,10 @@ def rehearsals(recipe: Recipe, model: DualSpeed, source: Source) -> Iterator[dic
 
 def rehearsed(run: StageRun) -> Iterator[dict]:
     """One step of every mode of a stage."""
-    # Beyond the run's own steps: a short one may draw no slow step, and the next, longer one will.
-    plans = {plan.mode: plan for plan in map(run.model.schedule.plan, range(10_000))}
+    # Beyond the run's own steps: a short one may draw no slow step, and the next, longer one will. Of a mode's steps
+    # one that runs every layer, if there is any.
+    drawn = sorted(map(run.model.schedule.plan, range(10_000)), key=lambda plan: plan.layers is None)
+    plans = {plan.mode: plan for plan in drawn}
     for plan in plans.values():
         yield {"stage": run.name, "mode": plan.mode, **run.rehearse(plan)}
 
@@ -181,7 +184,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
         temperature=settings.temperature,
         positions=settings.positions,
         layout=settings.layout,
-        schedule=schedule_of(recipe, "train"),
+        schedule=schedule_of(recipe, "train", plain.config.text_config.num_hidden_layers),
         seed=recipe.run.seed,
     )
     if settings.isolator_from:

@@ -1,0 +1,33 @@
+"""The schedule of a recipe's stage: which rows its steps see (DualSpeed), and which layers run (STS).
+
+STS splits the savings by stage, and so does this: while aligning, visual rows are compressed; while tuning, layers are
+skipped. DualSpeed's pruning goes on in both. Its own compressor is not public: any pruning plugin takes its place.
+"""
+
+from . import scheduler
+from .layers import LayerSkipper
+from .recipe import Recipe
+from .scheduler import Combined, Schedule
+
+
+def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
+    """Aligning is all fast (unless the recipe trains without pruning altogether); tuning follows the recipe."""
+    d = recipe.dualspeed
+    fast = stage == "align" and (d.schedule != "full" or recipe.sts.compress)
+    _, keep = recipe.pruning(stage)
+    kind = "fast" if fast else d.schedule
+    return scheduler.build(kind, slow=d.slow, keep=keep, distill=d.distill, seed=recipe.run.seed)
+
+
+def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:
+    """What chooses among the LLM's `depth` layers, if the stage skips some."""
+    s = recipe.sts
+    if stage == "align" or not s.skip:
+        return None
+    return LayerSkipper(depth, s.skip, s.layers, s.protect_first, s.protect_last, s.every, recipe.run.seed)
+
+
+def schedule_of(recipe: Recipe, stage: str, depth: int) -> Schedule:
+    """All that decides about a stage's steps."""
+    schedule, skipper = rows_schedule(recipe, stage), skipper_of(recipe, stage, depth)
+    return Combined(schedule, skipper) if skipper else schedule
