@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tinyspeed"
 FLOORS = [
     {"errors"},
     {"pruning", "isolator", "scheduler", "distill", "rows"},
-    {"attention", "drop_in"},
+    {"attention", "drop_in", "gating"},
     {"vlm"},
     {"dualspeed"},
     {"data", "batching", "precision", "memory", "folders", "shapes"},

@@ -120,7 +120,7 @@ class PeriodicSchedule(DualSpeedSchedule):
 class Combined(Schedule):
     """A schedule, and what else its steps leave out.
 
-    Each part is asked in turn for the plan it makes of the one before: `part.change(plan, step)`, as pure as a schedule.
+    Each part is asked in turn for the plan it makes of the one before: `part.change(plan, step)`, pure as a schedule.
     """
 
     def __init__(self, schedule: Schedule, *parts):
