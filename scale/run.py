@@ -42,6 +42,8 @@ def supported(made: Recipe, world: World) -> None:
             raise UserError(f"{name}.batch = {stage.batch} is less than {world.size} ranks: some would only wait")
     if made.data.feature_cache_gb:
         raise UserError("data.feature_cache_gb: several ranks cannot share the feature cache; set it to 0")
+    if made.regate.keep < 1:
+        raise UserError("regate.keep: several ranks cannot share a memory of difficulties yet; set it to 1")
     if made.scale.offload and (world.device.type != "cuda" or made.model.quantise != "none"):
         raise UserError("scale.offload is for weights that are not in 4 bits, on a GPU")
 

@@ -195,6 +195,7 @@ def assumed(recipe: Recipe, shape: Shape) -> Sample:
 def shares(recipe: Recipe, name: str) -> dict[str, float]:
     """The modes of a stage, and their shares of its steps. A slow step without a teacher is a full one."""
     schedule = schedule_of(recipe, name)
+    schedule = getattr(schedule, "schedule", schedule)  # answers that ReGATE skips are not counted: they are few rows
     slow = getattr(schedule, "slow", None)
     found = {"fast": 1 - slow, "slow" if recipe.dualspeed.distill else "full": slow} if slow else None
     return {mode: share for mode, share in (found or {schedule.plan(0).mode: 1.0}).items() if share}

@@ -19,19 +19,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, loader, loading, memory, optimizer, precision, record, scheduler
+from . import checkpoint, gating, loader, loading, memory, optimizer, precision, record, scheduler
 from .batching import Order, cut, plan_rows
 from .data import Source
 from .dualspeed import DualSpeed, Output
 from .errors import UserError, counted
 from .recipe import Recipe, Stage
+from .regate import Gate
 from .scheduler import Plan, Schedule
 
 PATIENCE = 5.0  # seconds that the probe may go on measuring
@@ -57,7 +59,10 @@ def schedule_of(recipe: Recipe, stage: str) -> Schedule:
     """Aligning is all fast (unless the recipe trains without pruning altogether); tuning follows the recipe."""
     d = recipe.dualspeed
     kind = "fast" if stage == "align" and d.schedule != "full" else d.schedule
-    return scheduler.build(kind, slow=d.slow, keep=d.keep, distill=d.distill, seed=recipe.run.seed)
+    schedule = scheduler.build(kind, slow=d.slow, keep=d.keep, distill=d.distill, seed=recipe.run.seed)
+    if stage == "train" and recipe.regate.keep < 1:
+        return scheduler.Combined(schedule, gating.Cycle(recipe.regate))
+    return schedule
 
 
 def learning_rate(stage: Stage, step: int, steps: int) -> float:
@@ -109,6 +114,15 @@ class StageRun:
         self.scale = precision.LossScale.of(self.precision)
         self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
         self.rows_that_fit = self._rows_that_fit()
+
+    @cached_property
+    def gate(self) -> Gate | None:
+        """Which answers are skipped, if the recipe asks for ReGATE."""
+        if self.name != "train" or self.recipe.regate.keep == 1:
+            return None
+        # Where `train.base` puts a model that has no path.
+        base = self.recipe.model.path or str(self.recipe.folder / "base")
+        return Gate(self.recipe, self.source, self.model.device, base)
 
     def _rows_that_fit(self) -> float:
         """Rows of a micro-batch whose activations fit beside what the device holds already; beyond, recompute them."""
@@ -191,14 +205,22 @@ class StageRun:
 
     def _forward_backward(self, step: int, plan: Plan, batches: Iterator[dict[str, Tensor]]) -> dict:
         """Gradients of one optimizer batch, times the loss scale, and its summed metrics. Losses stay on the device."""
-        answers = sum(self.source.lengths(i)[2] for i in self.order.batch(step, self.stage.batch))
+        chosen = self.order.batch(step, self.stage.batch)
+        answers = sum(self.source.lengths(i)[2] for i in chosen)
+        if self.gate:
+            answers = self.gate.begin(chosen, plan.answer_keep)
         if answers == 0:
             raise UserError(f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
         self.model.step = step
         total = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "rows_kept": 0, "rows_taught": 0, "rows_full": 0}
-        for _, rows in self._parts(step, plan):
+        for part, rows in self._parts(step, plan):
+            batch = next(batches)
+            if self.gate:
+                batch = self.gate.mark(part, batch)
             with self._fitting(plan.mode, rows):
-                out = self._micro_batch(next(batches), rows, plan, answers)
+                out = self._micro_batch(batch, rows, plan, answers)
+            if self.gate:
+                self.gate.ran(out.metrics["losses"])
             total["loss"] += out.loss.detach()
             for name in ("ce", "kl"):
                 total[name] += out.metrics[name] * (out.metrics["answers"] / answers)
@@ -253,6 +275,8 @@ class StageRun:
             group["lr"] = group["base_lr"] * share
         done = self._together(self._forward_backward(step, plan, batches))
         (loss, norm, ce, kl), skipped = self._update(plan, done["loss"], [done["ce"], done["kl"]])
+        if self.gate and not skipped:
+            self.gate.learn()
         took = time.perf_counter() - began
 
         t = self.totals
@@ -298,7 +322,7 @@ class StageRun:
     def rehearse(self, plan: Plan) -> dict[str, float]:
         """One step of this plan on the longest example there is, as often as a micro-batch holds it: rows, peak memory
         (of a CPU: of the process so far) and seconds. The weights move: what comes after is no training."""
-        device = self.model.device
+        device, plan = self.model.device, replace(plan, answer_keep=1.0)  # the most that it can take
         rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
         longest = max(range(len(rows)), key=rows.__getitem__)
         share = math.ceil(self.stage.batch / self.processes)
@@ -328,7 +352,7 @@ class StageRun:
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.model.device)
-        return tensors
+        return tensors | (self.gate.tensors() if self.gate else {})
 
     def _state(self, step: int) -> dict:
         return {
@@ -349,6 +373,7 @@ class StageRun:
             )
         checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
         checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
+        checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)
         self.model.schedule.load_state_dict(state["schedule"])
         self.scale.load_state_dict(state["scale"])
         self._go_on_drawing(saved)
