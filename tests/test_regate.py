@@ -8,11 +8,13 @@ import tiny
 import torch
 from album import album
 from test_cli import fails
+from test_sharding import log, torchrun
 from test_train import Killed, die_before, unlike
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from tinyspeed import UserError, cli, conversations, digits, recipe, reference, regate, train
+from scale.__main__ import main as scaled
+from tinyspeed import UserError, checkpoint, cli, conversations, digits, recipe, reference, regate, train
 from tinyspeed.gating import NEVER, kept
 from tinyspeed.reference import Reference
 from tinyspeed.rows import IGNORE
@@ -132,9 +134,38 @@ def test_nothing_is_learned_of_a_sample_that_lost_its_labels(home, tmp_path):
     assert batch["answers"][0].all()
     losses = torch.arange(1.0, 1 + answers)
     gate.ran(losses)
-    gate.learn()
+    gate.learn(gate.losses())
     assert (gate.memory.difficulty[:n] == NEVER).all()
     assert gate.memory.difficulty[n : n + answers].tolist() == losses.tolist()
+
+
+# Several processes
+
+
+def remembered(made) -> torch.Tensor:
+    return checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[0]["regate/difficulty"]
+
+
+def test_one_rank_is_the_core_bit_for_bit(home, tmp_path):
+    more = (f"regate.reference={home / 'llm'}",)
+    alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
+    train.train(alone, bar=False)
+    (tmp_path / "scaled.toml").write_text(made.to_toml())
+    assert scaled([str(tmp_path / "scaled.toml")]) == 0
+    assert not unlike(made, alone)
+
+
+def test_two_ranks_skip_and_remember_what_one_process_does(home, tmp_path):
+    """Also where a rank has nothing to learn: three samples a step, a forward each."""
+    more = (f"regate.reference={home / 'llm'}", "train.batch=3", "train.row_budget=1", "train.lr=0.001")
+    alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
+    train.train(alone, bar=False)
+    (tmp_path / "scaled.toml").write_text(made.to_toml())
+    assert torchrun(tmp_path, "-m", "scale", "scaled.toml").wait(120) == 0, log(tmp_path)
+    for a, b in zip(lines(alone), lines(made), strict=True):
+        assert (a["mode"], a["answers"], a["rows_kept"]) == (b["mode"], b["answers"], b["rows_kept"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    torch.testing.assert_close(remembered(made), remembered(alone), rtol=1e-3, atol=1e-4)
 
 
 # The reference

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -114,9 +113,9 @@ class StageRun:
         self.scale = precision.LossScale.of(self.precision)
         self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
         self.rows_that_fit = self._rows_that_fit()
+        self.gate = self._gate()
 
-    @cached_property
-    def gate(self) -> Gate | None:
+    def _gate(self) -> Gate | None:
         """Which answers are skipped, if the recipe asks for ReGATE."""
         if self.name != "train" or self.recipe.regate.keep == 1:
             return None
@@ -242,6 +241,10 @@ class StageRun:
         """Sums over this process's part of the batch to sums over the batch."""
         return done
 
+    def _sum(self, numbers: Tensor) -> Tensor:
+        """The same of any numbers."""
+        return numbers
+
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.names if p.grad is not None]
 
@@ -276,7 +279,7 @@ class StageRun:
         done = self._together(self._forward_backward(step, plan, batches))
         (loss, norm, ce, kl), skipped = self._update(plan, done["loss"], [done["ce"], done["kl"]])
         if self.gate and not skipped:
-            self.gate.learn()
+            self.gate.learn(self._sum(self.gate.losses()))
         took = time.perf_counter() - began
 
         t = self.totals
