@@ -41,7 +41,14 @@ def test_the_hardest_stay_exactly_as_many_as_asked(reference, share, fusion, wei
     assert np.array_equal(stays, memory.keep(7, share))
 
 
-@given(st.integers(1, 30), shares)
+def test_how_many_stay_is_exact():
+    for percent in range(1, 101):
+        for n in range(1, 151):
+            assert gating.kept(percent / 100, n) == -(-percent * n // 100)
+    assert gating.kept(0.5, 0) == 0
+
+
+@given(st.integers(1, 60), shares)
 def test_of_equals_the_earlier_stay(n, share):
     memory = gating.Memory(gating.Settings(), [0], [n])
     memory.update(0, np.ones(n, bool), np.ones(n))

@@ -84,7 +84,7 @@ class Cycle:
 
 
 def kept(share: float, answers: int) -> int:
-    """k. The 1e-9 keeps 0.1 of 30 at 3: their product is a hair above."""
+    """k. The 1e-9 keeps 0.28 of 25 at 7: their product is a hair above."""
     return max(1, math.ceil(share * answers - 1e-9)) if answers else 0
 
 
