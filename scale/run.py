@@ -17,7 +17,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import logging
 
-from tinyspeed import DualSpeed, UserError, checkpoint, conversations, digits, loading, precision, report, runs
+from tinyspeed import DualSpeed, UserError, checkpoint, conversations, digits, loading, precision, regate, report, runs
 from tinyspeed import train as core
 from tinyspeed.data import Source
 from tinyspeed.errors import counted
@@ -30,7 +30,7 @@ from .world import World
 
 # What may differ between nodes.
 PLACES = ("run.folder", "run.cache", "model.path", "model.tower", "model.llm", "data.file", "data.images",
-          "dualspeed.isolator_from")  # fmt: skip
+          "dualspeed.isolator_from", "regate.reference")  # fmt: skip
 
 
 def supported(made: Recipe, world: World) -> None:
@@ -101,8 +101,16 @@ def _source(made: Recipe, world: World) -> Source:
         runs.check_sources(made)
         core.base(made)  # puts it together, if it is not there yet
     world.wait()
-    if made.data.kind == "digits":
-        return digits.of(made)
+    source = digits.of(made) if made.data.kind == "digits" else _conversations(made, world)
+    if made.regate.reference:
+        world.at("computing the reference's losses", patient=True)
+        if world.leads:  # the others read them
+            regate.Gate(made, source, world.device, core.base(made))
+        world.wait()
+    return source
+
+
+def _conversations(made: Recipe, world: World) -> conversations.Conversations:
     world.at("checking the records", patient=True)
     mine = slice(world.rank, None, world.size)
     with nullcontext() if world.leads else redirect_stderr(io.StringIO()):  # one rank's notices are enough

@@ -9,6 +9,7 @@ compared every `check_every` steps, to be told if it is not so. With one rank ev
 Checkpoints are copied first, and written while training goes on.
 """
 
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from tinyspeed import UserError, checkpoint, memory
 from tinyspeed.batching import plan_rows
 from tinyspeed.dualspeed import Output
+from tinyspeed.regate import Gate
 from tinyspeed.rows import IGNORE
 from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun
@@ -122,6 +124,16 @@ class ShardedStage(StageRun):
         sums = iter(self.world.sums([*(done[name] for name in SUMMED), *done["influence"]]))
         numbers = {name: n.float() if name in SUMMED[:3] else int(n) for name, n in zip(SUMMED, sums, strict=False)}
         return {**done, **numbers, "influence": [n.float() for n in sums]}
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        return numbers if self.world.size == 1 else self.world.sums([numbers])[0].float()
+
+    def _gate(self) -> Gate | None:
+        self.world.at("reading the reference's losses", patient=True)
+        gate = super()._gate()
+        known = gate and gate.memory.reference
+        self.world.agree("the reference's losses", None if known is None else zlib.crc32(known.tobytes()))
+        return gate
 
     def _gradients(self) -> list[Tensor]:
         return [self._local(p.grad)[0] for p in self.names if p.grad is not None]

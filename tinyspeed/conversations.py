@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -71,6 +72,13 @@ class Conversations:
         for array in (self.good, self.texts, self.visual):
             crc = zlib.crc32(array.tobytes(), crc)
         return f"{len(self)} records, {crc:08x}"
+
+    def text(self, i: int) -> tuple[Tensor, Tensor]:
+        record = self.records[int(self.good[i])]
+        with _about(record):
+            rows = self.visual[self.starts[i] : self.starts[i + 1]].tolist()
+            ids, labels = map(torch.from_numpy, self._tokens(record, rows))
+        return ids, labels
 
     def example(self, i: int) -> Example:
         record = self.records[int(self.good[i])]

@@ -34,6 +34,9 @@ class Source(Protocol):
         """Text rows, visual rows of each image, and tokens to learn, without decoding a picture: micro-batches are cut
         by the rows, and losses divided by the tokens."""
 
+    def text(self, i: int) -> tuple[Tensor, Tensor]:
+        """Ids and labels of example i, without decoding a picture."""
+
     def example(self, i: int) -> Example: ...
 
 

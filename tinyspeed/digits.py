@@ -129,6 +129,13 @@ class Digits:
     def example(self, i: int) -> Example:
         rng = self._rng(i)
         canvas, cells = picture(rng, self.split)
+        return Example(*self._text(rng, cells), pixel_values(canvas)[None])
+
+    def text(self, i: int) -> tuple[Tensor, Tensor]:
+        rng = self._rng(i)
+        return self._text(rng, picture(rng, self.split)[1])
+
+    def _text(self, rng: np.random.Generator, cells: np.ndarray) -> tuple[Tensor, Tensor]:
         ids, labels = [ID["<s>"]], [IGNORE]
         for turn, (question, answer) in enumerate(questions(rng, cells, self.turns)):
             image = [ID["<image>"]] * CELLS if turn == 0 else []
@@ -136,7 +143,7 @@ class Digits:
             reply = [ID[answer], ID["</s>"]]
             ids += prompt + reply
             labels += [IGNORE] * len(prompt) + reply
-        return Example(torch.tensor(ids), torch.tensor(labels), pixel_values(canvas)[None])
+        return torch.tensor(ids), torch.tensor(labels)
 
 
 def of(recipe: Recipe) -> Digits:

@@ -31,7 +31,7 @@ def _chunk_loss(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden).float()
-    ce = F.cross_entropy(logits, target, reduction="sum")
+    ce = F.cross_entropy(logits, target, reduction="none")
     if teacher is None:
         return ce, ce.new_zeros(())
     with torch.no_grad():
@@ -49,15 +49,15 @@ def answer_loss(
     teacher_head: Callable[[Tensor], Tensor] | None = None,
     temperature: float = 1.0,
     chunk: int = 1024,
-) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy and summed T^2 * KL over answer rows.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed cross-entropy and summed T^2 * KL over answer rows, and each row's cross-entropy, without a graph.
 
     hidden (A, H): the student's last hidden states at answer rows, target (A,): the tokens to predict,
     teacher (A, H): the teacher's hidden states at the same answers (its logits are made here, chunk by chunk, by
     `teacher_head` where that differs from `head`).
     No answer rows give two zeros that still carry a graph, so backward works and touches the same parameters.
     """
-    ce = kl = 0.0
+    ce, kl, each = 0.0, 0.0, []
     for start in range(0, max(len(target), 1), chunk):
         part = slice(start, start + chunk)
         taught_by = None if teacher is None else teacher[part].detach()
@@ -66,5 +66,6 @@ def answer_loss(
             chunk_ce, chunk_kl = checkpoint(_chunk_loss, *args, use_reentrant=False)
         else:
             chunk_ce, chunk_kl = _chunk_loss(*args)
-        ce, kl = ce + chunk_ce, kl + chunk_kl
-    return ce, kl * temperature**2
+        ce, kl = ce + chunk_ce.sum(), kl + chunk_kl
+        each.append(chunk_ce.detach())
+    return ce, kl * temperature**2, torch.cat(each)

@@ -103,12 +103,15 @@ class DualSpeed(DropIn):
         batch_num_images: Tensor | None = None,
         tower_features: Tensor | None = None,
         labels: Tensor | None = None,
+        answers: Tensor | None = None,
         plan: Plan | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = False,
     ) -> ModelOutput:
         """A Hugging Face processor's batch, as it is. The loss is divided by `num_items_in_batch` answer tokens, or by
-        the batch's own number. Without a plan: the schedule's at `self.step`, or in eval mode the plain model."""
+        the batch's own number. Without a plan: the schedule's at `self.step`, or in eval mode the plain model.
+        `answers`, bool like labels: which answer tokens stay (see `rows.elide`); a plan that keeps but a share of them
+        needs it, since only a memory of their difficulty knows which."""
         visual = {  # each by its name in the signature, which is where Trainer looks for the columns to keep
             "pixel_values": pixel_values,
             "image_sizes": image_sizes,
@@ -124,11 +127,17 @@ class DualSpeed(DropIn):
         if labels is None:
             raise UserError("the batch has no labels: there is nothing to learn from")
         plan = self._planned(plan)
+        if plan.answer_keep < 1 and answers is None:
+            raise UserError("answer_keep below 1: say which answer tokens stay, `answers=` (a gating.Memory knows)")
         self.forwards += 1
 
         features = self.vlm.features(visual, plan.mode)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
-        full = rows.full(input_ids, attention_mask, labels, self.vlm.placeholders, lengths)
+        learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
+        full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
+        every = len(full)
+        if answers is not None:
+            full = rows.elide(full, labels, answers, self.positions)
 
         embeddings = self.vlm.embed(input_ids).flatten(0, 1)
         images = [*itertools.chain(*features.values())]
@@ -148,7 +157,7 @@ class DualSpeed(DropIn):
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
 
-        ce, kl = answer_loss(
+        ce, kl, each = answer_loss(
             self.vlm.head,
             hidden,
             target,
@@ -163,9 +172,10 @@ class DualSpeed(DropIn):
             "ce": ce.detach() / max(len(target), 1),
             "kl": kl.detach() / max(len(target), 1),
             "answers": len(target),
+            "losses": each,  # of each answer token, sample after sample
             "rows_kept": len(run),  # rows that were trained on
             "rows_taught": len(isolating) if taught else 0,  # and rows of the teacher's forward
-            "rows_full": len(full),
+            "rows_full": every,
             "influence": influence,  # a number for each layer, or none
         }
         out = Output(loss=(ce + plan.distill * kl) / total, metrics=metrics)
@@ -181,10 +191,6 @@ class DualSpeed(DropIn):
                     "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
                 )
             plan = self.schedule.plan(self.step)
-        if plan.answer_keep < 1:
-            raise UserError(
-                "answer_keep below 1 needs a memory of each answer token's difficulty, which is not built yet"
-            )
         return plan
 
     def _kept(self, images: list[Tensor], keep: float) -> Tensor:

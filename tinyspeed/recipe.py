@@ -1,6 +1,6 @@
 """Recipes: a TOML file, read into frozen dataclasses; an unknown key is an error that names the nearest known one.
 
-    [run] [model] [lora] [data] [digits] [dualspeed] [sts] [align] [train] [scale]
+    [run] [model] [lora] [data] [digits] [dualspeed] [sts] [regate] [align] [train] [scale]
 
 `align` and `train` are LLaVA's two stages: first the projector alone, every step fast, then the LLM too, fast and slow.
 The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a value on the command line.
@@ -13,6 +13,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import gating
 from .errors import UserError, unknown
 from .errors import among as _among
 from .errors import check as _check
@@ -210,6 +211,7 @@ class Recipe:
     digits: Digits = field(default_factory=Digits)
     dualspeed: DualSpeed = field(default_factory=DualSpeed)
     sts: Sts = field(default_factory=Sts)
+    regate: gating.Settings = field(default_factory=gating.Settings)
     align: Stage = field(default_factory=Stage)
     train: Stage = field(default_factory=Stage)
     scale: Scale = field(default_factory=Scale)
@@ -223,6 +225,7 @@ class Recipe:
         _check(bool(tunes) or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
         if self.model.quantise != "none" and tunes:
             _check(self.lora.rank > 0, '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"')
+        _check(self.regate.keep == 1 or bool(tunes), "regate.keep: answers are skipped in tuning; set train.steps")
         if self.data.kind == "chat":
             _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
 
@@ -295,7 +298,8 @@ def _absolute(recipe: Recipe) -> Recipe:
     model = {name: whole(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
     data = {name: whole(getattr(recipe.data, name)) for name in ("file", "images")}
     dual = {"isolator_from": whole(recipe.dualspeed.isolator_from)}
-    changes = {"model": model, "data": data, "dualspeed": dual}
+    gate = {"reference": whole(recipe.regate.reference)}
+    changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
     return dataclasses.replace(
         recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
     )

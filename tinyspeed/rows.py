@@ -91,6 +91,35 @@ def full(
     return Rows(source, target.flatten()[real], position, real // width, image, batch)
 
 
+def elide(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> Rows:
+    """The rows of a step that skips answer tokens (ReGATE, see `gating.py`): those with stays (B, S) = False.
+
+    `rows` is `full` of the labels that stay. The row that predicts a skipped token leaves: it is no query, no key and
+    has no loss. Where that row's own token is of the question (or a picture: a caption right behind it), the row stays
+    and only its loss is gone, since nobody skips questions. So an answer of n tokens can lose n - 1 rows.
+
+    The paper lets inactive tokens by-pass every block through the residual, neither queries nor keys. For the rows that
+    are left that is the same, if all layers do it and positions are `original`. What differs: we take no loss of the
+    by-passed rows, which would be the head on a bare embedding (whether the paper does, nobody says).
+    """
+    if stays.shape != labels.shape:
+        raise UserError(f"which answers stay has shape {tuple(stays.shape)}, the labels {tuple(labels.shape)}")
+    answer = labels != IGNORE
+    gone = torch.zeros_like(answer)
+    gone[:, :-1] = answer[:, :-1] & answer[:, 1:] & ~stays[:, 1:]
+    text = rows.image < 0
+    left = (~(text & gone.flatten()[rows.source.where(text, 0)])).nonzero()[:, 0]
+    sample = rows.sample[left]
+    position = rows.position[left] if positions == "original" else _counted(sample, rows.samples)
+    return Rows(rows.source[left], rows.target[left], position, sample, rows.image[left], rows.samples)
+
+
+def _counted(sample: Tensor, samples: int) -> Tensor:
+    """0, 1, 2 ... in each sample."""
+    lengths = torch.bincount(sample, minlength=samples)
+    return torch.arange(len(sample), device=sample.device) - (lengths.cumsum(0) - lengths)[sample]
+
+
 def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, positions: str) -> Rows:
     """The rows of a fast step. `kept` (V,) says which feature rows of the table stay; text rows always do.
 
@@ -121,11 +150,7 @@ def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, posi
     target = rows.target[origin].masked_fill(image >= 0, IGNORE)
     target[last] = image_target[nth_image[origin[last]]]
 
-    if positions == "original":
-        position = rows.position[origin]
-    else:
-        lengths = torch.bincount(sample, minlength=rows.samples)
-        position = torch.arange(len(origin), device=times.device) - (lengths.cumsum(0) - lengths)[sample]
+    position = rows.position[origin] if positions == "original" else _counted(sample, rows.samples)
     return Rows(source, target, position, sample, image, rows.samples)
 
 

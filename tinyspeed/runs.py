@@ -21,6 +21,8 @@ def check_sources(recipe: Recipe) -> None:
     """That what the run is made from is there."""
     if recipe.model.path:
         folders.model(recipe.model.path)
+    if recipe.regate.reference:
+        folders.model(recipe.regate.reference)
     if recipe.data.kind == "chat":
         folders.conversations(recipe.data.file, recipe.data.images)
 

@@ -1,10 +1,12 @@
-"""The schedule of a recipe's stage: which rows its steps see (DualSpeed), and which layers run (STS).
+"""The schedule of a recipe's stage: which rows its steps see (DualSpeed), which layers run (STS), and which answers
+(ReGATE).
 
 STS splits the savings by stage, and so does this: while aligning, visual rows are compressed; while tuning, layers are
 skipped. DualSpeed's pruning goes on in both. Its own compressor is not public: any pruning plugin takes its place.
 """
 
 from . import scheduler
+from .gating import Cycle
 from .layers import LayerSkipper
 from .recipe import Recipe
 from .scheduler import Combined, Schedule
@@ -30,4 +32,6 @@ def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:
 def schedule_of(recipe: Recipe, stage: str, depth: int) -> Schedule:
     """All that decides about a stage's steps."""
     schedule, skipper = rows_schedule(recipe, stage), skipper_of(recipe, stage, depth)
-    return Combined(schedule, skipper) if skipper else schedule
+    gates = stage == "train" and recipe.regate.keep < 1
+    parts = [*([skipper] if skipper else []), *([Cycle(recipe.regate)] if gates else [])]
+    return Combined(schedule, *parts) if parts else schedule

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from .data import Source
 from .dualspeed import DualSpeed, Output
 from .errors import UserError, counted
 from .recipe import Recipe, Stage
+from .regate import Gate
 from .scheduler import Plan
 from .schedules import schedule_of
 
@@ -104,6 +105,15 @@ class StageRun:
         self.scale = precision.LossScale.of(self.precision)
         self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
         self.rows_that_fit = self._rows_that_fit()
+        self.gate = self._gate()
+
+    def _gate(self) -> Gate | None:
+        """Which answers are skipped, if the recipe asks for ReGATE."""
+        if self.name != "train" or self.recipe.regate.keep == 1:
+            return None
+        # Where `train.base` puts a model that has no path.
+        base = self.recipe.model.path or str(self.recipe.folder / "base")
+        return Gate(self.recipe, self.source, self.model.device, base)
 
     def _rows_that_fit(self) -> float:
         """Rows of a micro-batch whose activations fit beside what the device holds already; beyond, recompute them."""
@@ -186,14 +196,22 @@ class StageRun:
 
     def _forward_backward(self, step: int, plan: Plan, batches: Iterator[dict[str, Tensor]]) -> dict:
         """Gradients of one optimizer batch, times the loss scale, and its summed metrics. Losses stay on the device."""
-        answers = sum(self.source.lengths(i)[2] for i in self.order.batch(step, self.stage.batch))
+        chosen = self.order.batch(step, self.stage.batch)
+        answers = sum(self.source.lengths(i)[2] for i in chosen)
+        if self.gate:
+            answers = self.gate.begin(chosen, plan.answer_keep)
         if answers == 0:
             raise UserError(f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
         self.model.step = step
         total = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "influence": 0.0, "rows_kept": 0, "rows_taught": 0, "rows_full": 0}
-        for _, rows in self._parts(step, plan):
+        for part, rows in self._parts(step, plan):
+            batch = next(batches)
+            if self.gate:
+                batch = self.gate.mark(part, batch)
             with self._fitting(plan.mode, rows):
-                out = self._micro_batch(next(batches), rows, plan, answers)
+                out = self._micro_batch(batch, rows, plan, answers)
+            if self.gate:
+                self.gate.ran(out.metrics["losses"])
             total["loss"] += out.loss.detach()
             for name in ("ce", "kl"):
                 total[name] += out.metrics[name] * (out.metrics["answers"] / answers)
@@ -214,6 +232,10 @@ class StageRun:
     def _together(self, done: dict) -> dict:
         """Sums over this process's part of the batch to sums over the batch."""
         return done
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        """The same of any numbers."""
+        return numbers
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.names if p.grad is not None]
@@ -251,6 +273,8 @@ class StageRun:
         (loss, norm, ce, kl, *influence), skipped = self._update(plan, done["loss"], others)
         if not skipped:
             self.model.schedule.observe(plan, {"influence": influence, "answers": done["answers"]})
+            if self.gate:
+                self.gate.learn(self._sum(self.gate.losses()))
         took = time.perf_counter() - began
 
         t = self.totals
@@ -297,7 +321,7 @@ class StageRun:
     def rehearse(self, plan: Plan) -> dict[str, float]:
         """One step of this plan on the longest example there is, as often as a micro-batch holds it: rows, peak memory
         (of a CPU: of the process so far) and seconds. The weights move: what comes after is no training."""
-        device = self.model.device
+        device, plan = self.model.device, replace(plan, answer_keep=1.0)  # the most that it can take
         rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
         longest = max(range(len(rows)), key=rows.__getitem__)
         share = math.ceil(self.stage.batch / self.processes)
@@ -327,7 +351,7 @@ class StageRun:
         tensors["rng/cpu"] = torch.get_rng_state()
         if self.model.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.model.device)
-        return tensors
+        return tensors | (self.gate.tensors() if self.gate else {})
 
     def _state(self, step: int) -> dict:
         return {
@@ -348,6 +372,7 @@ class StageRun:
             )
         checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
         checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
+        checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)
         self.model.schedule.load_state_dict(state["schedule"])
         self.scale.load_state_dict(state["scale"])
         self._go_on_drawing(saved)

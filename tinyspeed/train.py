@@ -18,7 +18,20 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from . import checkpoint, conversations, digits, features, folders, isolator, loading, merge, precision, record, runs
+from . import (
+    checkpoint,
+    conversations,
+    digits,
+    features,
+    folders,
+    isolator,
+    loading,
+    merge,
+    precision,
+    record,
+    regate,
+    runs,
+)
 from .data import Source
 from .dualspeed import DualSpeed
 from .errors import UserError, counted
@@ -132,6 +145,8 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     place(recipe)
     if recipe.data.kind == "chat":  # first: its mistakes show before a large model is loaded
         source = _conversations(recipe)
+    if recipe.regate.reference:  # also first: two models need not fit side by side
+        regate.Gate(recipe, source or digits.of(recipe), place(recipe)[0], base(recipe))
     model = build_model(recipe)
     if source is not None and recipe.data.feature_cache_gb and len(source.visual):
         _keep_features(recipe, model, source)

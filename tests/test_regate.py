@@ -1,0 +1,305 @@
+"""ReGATE in whole runs: the reference's losses and their cache, killed and resumed, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from album import album
+from test_cli import fails
+from test_sharding import log, torchrun
+from test_train import Killed, die_before, unlike
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from scale.__main__ import main as scaled
+from tinyspeed import UserError, checkpoint, cli, conversations, digits, recipe, reference, regate, train
+from tinyspeed.gating import NEVER, kept
+from tinyspeed.reference import Reference
+from tinyspeed.rows import IGNORE
+
+CPU = torch.device("cpu")
+STEPS = 9
+SKIPS = ("regate.keep=0.4", "regate.cycle=4", "regate.refresh=1", "regate.warmup=2")
+
+
+def llm(folder, seed: int) -> str:
+    """A text-only LLM with the tests' tokenizer."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny.config("llava").text_config)
+    for parameter in model.parameters():  # far apart, or all losses would be nearly equal
+        parameter.data *= 5
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    album(home, 10)
+    tiny.checkpoint("llava", home / "llava")
+    llm(home / "llm", 1)
+    return home
+
+
+def settings(home, folder, name, *changes):
+    tables = {
+        "run": {
+            "name": name, "folder": str(folder), "cache": str(folder / "cache"), "threads": 1, "device": "cpu",
+            "save_every": 2,
+        },
+        "model": {"path": str(home / "llava")},
+        "data": {"kind": "chat", "file": str(home / "train.json"), "images": str(home / "images"), "workers": 0},
+        "dualspeed": {"slow": 0.2, "keep": 0.3},
+        "train": {"steps": STEPS, "batch": 4, "lr": 0.01, "row_budget": 150},
+    }  # fmt: skip
+    (folder / f"{name}.toml").write_text(recipe.from_tables(tables, "here").to_toml())
+    return recipe.read(str(folder / f"{name}.toml"), [*SKIPS, *changes])
+
+
+def lines(made) -> list[dict]:
+    return [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def source_of(made) -> conversations.Conversations:
+    return conversations.of(made, made.model.path, bar=False)
+
+
+def reference_of(made, path=None, source=None) -> Reference:
+    source = source or source_of(made)
+    every = list(range(len(source)))
+    return Reference(
+        path or made.regate.reference, made.model.path, source, every, "fp32", made.folder.parent / "cache"
+    )
+
+
+# Runs
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["own losses", "reference"])
+def test_killed_and_resumed_is_never_killed(home, tmp_path, monkeypatch, alone):
+    more = () if alone else (f"regate.reference={home / 'llm'}", "regate.fusion=mix")
+    whole, made = (settings(home, tmp_path, name, *more) for name in ("whole", "run"))
+    words = ["--set", "run.name=run", *(word for change in (*SKIPS, *more) for word in ("--set", change))]
+    assert train.train(whole, bar=False).totals.steps == STEPS
+    with monkeypatch.context() as patch:
+        die_before(patch, 5, 8)
+        for resume in ([], ["--resume"]):
+            with pytest.raises(Killed):
+                cli.main(["train", str(tmp_path / "run.toml"), *words, *resume])
+    assert cli.main(["train", str(tmp_path / "run.toml"), *words, "--resume"]) == 0
+    assert not unlike(made, whole)
+
+    source, order = source_of(made), regate.Order(10, made.run.seed)
+    every = [sum(source.lengths(i)[2] for i in order.batch(step, 4)) for step in range(STEPS)]
+    least = [sum(kept(0.4, source.lengths(i)[2]) for i in order.batch(step, 4)) for step in range(STEPS)]
+    skipped = 0
+    for step, line in enumerate(lines(made)):
+        skips = step >= 2 and step % 4 >= 1 and line["mode"] != "slow"
+        if skips:
+            assert least[step] <= line["answers"] <= every[step]
+            assert line["answers"] == least[step] or (alone and step * 4 < 10)  # all have been seen after one epoch
+            skipped += line["answers"] < every[step]
+        else:
+            assert line["answers"] == every[step]
+    assert skipped >= 3
+
+
+def test_how_a_step_is_cut_changes_neither_loss_nor_memory(home, tmp_path):
+    more = (f"regate.reference={home / 'llm'}", "dualspeed.plugin=divprune")
+    cut = settings(home, tmp_path, "cut", *more)
+    at_once = settings(home, tmp_path, "at_once", *more, "train.row_budget=0")
+    for made in (cut, at_once):
+        train.train(made, bar=False)
+    for a, b in zip(lines(cut), lines(at_once), strict=True):
+        assert (a["answers"], a["rows_kept"]) == (b["answers"], b["rows_kept"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+def test_a_dry_run_takes_its_steps_with_all_answers(home, tmp_path):
+    _, found = train.dry_run(settings(home, tmp_path, "dry"))
+    assert {step["mode"] for step in found} == {"fast", "slow"}
+
+
+def test_nothing_is_learned_of_a_sample_that_lost_its_labels(home, tmp_path):
+    made = settings(home, tmp_path, "run")
+    gate = regate.Gate(made, source_of(made), CPU, made.model.path)
+    n, answers = (len(gate.memory.keep(i, 1.0)) for i in (0, 1))
+    labels = torch.full((2, answers + 2), IGNORE)
+    labels[1, 2:] = 5
+    gate.begin([0, 1], 0.5)
+    batch = gate.mark([0, 1], {"labels": labels})
+    assert batch["answers"][0].all()
+    losses = torch.arange(1.0, 1 + answers)
+    gate.ran(losses)
+    gate.learn(gate.losses())
+    assert (gate.memory.difficulty[:n] == NEVER).all()
+    assert gate.memory.difficulty[n : n + answers].tolist() == losses.tolist()
+
+
+# Several processes
+
+
+def remembered(made) -> torch.Tensor:
+    return checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[0]["regate/difficulty"]
+
+
+def test_one_rank_is_the_core_bit_for_bit(home, tmp_path):
+    more = (f"regate.reference={home / 'llm'}",)
+    alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
+    train.train(alone, bar=False)
+    (tmp_path / "scaled.toml").write_text(made.to_toml())
+    assert scaled([str(tmp_path / "scaled.toml")]) == 0
+    assert not unlike(made, alone)
+
+
+def test_two_ranks_skip_and_remember_what_one_process_does(home, tmp_path):
+    """Also where a rank has nothing to learn: three samples a step, a forward each."""
+    more = (f"regate.reference={home / 'llm'}", "train.batch=3", "train.row_budget=1", "train.lr=0.001")
+    alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
+    train.train(alone, bar=False)
+    (tmp_path / "scaled.toml").write_text(made.to_toml())
+    assert torchrun(tmp_path, "-m", "scale", "scaled.toml").wait(120) == 0, log(tmp_path)
+    for a, b in zip(lines(alone), lines(made), strict=True):
+        assert (a["mode"], a["answers"], a["rows_kept"]) == (b["mode"], b["answers"], b["rows_kept"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    torch.testing.assert_close(remembered(made), remembered(alone), rtol=1e-3, atol=1e-4)
+
+
+# The reference
+
+
+def test_reference_losses_are_transformers_own_of_the_text_with_blank_pictures(home, tmp_path):
+    made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
+    source, model = source_of(made), LlamaForCausalLM.from_pretrained(home / "llm").eval()
+    want = []
+    for i in range(len(source)):
+        example = source.example(i)
+        ids = example.input_ids.masked_fill(example.input_ids == tiny.IMAGE, tiny.PAD)
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0].double()
+        for j in range(1, len(ids)):
+            if example.labels[j] != IGNORE:
+                want.append(F.cross_entropy(logits[j - 1], ids[j]).item())
+    got = reference_of(made).losses(CPU, bar=False)
+    assert not tiny.difference(torch.from_numpy(got), torch.tensor(want))
+    assert np.std(want) > 0.5
+
+
+def test_text_alone_is_the_text_of_the_example(home, tmp_path):
+    made = settings(home, tmp_path, "run")
+    for source in (source_of(made), digits.Digits(10, 3)):
+        for i in range(10):
+            example = source.example(i)
+            ids, labels = source.text(i)
+            assert torch.equal(ids, example.input_ids)
+            assert torch.equal(labels, example.labels)
+
+
+def test_losses_are_made_once_and_never_taken_for_those_of_other_data_or_another_model(home, tmp_path, monkeypatch):
+    made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
+    loaded, load = [], Reference._load
+
+    def counted(self, device):
+        loaded.append(self.key)
+        return load(self, device)
+
+    monkeypatch.setattr(Reference, "_load", counted)
+    first = reference_of(made).losses(CPU, bar=False)
+    assert np.array_equal(first, reference_of(made).losses(CPU, bar=False))
+    assert len(loaded) == 1
+
+    other = reference_of(made, llm(tmp_path / "other", 2)).losses(CPU, bar=False)
+    assert len(loaded) == 2
+    assert not np.allclose(first, other)
+
+    records = json.loads((home / "train.json").read_text())
+    records[1]["conversations"][1]["value"] = "It is new, 1."
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    changed = settings(
+        home, tmp_path, "run", f"data.file={tmp_path / 'train.json'}", f"regate.reference={home / 'llm'}"
+    )
+    reference_of(changed).losses(CPU, bar=False)
+    assert len(set(loaded)) == 3
+
+
+@pytest.mark.parametrize("how", ["cut", "other"])
+def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path, capsys, how):
+    made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
+    mine = reference_of(made)
+    first = mine.losses(CPU, bar=False)
+    file = mine._file(0)
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-5])
+    else:
+        other = reference_of(made, llm(tmp_path / "other", 2))
+        other.losses(CPU, bar=False)
+        file.write_bytes(other._file(0).read_bytes())
+    assert np.array_equal(reference_of(made).losses(CPU, bar=False), first)
+    assert "made anew" in capsys.readouterr().err
+
+
+def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "AT_ONCE", 3)
+    made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
+    parts, make = [], Reference._make
+
+    def dying(self, model, part):
+        if len(parts) == 2:
+            parts.append("dead")
+            raise Killed
+        parts.append(part)
+        return make(self, model, part)
+
+    monkeypatch.setattr(Reference, "_make", dying)
+    with pytest.raises(Killed):
+        reference_of(made).losses(CPU, bar=False)
+    got = reference_of(made).losses(CPU, bar=False)
+    assert parts == [[0, 1, 2], [3, 4, 5], "dead", [6, 7, 8], [9]]
+    monkeypatch.setattr(reference, "AT_ONCE", 100)
+    whole = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}", "run.folder=" + str(tmp_path / "b"))
+    assert np.allclose(got, reference_of(whole).losses(CPU, bar=False), rtol=1e-4)
+
+
+def test_old_losses_make_room(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDERS", 2)
+    made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
+    for seed in range(3):
+        reference_of(made, llm(tmp_path / f"llm{seed}", seed)).losses(CPU, bar=False)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+# What is refused
+
+
+def test_mistakes_are_one_line(home, tmp_path, capsys):
+    made = settings(home, tmp_path, "run")
+    file = tmp_path / "run.toml"
+    file.write_text(made.to_toml())
+    llm(tmp_path / "stranger", 1)
+    tokens = json.loads((tmp_path / "stranger" / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "stranger" / "tokenizer.json").write_text(json.dumps(tokens))
+    said = fails(capsys, "train", file, "--set", f"regate.reference={tmp_path / 'stranger'}")
+    assert "has another tokenizer" in said
+    assert "2 of 260" in said
+    assert "no model folder" in fails(capsys, "train", file, "--set", "regate.reference=./absent")
+    assert "at most 1" in fails(capsys, "train", file, "--set", "regate.keep=2")
+    assert "did you mean 'mix'" in fails(capsys, "train", file, "--set", "regate.fusion=mixx")
+    assert "did you mean 'regate.keep'" in fails(capsys, "train", file, "--set", "regate.kep=0.5")
+    assert "set regate.keep below 1" in fails(
+        capsys, "train", file, "--set", "regate.keep=1.0", "--set", f"regate.reference={home / 'llm'}"
+    )
+    assert "no sample is seen twice" in fails(capsys, "train", file, "--set", "train.steps=2")
+
+
+def test_a_reference_that_cannot_read_so_far_is_refused(home, tmp_path):
+    llm(tmp_path / "short", 1)
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    made = settings(home, tmp_path, "run", f"regate.reference={tmp_path / 'short'}")
+    with pytest.raises(UserError, match="reads at most 20 tokens"):
+        reference_of(made).losses(CPU, bar=False)

@@ -1,0 +1,88 @@
+"""ReGATE in a run: each step's answers that stay, marked in its batches; what it learned of them, remembered.
+
+    begin(samples of the step)  ->  mark(micro-batch), ran(its losses)  ...  ->  learn(losses())
+
+All micro-batches of a step are decided by what was known before it, so cutting them otherwise changes nothing.
+Micro-batches are cut by rows as if every answer stayed: a memory that is still learning cannot say now what a batch
+that is made ahead will skip. Where several ranks share a step, their losses are added up before anybody learns, so
+that all remember the same and decide the same. Every step teaches the memory, whatever it pruned: an easy token is easy
+in both modes.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import precision
+from .batching import Order
+from .data import Source
+from .errors import UserError
+from .gating import Memory
+from .recipe import Recipe
+from .reference import Reference
+from .rows import IGNORE
+
+
+class Gate:
+    """Whose answers a step of `train` skips."""
+
+    def __init__(self, recipe: Recipe, source: Source, device: torch.device, base: str):
+        number, stage = next((n, stage) for n, (name, stage) in enumerate(recipe.stages()) if name == "train")
+        order, drawn = Order(len(source), recipe.run.seed + number), stage.total(len(source)) * stage.batch
+        window = stage.batch * recipe.scale.window  # within which `scale` may draw in another order
+        seen = sorted({order[position] for position in range(-(-drawn // window) * window)})
+        settings, losses = recipe.regate, None
+        if settings.reference:
+            name = precision.choose(recipe.model.precision, device)
+            folder = Path(recipe.run.cache).expanduser() / "reference"
+            losses = Reference(settings.reference, base, source, seen, name, folder).losses(device)
+        elif drawn <= len(source):
+            raise UserError(
+                "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
+                "regate.reference, or train for several epochs"
+            )
+        self.memory = Memory(settings, seen, [source.lengths(i)[2] for i in seen], losses)
+
+    def begin(self, samples: list[int], share: float) -> int:
+        """Decide for a step; how many answer tokens stay."""
+        self.stays = {i: self.memory.keep(i, share) for i in samples}
+        self.done: list[tuple[list[int], Tensor]] = []  # micro-batches: samples, and losses of all their answers
+        return sum(int(self.stays[i].sum()) for i in samples)
+
+    def mark(self, samples: list[int], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The micro-batch of these samples, with the answers that stay."""
+        answers, self.marked = torch.ones_like(batch["labels"], dtype=torch.bool), []
+        for line, labels, i in zip(answers, batch["labels"], samples, strict=True):
+            tokens = (labels[1:] != IGNORE).nonzero()[:, 0] + 1
+            if len(tokens):  # a damaged picture's sample has none
+                line[tokens] = torch.from_numpy(self.stays[i])
+                self.marked.append(i)
+        return {**batch, "answers": answers}
+
+    def ran(self, losses: Tensor) -> None:
+        """Of the micro-batch that was marked last; none, if it was run for the sake of other ranks alone."""
+        if len(losses):
+            self.done.append((self.marked, losses))
+
+    def losses(self) -> Tensor:
+        """The sums of this process's losses, token by token of the step's samples, and how often each sample ran:
+        numbers that several processes can add up."""
+        found = {i: torch.zeros(int(stays.sum()) + 1) for i, stays in self.stays.items()}
+        for samples, losses in self.done:
+            sizes = [len(found[i]) - 1 for i in samples]
+            for i, mine in zip(samples, losses.cpu().split(sizes), strict=True):
+                found[i][:-1] += mine
+                found[i][-1] += 1
+        return torch.cat([*found.values()])
+
+    def learn(self, losses: Tensor) -> None:
+        """When the step is done: the sums of all processes. A sample that a step has twice counts once, by its mean."""
+        sizes = [int(stays.sum()) + 1 for stays in self.stays.values()]
+        for (i, stays), mine in zip(self.stays.items(), losses.cpu().split(sizes), strict=True):
+            if mine[-1]:
+                self.memory.update(i, stays, (mine[:-1] / mine[-1]).numpy())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; to be filled in place by a resumed run."""
+        return {"regate/difficulty": torch.from_numpy(self.memory.difficulty)}
