@@ -1,0 +1,34 @@
+"""All three systems in one recipe: rows that DualSpeed prunes, layers that STS skips, answers that ReGATE skips."""
+
+import json
+
+import pytest
+from test_train import Killed, die_before, unlike
+from test_tuning import settings
+
+from tinyspeed import train
+
+TOGETHER = (
+    "lora.rank=4", "train.steps=12", "dualspeed.slow=0.25", "dualspeed.schedule=periodic", "sts.skip=0.34",
+    "sts.layers=influence", "sts.protect_first=0", "sts.protect_last=0", "sts.every=0", "regate.keep=0.5",
+    "regate.cycle=6", "regate.refresh=1", "regate.warmup=0",
+)  # fmt: skip
+
+
+def test_one_recipe_asks_for_all_three_and_is_never_the_wiser_for_being_killed(home, tmp_path, monkeypatch):
+    whole = settings(home, tmp_path, "whole", *TOGETHER)
+    train.train(whole, bar=False)
+    steps = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
+    # What each leaves out: with rows pruned and answers gone a fast step has fewer rows than half of a full one's.
+    fast = [step for step in steps if step["mode"] == "fast"]
+    assert [step["layers"] for step in steps if step["mode"] == "slow"] == [None] * 3
+    assert any(step["layers"] for step in fast)
+    assert all(step["rows_kept"] < step["rows_full"] for step in fast)
+    made = settings(home, tmp_path, "run", *TOGETHER)
+    with monkeypatch.context() as patch:
+        die_before(patch, 3, 7)
+        for attempt in range(2):
+            with pytest.raises(Killed):
+                train.train(made, resume=attempt > 0, bar=False)
+    train.train(made, resume=True, bar=False)
+    assert not unlike(made, whole)
