@@ -14,7 +14,7 @@ from test_train import Killed, die_before, unlike
 from test_tuning import settings as settings_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyspeed import DualSpeed, UserError, loader, recipe, schedules, train
+from tinyspeed import DualSpeed, UserError, cli, loader, recipe, schedules, train
 from tinyspeed.estimate import Estimate, estimate
 from tinyspeed.layers import LayerSkipper
 from tinyspeed.scheduler import Combined, FastSchedule, FullSchedule, PeriodicSchedule, Plan
@@ -291,7 +291,8 @@ def log(made) -> list[dict]:
 def test_killed_and_resumed_is_never_killed(home, tmp_path, monkeypatch, which):
     """Pruned rows and skipped layers in one run, whose measurements are in its checkpoints."""
     whole = settings_of(home, tmp_path, "whole", *STS[which])
-    train.train(whole, bar=False)
+    asked = itertools.chain(*(("--set", change) for change in STS[which]))
+    assert cli.main(["train", str(tmp_path / "whole.toml"), *asked]) == 0
     made = settings_of(home, tmp_path, "run", *STS[which])
     with monkeypatch.context() as patch:
         die_before(patch, 1, 3)

@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class DualSpeed(DropIn):
         teacher = None
         if taught:
             with torch.no_grad(), _without_dropout(self.vlm.language_model):
-                teacher = self._answers([*table, self.isolator.weight], isolating, replace(plan, measure=False))[0]
+                teacher = self._answers([*table, self.isolator.weight], isolating, plan)[0]
         elif plan.mode == "fast":
             table, run = [*table, self.isolator.weight], isolating
         hidden, target, influence = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)

@@ -87,9 +87,10 @@ class LayerSkipper:
         return replace(plan, layers=tuple(layer for layer in range(self.layers) if layer not in skipped))
 
     def observe(self, plan: Plan, seen: dict) -> None:
-        """What a step measured, summed over all ranks: for each layer the sum of 1 - cos over the answer rows."""
+        """What a step measured, summed over all ranks: for each layer the sum of 1 - cos over the answer rows. (In a
+        loop of your own, with one forward a step: `observe(plan, out.metrics)`.)"""
         if plan.measure and self.choose == "influence":
-            self.sums = [MEMORY * old + new for old, new in zip(self.sums, seen["influence"], strict=True)]
+            self.sums = [MEMORY * old + float(new) for old, new in zip(self.sums, seen["influence"], strict=True)]
             self.answers = MEMORY * self.answers + seen["answers"]
 
     @property
