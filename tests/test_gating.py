@@ -48,12 +48,12 @@ def test_how_many_stay_is_exact():
     assert gating.kept(0.5, 0) == 0
 
 
-@given(st.integers(1, 60), shares)
-def test_of_equals_the_earlier_stay(n, share):
-    memory = gating.Memory(gating.Settings(), [0], [n])
-    memory.update(0, np.ones(n, bool), np.ones(n))
-    k = memory.keep(0, share).sum()
-    assert memory.keep(0, share).tolist() == [True] * k + [False] * (n - k)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=60), shares)
+def test_of_equals_the_earlier_stay(m, share):
+    memory = gating.Memory(gating.Settings(), [0], [len(m)])
+    memory.update(0, np.ones(len(m), bool), np.array(m))
+    hardest = sorted(range(len(m)), key=lambda i: (-m[i], i))[: math.ceil(Fraction(str(share)) * len(m))]
+    assert np.flatnonzero(memory.keep(0, share)).tolist() == sorted(hardest)
 
 
 def test_a_sample_that_nothing_is_known_of_keeps_all_or_what_the_reference_finds_hard():
@@ -249,6 +249,21 @@ def test_fast_rows_lose_what_full_rows_lose(llava):
         for plan in (FULL, FAST)
     }
     assert gone["fast"] == gone["full"] > 0
+
+
+def test_a_step_can_prune_and_skip_answers_and_layers(llava):
+    model = DualSpeed(llava, keep=0.3).train()
+    batch = tiny.batch("llava", outlines=MIXED)
+    stays = some(batch, 0)
+    plan = Plan("fast", keep=0.3, answer_keep=0.5, layers=(0, 2))
+    out = model(**batch, plan=plan, answers=stays)
+    out.loss.backward()
+    pruned = model(**batch, plan=Plan("fast", keep=0.3)).metrics
+    assert out.metrics["rows_kept"] < pruned["rows_kept"] < pruned["rows_full"]
+    assert out.metrics["answers"] == len(out.metrics["losses"]) < pruned["answers"]
+    idle = llava.model.language_model.layers[1].parameters()
+    assert all(p.grad is None for p in idle)
+    assert model.isolator.weight.grad.abs().sum() > 0
 
 
 def test_questions_and_pictures_stay_whole(llava):

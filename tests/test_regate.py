@@ -155,17 +155,35 @@ def test_one_rank_is_the_core_bit_for_bit(home, tmp_path):
     assert not unlike(made, alone)
 
 
-def test_two_ranks_skip_and_remember_what_one_process_does(home, tmp_path):
+def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_path, monkeypatch):
     """Also where a rank has nothing to learn: three samples a step, a forward each."""
     more = (f"regate.reference={home / 'llm'}", "train.batch=3", "train.row_budget=1", "train.lr=0.001")
     alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
     train.train(alone, bar=False)
+    with monkeypatch.context() as patch:
+        die_before(patch, 3)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
     (tmp_path / "scaled.toml").write_text(made.to_toml())
     assert torchrun(tmp_path, "-m", "scale", "scaled.toml").wait(120) == 0, log(tmp_path)
     for a, b in zip(lines(alone), lines(made), strict=True):
         assert (a["mode"], a["answers"], a["rows_kept"]) == (b["mode"], b["answers"], b["rows_kept"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert "going on behind step 2" in log(tmp_path)
     torch.testing.assert_close(remembered(made), remembered(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_a_sample_that_a_step_has_twice_counts_once_by_its_mean(home, tmp_path):
+    made = settings(home, tmp_path, "run")
+    gate = regate.Gate(made, source_of(made), CPU, made.model.path)
+    n = len(gate.memory.keep(0, 1.0))
+    labels = torch.full((1, n + 1), 5)
+    assert gate.begin([0, 0], 1.0) == 2 * n
+    for losses in (torch.arange(n) + 1.0, torch.arange(n) + 2.0):
+        gate.mark([0], {"labels": labels})
+        gate.ran(losses)
+    gate.learn(gate.losses())
+    assert gate.memory.difficulty[:n].tolist() == [i + 1.5 for i in range(n)]
 
 
 # The reference
