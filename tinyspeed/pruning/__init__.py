@@ -11,38 +11,22 @@ masks, errors.
 Images of different size share a batch through `mask`; then each has its own K, and the index rows are filled up with
 -1, which no gather accepts silently.
 
-Written from the papers' descriptions: DivPrune's own code is licensed for non-commercial use only.
+One file a plugin; each is written from its paper's description.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .errors import UserError, unknown
+from ..errors import UserError, unknown
+from .controls import grid, random
+from .divprune import divprune
+from .registry import PLUGINS as _PLUGINS
+from .registry import names, register
 
-# (features (B, N, D) fp32, most = largest count, valid (B, N) bool, counts (B,), seed) -> (B, most): the picks of image
-# b in its first counts[b] columns, in any order; later columns are ignored.
-Plugin = Callable[..., Tensor]
-_PLUGINS: dict[str, Plugin] = {}
-
-
-def register(name: str) -> Callable[[Plugin], Plugin]:
-    """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence."""
-
-    def add(plugin: Plugin) -> Plugin:
-        if name in _PLUGINS:
-            raise UserError(f"a pruning plugin named {name!r} is registered already; choose another name")
-        _PLUGINS[name] = plugin
-        return plugin
-
-    return add
-
-
-def names() -> list[str]:
-    return sorted(_PLUGINS)
+__all__ = ["divprune", "grid", "keep_count", "names", "random", "register", "select"]
 
 
 def keep_count(keep: float, n: int) -> int:
@@ -121,82 +105,3 @@ def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: l
         if not 1 <= wanted <= n:
             raise UserError(f"count = {wanted}: an image with {n} rows can keep 1 to {n} of them")
     return counts
-
-
-@register("divprune")
-def divprune(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
-    """DivPrune (CVPR 2025): the subset whose closest pair is as far apart as greedy can make it.
-
-    d(i, j) = 1 - cos(x_i, x_j). First the row whose nearest neighbour is farthest; then, again and again, the row
-    farthest from all rows chosen so far: argmax_j min_{s in S} d(s, j). Comparing -cos orders rows as d does.
-
-    Cost: one (N, N) product an image, then K steps over (B, N): a running maximum of similarities replaces the
-    re-gathered (K, N) block of the official code, O(KN) instead of O(K^2 N), and all images step together.
-    A chosen row gets similarity +inf, which no maximum undoes: duplicates can never be picked twice (the official
-    code returned 40 distinct rows of 58 on repeated tokens).
-    """
-    similarity = features @ features.mT
-    norm = similarity.diagonal(dim1=1, dim2=2).sqrt()
-    norm = norm.masked_fill(norm == 0, 1)  # a zero row is at right angles to everything
-    # Dividing the (N, N) product costs less than normalising the wider (N, D) features first.
-    similarity.div_(norm[:, :, None]).div_(norm[:, None, :])
-    inf = float("inf")
-    if not valid.all():
-        similarity.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), -inf)  # nobody's neighbour
-    similarity.diagonal(dim1=1, dim2=2).fill_(-inf)  # nor is a row its own
-    batch = torch.arange(len(features), device=features.device)
-    # Two rows that are each other's nearest must tie, though a product's two halves may round differently.
-    nearest = torch.maximum(similarity.amax(2), similarity.amax(1))
-    pick = nearest.masked_fill_(~valid, inf).argmin(1)
-    closest = torch.zeros_like(valid, dtype=features.dtype).fill_(-inf).masked_fill_(~valid, inf)
-    picks = []
-    for _ in range(most):
-        picks.append(pick)
-        closest = torch.maximum(closest, similarity[batch, pick]).scatter_(1, pick[:, None], inf)
-        pick = closest.argmin(1)
-    return torch.stack(picks, dim=1)
-
-
-@register("random")
-def random(features: Tensor, *, most: int, valid: Tensor, seed: int, **_) -> Tensor:
-    """K rows at random: the control that every cleverer plugin has to beat.
-
-    A row's score is a hash of (seed, position), not a draw from a generator: the same on CPU and GPU, and independent
-    of what else is in the batch. All images of one call keep the same positions; DualSpeed changes the seed each step.
-    """
-    score = _hash(torch.arange(features.shape[1], device=features.device), seed)
-    return score.expand(valid.shape).masked_fill(~valid, -1).topk(most, dim=1).indices
-
-
-def _hash(x: Tensor, seed: int) -> Tensor:
-    """Non-negative int64 noise from int64 positions: multiply-xorshift rounds, wrapping around on purpose."""
-    x = x + (seed * 0x9E3779B97F4A7C15) % 2**62 + 1
-    for multiplier in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
-        x = x * multiplier
-        x = x ^ ((x >> 31) & 0x1FFFFFFFF)
-    return x & 0x7FFFFFFFFFFFFFFF
-
-
-@register("grid")
-def grid(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> Tensor:
-    """K rows spread evenly over the picture, whatever is in it: blind down-sampling, the other control."""
-    sizes = zip(valid.sum(1).tolist(), counts.tolist(), strict=True)
-    ranks = [[*_lattice(n, k), *(0 for _ in range(most - k))] for n, k in sizes]
-    order = torch.argsort(~valid, dim=1, stable=True)  # the candidates' positions, in raster order
-    return order.gather(1, torch.tensor(ranks, device=features.device))
-
-
-@functools.cache
-def _lattice(n: int, k: int) -> list[int]:
-    """k of the numbers 0 .. n-1. A square n (24 x 24) is a picture: about sqrt(k) lines, evenly spaced, the k rows
-    dealt evenly to the lines. Any other n (anyres) is sampled evenly along its raster order."""
-    side = math.isqrt(n)
-    if side * side != n:
-        return [(2 * i + 1) * n // (2 * k) for i in range(k)]
-    lines = max(1, round(math.sqrt(k)))
-    picks = []
-    for line in range(lines):
-        row = (2 * line + 1) * side // (2 * lines)
-        columns = (line + 1) * k // lines - line * k // lines
-        picks += [row * side + (2 * column + 1) * side // (2 * columns) for column in range(columns)]
-    return picks
