@@ -33,7 +33,10 @@ SCALE_FLOORS = [  # above all of those
     {"stage"},
     {"run"},
 ]
-PRUNING_FLOORS = [{"registry"}, {"controls", "divprune"}]  # within the room `pruning`, its door above them
+PRUNING_FLOORS = [
+    {"registry", "cosine"},
+    {"controls", "coverage", "divprune", "dpp"},
+]  # within the room `pruning`, its door above them
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PRUNING_FLOOR = {name: floor for floor, names in enumerate(PRUNING_FLOORS) for name in names}
 SCALE_FLOOR = {name: floor for floor, names in enumerate(SCALE_FLOORS) for name in names}

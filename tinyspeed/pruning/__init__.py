@@ -2,7 +2,8 @@
 
     index = pruning.select("divprune", features, keep=0.1)        # (B, N, D) -> (B, K) int64, ascending, unique
 
-A plugin answers one question, "which K of these N rows?", from features alone. It never touches the sequence, the
+A plugin answers one question, "which K of these N rows?", from features, and from signals of the vision tower if it
+declares that it needs some (`register`). It never touches the sequence, the
 labels or the gradient: selection runs without grad and in fp32 (in bf16 DivPrune shares only half of its picks with
 fp32), and `rows.py` does the cutting. `select` owns everything that must hold for every plugin: K = int(keep * N +
 1e-6) and at least 1 (57 of 576, as DualSpeed's code has it; official DivPrune rounds to 58), ascending order,
@@ -15,18 +16,21 @@ One file a plugin; each is written from its paper's description.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError, unknown
 from .controls import grid, random
-from .divprune import divprune
+from .coverage import coverage
+from .divprune import divprune, divprune_centred
+from .dpp import dpp, dpp_centred
 from .registry import PLUGINS as _PLUGINS
-from .registry import names, register
+from .registry import names, needs, register, signals_of, works_with
 
-__all__ = ["divprune", "grid", "keep_count", "names", "random", "register", "select"]
+__all__ = ["keep_count", "names", "needs", "register", "select", "signals_of", "works_with"]
+__all__ += ["coverage", "divprune", "divprune_centred", "dpp", "dpp_centred", "grid", "random"]
 
 
 def keep_count(keep: float, n: int) -> int:
@@ -43,11 +47,13 @@ def select(
     count: int | Sequence[int] | None = None,
     mask: Tensor | None = None,
     seed: int = 0,
+    signals: Mapping[str, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The rows that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) when a mask is given.
 
     Give either `keep`, a share, or `count`, an exact number (one for all images, or one an image with `mask`).
-    `mask` (B, N) marks the rows that may be kept. `seed` matters to plugins that draw.
+    `mask` (B, N) marks the rows that may be kept. `seed` matters to plugins that draw. `signals`, each (B, N) or
+    (B, N, C), are what some plugins need beside the features; those that this one does not look at are left alone.
     """
     if name not in _PLUGINS:
         raise unknown("pruning plugin", name, _PLUGINS)
@@ -57,6 +63,7 @@ def select(
     batch, n, _ = features.shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
         raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
+    heard = _heard(name, signals or {}, (batch, n))
     candidates = [n] * batch if mask is None else mask.sum(1).tolist()
     counts = _counts(keep, count, candidates)
     if mask is None and len(set(counts)) > 1:
@@ -68,11 +75,27 @@ def select(
         valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
         counts_ = torch.tensor(counts, device=features.device)
         with torch.autocast(features.device.type, enabled=False):  # it would put the products back into half precision
-            index = _PLUGINS[name](features, most=most, valid=valid, counts=counts_, seed=seed)
+            index = _PLUGINS[name](features, most=most, valid=valid, counts=counts_, seed=seed, **heard)
         late = torch.arange(most, device=index.device) >= counts_[:, None]
         index = index.masked_fill(late, n).sort(dim=1).values  # beyond an image's count: n sorts last ...
         index = index.masked_fill(late, -1)  # ... and -1 cannot be gathered by mistake
     return index if mask is None else (index, torch.tensor(counts, device=features.device))
+
+
+def _heard(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The signals that plugin `name` looks at, in fp32."""
+    absent = [signal for signal in needs(name) if signal not in signals]
+    if absent:
+        raise UserError(
+            f"the plugin {name!r} needs {' and '.join(absent)} beside the features; "
+            f"without: {', '.join(works_with(signals))}"
+        )
+    heard = {signal: signals[signal].float() for signal in signals_of(name) if signal in signals}
+    for signal, values in [*heard.items()]:
+        if values.shape[:2] != shape or values.dim() > 3:
+            raise UserError(f"{signal} must be {shape} as the features are, got {tuple(values.shape)}")
+        heard[signal] = _checked(values.reshape(*shape, -1)).view_as(values)
+    return heard
 
 
 def _checked(features: Tensor) -> Tensor:
