@@ -35,7 +35,7 @@ SCALE_FLOORS = [  # above all of those
 ]
 PRUNING_FLOORS = [
     {"registry", "cosine"},
-    {"controls", "coverage", "divprune", "dpp"},
+    {"attended", "controls", "coverage", "divprune", "dpp"},
 ]  # within the room `pruning`, its door above them
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PRUNING_FLOOR = {name: floor for floor, names in enumerate(PRUNING_FLOORS) for name in names}

@@ -1,5 +1,6 @@
 """Each plugin against naive float64 code written from its description. The laws for all are in `test_pruning.py`."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -163,3 +164,48 @@ def test_centred_plugins_take_the_least_distinctive_row_last(name, seed, n):
     assume(sorted(weights)[1] > 1e-4)
     kept = select(name, features, count=n - 1)[0].tolist()
     assert least not in kept or (name == "divprune_centred" and least == int(select("divprune", features, count=1)))
+
+
+# Plugins that are told what [CLS] looks at
+
+
+@given(seeds, st.integers(2, 30), st.data())
+def test_cls_topk_keeps_the_rows_with_most_attention(seed, n, data):
+    attention, count = distinct(seed, 2, n).abs(), data.draw(st.integers(1, n - 1))
+    kept = select("cls_topk", torch.ones(2, n, 1), count=count, signals={"cls_attention": attention})
+    for row, values in zip(kept.tolist(), attention.tolist(), strict=True):
+        assert row == sorted(sorted(range(n), key=values.__getitem__)[n - count :])
+
+
+def vispruner_by_hand(attention: list[float], tower: Tensor, count: int) -> list[int]:
+    cosine = (units(tower) @ units(tower).T).tolist()
+    ranking = sorted(range(len(attention)), key=attention.__getitem__, reverse=True)
+    important, rest = ranking[: count // 2], ranking[count // 2 :]
+    while len(rest) > count - len(important):
+        even, odd = rest[::2], rest[1::2]
+        nearest = {i: max(cosine[i][j] for j in odd) for i in even}
+        values = sorted(nearest.values())
+        assume(all(b - a > 1e-5 for a, b in itertools.pairwise(values)))
+        even.sort(key=nearest.get, reverse=True)
+        rest = even[min(8, len(rest) - (count - len(important))) :] + odd
+    return sorted(important + rest)
+
+
+@given(seeds, st.integers(2, 60), st.data())
+def test_vispruner_equals_its_definition_where_there_are_no_ties(seed, n, data):
+    attention, tower = distinct(seed, 1, n).abs(), distinct(seed + 1, 1, n, 8)
+    count = data.draw(st.integers(1, n - 1))
+    signals = {"cls_attention": attention, "tower": tower}
+    wanted = vispruner_by_hand(attention[0].tolist(), tower[0], count)
+    assert select("vispruner", torch.ones(1, n, 1), count=count, signals=signals).tolist() == [wanted]
+
+
+def test_vispruner_keeps_what_is_looked_at_and_drops_its_duplicates():
+    """20 rows looked at, all alike, and 4 that are not, each of its own kind."""
+    tower = torch.eye(5)[[0] * 20 + [1, 2, 3, 4]][None]
+    attention = torch.linspace(1, 0.5, 24)[None]
+    signals = {"cls_attention": attention, "tower": tower}
+    kept = select("vispruner", tower, count=12, signals=signals)[0].tolist()
+    assert set(range(6)) <= set(kept)
+    assert len({20, 21, 22, 23} & set(kept)) >= 2  # a round of drops is blunt: not all
+    assert select("cls_topk", tower, count=12, signals=signals)[0].tolist() == list(range(12))

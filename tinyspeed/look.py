@@ -45,7 +45,7 @@ def look(
     seed: int = 0,
 ) -> dict[str, list[int]]:
     """Draw to `out` which cells of `image` each plugin keeps; returns them, numbered in raster order."""
-    plugins = list(dict.fromkeys(pruning.names() if plugins is None else plugins))
+    plugins = list(dict.fromkeys(pruning.works_with(()) if plugins is None else plugins))
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     if out.resolve() == Path(image).resolve():
         raise UserError(f"{out} is the picture itself: choose another place for the drawing")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, unknown
+from .attended import cls_topk, vispruner
 from .controls import grid, random
 from .coverage import coverage
 from .divprune import divprune, divprune_centred
@@ -30,7 +31,7 @@ from .registry import PLUGINS as _PLUGINS
 from .registry import names, needs, register, signals_of, works_with
 
 __all__ = ["keep_count", "names", "needs", "register", "select", "signals_of", "works_with"]
-__all__ += ["coverage", "divprune", "divprune_centred", "dpp", "dpp_centred", "grid", "random"]
+__all__ += ["cls_topk", "coverage", "divprune", "divprune_centred", "dpp", "dpp_centred", "grid", "random", "vispruner"]
 
 
 def keep_count(keep: float, n: int) -> int:
