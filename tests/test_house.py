@@ -15,6 +15,7 @@ FLOORS = [
     {"pruning", "isolator", "scheduler", "distill", "rows"},
     {"attention", "drop_in"},
     {"vlm"},
+    {"signals"},
     {"dualspeed"},
     {"data", "batching", "precision", "memory", "folders", "shapes"},
     {"loading", "loader", "images", "checkpoint", "callback"},
@@ -40,7 +41,7 @@ PRUNING_FLOORS = [
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 PRUNING_FLOOR = {name: floor for floor, names in enumerate(PRUNING_FLOORS) for name in names}
 SCALE_FLOOR = {name: floor for floor, names in enumerate(SCALE_FLOORS) for name in names}
-CORE = [name for floor in FLOORS[:5] for name in sorted(floor)]
+CORE = [name for floor in FLOORS[:6] for name in sorted(floor)]
 FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
 PRUNING_FILES = sorted(p.stem for p in (PACKAGE / "pruning").glob("*.py") if not p.stem.startswith("__"))
 SCALE_FILES = sorted(p.stem for p in (ROOT / "scale").glob("*.py") if not p.stem.startswith("__"))

@@ -16,6 +16,7 @@ The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the l
 slow steps may become decides the speed-up.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from . import attention, pruning, rows
+from . import attention, pruning, rows, signals
 from .distill import answer_loss
 from .drop_in import DropIn
 from .errors import UserError, unknown
@@ -83,6 +84,7 @@ class DualSpeed(DropIn):
             raise UserError(f"chunk = {chunk}: must be at least 1")
         self.model = model
         self.vlm = family(model)
+        signals.check(self.vlm, plugin)
         self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
         # It stays fp32 in a bf16 model, as LoRA's adapters do: small updates would round away.
         self.isolator.to(model.get_input_embeddings().weight.device)
@@ -126,7 +128,10 @@ class DualSpeed(DropIn):
         plan = self._planned(plan)
         self.forwards += 1
 
-        features = self.vlm.features(visual, plan.mode)
+        taught = plan.mode == "slow" and plan.distill > 0
+        prunes = plan.mode == "fast" or taught
+        with signals.heard(self.vlm, visual, pruning.needs(self.plugin) if prunes else ()) as heard:
+            features = self.vlm.features(visual, plan.mode)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         full = rows.full(input_ids, attention_mask, labels, self.vlm.placeholders, lengths)
 
@@ -134,9 +139,8 @@ class DualSpeed(DropIn):
         images = [*itertools.chain(*features.values())]
         table = [embeddings, *images]
         run = full
-        taught = plan.mode == "slow" and plan.distill > 0
-        if plan.mode == "fast" or taught:
-            kept = self._kept(images, plan.keep)
+        if prunes:
+            kept = self._kept(images, plan.keep, heard)
             isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, table)), self.positions)
         teacher = None
         if taught:
@@ -186,13 +190,16 @@ class DualSpeed(DropIn):
             )
         return plan
 
-    def _kept(self, images: list[Tensor], keep: float) -> Tensor:
+    def _kept(self, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]) -> Tensor:
         """(V,) bool: which feature rows of all images stay. K counts pictures, never structural rows."""
         if not images:
             return torch.zeros(0, dtype=torch.bool, device=self.isolator.weight.device)
-        features = nn.utils.rnn.pad_sequence([image.detach() for image in images], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([self.vlm.prunable(image) for image in images], batch_first=True)
-        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=self.seed + (self.step or 0))
+        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        features = pad([image.detach() for image in images])
+        mask = pad([self.vlm.prunable(image) for image in images])
+        told = {name: pad(values) for name, values in heard.items()}
+        seed = self.seed + (self.step or 0)
+        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=seed, signals=told)
         kept = torch.zeros(len(images), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
         kept.scatter_(1, index.where(index >= 0, mask.shape[1]), True)
         lengths = torch.tensor([len(image) for image in images], device=mask.device)
