@@ -15,6 +15,7 @@ FLOORS = [
     {"pruning", "isolator", "scheduler", "distill", "rows"},
     {"attention", "drop_in", "layers", "gating"},
     {"vlm"},
+    {"signals"},
     {"dualspeed"},
     {"data", "batching", "precision", "memory", "folders", "shapes", "sts"},
     {"loading", "loader", "images", "checkpoint", "callback"},
@@ -33,12 +34,19 @@ SCALE_FLOORS = [  # above all of those
     {"stage"},
     {"run"},
 ]
+PRUNING_FLOORS = [
+    {"registry", "cosine"},
+    {"attended", "controls", "coverage", "divprune", "dpp"},
+]  # within the room `pruning`, its door above them
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+PRUNING_FLOOR = {name: floor for floor, names in enumerate(PRUNING_FLOORS) for name in names}
 SCALE_FLOOR = {name: floor for floor, names in enumerate(SCALE_FLOORS) for name in names}
-CORE = [name for floor in FLOORS[:5] for name in sorted(floor)]
+CORE = [name for floor in FLOORS[:6] for name in sorted(floor)]
 FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
+PRUNING_FILES = sorted(p.stem for p in (PACKAGE / "pruning").glob("*.py") if not p.stem.startswith("__"))
 SCALE_FILES = sorted(p.stem for p in (ROOT / "scale").glob("*.py") if not p.stem.startswith("__"))
 PATHS = [PACKAGE / f"{name}.py" for name in FILES] + [ROOT / "scale" / f"{name}.py" for name in SCALE_FILES]
+PATHS += sorted((PACKAGE / "pruning").glob("*.py"))
 
 
 def imports(file):
@@ -53,7 +61,8 @@ def imports(file):
 
 
 def test_every_file_has_a_floor():
-    assert set(FILES) == set(FLOOR)
+    assert {*FILES, "pruning"} == set(FLOOR)
+    assert set(PRUNING_FILES) == set(PRUNING_FLOOR)
     assert set(SCALE_FILES) == set(SCALE_FLOOR)
 
 
@@ -64,6 +73,20 @@ def test_a_file_imports_only_from_floors_below_it(name):
             assert FLOOR[module] < FLOOR[name], f"{name} imports {module}"
         else:
             assert module == "__version__", f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", [*PRUNING_FILES, "__init__"])
+def test_a_plugin_imports_only_from_floors_below_it(name):
+    tree = ast.parse((PACKAGE / "pruning" / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            assert FLOOR[node.module] < FLOOR["pruning"], f"pruning.{name} imports {node.module}"
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            below = PRUNING_FLOOR.get(name, len(PRUNING_FLOORS))
+            assert PRUNING_FLOOR[node.module] < below, f"pruning.{name} imports {node.module}"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {module.split(".")[0] for module in modules} & {"tinyspeed", "scale"}, f"pruning.{name}"
 
 
 @pytest.mark.parametrize("name", SCALE_FILES)
@@ -79,7 +102,7 @@ def test_scale_is_the_top_floor(name):
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_rooms_are_small(path):
     lines = path.read_text(encoding="utf-8").count("\n")
-    assert lines < (250 if path.stem in CORE else 400)
+    assert lines < (250 if path.stem in CORE or path.parent.name == "pruning" else 400)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -95,7 +118,7 @@ def readme():
 def test_the_readme_names_every_file_and_no_other(readme):
     tree = readme.split("## The house")[1]
     named = set(re.findall(r"^\s+(\w+)\.py\s", tree, flags=re.MULTILINE))
-    assert named == {*FILES, *SCALE_FILES}
+    assert named == {*FILES, *PRUNING_FILES, *SCALE_FILES}
 
 
 def test_the_readmes_commands_exist(readme, capsys):

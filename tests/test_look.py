@@ -44,7 +44,7 @@ def rough(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def expected(features: torch.Tensor, keep: float) -> dict[str, list[int]]:
-    return {name: pruning.select(name, features, keep=keep)[0].tolist() for name in pruning.names()}
+    return {name: pruning.select(name, features, keep=keep)[0].tolist() for name in pruning.works_with(())}
 
 
 # Which cells are kept
@@ -68,7 +68,7 @@ def test_a_llava_is_looked_at_through_tower_and_projector(photo, tmp_path):
     with torch.no_grad():
         full = torch.stack(model.encode(batch["pixel_values"], None, "full"))
     assert full.shape == (1, 9, 32)
-    features, shown, grid = encode(read_picture(photo), str(folder))
+    features, shown, grid, _ = encode(read_picture(photo), str(folder))
     assert grid == (3, 3)
     assert torch.equal(features, full[0])
     mean, std = (np.array(getattr(tiny.processor("llava").image_processor, f"image_{k}")) for k in ("mean", "std"))
@@ -85,7 +85,7 @@ def test_of_llava_next_the_base_view_is_looked_at(photo, tmp_path):
     with torch.no_grad():
         base = inner.vision_tower(pixels[:, 0], output_hidden_states=True).hidden_states[-2][:, 1:]
         base = inner.multi_modal_projector(base)
-    features, shown, grid = encode(read_picture(photo), str(folder))
+    features, shown, grid, _ = encode(read_picture(photo), str(folder))
     assert grid == (3, 3)
     assert shown.shape == (24, 24, 3)
     torch.testing.assert_close(features, base[0], atol=1e-5, rtol=1e-5)
@@ -135,7 +135,7 @@ def test_a_tower_gives_the_patch_tokens_of_its_last_layer_but_one(name, photo, t
         torch.manual_seed(0)
         model = rough(build())
     model.save_pretrained(tmp_path / "tower")
-    features, shown, grid = encode(read_picture(photo), str(tmp_path / "tower"))
+    features, shown, grid, _ = encode(read_picture(photo), str(tmp_path / "tower"))
     pixels = ((torch.from_numpy(shown) - CLIP_MEAN) / CLIP_STD).permute(2, 0, 1)[None]
     with torch.no_grad():
         hidden = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states
@@ -144,6 +144,29 @@ def test_a_tower_gives_the_patch_tokens_of_its_last_layer_but_one(name, photo, t
     assert want.shape == (1, 9, 16)
     assert torch.equal(features, want[0])
     assert look(photo, tmp_path / "out.png", tower=str(tmp_path / "tower"), keep=0.4) == expected(want, 0.4)
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_plugins_that_need_signals_are_looked_at_through_a_llava(kind, photo, tmp_path):
+    """Of NeXT by the base view's own, which comes first."""
+    folder = tiny.checkpoint(kind, tmp_path / "model")
+    pixels = tiny.processor(kind).image_processor(images=Image.open(photo), return_tensors="pt")["pixel_values"]
+    inner = loading.load(str(folder)).eval().model
+    inner.vision_tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        base = pixels if kind == "llava" else pixels[:, 0]
+        attention = inner.vision_tower(base, output_attentions=True).attentions[1].mean(1)[0, 0, 1:]
+    kept = look(photo, tmp_path / "out.png", plugins=["cls_topk", "vispruner"], tower=folder, keep=0.4)
+    assert kept["cls_topk"] == sorted(attention.topk(3).indices.tolist())
+    assert len(kept["vispruner"]) == 3
+    assert int(attention.argmax()) in kept["vispruner"]
+
+
+def test_a_plugin_that_needs_signals_needs_a_llava(photo, tmp_path):
+    out = tmp_path / "out.png"
+    assert "'cls_topk' needs cls_attention" in refused(photo, out, plugins=["cls_topk"])
+    rough(TOWERS["CLIPVisionModel"][0]()).save_pretrained(tmp_path / "tower")
+    assert "give a LLaVA" in refused(photo, out, plugins=["cls_topk"], tower=str(tmp_path / "tower"))
 
 
 def test_seed_reaches_the_plugins_that_draw(plain, tmp_path):
@@ -184,11 +207,11 @@ def test_kept_cells_are_bright_and_the_others_dim(plain, tmp_path):
 
 
 def test_many_plugins_are_drawn_on_several_lines(plain, tmp_path, monkeypatch):
-    look(plain, tmp_path / "few.png")
+    look(plain, tmp_path / "few.png", plugins=["divprune", "grid", "random"])
     for i in range(4):
         monkeypatch.setitem(pruning._PLUGINS, f"more{i}", pruning._PLUGINS["grid"])
     kept = look(plain, tmp_path / "many.png")
-    assert len(kept) == len(pruning.names())
+    assert len(kept) == len(pruning.works_with(()))
     few, many = (Image.open(tmp_path / f"{name}.png").size for name in ("few", "many"))
     assert few[1] < 600
     assert many[1] > 800

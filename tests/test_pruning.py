@@ -1,4 +1,4 @@
-"""The laws of DESIGN.md 6 for every plugin, and DivPrune against its definition in float64."""
+"""The laws of DESIGN.md 6 for every plugin, and DivPrune against its definition in float64; others: test_plugins.py."""
 
 import itertools
 import math
@@ -43,8 +43,15 @@ def row_counts(features: Tensor) -> st.SearchStrategy[int]:
     return st.integers(1, features.shape[1])
 
 
+def beside(name: str, features: Tensor) -> dict[str, Tensor]:
+    """The signals that a plugin needs, made up row by row, so that an image's are the same in any batch."""
+    features = features.float()
+    made_up = {"cls_attention": lambda: features[..., 0].abs(), "tower": lambda: features.flip(-1) + 1}
+    return {signal: made_up[signal]() for signal in pruning.needs(name)}
+
+
 def select(name: str, features: Tensor, **how):
-    return pruning.select(name, features, seed=SEED, **how)
+    return pruning.select(name, features, seed=SEED, **{"signals": beside(name, features), **how})
 
 
 # The laws that hold for every plugin
@@ -167,7 +174,7 @@ def test_the_same_input_gives_the_same_output_and_is_left_as_it_was(name, featur
 @example(distinct(0, 2, 12, 6), -90, None)
 def test_scaling_features_by_a_power_of_two_changes_nothing(name, features, exponent, data):
     count = 5 if data is None else data.draw(row_counts(features))
-    scaled = select(name, features * 2.0**exponent, count=count)
+    scaled = select(name, features * 2.0**exponent, count=count, signals=beside(name, features))
     assert torch.equal(scaled, select(name, features, count=count))
 
 
@@ -188,6 +195,12 @@ def test_nan_and_infinite_features_are_refused(name, poison, seed, data):
     for keep in (0.5, 1.0):  # also where there is nothing to choose
         with pytest.raises(UserError, match="NaN or infinite"):
             select(name, features, keep=keep)
+    sound = torch.ones_like(features)
+    for signal, values in beside(name, sound).items():
+        spoilt = values.clone()
+        spoilt[0, 0] = poison
+        with pytest.raises(UserError, match="NaN or infinite"):
+            select(name, sound, keep=0.5, signals={**beside(name, sound), signal: spoilt})
 
 
 @every_plugin
@@ -331,6 +344,33 @@ def first_rows():
 def test_a_plugin_of_the_users_is_selected_by_its_name(first_rows):
     assert "first_rows" in pruning.names()
     assert select("first_rows", distinct(0, 2, 9, 3), count=4).tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_signals_reach_the_plugins_that_ask_for_them_and_missing_ones_are_named():
+    wanted = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.5, 0.0, 0.1, 0.4]], dtype=torch.float16)
+
+    @pruning.register("asks", needs=("mine",), takes=("yours",))
+    def asks(features, *, most, mine, yours=None, **signals):
+        assert mine.dtype == torch.float32
+        assert "other" not in signals
+        return (mine if yours is None else -mine).topk(most, dim=1).indices
+
+    try:
+        features, other = distinct(0, 2, 4, 3), torch.ones(2, 4)
+        assert pruning.select("asks", features, count=2, signals={"mine": wanted}).tolist() == [[1, 3], [0, 3]]
+        both = {"mine": wanted, "yours": other, "other": other}
+        assert pruning.select("asks", features, count=2, signals=both).tolist() == [[0, 2], [1, 2]]
+        with pytest.raises(
+            UserError, match=r"'asks' needs mine beside the features; without: .*divprune.*grid"
+        ) as said:
+            pruning.select("asks", features, count=2, signals={"yours": other})
+        assert "asks" not in str(said.value).split("without: ")[1]
+        with pytest.raises(UserError, match=r"mine must be \(2, 4\)"):
+            pruning.select("asks", features, count=2, signals={"mine": wanted[:, :3]})
+    finally:
+        del pruning._PLUGINS["asks"]
+    with pytest.raises(UserError, match="must be a tuple"):
+        pruning.register("letters", needs="mine")
 
 
 def test_a_taken_name_is_refused_and_the_first_plugin_stays(first_rows):

@@ -53,8 +53,9 @@ def bench_pruning(
         LOOP: lambda: divprune_loop(x, count),
         MENDED: lambda: divprune_loop(x, count, mended=True),
     }
-    for name in pruning.names():
-        contestants[name] = lambda name=name: pruning.select(name, x, keep=keep)
+    signals = {"cls_attention": x[:, :, 0].abs(), "tower": x}
+    for name in pruning.works_with(signals):
+        contestants[name] = lambda name=name: pruning.select(name, x, keep=keep, signals=signals)
     times = timed(contestants, repeats, where)
     rows = contestants["divprune"]()
     result = record.describe(

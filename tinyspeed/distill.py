@@ -14,10 +14,11 @@ What differs from the official code: it makes fp32 logits for every position of 
 answer rows with a Python loop over labels. The values are the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -69,3 +70,16 @@ def answer_loss(
         ce, kl = ce + chunk_ce.sum(), kl + chunk_kl
         each.append(chunk_ce.detach())
     return ce, kl * temperature**2, torch.cat(each)
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """A teacher is in eval mode; afterwards each sub-module is as it was, and a frozen one may have been in it already."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True

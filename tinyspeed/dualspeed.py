@@ -16,18 +16,17 @@ The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the l
 slow steps may become decides the speed-up.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from . import attention, layers, pruning, rows
-from .distill import answer_loss
+from . import attention, layers, pruning, rows, signals
+from .distill import answer_loss, without_dropout
 from .drop_in import DropIn
 from .errors import UserError, unknown
 from .isolator import PromptIsolator
@@ -83,6 +82,7 @@ class DualSpeed(DropIn):
             raise UserError(f"chunk = {chunk}: must be at least 1")
         self.model = model
         self.vlm = family(model)
+        signals.check(self.vlm, plugin)
         self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
         # It stays fp32 in a bf16 model, as LoRA's adapters do: small updates would round away.
         self.isolator.to(model.get_input_embeddings().weight.device)
@@ -131,7 +131,10 @@ class DualSpeed(DropIn):
             raise UserError("answer_keep below 1: say which answer tokens stay, `answers=` (a gating.Memory knows)")
         self.forwards += 1
 
-        features = self.vlm.features(visual, plan.mode)
+        taught = plan.mode == "slow" and plan.distill > 0
+        prunes = plan.mode == "fast" or taught
+        with signals.heard(self.vlm, visual, pruning.needs(self.plugin) if prunes else ()) as heard:
+            features = self.vlm.features(visual, plan.mode)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
         full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
@@ -143,13 +146,12 @@ class DualSpeed(DropIn):
         images = [*itertools.chain(*features.values())]
         table = [embeddings, *images]
         run = full
-        taught = plan.mode == "slow" and plan.distill > 0
-        if plan.mode == "fast" or taught:
-            kept = self._kept(images, plan.keep)
+        if prunes:
+            kept = self._kept(images, plan.keep, heard)
             isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, table)), self.positions)
         teacher = None
         if taught:
-            with torch.no_grad(), _without_dropout(self.vlm.language_model):
+            with torch.no_grad(), without_dropout(self.vlm.language_model):
                 teacher = self._answers([*table, self.isolator.weight], isolating, plan)[0]
         elif plan.mode == "fast":
             table, run = [*table, self.isolator.weight], isolating
@@ -193,13 +195,16 @@ class DualSpeed(DropIn):
             plan = self.schedule.plan(self.step)
         return plan
 
-    def _kept(self, images: list[Tensor], keep: float) -> Tensor:
+    def _kept(self, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]) -> Tensor:
         """(V,) bool: which feature rows of all images stay. K counts pictures, never structural rows."""
         if not images:
             return torch.zeros(0, dtype=torch.bool, device=self.isolator.weight.device)
-        features = nn.utils.rnn.pad_sequence([image.detach() for image in images], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([self.vlm.prunable(image) for image in images], batch_first=True)
-        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=self.seed + (self.step or 0))
+        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        features = pad([image.detach() for image in images])
+        mask = pad([self.vlm.prunable(image) for image in images])
+        told = {name: pad(values) for name, values in heard.items()}
+        seed = self.seed + (self.step or 0)
+        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=seed, signals=told)
         kept = torch.zeros(len(images), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
         kept.scatter_(1, index.where(index >= 0, mask.shape[1]), True)
         lengths = torch.tensor([len(image) for image in images], device=mask.device)
@@ -226,18 +231,5 @@ class DualSpeed(DropIn):
         return next(self.vlm.tower.parameters()).device
 
     def _quiet_head(self, hidden: Tensor) -> Tensor:
-        with _without_dropout(self.vlm.model.get_output_embeddings()):
+        with without_dropout(self.vlm.model.get_output_embeddings()):
             return self.vlm.head(hidden)
-
-
-@contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards each sub-module as it was (a frozen one may have been in eval mode already)."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True

@@ -8,7 +8,8 @@ it, resized and cropped, with the kept cells bright and the others dimmed.
 What the plugins see is decided by `tower`:
 - a LLaVA (folder or hub id): its projected features, what they see in training. Of LLaVA-NeXT the base view only, where
   a cell is a patch of the whole picture; training prunes over the base view and its crops together. The LLM is built
-  without layers, so a 7B model needs 2.4 GB here instead of 28.
+  without layers, so a 7B model needs 2.4 GB here instead of 28. Plugins that ask what [CLS] attends to, `cls_topk` and
+  `vispruner`, are drawn when they are named, and only of a LLaVA.
 - a CLIP, SigLIP or a tower like them: the patch tokens of its last layer but one, where LLaVA takes them, unprojected.
 - none: the pixels of a 24 x 24 grid of patches, less their mean. No download, and honest plugins, but what they call
   different is colour and not content: good for learning what a plugin does, not for judging it.
@@ -45,17 +46,23 @@ def look(
     seed: int = 0,
 ) -> dict[str, list[int]]:
     """Draw to `out` which cells of `image` each plugin keeps; returns them, numbered in raster order."""
-    plugins = list(dict.fromkeys(pruning.names() if plugins is None else plugins))
+    plugins = list(dict.fromkeys(pruning.works_with(()) if plugins is None else plugins))
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     if out.resolve() == Path(image).resolve():
         raise UserError(f"{out} is the picture itself: choose another place for the drawing")
     if not plugins:
         raise UserError(f"no plugin to look at; known: {', '.join(pruning.names())}")
+    needs = sorted({signal for name in plugins for signal in pruning.needs(name)})
+    given = {} if tower is None else {signal: torch.ones(1, 1) for signal in needs}
     for name in plugins:  # a single row is kept by all: this only checks name and share, before anything is loaded
-        pruning.select(name, torch.ones(1, 1, 1), keep=keep)
+        pruning.select(name, torch.ones(1, 1, 1), keep=keep, signals=given)
     picture = read_picture(Path(image))
-    features, shown, (rows, columns) = patches(picture) if tower is None else encode(picture, str(tower))
-    kept = {name: pruning.select(name, features[None], keep=keep, seed=seed)[0].tolist() for name in plugins}
+    if tower is None:
+        features, shown, (rows, columns) = patches(picture)
+    else:
+        features, shown, (rows, columns), given = encode(picture, str(tower), plugins)
+    how = {"keep": keep, "seed": seed, "signals": {signal: values[None] for signal, values in given.items()}}
+    kept = {name: pruning.select(name, features[None], **how)[0].tolist() for name in plugins}
 
     side = 3.1  # inches of a panel; gaps, titles and header come on top
     across = math.ceil(math.sqrt(1 + len(plugins))) if len(plugins) > 3 else 1 + len(plugins)
@@ -144,13 +151,15 @@ def patches(picture: Image.Image) -> tuple[Tensor, np.ndarray, tuple[int, int]]:
 
 
 @torch.no_grad()
-def encode(picture: Image.Image, tower: str) -> tuple[Tensor, np.ndarray, tuple[int, int]]:
-    """Features (cells, width) of the model at `tower`, the picture that it was shown (H, W, 3) in 0 .. 1, and the
-    lines and columns of its cells."""
+def encode(
+    picture: Image.Image, tower: str, plugins: Sequence[str] = ()
+) -> tuple[Tensor, np.ndarray, tuple[int, int], dict[str, Tensor]]:
+    """Features (cells, width) of the model at `tower`, the picture that it was shown (H, W, 3) in 0 .. 1, the lines and
+    columns of its cells, and the signals that the plugins need."""
     # Here, since transformers takes seconds to import and a look without a tower needs none of it.
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-    from . import vlm
+    from . import signals, vlm
 
     with _loading(tower):
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
@@ -178,9 +187,17 @@ def encode(picture: Image.Image, tower: str) -> tuple[Tensor, np.ndarray, tuple[
     pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     cells = rows * columns
+    asking = [name for name in plugins if pruning.needs(name)]
+    if asking and not llava:
+        raise UserError(f"the plugin {asking[0]!r} needs what a LLaVA's projector reads: give a LLaVA as tower")
+    heard = {}
     try:
         if llava:
-            features = vlm.family(model).encode(pixels, sizes, "full")[0]
+            family = vlm.family(model)
+            for name in asking:
+                signals.check(family, name)
+            with signals.heard(family, batch, sorted({s for name in asking for s in pruning.needs(name)})) as heard:
+                features = family.encode(pixels, sizes, "full")[0]
         else:
             features = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states[-2][0]
     except (RuntimeError, ValueError) as error:
@@ -190,7 +207,8 @@ def encode(picture: Image.Image, tower: str) -> tuple[Tensor, np.ndarray, tuple[
     features = features[:cells] if sizes is not None else features[-cells:]
     if len(features) < cells:
         raise UserError(f"{tower} makes {len(features)} tokens of {rows} x {columns} patches: there is no map to draw")
-    return features, shown[: rows * patch, : columns * patch], (rows, columns)
+    heard = {signal: images[0][:cells] for signal, images in heard.items()}
+    return features, shown[: rows * patch, : columns * patch], (rows, columns), heard
 
 
 def _preprocess(picture: Image.Image, tower: str, vision, kind: str) -> tuple[dict[str, Tensor], np.ndarray]:

@@ -226,6 +226,14 @@ class Recipe:
         if self.model.quantise != "none" and tunes:
             _check(self.lora.rank > 0, '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"')
         _check(self.regate.keep == 1 or bool(tunes), "regate.keep: answers are skipped in tuning; set train.steps")
+        if self.data.feature_cache_gb and self.dualspeed.plugin != DualSpeed.plugin:
+            from . import pruning
+
+            _check(
+                "cls_attention" not in pruning.needs(self.dualspeed.plugin),
+                f"dualspeed.plugin = {self.dualspeed.plugin!r} needs [CLS] attention, and features kept on disk come "
+                "without: set data.feature_cache_gb = 0",
+            )
         if self.data.kind == "chat":
             _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
 

@@ -91,6 +91,10 @@ class Family:
         """The rest of `encode`, for what `look` returned."""
         return list(self.projector(looked))
 
+    def pack(self, values: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        """Values (crops, patches, C) beside what `look` sees, an image's as (rows, C) in the places of its features."""
+        return list(values)
+
     def idle(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
         """Rows of the table that nothing picks, made of the connector's parts that the batch may not use: their
         gradients are then zeros instead of missing, so which parameters a step touches depends on its plan and not on
@@ -168,13 +172,17 @@ class LlavaNext(Family):
         return list(out.pooler_output)
 
     def project(self, looked: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
-        shape = (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
-        crops = [image_size_to_num_patches(size, *shape) for size in image_sizes]
-        strategy = self.config.vision_feature_select_strategy
         with self._newline_for(plan_mode):
-            return self.model.model.pack_image_features(
-                self.projector(looked).split(crops), image_sizes, strategy, image_newline=self.newline
-            )[0]
+            return self._packed(self.projector(looked), image_sizes, self.newline)
+
+    def pack(self, values: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        return self._packed(values, image_sizes, values.new_zeros(values.shape[-1]))
+
+    def _packed(self, values: Tensor, image_sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        shape = (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        crops = values.split([image_size_to_num_patches(size, *shape) for size in image_sizes])
+        strategy = self.config.vision_feature_select_strategy
+        return self.model.model.pack_image_features(crops, image_sizes, strategy, image_newline=newline)[0]
 
     @contextmanager
     def _newline_for(self, plan_mode: str) -> Iterator[None]:
