@@ -74,7 +74,7 @@ def answer_loss(
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """A teacher is in eval mode; afterwards each sub-module is as it was, and a frozen one may have been in it already."""
+    """A teacher is in eval mode; afterwards each sub-module is as it was (a frozen one may have been in it before)."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
