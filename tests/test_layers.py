@@ -10,7 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import Killed, die_before, unlike
+from test_train import train_through, unlike
 from test_tuning import settings as settings_of
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -294,13 +294,7 @@ def test_killed_and_resumed_is_never_killed(home, tmp_path, monkeypatch, which):
     asked = itertools.chain(*(("--set", change) for change in STS[which]))
     assert cli.main(["train", str(tmp_path / "whole.toml"), *asked]) == 0
     made = settings_of(home, tmp_path, "run", *STS[which])
-    with monkeypatch.context() as patch:
-        die_before(patch, 1, 3)
-        for attempt in range(2):
-            with pytest.raises(Killed):
-                train.train(made, resume=attempt > 0, bar=False)
-            torch.rand(5)
-    train.train(made, resume=True, bar=False)
+    train_through(monkeypatch, made, 1, 3)
     assert not unlike(made, whole)
     assert [e["layers"] for e in log(made)] == [e["layers"] for e in log(whole)]
     tuned = [e for e in log(whole) if e["stage"] == "train"]

@@ -2,8 +2,7 @@
 
 import json
 
-import pytest
-from test_train import Killed, die_before, unlike
+from test_train import train_through, unlike
 from test_tuning import settings
 
 from tinyspeed import train
@@ -25,10 +24,5 @@ def test_one_recipe_asks_for_all_three_and_is_never_the_wiser_for_being_killed(h
     assert any(step["layers"] for step in fast)
     assert all(step["rows_kept"] < step["rows_full"] for step in fast)
     made = settings(home, tmp_path, "run", *TOGETHER)
-    with monkeypatch.context() as patch:
-        die_before(patch, 3, 7)
-        for attempt in range(2):
-            with pytest.raises(Killed):
-                train.train(made, resume=attempt > 0, bar=False)
-    train.train(made, resume=True, bar=False)
+    train_through(monkeypatch, made, 3, 7)
     assert not unlike(made, whole)

@@ -79,6 +79,17 @@ def die_before(monkeypatch, *steps):
     monkeypatch.setattr(StageRun, "_step", step)
 
 
+def train_through(monkeypatch, made, *steps):
+    """Train to the end, killed before each of these steps and resumed."""
+    with monkeypatch.context() as patch:
+        die_before(patch, *steps)
+        for attempt in range(len(steps)):
+            with pytest.raises(Killed):
+                train.train(made, resume=attempt > 0, bar=False)
+            torch.rand(5)  # whoever resumes has drawn other numbers meanwhile
+    train.train(made, resume=True, bar=False)
+
+
 def unlike(made, whole):
     """Where the ends of two runs differ: exported weights, what the checkpoint holds (isolator, moments, random state)
     and the steps' numbers, bit for bit."""

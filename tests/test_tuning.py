@@ -14,7 +14,7 @@ import tiny
 import torch
 from album import album
 from safetensors.torch import load_file
-from test_train import Killed, die_before, unlike
+from test_train import Killed, die_before, train_through, unlike
 
 from tinyspeed import UserError, checkpoint, cli, conversations, evaluate, loader, optimizer, precision, recipe, train
 from tinyspeed.scheduler import Plan
@@ -58,13 +58,7 @@ def test_killed_and_resumed_is_never_killed_for_every_way_to_fit_a_small_gpu(hom
     whole = settings(home, tmp_path, "whole", *SETTINGS[how], family=family)
     train.train(whole, bar=False)
     made = settings(home, tmp_path, "run", *SETTINGS[how], family=family)
-    with monkeypatch.context() as patch:
-        die_before(patch, *((2, 3) if how == "bf16" else (1, 3)))
-        for attempt in range(2):
-            with pytest.raises(Killed):
-                train.train(made, resume=attempt > 0, bar=False)
-            torch.rand(5)
-    train.train(made, resume=True, bar=False)
+    train_through(monkeypatch, made, *((2, 3) if how == "bf16" else (1, 3)))
     assert not unlike(made, whole)
     before, after = (load_file(f / "model.safetensors") for f in (home / family, whole.folder / "model"))
     changed = {n for n in before if not torch.equal(before[n], after[n])}
