@@ -162,7 +162,7 @@ class ShardedStage(StageRun):
 
     def save(self, folder: Path, step: int) -> None:
         """Each rank copies its rows, and writes them while training goes on: of all weights of a 7B model and their
-        moments, a rank of 8 has 10 GB, which is a second to copy and half a minute to write."""
+        moments a rank of 8 has 10 GB, and a disk is slower than memory."""
         self.settle()
         self.world.at(f"copying the checkpoint of step {self.totals.steps}")
         temporary = checkpoint.unnamed(folder, self.totals.steps)
