@@ -50,6 +50,10 @@ CASES = {
     "llava skipping": (),
     "llava skipping lora copies": ("scale.shard=1", "train.row_budget=60", "lora.rank=4"),
     "llava skipping kept gathered": ("scale.reshard=false", "train.row_budget=60"),
+    "llava glances": ("dualspeed.plugin=tokenlearner",),
+    "llava_next glances idle": ("dualspeed.plugin=tokenlearner", "lora.rank=4", "train.batch=3", "train.row_budget=1"),
+    "llava_next dynamic lora": ("dualspeed.plugin=dynamicvit", "lora.rank=4"),
+    "llava_next merging": ("dualspeed.plugin=tome",),
     "llava_next skipping idle": ("lora.rank=4", "train.batch=3", "train.row_budget=1"),
 }
 STEP = 1

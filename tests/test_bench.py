@@ -25,7 +25,7 @@ def test_shared_is_the_share_of_rows_in_common():
 
 
 def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(pruning._PLUGINS, "mine", pruning._PLUGINS["grid"])
+    monkeypatch.setitem(pruning.registry.PLUGINS, "mine", pruning.registry.PLUGINS["grid"])
     out = tmp_path / "deep" / "bench.json"
     result = bench.bench_pruning((2, 40, 16), keep=0.2, repeats=3, out=out)
     assert json.loads(out.read_text()) == result

@@ -209,7 +209,7 @@ def test_kept_cells_are_bright_and_the_others_dim(plain, tmp_path):
 def test_many_plugins_are_drawn_on_several_lines(plain, tmp_path, monkeypatch):
     look(plain, tmp_path / "few.png", plugins=["divprune", "grid", "random"])
     for i in range(4):
-        monkeypatch.setitem(pruning._PLUGINS, f"more{i}", pruning._PLUGINS["grid"])
+        monkeypatch.setitem(pruning.registry.PLUGINS, f"more{i}", pruning.registry.PLUGINS["grid"])
     kept = look(plain, tmp_path / "many.png")
     assert len(kept) == len(pruning.works_with(()))
     few, many = (Image.open(tmp_path / f"{name}.png").size for name in ("few", "many"))

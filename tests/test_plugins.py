@@ -100,7 +100,7 @@ def test_a_greedy_plugin_is_greedy_ties_or_not(name, features, data):
     """Among duplicates no float arithmetic can say which comes first, so each pick is only asked to be as good."""
     count = data.draw(row_counts(features))
     valid = torch.ones(features.shape[:2], dtype=torch.bool)
-    picks = pruning._PLUGINS[name](features, most=count, valid=valid)
+    picks = pruning.registry.PLUGINS[name].plugin(features, most=count, valid=valid)
     for image, order in zip(features, picks.tolist(), strict=True):
         for turn, pick in enumerate(order):
             values = VALUES[name](image, order[:turn])

@@ -46,7 +46,11 @@ def row_counts(features: Tensor) -> st.SearchStrategy[int]:
 def beside(name: str, features: Tensor) -> dict[str, Tensor]:
     """The signals that a plugin needs, made up row by row, so that an image's are the same in any batch."""
     features = features.float()
-    made_up = {"cls_attention": lambda: features[..., 0].abs(), "tower": lambda: features.flip(-1) + 1}
+    made_up = {
+        "cls_attention": lambda: features[..., 0].abs(),
+        "keys": lambda: features.roll(1, -1) - 1,
+        "tower": lambda: features.flip(-1) + 1,
+    }
     return {signal: made_up[signal]() for signal in pruning.needs(name)}
 
 
@@ -257,7 +261,7 @@ def test_divprune_picks_greedily_ties_or_not(features, data):
     """Among duplicates no float arithmetic can say which comes first, so each pick is only asked to be as good."""
     count = data.draw(row_counts(features))
     valid = torch.ones(features.shape[:2], dtype=torch.bool)
-    picks = pruning.divprune(features.float(), most=count, valid=valid)
+    picks = pruning.registry.PLUGINS["divprune"].plugin(features.float(), most=count, valid=valid)
     for image, order in zip(features, picks.tolist(), strict=True):
         assert is_greedy(image, order)
 
@@ -266,7 +270,11 @@ def test_divprune_picks_greedily_ties_or_not(features, data):
 def test_the_check_for_greedy_picks_can_fail(seed):
     """The last pick of the right order, moved to the front, is not greedy: so the property above says something."""
     features = distinct(seed, 1, 10, 3)
-    order = pruning.divprune(features, most=10, valid=torch.ones(1, 10, dtype=torch.bool))[0].tolist()
+    order = (
+        pruning.registry.PLUGINS["divprune"]
+        .plugin(features, most=10, valid=torch.ones(1, 10, dtype=torch.bool))[0]
+        .tolist()
+    )
     assert is_greedy(features[0], order)
     assert not is_greedy(features[0], [order[-1], *order[:-1]])
 
@@ -338,7 +346,7 @@ def first_rows():
         return valid.int().argsort(dim=1, descending=True, stable=True)[:, :most].flip(1)  # any order: `select` sorts
 
     yield plugin
-    del pruning._PLUGINS["first_rows"]
+    del pruning.registry.PLUGINS["first_rows"]
 
 
 def test_a_plugin_of_the_users_is_selected_by_its_name(first_rows):
@@ -368,7 +376,7 @@ def test_signals_reach_the_plugins_that_ask_for_them_and_missing_ones_are_named(
         with pytest.raises(UserError, match=r"mine must be \(2, 4\)"):
             pruning.select("asks", features, count=2, signals={"mine": wanted[:, :3]})
     finally:
-        del pruning._PLUGINS["asks"]
+        del pruning.registry.PLUGINS["asks"]
     with pytest.raises(UserError, match="must be a tuple"):
         pruning.register("letters", needs="mine")
 
@@ -376,7 +384,7 @@ def test_signals_reach_the_plugins_that_ask_for_them_and_missing_ones_are_named(
 def test_a_taken_name_is_refused_and_the_first_plugin_stays(first_rows):
     with pytest.raises(UserError, match="'first_rows'"):
         pruning.register("first_rows")(lambda features, **_: None)
-    assert pruning._PLUGINS["first_rows"] is first_rows
+    assert pruning.registry.PLUGINS["first_rows"].plugin is first_rows
 
 
 def test_an_unknown_plugin_is_refused_with_the_nearest_known_one():

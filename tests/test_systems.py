@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+import torch
+from safetensors.torch import load_file
 from test_train import train_through, unlike
 from test_tuning import settings
 
-from tinyspeed import train
+from tinyspeed import UserError, checkpoint, train
 
 TOGETHER = (
     "lora.rank=4", "train.steps=12", "dualspeed.slow=0.25", "dualspeed.schedule=periodic", "sts.skip=0.34",
@@ -26,3 +29,31 @@ def test_one_recipe_asks_for_all_three_and_is_never_the_wiser_for_being_killed(h
     made = settings(home, tmp_path, "run", *TOGETHER)
     train_through(monkeypatch, made, 3, 7)
     assert not unlike(made, whole)
+
+
+@pytest.mark.parametrize("plugin", ["dynamicvit", "tokenlearner"])
+def test_a_learned_plugin_learns_is_never_the_wiser_for_being_killed_and_stays_behind(
+    home, tmp_path, monkeypatch, plugin
+):
+    asked = ("train.steps=6", "dualspeed.slow=0.3", "dualspeed.schedule=periodic", f"dualspeed.plugin={plugin}")
+    whole = settings(home, tmp_path, "whole", *asked)
+    train.train(whole, bar=False)
+    made = settings(home, tmp_path, "run", *asked)
+    train_through(monkeypatch, made, 2, 5)
+    assert not unlike(made, whole)
+
+    saved, _ = checkpoint.load(checkpoint.newest(whole.folder / "checkpoints"))
+    trained = {name.removeprefix("model/"): saved[name] for name in saved if name.startswith("model/chooser.")}
+    fresh = train.build_model(whole)
+    for name, weight in fresh.chooser.named_parameters():
+        assert not torch.equal(trained[f"chooser.{name}"], weight)
+    exported = load_file(whole.folder / "model" / "model.safetensors")
+    assert not [name for name in exported if "chooser" in name]
+
+    more = settings(home, tmp_path, "more", *asked, f"dualspeed.isolator_from={whole.folder}")
+    for name, weight in train.build_model(more).chooser.named_parameters():
+        assert torch.equal(trained[f"chooser.{name}"], weight)
+    other = settings(home, tmp_path, "other", "dualspeed.plugin=grid")
+    train.train(other, bar=False)
+    with pytest.raises(UserError, match="that run had another"):
+        train.build_model(settings(home, tmp_path, "none", *asked, f"dualspeed.isolator_from={other.folder}"))

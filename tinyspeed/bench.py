@@ -53,9 +53,11 @@ def bench_pruning(
         LOOP: lambda: divprune_loop(x, count),
         MENDED: lambda: divprune_loop(x, count, mended=True),
     }
-    signals = {"cls_attention": x[:, :, 0].abs(), "tower": x}
+    signals = {"cls_attention": x[:, :, 0].abs(), "keys": x[:, :, :64], "tower": x}
     for name in pruning.works_with(signals):
-        contestants[name] = lambda name=name: pruning.select(name, x, keep=keep, signals=signals)
+        made = pruning.make(name, width, count)
+        how = {"keep": keep, "signals": signals, "module": made and made.to(where).eval()}
+        contestants[name] = lambda name=name, how=how: pruning.select(name, x, **how)
     times = timed(contestants, repeats, where)
     rows = contestants["divprune"]()
     result = record.describe(

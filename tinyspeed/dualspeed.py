@@ -16,7 +16,6 @@ The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the l
 slow steps may become decides the speed-up.
 """
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from . import attention, layers, pruning, rows, signals
+from . import attention, layers, rows, signals
+from .choosing import Chooser
 from .distill import answer_loss, without_dropout
 from .drop_in import DropIn
 from .errors import UserError, unknown
@@ -70,8 +70,6 @@ class DualSpeed(DropIn):
         seed: int = 0,
     ):
         super().__init__()
-        if plugin not in pruning.names():
-            raise unknown("pruning plugin", plugin, pruning.names())
         if positions not in rows.POSITIONS:
             raise unknown("positions", positions, rows.POSITIONS)
         if layout not in rows.LAYOUTS:
@@ -82,11 +80,12 @@ class DualSpeed(DropIn):
             raise UserError(f"chunk = {chunk}: must be at least 1")
         self.model = model
         self.vlm = family(model)
-        signals.check(self.vlm, plugin)
+        self.chooser = Chooser(self.vlm, plugin, keep, seed)
         self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
-        # It stays fp32 in a bf16 model, as LoRA's adapters do: small updates would round away.
-        self.isolator.to(model.get_input_embeddings().weight.device)
-        self.plugin, self.positions, self.layout = plugin, positions, layout
+        # They stay fp32 in a bf16 model, as LoRA's adapters do: small updates would round away.
+        for mine in (self.isolator, self.chooser):
+            mine.to(model.get_input_embeddings().weight.device)
+        self.positions, self.layout = positions, layout
         self.temperature, self.chunk, self.seed = temperature, chunk, seed
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
         self.step: int | None = None  # the optimizer step; whoever owns the loop sets it
@@ -133,7 +132,7 @@ class DualSpeed(DropIn):
 
         taught = plan.mode == "slow" and plan.distill > 0
         prunes = plan.mode == "fast" or taught
-        with signals.heard(self.vlm, visual, pruning.needs(self.plugin) if prunes else ()) as heard:
+        with signals.heard(self.vlm, visual, self.chooser.needs if prunes else ()) as heard:
             features = self.vlm.features(visual, plan.mode)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
@@ -146,15 +145,21 @@ class DualSpeed(DropIn):
         images = [*itertools.chain(*features.values())]
         table = [embeddings, *images]
         run = full
+        teacher, extra = None, 0.0
         if prunes:
-            kept = self._kept(images, plan.keep, heard)
+            kept, loss = embeddings.new_zeros(0, dtype=torch.bool), None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not taught):  # a teacher has no gradient
+                if images:
+                    kept, images, loss = self.chooser(images, plan.keep, heard, self.step or 0)
             isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, table)), self.positions)
-        teacher = None
+            pruned = [embeddings, *images, self.isolator.weight]
         if taught:
             with torch.no_grad(), without_dropout(self.vlm.language_model):
-                teacher = self._answers([*table, self.isolator.weight], isolating, plan)[0]
+                teacher = self._answers(pruned, isolating, plan)[0]
         elif plan.mode == "fast":
-            table, run = [*table, self.isolator.weight], isolating
+            table, run, extra = pruned, isolating, self.chooser.idle()
+            if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
+                extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()
         hidden, target, influence = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
@@ -180,7 +185,7 @@ class DualSpeed(DropIn):
             "rows_full": every,
             "influence": influence,  # a number for each layer, or none
         }
-        out = Output(loss=(ce + plan.distill * kl) / total, metrics=metrics)
+        out = Output(loss=(ce + plan.distill * kl + extra) / total, metrics=metrics)
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out
@@ -194,21 +199,6 @@ class DualSpeed(DropIn):
                 )
             plan = self.schedule.plan(self.step)
         return plan
-
-    def _kept(self, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]) -> Tensor:
-        """(V,) bool: which feature rows of all images stay. K counts pictures, never structural rows."""
-        if not images:
-            return torch.zeros(0, dtype=torch.bool, device=self.isolator.weight.device)
-        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        features = pad([image.detach() for image in images])
-        mask = pad([self.vlm.prunable(image) for image in images])
-        told = {name: pad(values) for name, values in heard.items()}
-        seed = self.seed + (self.step or 0)
-        index, _ = pruning.select(self.plugin, features, keep=keep, mask=mask, seed=seed, signals=told)
-        kept = torch.zeros(len(images), mask.shape[1] + 1, dtype=torch.bool, device=mask.device)
-        kept.scatter_(1, index.where(index >= 0, mask.shape[1]), True)
-        lengths = torch.tensor([len(image) for image in images], device=mask.device)
-        return kept[:, :-1][torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]]
 
     def _answers(self, table: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows, and if the plan
@@ -224,6 +214,12 @@ class DualSpeed(DropIn):
             hidden = self.vlm.hidden(whole.index_select(0, placed.index), placed, plan.layers)
         influence = torch.stack(found) if found else whole.new_zeros(0, dtype=torch.float32)
         return hidden.index_select(0, slots), selected.target[answers], influence
+
+    @property
+    def only_training(self) -> dict[str, nn.Parameter]:
+        """What learns here and is no part of the model that comes out."""
+        more = {f"chooser.{name}": p for name, p in self.chooser.named_parameters()}
+        return {"isolator.weight": self.isolator.weight, **more}
 
     @property
     def device(self) -> torch.device:

@@ -12,11 +12,12 @@ The official code makes P the weight of an nn.Linear(hidden, 4, bias=False); the
 The rows sit in the same table as every other row, so the gather of `rows.py` places them: nothing here touches a
 sequence. A slow step does not read P at all, so its gradient is None and the optimizer leaves it alone.
 
-A run leaves its isolator beside the exported model: aligning and tuning are often two runs, and the second goes on with
-the isolator of the first.
+A run leaves its isolator beside the exported model, with what else only training knows (a learned plugin): aligning and
+tuning are often two runs, and the second goes on with the isolator of the first.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,15 +42,21 @@ class PromptIsolator(nn.Module):
     def __len__(self) -> int:
         return self.weight.shape[0]
 
-    def load(self, file: Path) -> None:
-        if not file.is_file():
-            raise UserError(f"there is no {file}: was that run finished?")
-        learned = load_file(file)["isolator"]
-        if learned.shape != self.weight.shape:
-            raise UserError(f"{file} holds {len(learned)} rows of {learned.shape[1]}, not {tuple(self.weight.shape)}")
-        with torch.no_grad():
-            self.weight.copy_(learned)
+
+def save(learned: Mapping[str, Tensor], file: Path) -> None:
+    """What training leaves out of the model that it exports."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in learned.items()}, file)
 
 
-def save(weight: Tensor, file: Path) -> None:
-    save_file({"isolator": weight.detach().cpu().contiguous()}, file)
+@torch.no_grad()
+def load(learning: Mapping[str, Tensor], file: Path) -> None:
+    """Fill these with what an earlier run saved under their names."""
+    if not file.is_file():
+        raise UserError(f"there is no {file}: was that run finished?")
+    learned = load_file(file)
+    for name, tensor in learning.items():
+        if name not in learned:
+            raise UserError(f"{file} has no {name}: that run had another dualspeed.plugin")
+        if learned[name].shape != tensor.shape:
+            raise UserError(f"{name} in {file} is {tuple(learned[name].shape)}, not {tuple(tensor.shape)}")
+        tensor.copy_(learned[name])

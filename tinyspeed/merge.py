@@ -28,9 +28,14 @@ KEPT = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 def plain(names: Iterable[str]) -> dict[str, str]:
     """Of a checkpoint's names those of trained parameters, by their names inside the base model: no wrapper's prefix,
-    no isolator."""
+    no isolator and no learned plugin."""
     wrappers = re.compile(r"^model/(model\.)?(base_model\.model\.)?(?=model\.|lm_head\.)")
-    return {wrappers.sub("", n): n for n in names if n.startswith("model/") and "isolator" not in n}
+    return {wrappers.sub("", n): n for n in names if n.startswith("model/") and not only_training(n)}
+
+
+def only_training(name: str) -> bool:
+    """Whether a checkpoint's tensor is of what learns but is no part of the model (`DualSpeed.only_training`)."""
+    return name.startswith(("model/isolator.", "model/chooser."))
 
 
 def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> None:

@@ -120,6 +120,14 @@ def _counted(sample: Tensor, samples: int) -> Tensor:
     return torch.arange(len(sample), device=sample.device) - (lengths.cumsum(0) - lengths)[sample]
 
 
+def answers_beside(rows: Rows, images: int) -> Tensor:
+    """(images,): how many answer tokens the sample of each has."""
+    answers = torch.bincount(rows.sample[rows.target != IGNORE], minlength=rows.samples)
+    visual = rows.image >= 0
+    sample = torch.zeros(images, dtype=torch.long, device=answers.device)
+    return answers[sample.scatter_(0, rows.image[visual], rows.sample[visual])]
+
+
 def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, positions: str) -> Rows:
     """The rows of a fast step. `kept` (V,) says which feature rows of the table stay; text rows always do.
 

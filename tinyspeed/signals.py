@@ -1,9 +1,10 @@
 """What a vision tower knows beside its features: signals for the plugins that need some (`pruning/registry.py`).
 
     cls_attention_i = mean over heads of softmax_j( q_cls k_j / sqrt(d) )_i,  [CLS] itself left out        (patches,)
+    keys            = mean over heads of k_j                                                               (patches, d)
     tower           = what the projector reads                                                             (patches, C)
 
-Both are overheard while the step's own forward runs: hooks on q_proj and k_proj of one block, the one whose output the
+All are overheard while the step's own forward runs: hooks on q_proj and k_proj of one block, the one whose output the
 projector reads, and on the projector. The tower is never asked for its attention maps: that would force eager attention
 on all of its blocks, and [CLS] has one row of one block, O(N C) beside a block's O(N C^2).
 
@@ -22,7 +23,8 @@ from . import pruning
 from .errors import UserError
 from .vlm import Family
 
-KNOWN = ("cls_attention", "tower")
+KNOWN = ("cls_attention", "keys", "tower")
+ATTENDED = ("cls_attention", "keys")  # which need the tower to run
 
 
 def check(vlm: Family, plugin: str) -> None:
@@ -62,10 +64,11 @@ def heard(vlm: Family, visual: dict[str, Tensor], needs: Sequence[str]) -> Itera
     if not needs:
         yield found
         return
-    if "cls_attention" in needs and "tower_features" in visual:
+    attended = [name for name in needs if name in ATTENDED]
+    if attended and "tower_features" in visual:
         raise UserError(
-            "the plugin needs [CLS] attention, and features kept on disk come without: set data.feature_cache_gb = 0, "
-            f"or dualspeed.plugin to one that needs none: {', '.join(pruning.works_with(()))}"
+            f"the plugin needs {' and '.join(attended)}, and features kept on disk come without: set "
+            "data.feature_cache_gb = 0, or dualspeed.plugin to one of: " + ", ".join(pruning.works_with(()))
         )
     if len(visual.get("pixel_values_videos", ())):
         raise UserError(
@@ -75,7 +78,7 @@ def heard(vlm: Family, visual: dict[str, Tensor], needs: Sequence[str]) -> Itera
     said: dict[str, Tensor] = {}
     attention = getattr(vlm.tower, "vision_model", vlm.tower).encoder.layers[_block(vlm)].self_attn
     hooks = [vlm.projector.register_forward_pre_hook(lambda _, given: said.update(tower=given[0].detach()))]
-    if "cls_attention" in needs:
+    if attended:
         hooks.append(attention.q_proj.register_forward_hook(lambda _, given, out: said.update(q=out.detach()[:, :1])))
         hooks.append(attention.k_proj.register_forward_hook(lambda _, given, out: said.update(k=out.detach())))
     try:
@@ -84,11 +87,13 @@ def heard(vlm: Family, visual: dict[str, Tensor], needs: Sequence[str]) -> Itera
         for hook in hooks:
             hook.remove()
     for name in needs:  # nothing is said of a batch without pictures
-        if name == "tower":
-            found[name] = vlm.pack(said["tower"], visual.get("image_sizes")) if said else []
-        else:
-            rows = cls_attention(said["q"], said["k"], attention.num_heads)[..., None] if said else None
-            found[name] = [] if rows is None else [r[:, 0] for r in vlm.pack(rows, visual.get("image_sizes"))]
+        found[name] = []
+        if said and name == "cls_attention":
+            rows = cls_attention(said["q"], said["k"], attention.num_heads)[..., None]
+            found[name] = [r[:, 0] for r in vlm.pack(rows, visual.get("image_sizes"))]
+        elif said:
+            rows = said["k"][:, 1:].unflatten(2, (attention.num_heads, -1)).mean(2) if name == "keys" else said["tower"]
+            found[name] = vlm.pack(rows, visual.get("image_sizes"))
 
 
 def cls_attention(q: Tensor, k: Tensor, heads: int) -> Tensor:

@@ -90,11 +90,11 @@ class StageRun:
         self.stopped = False
         loading.set_trainable(model.model, name)
         model.schedule = schedule_of(recipe, name, model.config.text_config.num_hidden_layers)
-        model.plugin, _ = recipe.pruning(name)
+        model.chooser.switch(recipe.pruning(name)[0])
         model.train()
         model.activation_checkpointing_enable()  # each micro-batch then says whether it needs it
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        connector = {id(p) for p in [*model.vlm.connector(), *model.isolator.parameters()]}
+        connector = {id(p) for p in [*model.vlm.connector(), *model.only_training.values()]}
         self.optimizer = optimizer.build(
             stage,
             [p for p in self.names if id(p) in connector],

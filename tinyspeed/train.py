@@ -86,7 +86,8 @@ def finish(recipe: Recipe) -> None:
     """What a run leaves when all its steps are done."""
     if not (recipe.folder / "model").is_dir():
         saved, _ = _newest(recipe)
-        isolator.save(saved["model/isolator.weight"], recipe.folder / ISOLATOR)
+        discarded = [name for name in saved if merge.only_training(name)]
+        isolator.save({name.removeprefix("model/"): saved[name] for name in discarded}, recipe.folder / ISOLATOR)
         export(recipe, recipe.folder / "model")
 
 
@@ -194,7 +195,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
     model = DualSpeed(
         plain,
         plugin=settings.plugin,
-        keep=settings.keep,
+        keep=max(settings.keep, recipe.sts.compress),  # the larger stage's: a learned plugin serves both
         isolator=settings.isolator,
         temperature=settings.temperature,
         positions=settings.positions,
@@ -203,7 +204,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
         seed=recipe.run.seed,
     )
     if settings.isolator_from:
-        model.isolator.load(Path(settings.isolator_from) / ISOLATOR)
+        isolator.load(model.only_training, Path(settings.isolator_from) / ISOLATOR)
     return model
 
 

@@ -50,6 +50,11 @@ class Family:
     def hidden_size(self) -> int:
         return self.config.text_config.hidden_size
 
+    @property
+    def most_rows(self) -> int:
+        """Feature rows of the largest image."""
+        return (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
+
     def connector(self) -> list[nn.Parameter]:
         """The parameters between tower and LLM: what stage 1 trains, with the isolator."""
         return list(self.projector.parameters())
@@ -159,6 +164,12 @@ class LlavaNext(Family):
     @property
     def newline(self) -> nn.Parameter:
         return self.model.model.image_newline
+
+    @property
+    def most_rows(self) -> int:
+        size = self.config.vision_config.image_size
+        crops = max((high // size) * (wide // size) for high, wide in self.config.image_grid_pinpoints)
+        return super().most_rows * (1 + crops)
 
     def connector(self) -> list[nn.Parameter]:
         return [*super().connector(), self.newline]

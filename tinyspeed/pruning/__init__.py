@@ -1,13 +1,16 @@
-"""Which visual rows a fast step keeps: the plugins, and the one door to all of them.
+"""Which visual rows a fast step sees: the plugins, and the one door to all of them.
 
     index = pruning.select("divprune", features, keep=0.1)        # (B, N, D) -> (B, K) int64, ascending, unique
+    kept = pruning.choose("tome", features, keep=0.1)             # the same index, and kept.weight (B, K, N)
+    rows = kept.weight @ features                                 # what a merging plugin puts in their place
 
 A plugin answers one question, "which K of these N rows?", from features, and from signals of the vision tower if it
-declares that it needs some (`register`). It never touches the sequence, the
-labels or the gradient: selection runs without grad and in fp32 (in bf16 DivPrune shares only half of its picks with
-fp32), and `rows.py` does the cutting. `select` owns everything that must hold for every plugin: K = int(keep * N +
-1e-6) and at least 1 (57 of 576, as DualSpeed's code has it; official DivPrune rounds to 58), ascending order,
-masks, errors.
+declares that it needs some (`register`). One that merges also says what each of the K stands for: a weight map, with
+which the K rows are sums over all N; the index is then where in the picture they belong. A plugin never touches the
+sequence, the labels or the projector's gradient: it sees features without a graph, in fp32 (in bf16 DivPrune shares
+only half of its picks with fp32), `choosing.py` does the sums and `rows.py` the cutting. The door owns everything that
+must hold for every plugin: K = int(keep * N + 1e-6) and at least 1 (57 of 576, as DualSpeed's code has it; official
+DivPrune rounds to 58), ascending order, masks, errors.
 
 Images of different size share a batch through `mask`; then each has its own K, and the index rows are filled up with
 -1, which no gather accepts silently.
@@ -17,21 +20,27 @@ One file a plugin; each is written from its paper's description.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import UserError, unknown
-from .attended import cls_topk, vispruner
-from .controls import grid, random
-from .coverage import coverage
-from .divprune import divprune, divprune_centred
-from .dpp import dpp, dpp_centred
-from .registry import PLUGINS as _PLUGINS
-from .registry import names, needs, register, signals_of, works_with
+from ..errors import UserError
+from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
+from .registry import entry, learned, merges_before_projector, names, needs, register, signals_of, works_with
 
-__all__ = ["keep_count", "names", "needs", "register", "select", "signals_of", "works_with"]
-__all__ += ["cls_topk", "coverage", "divprune", "divprune_centred", "dpp", "dpp_centred", "grid", "random", "vispruner"]
+__all__ = ["Kept", "choose", "keep_count", "learned", "make", "merges_before_projector", "names", "needs", "register"]
+__all__ += ["select", "signals_of", "works_with"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a plugin makes of a batch of images."""
+
+    index: Tensor  # (B, K) int64, ascending; -1 beyond an image's count
+    counts: Tensor  # (B,)
+    weight: Tensor | None = None  # (B, K, N): row k is weight[k] @ features; None: it is the row at index[k] itself
+    loss: Tensor | None = None  # (B,) a learned plugin's own loss, to be added to the step's
 
 
 def keep_count(keep: float, n: int) -> int:
@@ -40,7 +49,14 @@ def keep_count(keep: float, n: int) -> int:
 
 
 @torch.no_grad()
-def select(
+def select(name: str, features: Tensor, **how) -> Tensor | tuple[Tensor, Tensor]:
+    """The rows that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) when a mask is given. Of one
+    that merges: the rows in whose place it puts its sums. Settings as for `choose`."""
+    kept = choose(name, features, **how)
+    return kept.index if how.get("mask") is None else (kept.index, kept.counts)
+
+
+def choose(
     name: str,
     features: Tensor,
     *,
@@ -49,19 +65,21 @@ def select(
     mask: Tensor | None = None,
     seed: int = 0,
     signals: Mapping[str, Tensor] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The rows that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) when a mask is given.
+    module: nn.Module | None = None,
+) -> Kept:
+    """What plugin `name` makes of each image.
 
     Give either `keep`, a share, or `count`, an exact number (one for all images, or one an image with `mask`).
     `mask` (B, N) marks the rows that may be kept. `seed` matters to plugins that draw. `signals`, each (B, N) or
     (B, N, C), are what some plugins need beside the features; those that this one does not look at are left alone.
+    `module`: a learned plugin that `make` made; without it, an untrained one.
     """
-    if name not in _PLUGINS:
-        raise unknown("pruning plugin", name, _PLUGINS)
+    found = entry(name)
+    features = features.detach()
     if features.dim() != 3 or not features.is_floating_point() or 0 in features.shape:
         raise UserError(f"features must be a float tensor (images, rows, width), got {tuple(features.shape)}")
     features = _checked(features.float())
-    batch, n, _ = features.shape
+    batch, n, width = features.shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
         raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
     heard = _heard(name, signals or {}, (batch, n))
@@ -69,18 +87,34 @@ def select(
     counts = _counts(keep, count, candidates)
     if mask is None and len(set(counts)) > 1:
         raise UserError("images with different counts need a mask: their index rows have different lengths")
-    most = max(counts)
+    most, counts_ = max(counts), torch.tensor(counts, device=features.device)
     if counts == [n] * batch:
-        index = torch.arange(n, device=features.device).expand(batch, n).contiguous()
-    else:
-        valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
-        counts_ = torch.tensor(counts, device=features.device)
-        with torch.autocast(features.device.type, enabled=False):  # it would put the products back into half precision
-            index = _PLUGINS[name](features, most=most, valid=valid, counts=counts_, seed=seed, **heard)
+        return Kept(torch.arange(n, device=features.device).expand(batch, n).contiguous(), counts_)
+    if found.learned and module is None:
+        module = make(name, width, most).to(features.device).eval()
+    valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
+    learns = found.learned and torch.is_grad_enabled()
+    # Autocast would put the products back into half precision.
+    with torch.autocast(features.device.type, enabled=False), torch.set_grad_enabled(learns):
+        plugin = module if found.learned else found.plugin
+        made = plugin(features, most=most, valid=valid, counts=counts_, seed=seed, **heard)
+        index, weight, loss = (made, None, None) if isinstance(made, Tensor) else made
         late = torch.arange(most, device=index.device) >= counts_[:, None]
-        index = index.masked_fill(late, n).sort(dim=1).values  # beyond an image's count: n sorts last ...
+        index, order = index.masked_fill(late, n).sort(dim=1)  # beyond an image's count: n sorts last ...
         index = index.masked_fill(late, -1)  # ... and -1 cannot be gathered by mistake
-    return index if mask is None else (index, torch.tensor(counts, device=features.device))
+        if weight is not None:
+            weight = weight.gather(1, order[:, :, None].expand_as(weight)).masked_fill(late[:, :, None], 0)
+    return Kept(index, counts_, weight, loss)
+
+
+def make(name: str, width: int, most: int, seed: int = 0) -> nn.Module | None:
+    """A learned plugin's parameters, at their initial values, for features of this width and at most so many rows that
+    stay; None for a plugin that has none."""
+    if not learned(name):
+        return None
+    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers are shifted
+        torch.manual_seed(seed)
+        return entry(name).plugin(width, most)
 
 
 def _heard(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def cls_topk(features: Tensor, *, most: int, valid: Tensor, cls_attention: Tenso
     The cheapest plugin that looks at the picture, one sort. What it keeps is the main object and, since attention
     gathers in a few rows without content, some of those; nothing stands for the background.
     """
-    return _ranked(cls_attention, valid)[:, :most]
+    return ranked(cls_attention, valid)[:, :most]
 
 
 @register("vispruner", needs=("cls_attention", "tower"))
@@ -41,7 +41,7 @@ def vispruner(
     Cost: one (N, N) product an image, and about (N - K) / 8 rounds, each a sort and N^2 / 4 cosines looked up.
     """
     similarity = cosines(tower)
-    order, n = _ranked(cls_attention, valid), valid.shape[1]
+    order, n = ranked(cls_attention, valid), valid.shape[1]
     columns, batch = torch.arange(n, device=valid.device), torch.arange(len(valid), device=valid.device)[:, None, None]
     important = (IMPORTANT * counts).long()[:, None]
     rest = order.gather(1, (columns + important) % n)
@@ -64,6 +64,6 @@ def vispruner(
     return torch.where(columns < important, order[:, :most], diverse)
 
 
-def _ranked(attention: Tensor, valid: Tensor) -> Tensor:
+def ranked(attention: Tensor, valid: Tensor) -> Tensor:
     """(B, N) row numbers by falling attention, in raster order among equals; rows that may not be kept come last."""
     return attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True)

@@ -16,11 +16,11 @@ def random(features: Tensor, *, most: int, valid: Tensor, seed: int, **_) -> Ten
     A row's score is a hash of (seed, position), not a draw from a generator: the same on CPU and GPU, and independent
     of what else is in the batch. All images of one call keep the same positions; DualSpeed changes the seed each step.
     """
-    score = _hash(torch.arange(features.shape[1], device=features.device), seed)
+    score = noise(torch.arange(features.shape[1], device=features.device), seed)
     return score.expand(valid.shape).masked_fill(~valid, -1).topk(most, dim=1).indices
 
 
-def _hash(x: Tensor, seed: int) -> Tensor:
+def noise(x: Tensor, seed: int) -> Tensor:
     """Non-negative int64 noise from int64 positions: multiply-xorshift rounds, wrapping around on purpose."""
     x = x + (seed * 0x9E3779B97F4A7C15) % 2**62 + 1
     for multiplier in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
@@ -33,13 +33,13 @@ def _hash(x: Tensor, seed: int) -> Tensor:
 def grid(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> Tensor:
     """K rows spread evenly over the picture, whatever is in it: blind down-sampling, the other control."""
     sizes = zip(valid.sum(1).tolist(), counts.tolist(), strict=True)
-    ranks = [[*_lattice(n, k), *(0 for _ in range(most - k))] for n, k in sizes]
+    ranks = [[*lattice(n, k), *(0 for _ in range(most - k))] for n, k in sizes]
     order = torch.argsort(~valid, dim=1, stable=True)  # the candidates' positions, in raster order
     return order.gather(1, torch.tensor(ranks, device=features.device))
 
 
 @functools.cache
-def _lattice(n: int, k: int) -> list[int]:
+def lattice(n: int, k: int) -> list[int]:
     """k of the numbers 0 .. n-1. A square n (24 x 24) is a picture: about sqrt(k) lines, evenly spaced, the k rows
     dealt evenly to the lines. Any other n (anyres) is sampled evenly along its raster order."""
     side = math.isqrt(n)

@@ -4,32 +4,59 @@ A plugin works from features alone, or declares the signals that it `needs` or, 
 (B, N) or (B, N, C) that it is called with by name. Known ones, which `signals.py` hears in a vision tower:
 
     cls_attention  (B, N)     how much [CLS] looks at each patch
+    keys           (B, N, d)  what the patches offer to attention: the keys of that layer, averaged over its heads
     tower          (B, N, C)  the features before the projector
+
+A plugin that selects returns which rows it keeps. One that merges returns a weight map too: what stands in the place
+of each row that it keeps is a sum over all rows. A `learned` plugin is a class of nn.Module instead of a function,
+made once with (width of the features, most rows that it will ever keep) and trained with the model.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 
 # (features (B, N, D) fp32, most = largest count, valid (B, N) bool, counts (B,), seed, and the plugin's signals)
-# -> (B, most): the picks of image b in its first counts[b] columns, in any order; later columns are ignored.
-Plugin = Callable[..., Tensor]
-PLUGINS: dict[str, Plugin] = {}
-_NEEDS: dict[str, tuple[str, ...]] = {}
-_TAKES: dict[str, tuple[str, ...]] = {}
+# -> index (B, most): the picks of image b in its first counts[b] columns, in any order; later columns are ignored.
+#    Or (index, weight (B, most, N), or None, loss (B,), or None), weight with a line for each column of index.
+Plugin = Callable[..., Tensor | tuple[Tensor, Tensor | None, Tensor | None]]
 
 
-def register(name: str, *, needs: tuple[str, ...] = (), takes: tuple[str, ...] = ()) -> Callable[[Plugin], Plugin]:
-    """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence."""
+@dataclass(frozen=True)
+class Entry:
+    plugin: Plugin
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    before_projector: bool
+    learned: bool
+
+
+PLUGINS: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *,
+    needs: tuple[str, ...] = (),
+    takes: tuple[str, ...] = (),
+    before_projector: bool = False,
+    learned: bool = False,
+) -> Callable[[Plugin], Plugin]:
+    """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence.
+
+    `before_projector`: it merges the tower's features, which are then projected, and not the projected ones."""
     if isinstance(needs, str) or isinstance(takes, str):  # else its letters would be the signals
         raise UserError(f"the signals of {name!r} must be a tuple, as needs=('cls_attention',)")
+    if before_projector and "tower" not in needs:
+        raise UserError(f"{name!r} merges features before the projector: it must need the signal tower")
 
     def add(plugin: Plugin) -> Plugin:
         if name in PLUGINS:
             raise UserError(f"a pruning plugin named {name!r} is registered already; choose another name")
-        PLUGINS[name], _NEEDS[name], _TAKES[name] = plugin, tuple(needs), tuple(takes)
+        PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), before_projector, learned)
         return plugin
 
     return add
@@ -39,16 +66,31 @@ def names() -> list[str]:
     return sorted(PLUGINS)
 
 
+def entry(name: str) -> Entry:
+    if name not in PLUGINS:
+        raise unknown("pruning plugin", name, PLUGINS)
+    return PLUGINS[name]
+
+
 def needs(name: str) -> tuple[str, ...]:
     """The signals without which a plugin cannot choose."""
-    return _NEEDS.get(name, ())
+    return entry(name).needs
 
 
 def signals_of(name: str) -> tuple[str, ...]:
     """All signals that a plugin looks at."""
-    return needs(name) + _TAKES.get(name, ())
+    return entry(name).needs + entry(name).takes
+
+
+def learned(name: str) -> bool:
+    """Whether a plugin has parameters, which train with the model."""
+    return entry(name).learned
 
 
 def works_with(signals) -> list[str]:
     """The plugins that need no other signals than these."""
     return [name for name in names() if set(needs(name)) <= set(signals)]
+
+
+def merges_before_projector(name: str) -> bool:
+    return entry(name).before_projector
