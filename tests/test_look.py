@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from tinyspeed import UserError, digits, loading, pruning, vlm
-from tinyspeed.look import DIM, GRID, PATCH, encode, look, patches, read_picture, shade
+from tinyspeed.look import DIM, GRID, PATCH, encode, look, melt, patches, read_picture, shade
 
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION |= {"image_size": 24, "patch_size": 8}
@@ -211,11 +211,27 @@ def test_many_plugins_are_drawn_on_several_lines(plain, tmp_path, monkeypatch):
     for i in range(4):
         monkeypatch.setitem(pruning.registry.PLUGINS, f"more{i}", pruning.registry.PLUGINS["grid"])
     kept = look(plain, tmp_path / "many.png")
-    assert len(kept) == len(pruning.works_with(()))
+    assert set(kept) == {name for name in pruning.works_with(()) if not pruning.learned(name)}
     few, many = (Image.open(tmp_path / f"{name}.png").size for name in ("few", "many"))
     assert few[1] < 600
     assert many[1] > 800
     assert max(*few, *many) < 2000
+
+
+def test_a_plugin_that_learns_cannot_be_looked_at(photo, tmp_path):
+    assert "learns what to keep" in refused(photo, tmp_path / "out.png", plugins=["tokenlearner"])
+
+
+def test_merged_cells_show_the_mean_of_their_rows_and_cells_of_no_row_are_dim():
+    """2 x 3 cells of 2 x 2 pixels: row 0 is cell 1, row 1 the mean of 2 and 3, row 2 has a quarter of 3 and of 4."""
+    picture = np.arange(4 * 6 * 3, dtype=float).reshape(4, 6, 3)
+    weight = np.array([[0, 1, 0, 0, 0, 0], [0, 0, 0.5, 0.5, 0, 0], [0, 0, 0, 0.25, 0.25, 0]])
+    cell = [picture[r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2, 4)]
+    drawn = melt(picture, weight, 2, 3)
+    mine = [drawn[r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2, 4)]
+    first, second = (cell[2] + cell[3]) / 2, (cell[3] + cell[4]) / 2
+    wanted = [DIM * cell[0], cell[1], first, (0.5 * first + 0.25 * second) / 0.75, second, DIM * cell[5]]
+    np.testing.assert_allclose(mine, wanted)
 
 
 def test_shade_dims_whole_cells_of_oblong_pictures():

@@ -3,13 +3,14 @@
     look("cat.jpg", "cat.png", tower="llava-hf/llava-1.5-7b-hf")      -> {"divprune": [3, 17, ...], ...}
 
 Accuracy says how good a plugin is; a look at what it keeps says why. Every panel shows the picture as the model gets
-it, resized and cropped, with the kept cells bright and the others dimmed.
+it, resized and cropped, with the kept cells bright and the others dimmed. Of a plugin that merges, every cell shows what is
+left of it: the mixture of cells that the row it went into stands for.
 
 What the plugins see is decided by `tower`:
 - a LLaVA (folder or hub id): its projected features, what they see in training. Of LLaVA-NeXT the base view only, where
   a cell is a patch of the whole picture; training prunes over the base view and its crops together. The LLM is built
-  without layers, so a 7B model needs 2.4 GB here instead of 28. Plugins that ask what [CLS] attends to, `cls_topk` and
-  `vispruner`, are drawn when they are named, and only of a LLaVA.
+  without layers, so a 7B model needs 2.4 GB here instead of 28. Plugins that ask what [CLS] attends to, `cls_topk`,
+  `vispruner` and `visionzip`, are drawn when they are named, and only of a LLaVA.
 - a CLIP, SigLIP or a tower like them: the patch tokens of its last layer but one, where LLaVA takes them, unprojected.
 - none: the pixels of a 24 x 24 grid of patches, less their mean. No download, and honest plugins, but what they call
   different is colour and not content: good for learning what a plugin does, not for judging it.
@@ -46,7 +47,11 @@ def look(
     seed: int = 0,
 ) -> dict[str, list[int]]:
     """Draw to `out` which cells of `image` each plugin keeps; returns them, numbered in raster order."""
-    plugins = list(dict.fromkeys(pruning.works_with(()) if plugins is None else plugins))
+    every = [name for name in pruning.works_with(()) if not pruning.learned(name)]
+    plugins = list(dict.fromkeys(every if plugins is None else plugins))
+    for name in plugins:
+        if pruning.learned(name):
+            raise UserError(f"{name!r} learns what to keep while it trains: before that there is nothing to look at")
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     if out.resolve() == Path(image).resolve():
         raise UserError(f"{out} is the picture itself: choose another place for the drawing")
@@ -62,7 +67,8 @@ def look(
     else:
         features, shown, (rows, columns), given = encode(picture, str(tower), plugins)
     how = {"keep": keep, "seed": seed, "signals": {signal: values[None] for signal, values in given.items()}}
-    kept = {name: pruning.select(name, features[None], **how)[0].tolist() for name in plugins}
+    found = {name: pruning.choose(name, features[None], **how) for name in plugins}
+    kept = {name: of.index[0].tolist() for name, of in found.items()}
 
     side = 3.1  # inches of a panel; gaps, titles and header come on top
     across = math.ceil(math.sqrt(1 + len(plugins))) if len(plugins) > 3 else 1 + len(plugins)
@@ -73,7 +79,12 @@ def look(
     source = "plain colour patches (no model)" if tower is None else f"features of {Path(tower).name or tower}"
     fig.suptitle(f"{_short(Path(image).name)}: {_short(source, 45)}", y=1 - 0.2 / height, fontsize=11, parse_math=False)
     panels = [("as the plugins see it", shown)]
-    panels += [(f"{n} {len(k)} of {rows * columns}", shade(shown, k, rows, columns)) for n, k in kept.items()]
+    for name, of in found.items():
+        count = len(kept[name])
+        drawn = shade(shown, kept[name], rows, columns)
+        if of.weight is not None:
+            drawn = melt(shown, of.weight[0].numpy(), rows, columns)
+        panels.append((f"{name} {count} of {rows * columns}", drawn))
     for i, (title, pixels) in enumerate(panels):
         left = 0.15 + i % across * (side + 0.15)
         top = height - 0.6 - i // across * (tall + 0.4)
@@ -81,7 +92,7 @@ def look(
         ax.imshow(pixels, interpolation="nearest", aspect="auto")
         ax.set_title(title, fontsize=10, pad=3, parse_math=False)
         ax.set_axis_off()
-        if i:
+        if i and found[plugins[i - 1]].weight is None:
             _outline(ax, kept[plugins[i - 1]], rows, columns, pixels.shape)
     save(fig, out)
     return kept
@@ -93,6 +104,17 @@ def shade(picture: np.ndarray, kept: Sequence[int], rows: int, columns: int) -> 
     light[kept] = 1
     cell = np.ones((picture.shape[0] // rows, picture.shape[1] // columns), dtype=picture.dtype)
     return picture * np.kron(light.reshape(rows, columns), cell)[..., None]
+
+
+def melt(picture: np.ndarray, weight: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """`picture` (H, W, 3) with every cell as the rows that hold it, `weight` (K, cells), have it on the average; dimmed
+    where none does."""
+    high, wide = picture.shape[0] // rows, picture.shape[1] // columns
+    cells = picture.reshape(rows, high, columns, wide, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+    mixed = weight / weight.sum(1, keepdims=True) @ cells
+    held = weight.sum(0)[:, None]
+    shown = np.where(held > 0, (weight.T @ mixed) / np.maximum(held, 1e-9), DIM * cells)
+    return shown.reshape(rows, columns, high, wide, 3).swapaxes(1, 2).reshape(picture.shape)
 
 
 def _outline(ax, kept: Sequence[int], rows: int, columns: int, shape: tuple[int, ...]) -> None:
