@@ -99,7 +99,7 @@ class Data:
         _among("data.kind", self.kind, ("digits", "chat"))
         _among("data.template", self.template, ("chat", "plain"))
         _among("data.too_long", self.too_long, ("error", "cut"))
-        _check(1 <= self.turns <= 10, f"data.turns = {self.turns}: between 1 and 10 questions fit a picture of digits")
+        _check(self.turns >= 1, f"data.turns = {self.turns}: must be at least 1")
         _check(self.eval_pictures >= 1, f"data.eval_pictures = {self.eval_pictures}: must be at least 1")
         for name in ("max_rows", "workers", "feature_cache_gb"):
             value = getattr(self, name)
@@ -110,8 +110,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Digits:
-    """Sizes of the embedded default's model."""
+    """The embedded default's pictures, and the sizes of its model."""
 
+    side: int = 12  # a picture is side x side cells, each a visual token; 24 gives 576 as LLaVA-1.5 has
+    regions: int = 2  # regions a line, each with one digit or none: of 2 x 2, of 3 x 3, or of 4 x 4
+    pictures: int = 1_000_000  # different ones in training; with fewer, a run sees them again
     width: int = 128
     layers: int = 2
     tower_width: int = 64
@@ -123,6 +126,13 @@ class Digits:
             _check(getattr(self, f.name) >= 1, f"digits.{f.name} = {getattr(self, f.name)}: must be at least 1")
         for name in ("width", "tower_width"):
             _check(getattr(self, name) % 8 == 0, f"digits.{name} = {getattr(self, name)}: must be a multiple of 8")
+        _check(self.regions in (2, 3, 4), f"digits.regions = {self.regions}: must be 2, 3 or 4")
+        _check(self.side % self.regions == 0, f"digits.side = {self.side}: must be a multiple of digits.regions")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the model is built with."""
+        return {name: n for name, n in dataclasses.asdict(self).items() if name not in ("pictures", "tower_steps")}
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,9 @@ class Recipe:
                 f"dualspeed.plugin = {self.dualspeed.plugin!r} needs [CLS] attention, and features kept on disk come "
                 "without: set data.feature_cache_gb = 0",
             )
+        if self.data.kind == "digits":
+            most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
+            _check(self.data.turns <= most, f"data.turns = {self.data.turns}: a picture has {most} questions")
         if self.data.kind == "chat":
             _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
 
