@@ -1,15 +1,17 @@
 """The command line: every mistake is one line and exit code 2, and loses nothing."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tinyspeed import cli, digits
+from tinyspeed import cli, digits, recipe
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,9 @@ sys.exit(code)
         ("torch", "demo --set train.lrr=1", "did you mean"),
         ("torch", "estimate absent.toml", "no recipe file"),
         ("torch", "compare --set train.lrr=1", "did you mean"),
+        ("transformers", "compare --arms papre", "built in: "),
+        ("transformers", "compare --only fulll", "did you mean 'full'"),
+        ("transformers", "compare --vary dualspeed.kep=1", "did you mean 'dualspeed.keep'"),
         ("torch", "eval absent", "not a run"),
         ("torch", "export absent out", "not a run"),
         ("torch", "eval absent --task pop --questions . --images .", "did you mean 'pope'"),
@@ -155,7 +160,7 @@ def test_exit_codes_of_signals(capsys, monkeypatch, small):
             patch.setattr(StageRun, "_step", signalled)
             assert cli.main(["train", *small, "--set", f"run.name=by-{number}"]) == code
             assert "continue with --resume" in capsys.readouterr().err
-            assert cli.main(["compare", *small, "--set", f"run.name=by-{number}", "--arms", "full"]) == code
+            assert cli.main(["compare", *small, "--set", f"run.name=by-{number}", "--only", "full"]) == code
         assert cli.main(["train", *small, "--set", f"run.name=by-{number}", "--resume"]) == 0
 
 
@@ -200,7 +205,7 @@ def test_a_second_process_changes_nothing_of_the_first(capsys, tmp_path, small):
     assert (run / "recipe.toml").read_text() == "the first one's"
     (tmp_path / "demo-compare").mkdir()
     with checkpoint.only_one(tmp_path / "demo-compare"):
-        assert "another process" in fails(capsys, "compare", *small, "--arms", "full")
+        assert "another process" in fails(capsys, "compare", *small, "--only", "full")
 
 
 def test_look_and_its_mistakes(capsys, tmp_path, base):
@@ -218,7 +223,7 @@ def test_look_and_its_mistakes(capsys, tmp_path, base):
 
 
 def test_compare_makes_its_table_and_goes_on_where_it_was(capsys, tmp_path, small):
-    words = ["compare", *small, "--seeds", "2", "--arms", "full,original r=0.02", "--set", "run.name=c"]
+    words = ["compare", *small, "--seeds", "2", "--only", "full,original r=0.02", "--set", "run.name=c"]
     assert cli.main(words) == 0
     table = capsys.readouterr().out
     assert re.search(r"\| original r=0.02 .*\d to .*\d", table)
@@ -229,4 +234,77 @@ def test_compare_makes_its_table_and_goes_on_where_it_was(capsys, tmp_path, smal
     results[0].unlink()
     assert cli.main(words) == 0
     assert {p for p in times if p.stat().st_mtime_ns != times[p]} == {results[0]}
-    assert "did you mean 'full'" in fails(capsys, "compare", *small, "--arms", "fulll")
+    assert "did you mean 'full'" in fails(capsys, "compare", *small, "--only", "fulll")
+
+
+def test_one_folder_collects_arms_and_measures_none_twice(capsys, tmp_path, small):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[full.dualspeed]\nschedule = "full"\n["own arm".train]\nlr = 1e-4\n')
+    words = ["compare", *small, "--set", "run.name=c"]
+    assert cli.main([*words, "--arms", str(mine)]) == 0
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    assert {p.parent.name for p in times} == {"full", "own-arm"}
+    assert cli.main([*words, "--vary", "dualspeed.plugin=grid,random", "--vary", "dualspeed.keep=0.5"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    runs = json.loads((tmp_path / "c-compare" / "compare.json").read_text())["runs"]
+    assert [run["arm"] for run in runs] == ["full", "plugin=grid keep=0.5", "plugin=random keep=0.5", "own arm"]
+    for run in runs:
+        told = recipe.from_tables(tomllib.loads(run["recipe"]), "here")
+        named = [f"plugin={told.dualspeed.plugin} keep={told.dualspeed.keep}", "own arm", "full"]
+        assert run["arm"] in named
+        assert (told.train.lr == 1e-4) == (run["arm"] == "own arm")
+        assert {"commit", "device", "versions", "threads"} <= set(run["record"])
+        assert min(run["rows"], run["seconds"], run["steps"]) > 0
+    table = (tmp_path / "c-compare" / "compare.md").read_text().splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in table] == [run["arm"] for run in runs]
+    mine.write_text('[late.train]\nlr = 1e-5\n["own arm".train]\nlr = 1e-3\n')  # refused before `late` is run
+    assert "measured with another recipe" in fails(capsys, *words, "--arms", mine)
+    assert not (tmp_path / "c-compare" / "seed-0" / "late").exists()
+
+
+@pytest.mark.parametrize(
+    ("arms", "says"),
+    [
+        ("[a.dualsped]\nkeep = 0.1", "did you mean 'dualspeed'"),
+        ("[a.dualspeed]\nkep = 0.1", "did you mean 'dualspeed.keep'"),
+        ('[a.dualspeed]\nplugin = "divprun"', "did you mean 'divprune'"),
+        ("[a.dualspeed]\nkeep = 2", "arm 'a': [dualspeed] "),
+        ("[a.train]\nlr = true", "must be of type float"),
+        ("[a]\nlr = 1.0", "lr"),
+        ("[a]\ntrain = 1.0", "must be a table"),
+        ("a = 1", "must be a table"),
+        ("", "no arm"),
+        ("[a", "not valid TOML"),
+        ("[a.run]\nseed = 1", "run.seed is the same for all arms"),
+        ("[a.digits]\nlayers = 1", "digits.layers is the same for all arms"),
+        ('[a.model]\npath = "x"', "model.path is the same for all arms"),
+        ("[base.train]\nlr = 1.0", "'base' cannot be an arm's name"),
+        ('["../a".train]\nlr = 1.0', "cannot be an arm's name"),
+        ('["a b".train]\nlr = 1.0\n["a-b".train]\nlr = 1.0', "would share a folder"),
+        ("[good.train]\nlr = 1.0\n[a.sts]\nskip = 0.3", "arm 'a': skip = 0.3"),
+        ("[good.train]\nlr = 1.0\n[a.regate]\nkeep = 0.5", "arm 'a': regate.keep: no sample is seen twice"),
+    ],
+)
+def test_mistakes_in_a_file_of_arms_are_named_before_anything_runs(capsys, tmp_path, small, arms, says):
+    (tmp_path / "mine.toml").write_text(arms)
+    assert says in fails(capsys, "compare", *small, "--arms", tmp_path / "mine.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--arms", "papre"], "built in: compositions, "),
+        (["--only", "full,dualspeedd"], "did you mean 'dualspeed'"),
+        (["--seeds", "0"], "at least one seed"),
+        (["--vary", "keep=0.1"], "for example dualspeed.keep=0.1,0.25"),
+        (["--vary", "dualspeed.kep=0.1,0.2"], "did you mean 'dualspeed.keep'"),
+        (["--vary", "dualspeed.keep=0.1,3"], "arm 'keep=3'"),
+        (["--vary", "dualspeed.keep=0.1", "--vary", "dualspeed.keep=0.2"], "given twice"),
+        (["--vary", "run.seed=1,2"], "run.seed is the same for all arms"),
+        (["--vary", "data.kind=chat"], "data"),
+    ],
+)
+def test_mistakes_in_the_choice_of_arms(capsys, tmp_path, small, words, says):
+    assert says in fails(capsys, "compare", *small, *words)
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from tinyspeed.data import Example
 from tinyspeed.rows import IGNORE
 from tinyspeed.scheduler import Plan
 
-PROMPT = 1 + digits.CELLS + 2
+PROMPT = 1 + digits.DEFAULT.cells + 2
 
 
 class Asked:
@@ -21,7 +21,7 @@ class Asked:
         return len(self.answers)
 
     def lengths(self, i):
-        return PROMPT - digits.CELLS + len(self.answers[i]), [digits.CELLS]
+        return PROMPT - digits.DEFAULT.cells + len(self.answers[i]), [digits.DEFAULT.cells]
 
     def example(self, i):
         made, answer = self.source.example(i), self.answers[i]
@@ -50,7 +50,7 @@ def test_it_counts_what_greedy_decoding_would_have_said(model):
     answers = []
     for tokens, keep in zip(said, right, strict=True):
         wrong = tokens.clone()
-        wrong[-1] = (wrong[-1] + 1) % len(digits.ID)
+        wrong[-1] = (wrong[-1] + 1) % len(digits.DEFAULT.ids)
         answers.append(tokens if keep else wrong)
     for budget in (1, 400, 10**6):
         assert evaluate.accuracy(model, Asked(answers), Plan("full"), budget) == pytest.approx(100 * 4 / 7)

@@ -11,8 +11,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from tinyspeed import UserError
+from tinyspeed.labels import _spread
 from tinyspeed.report import (
-    _spread,
     compare_figure,
     draw_compare,
     draw_run,
@@ -283,6 +283,38 @@ def test_points_are_mean_accuracy_and_speed_over_full_of_the_same_seed(tmp_path)
         assert at[arm][1] == pytest.approx(np.mean([run["accuracy_full"] for run in mine]))
     assert at["full"][0] == 1
     assert Image.open(draw_compare(results, tmp_path / "out.png")).size == (1560, 648)
+
+
+@pytest.mark.parametrize("n", [13, 40])
+@pytest.mark.parametrize("name", ["arm {}", "plugin=divprune_centred keep=0.25 positions=original {}", "$x_{}$"])
+def test_many_arms_have_a_line_each_with_accuracy_and_speed(n, name):
+    arms = {name.replace("{}", str(i)): (1 + i / 10, 99.0 - i / 2) for i in range(n - 1)}
+    results = comparison(arms={"full": (1.0, 97.0), **arms})
+    fig = compare_figure(results)
+    assert {"full", *arms} <= assert_legible(fig)
+    left, right = fig.axes
+    fig.canvas.draw()
+    heights = {text.get_text(): text.get_position()[1] * fig.bbox.height for text in fig.texts}
+    full = {run["seed"]: run["seconds"] for run in results["runs"] if run["arm"] == "full"}
+    for ax, value in ((left, lambda run: run["accuracy_full"]), (right, lambda r: full[r["seed"]] / r["seconds"])):
+        drawn = {}
+        for bar in ax.containers:
+            ((x, y),) = bar.lines[0].get_xydata()
+            ((low, high),) = [(a, b) for (a, _), (b, _) in bar.lines[2][0].get_segments()]
+            drawn[round(ax.transData.transform((x, y))[1], 3)] = x, low, high
+        for arm in ("full", *arms):
+            values = [value(run) for run in results["runs"] if run["arm"] == arm]
+            expected = np.mean(values), min(values), max(values)
+            np.testing.assert_allclose(drawn[round(heights[arm], 3)], expected)
+        assert min(x for _, x, _ in drawn.values()) >= ax.get_xlim()[0]
+        assert max(x for _, _, x in drawn.values()) <= ax.get_xlim()[1]
+
+
+def test_few_arms_with_long_names_have_a_line_each_too():
+    arms = {f"plugin=divprune_centred keep=0.{i}": (2.0, 90.0 + i) for i in range(5)}
+    results = comparison(arms=arms, seeds=1)
+    fig = compare_figure(results)
+    assert set(arms) | {"Time", "seconds of training", "Accuracy"} <= assert_legible(fig)
 
 
 def test_without_a_full_arm_seconds_are_drawn():

@@ -85,10 +85,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("words", nargs="+", metavar="[IMAGE ...] QUESTION")
     made.add_argument("--max-new-tokens", type=int, default=256)
 
-    made = command("compare", _compare, "full training, pruned-only, DualSpeed and its ablations, side by side")
+    made = command("compare", _compare, "full training, DualSpeed, and arms of your own, side by side")
     takes_recipe(made, "digits")
     made.add_argument("--seeds", type=int, default=1)
-    made.add_argument("--arms", help="only these, separated by commas (default: all)")
+    arms = made.add_mutually_exclusive_group()
+    arms.add_argument("--arms", default="paper", help="a TOML file of arms, or a built-in one (default: paper)")
+    arms.add_argument(
+        "--vary", action="append", metavar="section.key=v1,v2", help="full, and an arm for each value; repeat: products"
+    )
+    made.add_argument("--only", metavar="ARM,ARM", help="only these arms")
 
     made = command("eval", _eval, "a model's score in an official benchmark; of a run on digits, its accuracy")
     made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
@@ -208,9 +213,11 @@ def _compare(a) -> int:
     from . import recipe
 
     chosen = recipe.read(a.recipe, a.set)
+    from . import ablations
+
+    arms = ablations.vary(chosen, a.vary, a.only) if a.vary else ablations.read(chosen, a.arms, a.only)
     from . import compare
 
-    arms = [arm.strip() for arm in a.arms.split(",")] if a.arms else None
     stopped = compare.compare(chosen, a.seeds, arms)
     if stopped is None:
         folder = compare.folder_of(chosen)

@@ -5,98 +5,106 @@ of steps; arms differ in what a step leaves out. Training seconds are the loop's
 data), in one process on one machine, one arm after the other; the seeds go round all arms before the next seed
 begins, so slow hours of the machine hit every arm.
 
-Arms already measured are not run again: an interrupted comparison goes on where it was.
+What the arms are: `ablations.py`. Arms already measured are not run again: an interrupted comparison goes on where it
+was, and one folder may collect the arms of several files, each with the record of when it was measured.
 """
 
 import dataclasses
 import json
 import shutil
 import statistics
+import tomllib
 from pathlib import Path
 
-from . import digits, evaluate, record, report
+from . import ablations, digits, evaluate, loading, record, regate, report, runs, schedules
 from .checkpoint import only_one, write_atomically
-from .errors import UserError, unknown
-from .recipe import Recipe
-from .train import set_threads, train
-
-# What each arm changes in the recipe's [dualspeed]. The four after `full` are the paper's, with the official code's
-# compact positions; the last four ask how rare slow steps may become when positions stay original.
-ARMS: dict[str, dict] = {
-    "full": {"schedule": "full"},
-    "pruned-only": {"schedule": "fast", "positions": "compact"},
-    "dualspeed": {"schedule": "bernoulli", "slow": 0.1, "positions": "compact"},
-    "no isolator": {"schedule": "bernoulli", "slow": 0.1, "positions": "compact", "isolator": 0},
-    "no distillation": {"schedule": "bernoulli", "slow": 0.1, "positions": "compact", "distill": 0.0},
-    "original r=0.1": {"schedule": "bernoulli", "slow": 0.1, "positions": "original"},
-    "original r=0.05": {"schedule": "bernoulli", "slow": 0.05, "positions": "original"},
-    "original r=0.02": {"schedule": "bernoulli", "slow": 0.02, "positions": "original"},
-    "original r=0": {"schedule": "fast", "positions": "original"},
-}
+from .errors import UserError
+from .recipe import Recipe, from_tables
+from .train import place, set_threads, train
 
 
 def folder_of(recipe: Recipe) -> Path:
     return recipe.folder.with_name(f"{recipe.run.name}-compare")
 
 
-def compare(recipe: Recipe, seeds: int, arms: list[str] | None = None, bar: bool = True) -> int | None:
+def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = True) -> int | None:
     """Run every arm for every seed; write compare.json, compare.md and compare.png into `folder_of(recipe)`.
 
     Returns the signal that ended it early, if one did."""
-    arms = arms or list(ARMS)
-    for arm in arms:
-        if arm not in ARMS:
-            raise unknown("arm", arm, ARMS)
-    if recipe.data.kind != "digits":
-        raise UserError(f'compare asks about digits: data.kind = "{recipe.data.kind}" has no such questions')
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: compare at least one seed")
+    for arm, made in arms.items():
+        _check(arm, made)
     folder = folder_of(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         return _compare(recipe, folder, seeds, arms, bar)
 
 
-def _compare(recipe: Recipe, folder: Path, seeds: int, arms: list[str], bar: bool) -> int | None:
+def _check(arm: str, recipe: Recipe) -> None:
+    """What a run would refuse when its turn comes, perhaps hours from now."""
+    runs.check_sources(recipe)
+    sizes = recipe.digits
+    layers = loading.config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
+    try:
+        for stage, _ in recipe.stages():
+            schedules.schedule_of(recipe, stage, layers)
+        regate.check(recipe, sizes.pictures)
+    except UserError as error:
+        raise UserError(f"arm {arm!r}: {error}") from error
+
+
+def _compare(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], bar: bool) -> int | None:
     set_threads(recipe)
+    todo = []
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):
         home = folder / f"seed-{seed}"
-        home.mkdir(exist_ok=True)
-        base = recipe.model.path or str(
-            digits.prepare(home / "base", seed, **dataclasses.asdict(recipe.digits), bar=bar)
-        )
-        for arm in arms:
-            stopped = _run(recipe, home, base, seed, arm, bar)
+        base = recipe.model.path or str(home / "base")
+        every = {arm: _of_seed(made, home, base, seed, arm) for arm, made in arms.items()}
+        todo.append((seed, home, {arm: made for arm, made in every.items() if not _measured(made)}))
+    for seed, home, missing in todo:
+        if missing and not recipe.model.path:
+            home.mkdir(exist_ok=True)
+            sizes = recipe.digits
+            digits.prepare(home / "base", seed, tower_steps=sizes.tower_steps, **sizes.sizes, bar=bar)
+        for arm, made in missing.items():
+            if bar:
+                print(f"seed {seed}: {arm}", flush=True)
+            stopped = _run(made, arm, bar)
             if stopped is not None:
                 return stopped
-    # Whatever this folder holds, also from earlier calls with other arms.
-    every = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("seed-*/*/result.json")]
-    known = list(ARMS)
-    runs = sorted(every, key=lambda run: (run["seed"], known.index(run["arm"])))
-    results = {**record.describe(recipe=recipe.to_toml()), "runs": runs}
+    # Whatever this folder holds, also from earlier calls with other arms: these come last.
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("seed-*/*/result.json")]
+    order = {arm: at for at, arm in enumerate(arms)}
+    found.sort(key=lambda run: (run["seed"], order.get(run["arm"], len(order)), run["arm"]))
+    results = {**record.describe(recipe=recipe.to_toml()), "runs": found}
     write_atomically(folder / "compare.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(folder / "compare.md", summary(runs) + "\n")
+    write_atomically(folder / "compare.md", summary(found) + "\n")
     report.draw_compare(results, folder / "compare.png")
     return None
 
 
-def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) -> int | None:
-    """Measure one arm, unless it has been; the signal that ended it early, if one did."""
-    name = arm.replace(" ", "-")
-    recipe = dataclasses.replace(
+def _of_seed(recipe: Recipe, home: Path, base: str, seed: int, arm: str) -> Recipe:
+    return dataclasses.replace(
         recipe,
-        run=dataclasses.replace(recipe.run, folder=str(home), name=name, seed=seed),
+        run=dataclasses.replace(recipe.run, folder=str(home), name=ablations.folder_of(arm), seed=seed),
         model=dataclasses.replace(recipe.model, path=base),
-        dualspeed=dataclasses.replace(recipe.dualspeed, **ARMS[arm]),
     )
+
+
+def _measured(recipe: Recipe) -> bool:
     done = recipe.folder / "result.json"
-    if done.is_file():
-        if json.loads(done.read_text(encoding="utf-8"))["recipe"] != recipe.to_toml():
-            raise UserError(f"{done} was measured with another recipe; choose another run.name, or delete the folder")
-        return None
+    if not done.is_file():
+        return False
+    before = tomllib.loads(json.loads(done.read_text(encoding="utf-8"))["recipe"])
+    if from_tables(before, str(done)) != recipe:
+        raise UserError(f"{done} was measured with another recipe; choose another run.name, or delete the folder")
+    return True
+
+
+def _run(recipe: Recipe, arm: str, bar: bool) -> int | None:
+    """Measure one arm; the signal that ended it early, if one did."""
     shutil.rmtree(recipe.folder, ignore_errors=True)  # of an arm that was cut off: its seconds would not be whole
-    if bar:
-        print(f"seed {seed}: {arm}", flush=True)
     trained = train(recipe, bar=bar)
     if trained.stopped_by is not None:
         return trained.stopped_by
@@ -104,7 +112,7 @@ def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) 
     lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
     result = {
         "arm": arm,
-        "seed": seed,
+        "seed": recipe.run.seed,
         "accuracy_full": full,
         "accuracy_pruned": pruned,
         "seconds": trained.totals.seconds,
@@ -113,8 +121,9 @@ def _run(recipe: Recipe, home: Path, base: str, seed: int, arm: str, bar: bool) 
         "slow_steps": sum(line["mode"] == "slow" for line in lines),
         "curve": [[line["step"], round(line["ce"], 4), line["mode"]] for line in lines],
         "recipe": recipe.to_toml(),
+        "record": record.describe(place(recipe)[0]),
     }
-    write_atomically(done, json.dumps(result))
+    write_atomically(recipe.folder / "result.json", json.dumps(result))
     return None
 
 

@@ -26,7 +26,7 @@ def demo(recipe: Recipe) -> Result:
         return result
     print(_results(recipe, result))
     report.draw_run(folder)
-    picture = draw_example(folder / "picture.png", recipe.run.seed)
+    picture = draw_example(folder / "picture.png", recipe.run.seed, digits.canvas_of(recipe))
     look.look(picture, folder / "kept.png", keep=recipe.dualspeed.keep, tower=str(folder / "model"))
     print(
         f"{folder / 'report.png'}: loss, rows and time\n{folder / 'kept.png'}: the tokens that fast steps keep\n"
@@ -50,9 +50,9 @@ def _results(recipe: Recipe, result: Result) -> str:
     return report.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.speedup:.2f}"]])
 
 
-def draw_example(path: Path, seed: int) -> Path:
-    canvas, _ = digits.picture(np.random.default_rng([seed, 7]), "eval")
-    Image.fromarray(canvas).convert("RGB").save(path)
+def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) -> Path:
+    pixels, _ = digits.picture(np.random.default_rng([seed, 7]), "eval", canvas)
+    Image.fromarray(pixels).convert("RGB").save(path)
     return path
 
 

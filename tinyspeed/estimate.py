@@ -12,7 +12,7 @@ an assumption, a third to a half of the number on its box.
 
 from bisect import bisect_left
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import inf, isqrt
 from pathlib import Path
@@ -165,8 +165,7 @@ def shape_of(recipe: Recipe) -> Shape:
     if model.path:
         return Shape(loading.config(model.path))
     if not model.llm:
-        sizes = {name: n for name, n in asdict(recipe.digits).items() if name != "tower_steps"}
-        return Shape(digits.build_model(0, **sizes).config)
+        return Shape(digits.build_model(0, **recipe.digits.sizes).config)
     try:
         text, vision = AutoConfig.from_pretrained(model.llm), CLIPVisionConfig.from_pretrained(model.tower)
     except (OSError, ValueError) as error:
@@ -179,7 +178,7 @@ def lengths_of(recipe: Recipe, shape: Shape, source: Source | None = None) -> tu
     """Lengths of samples, how many make an epoch, and how that is known."""
     data, path = recipe.data, recipe.model.path
     if data.kind == "digits":
-        source = digits.Digits(1_000_000, data.turns)
+        source = digits.of(recipe)
         return [source.lengths(0)], len(source), "the embedded digits"
     if path and Path(data.file).is_file():
         source = source or conversations.of(recipe, path)

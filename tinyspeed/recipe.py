@@ -99,7 +99,7 @@ class Data:
         _among("data.kind", self.kind, ("digits", "chat"))
         _among("data.template", self.template, ("chat", "plain"))
         _among("data.too_long", self.too_long, ("error", "cut"))
-        _check(1 <= self.turns <= 10, f"data.turns = {self.turns}: between 1 and 10 questions fit a picture of digits")
+        _check(self.turns >= 1, f"data.turns = {self.turns}: must be at least 1")
         _check(self.eval_pictures >= 1, f"data.eval_pictures = {self.eval_pictures}: must be at least 1")
         for name in ("max_rows", "workers", "feature_cache_gb"):
             value = getattr(self, name)
@@ -110,8 +110,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Digits:
-    """Sizes of the embedded default's model."""
+    """The embedded default's pictures, and the sizes of its model."""
 
+    side: int = 12  # a picture is side x side cells, each a visual token; 24 gives 576 as LLaVA-1.5 has
+    regions: int = 2  # regions a line, each with one digit or none: of 2 x 2, of 3 x 3, or of 4 x 4
+    pictures: int = 1_000_000  # different ones in training; with fewer, a run sees them again
     width: int = 128
     layers: int = 2
     tower_width: int = 64
@@ -123,6 +126,13 @@ class Digits:
             _check(getattr(self, f.name) >= 1, f"digits.{f.name} = {getattr(self, f.name)}: must be at least 1")
         for name in ("width", "tower_width"):
             _check(getattr(self, name) % 8 == 0, f"digits.{name} = {getattr(self, name)}: must be a multiple of 8")
+        _check(self.regions in (2, 3, 4), f"digits.regions = {self.regions}: must be 2, 3 or 4")
+        _check(self.side % self.regions == 0, f"digits.side = {self.side}: must be a multiple of digits.regions")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the model is built with."""
+        return {name: n for name, n in dataclasses.asdict(self).items() if name not in ("pictures", "tower_steps")}
 
 
 @dataclass(frozen=True)
@@ -234,6 +244,9 @@ class Recipe:
                 f"dualspeed.plugin = {self.dualspeed.plugin!r} needs [CLS] attention, and features kept on disk come "
                 "without: set data.feature_cache_gb = 0",
             )
+        if self.data.kind == "digits":
+            most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
+            _check(self.data.turns <= most, f"data.turns = {self.data.turns}: a picture has {most} questions")
         if self.data.kind == "chat":
             _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
 
@@ -266,33 +279,55 @@ def _toml(value) -> str:
 
 def read(path: str, changes: list[str] = ()) -> Recipe:
     """The recipe in a TOML file (or a built-in one, by name), with `section.key=value` changes."""
-    file = Path(path)
-    if not file.is_file():
-        built_in = BUILT_IN / f"{path}.toml"
-        if not built_in.is_file():
-            known = sorted(p.stem for p in BUILT_IN.glob("*.toml"))
-            raise UserError(f"there is no recipe file {path}; built in: {', '.join(known)}")
-        file = built_in
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid TOML: {error}") from error
+    tables, file = tables_of(path, BUILT_IN, "recipe file")
     for change in changes:
-        key, equals, value = change.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot):
-            raise UserError(f"--set {change}: write it as section.key=value, for example train.lr=1e-4")
-        try:
-            parsed = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            parsed = value.strip()
-        kind = next((f.type for f in dataclasses.fields(Recipe) if f.name == section), None)
-        if kind and any(f.name == name and f.type is str for f in dataclasses.fields(kind)):
-            parsed = parsed if isinstance(parsed, str) else value.strip()  # run.name=2026-11-20 is a name, not a date
+        section, key, value = setting("--set", change)
         if not isinstance(tables.setdefault(section, {}), dict):
             raise UserError(f"{file}: {section} must be a table, [{section}]")
-        tables[section][name] = parsed
-    return _absolute(from_tables(tables, f"{file}, with --set" if changes else str(file)))
+        tables[section][key] = value_of(section, key, value)
+    return _absolute(from_tables(tables, f"{file}, with --set" if changes else file))
+
+
+def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
+    """The recipe with what these tables say otherwise."""
+    every = dataclasses.asdict(recipe)
+    for section, values in tables.items():
+        every[section] = {**every.get(section, {}), **values} if isinstance(values, dict) else values
+    return _absolute(from_tables(every, where))
+
+
+def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
+    """What is in a TOML file, or in the built-in one of this name, and where that is."""
+    file = Path(path) if Path(path).is_file() else built_in / f"{path}.toml"
+    if not file.is_file():
+        known = sorted(p.stem for p in built_in.glob("*.toml"))
+        raise UserError(f"there is no {kind} {path}; built in: {', '.join(known)}")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid TOML: {error}") from error
+
+
+def setting(flag: str, text: str) -> tuple[str, str, str]:
+    """Section, key and value of what a flag says."""
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot):
+        example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
+        raise UserError(f"{flag} {text}: write it as section.key=value, for example {example}")
+    return section, name, value
+
+
+def value_of(section: str, key: str, text: str):
+    """A value as a TOML file would hold it; one that is no TOML is a string."""
+    kind = next((f.type for f in dataclasses.fields(Recipe) if f.name == section), None)
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    if kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind)):
+        return value if isinstance(value, str) else text.strip()  # run.name=2026-11-20 is a name, not a date
+    return value
 
 
 def _absolute(recipe: Recipe) -> Recipe:
@@ -342,28 +377,6 @@ def from_tables(tables: dict, where: str) -> Recipe:
         return Recipe(**made)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-
-
-# What a resumed run may change: where things are kept, and how a step fits into memory. No sample, no weight of it and
-# no schedule depends on these (dropout draws differently for micro-batches that are cut differently).
-FREE = {
-    "run": ("save_every", "keep_checkpoints", "cache"),
-    "data": ("workers", "feature_cache_gb"),
-    "align": ("row_budget", "checkpointing"),
-    "train": ("row_budget", "checkpointing"),
-    "scale": ("shard", "reshard", "offload", "check_every", "timeout"),
-}
-
-
-def differences(before: Recipe, now: Recipe) -> list[str]:
-    """The keys in which two recipes ask for different runs."""
-    a, b = dataclasses.asdict(before), dataclasses.asdict(now)
-    return [
-        f"{section}.{key}"
-        for section in a
-        for key in a[section]
-        if a[section][key] != b[section][key] and key not in FREE.get(section, ())
-    ]
 
 
 def of_run(folder: str) -> Recipe:

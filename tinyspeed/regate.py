@@ -24,10 +24,21 @@ from .reference import Reference
 from .rows import IGNORE
 
 
+def check(recipe: Recipe, samples: int) -> None:
+    """That something will be known of these samples, if answers are to be skipped."""
+    settings, stage = recipe.regate, recipe.train
+    if settings.keep < 1 and not settings.reference and stage.total(samples) * stage.batch <= samples:
+        raise UserError(
+            "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
+            "regate.reference, or train for several epochs"
+        )
+
+
 class Gate:
     """Whose answers a step of `train` skips."""
 
     def __init__(self, recipe: Recipe, source: Source, device: torch.device, base: str):
+        check(recipe, len(source))
         number, stage = next((n, stage) for n, (name, stage) in enumerate(recipe.stages()) if name == "train")
         order, drawn = Order(len(source), recipe.run.seed + number), stage.total(len(source)) * stage.batch
         window = stage.batch * recipe.scale.window  # within which `scale` may draw in another order
@@ -37,11 +48,6 @@ class Gate:
             name = precision.choose(recipe.model.precision, device)
             folder = Path(recipe.run.cache).expanduser() / "reference"
             losses = Reference(settings.reference, base, source, seen, name, folder).losses(device)
-        elif drawn <= len(source):
-            raise UserError(
-                "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
-                "regate.reference, or train for several epochs"
-            )
         self.memory = Memory(settings, seen, [source.lengths(i)[2] for i in seen], losses)
 
     def begin(self, samples: list[int], share: float) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UserError, counted
+from .labels import label_ends, label_points
 
 DPI = 120
 # Okabe and Ito's colours, the pale ones darkened so that names can be written in them. With each goes a dash and a
@@ -34,6 +35,7 @@ MODES = {  # mode -> how its curve and its single steps are drawn
     "slow": {"color": "#D55E00", "linestyle": (0, (4, 1.5)), "marker": "^"},
 }
 GREY = "#666666"
+CROWD, LONG = 12, 20  # from more arms, or longer names, on a comparison is drawn a line an arm
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
@@ -182,7 +184,8 @@ def draw_compare(results: dict, out: Path | str) -> Path:
 
 
 def compare_figure(results: dict):
-    """Left: how the loss of every arm falls. Right: its accuracy against its speed. A matplotlib Figure."""
+    """Left: how the loss of every arm falls. Right: its accuracy against its speed. Of more arms than can be told apart
+    so: a line an arm, its accuracy and its speed. A matplotlib Figure."""
     runs = results.get("runs") or []
     if not runs:
         raise UserError("the comparison holds no run: nothing to draw")
@@ -190,6 +193,14 @@ def compare_figure(results: dict):
     full = {run["seed"]: run["seconds"] for run in runs if run["arm"] == "full"}
     usual = np.mean(list(full.values())) if full else None  # for a seed that the full arm did not run
 
+    def measured(arm: str) -> tuple[np.ndarray, np.ndarray]:
+        """Speed (or, without the arm `full`, seconds) and accuracy of its seeds."""
+        mine = [run for run in runs if run["arm"] == arm]
+        speed = [full.get(run["seed"], usual) / run["seconds"] if full else run["seconds"] for run in mine]
+        return np.array(speed), np.array([run["accuracy_full"] for run in mine], dtype=float)
+
+    if len(arms) > CROWD or max(map(len, arms)) > LONG:
+        return _lines_figure({arm: measured(arm) for arm in arms}, bool(full), len({run["seed"] for run in runs}))
     fig = figure(13, 5.4)
     left, right = fig.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.1]})
     fig.subplots_adjust(left=0.055, right=0.985, top=0.91, bottom=0.11, wspace=0.42)
@@ -206,8 +217,7 @@ def compare_figure(results: dict):
             )  # fmt: skip
             ends.append((at[-1], ce[-1], arm, colour))
             heights += list(ce)
-        speed = np.array([full.get(run["seed"], usual) / run["seconds"] if full else run["seconds"] for run in mine])
-        accuracy = np.array([run["accuracy_full"] for run in mine], dtype=float)
+        speed, accuracy = measured(arm)
         x, y = speed.mean(), accuracy.mean()
         right.errorbar(
             x, y, [[y - accuracy.min()], [accuracy.max() - y]], [[x - speed.min()], [speed.max() - x]],
@@ -234,15 +244,63 @@ def compare_figure(results: dict):
     right.set_xlabel("training speed-up over full" if full else "seconds of training")
     right.set_ylabel("accuracy on full tokens, %")
     right.margins(0.16, 0.3)
-    # Wrong answers, logarithmically: 97 differs from 98 % as 40 from 60 %, and one bad arm does not flatten the others.
-    forth, back = (lambda a: -np.log(np.maximum(100.5 - a, 0.05))), (lambda v: 100.5 - np.exp(-v))
-    right.set_yscale("function", functions=(forth, back))
-    lows, highs = min(span[1] for span in spans), max(span[3] for span in spans)
-    right.set_yticks([t for t in (0, 25, 50, 70, 80, 90, 95, 97, 98, 99, 100) if lows - 5 <= t <= highs + 1])
+    _wrong_answers(right.yaxis, min(span[1] for span in spans), max(span[3] for span in spans))
     if full:
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     label_points(right, points, spans)
     return fig
+
+
+def _lines_figure(arms: dict[str, tuple[np.ndarray, np.ndarray]], speeds: bool, seeds: int):
+    """Accuracy and speed of each arm on a line of its own: the mean of the seeds, and from worst to best."""
+    names = list(arms)
+    fig = figure(13, 1.3 + 0.2 * len(names))
+    labels = [fig.text(0, 0, name, fontsize=9, va="center", ha="right", parse_math=False) for name in names]
+    wide = max(label.get_window_extent().width for label in labels) / DPI + 0.25
+    fig.set_size_inches(9 + wide, fig.get_figheight())
+    tall = fig.get_figheight()
+    left, right = fig.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [1.25, 1]})
+    fig.subplots_adjust(
+        left=wide / (9 + wide), right=1 - 0.2 / (9 + wide), top=1 - 0.45 / tall, bottom=0.65 / tall, wspace=0.06
+    )
+    bars = f", bars from worst to best of {seeds} seeds" if seeds > 1 else ""
+    left.set_title(f"Accuracy{bars}", loc="left")
+    left.set_xlabel("accuracy on full tokens, %")
+    right.set_title("Speed" if speeds else "Time", loc="left")
+    right.set_xlabel("training speed-up over full" if speeds else "seconds of training")
+    for ax, which in ((left, 1), (right, 0)):
+        _plain(ax)
+        ax.grid(axis="y", color="#eeeeee", linewidth=0.6)
+        ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+        ax.tick_params(axis="y", length=0, labelleft=False)
+        for at, name in enumerate(names):
+            values = arms[name][which]
+            mean = values.mean()
+            ax.errorbar(
+                mean, at, xerr=[[mean - values.min()], [values.max() - mean]], color=COLOURS[name != "full"],
+                marker="os"[name == "full"], markersize=5.5, linestyle="", elinewidth=1, capsize=2.5,
+            )  # fmt: skip
+        if "full" in arms:  # what all are measured against
+            ax.axvline(arms["full"][which].mean(), color=COLOURS[0], linewidth=0.8, linestyle=DASHES[2], zorder=0.9)
+    left.set_yticks(range(len(names)))
+    left.set_ylim(len(names) - 0.5, -0.5)
+    every = np.concatenate([accuracy for _, accuracy in arms.values()])
+    _wrong_answers(left.xaxis, every.min(), every.max())
+    if speeds:
+        right.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    for at, label in enumerate(labels):
+        _, y = left.transData.transform((0, at))
+        label.set_position(((wide - 0.1) / (9 + wide), y / (tall * DPI)))
+    return fig
+
+
+def _wrong_answers(axis, low: float, high: float) -> None:
+    """Accuracies by their wrong answers, logarithmically: 97 differs from 98 % as 40 from 60 %, and one bad arm does
+    not flatten the others."""
+    forth, back = (lambda a: -np.log(np.maximum(100.5 - a, 0.05))), (lambda v: 100.5 - np.exp(-v))
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("function", functions=(forth, back))
+    axis.set_ticks([t for t in (0, 25, 50, 70, 80, 90, 95, 97, 98, 99, 100) if low - 5 <= t <= high + 1])
 
 
 def _mean_curve(curves: list[list]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -292,85 +350,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(values)])
     low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
     return (total[high] - total[low]) / (high - low)
-
-
-def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each curve's name right of the axes, at the height of its end (x, y, name, colour), or as near to that as
-    the other names leave room; a thin line leads there."""
-    box = ax.get_window_extent()
-    ends = sorted(ends, key=lambda end: (end[1], end[0]))
-    wanted = np.array([ax.transData.transform((x, y))[1] for x, y, *_ in ends]).clip(box.y0, box.y1)
-    tall = np.array([12.5 * DPI / 72 * (1 + text.count("\n")) for *_, text, _ in ends])
-    for (x, y, text, colour), height in zip(ends, _spread(wanted, tall, box.y0, box.y1), strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
-        ax.annotate(
-            text, (x, y), (1.035, (height - box.y0) / box.height), xycoords="data", textcoords="axes fraction",
-            va="center", fontsize=9, color=colour, annotation_clip=False, parse_math=False, arrowprops=line,
-        )  # fmt: skip
-
-
-def _spread(wanted: np.ndarray, tall: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Ascending heights near the wanted (ascending) ones, so that labels `tall` high do not touch and, if there is
-    room at all, stay within low .. high. Labels that would touch are pooled into a block about its mean."""
-    gaps = np.concatenate([[0.0], (tall[:-1] + tall[1:]) / 2]).cumsum()
-    blocks: list[list[float]] = []  # [mean of (wanted - gap), members]
-    for value in wanted - gaps:  # touching labels must be equal here at least: isotonic regression
-        blocks.append([value, 1])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            mean, n = blocks.pop()
-            blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * n) / (blocks[-1][1] + n), blocks[-1][1] + n]
-    placed = np.concatenate([[mean] * n for mean, n in blocks]).clip(low, max(low, high - gaps[-1]))
-    return placed + gaps
-
-
-def label_points(ax, points: list[tuple[float, float, str, str]], spans: list[tuple]) -> None:
-    """Name each point (x, y, name, colour) as near to it as the name covers no point, no error bar (`spans`: x0, y0,
-    x1, y1 of each), no other name and no line that leads to one. In a crowd, where names close by would wall in the
-    points of the others, all names step back."""
-    ax.figure.canvas.draw()  # settles the axes' limits
-    at = [ax.transData.transform((x, y)) for x, y, *_ in points]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
-    for (x, y), (x0, y0, x1, y1) in zip(at, spans, strict=True):
-        (left, low), (right, high) = ax.transData.transform([(x0, y0), (x1, y1)])
-        taken += [(left - 4, y - 6, right + 4, y + 6), (x - 6, low - 4, x + 6, high + 4)]
-    how = {"textcoords": "offset pixels", "fontsize": 9, "parse_math": False}
-    labels = [ax.annotate(text, (x, y), (0, 0), color=colour, **how) for x, y, text, colour in points]
-    extents = [label.get_window_extent() for label in labels]
-    sizes = [(extent.width + 4, extent.height + 2) for extent in extents]
-    tries = (_arrange(at, sizes, taken, ax.get_window_extent(), nearest) for nearest in range(10, 130, 6))
-    places = min(tries, key=lambda found: found.count(None))
-    for label, point, place, (x, y, _, colour) in zip(labels, at, places, points, strict=True):
-        box, edge = place or ((point[0] + 8, point[1] - 7), point)  # no room anywhere: beside the point, over others
-        label.set_position((box[0] + 2, box[1] + 1) - point)
-        if math.dist(point, edge) > 14:
-            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-            ax.annotate("", (x, y), edge - point, textcoords="offset pixels", arrowprops=arrow)
-
-
-# The sides of a point on which its name is tried, in degrees: beside it first, above and below it last.
-_TURNS = (0, 180, *(a for tilt in range(15, 91, 15) for a in (tilt, -tilt, 180 - tilt, tilt - 180)))
-
-
-def _arrange(at: list, sizes: list, taken: list, area, nearest: int) -> list:
-    """For each point the box of its name and the end of the line to it, or None. All in pixels."""
-    taken, places = list(taken), []
-    for (x, y), (wide, tall) in zip(at, sizes, strict=True):
-        places.append(None)
-        for away, turn in itertools.product(range(nearest, 240, 8), _TURNS):
-            dx, dy = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-            left, low = x + dx * (away + wide / 2) - wide / 2, y + dy * (away + tall / 2) - tall / 2
-            box = (left, low, left + wide, low + tall)
-            if left < area.x0 + 2 or box[2] > area.x1 - 2 or low < area.y0 + 2 or box[3] > area.y1 - 2:
-                continue
-            edge = min(max(x, left), box[2]), min(max(y, low), box[3])
-            shares = [t / math.dist((x, y), edge) for t in range(20, int(math.dist((x, y), edge)), 3)]
-            line = [(x + (edge[0] - x) * t, y + (edge[1] - y) * t) for t in shares]  # next to the point it may touch
-            parts = [box, *((u - 1, v - 1, u + 1, v + 1) for u, v in line)]
-            if not any(a < r and p < c and b < s and q < d for a, b, c, d in parts for p, q, r, s in taken):
-                taken += parts
-                places[-1] = box, edge
-                break
-    return places
 
 
 def _column(steps: list[dict], key: str) -> np.ndarray:

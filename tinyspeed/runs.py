@@ -6,15 +6,25 @@ Nothing of another run, or of anything else, is ever overwritten. What can be kn
 known here, so that a mistake costs a second and not the time that a base model, or 200,000 records, take.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from . import folders
 from .errors import UserError
-from .recipe import Recipe, differences, read
+from .recipe import Recipe, read
 
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
+# What a resumed run may change: where things are kept, and how a step fits into memory. No sample, no weight of it and
+# no schedule depends on these (dropout draws differently for micro-batches that are cut differently).
+FREE = {
+    "run": ("save_every", "keep_checkpoints", "cache"),
+    "data": ("workers", "feature_cache_gb"),
+    "align": ("row_budget", "checkpointing"),
+    "train": ("row_budget", "checkpointing"),
+    "scale": ("shard", "reshard", "offload", "check_every", "timeout"),
+}
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -44,6 +54,17 @@ def check(recipe: Recipe, resume: bool) -> None:
         )
     if folder.is_dir() and any(folder.iterdir()) and not OURS & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
+
+
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """The keys in which two recipes ask for different runs."""
+    a, b = dataclasses.asdict(before), dataclasses.asdict(now)
+    return [
+        f"{section}.{key}"
+        for section in a
+        for key in a[section]
+        if a[section][key] != b[section][key] and key not in FREE.get(section, ())
+    ]
 
 
 def metrics(folder: Path) -> list[str]:

@@ -152,7 +152,7 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     if source is not None and recipe.data.feature_cache_gb and len(source.visual):
         _keep_features(recipe, model, source)
     if source is None:
-        digits.check_model(model.model, base(recipe))
+        digits.check_model(model.model, base(recipe), digits.canvas_of(recipe))
         source = digits.of(recipe)
     return model, source
 
@@ -214,7 +214,8 @@ def base(recipe: Recipe) -> str:
         return recipe.model.path
     if recipe.model.llm:
         return str(loading.assemble(recipe.model.tower, recipe.model.llm, recipe.folder / "base", recipe.run.seed))
-    return str(digits.prepare(recipe.folder / "base", recipe.run.seed, **asdict(recipe.digits)))
+    sizes = recipe.digits
+    return str(digits.prepare(recipe.folder / "base", recipe.run.seed, tower_steps=sizes.tower_steps, **sizes.sizes))
 
 
 def place(recipe: Recipe) -> tuple[torch.device, str]:

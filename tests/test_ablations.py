@@ -1,0 +1,107 @@
+"""Arms: each is the recipe with what it changes, and those that come with the package can all be run."""
+
+import dataclasses
+import itertools
+import json
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyspeed import ablations, cli, compare, recipe
+from tinyspeed.pruning import registry
+
+DIGITS = recipe.read("digits")
+BUILT_IN = sorted(p.stem for p in ablations.BUILT_IN.glob("*.toml"))
+
+
+def differences(a, b):
+    """{section.key: value} of b where it is not a's."""
+    a, b = dataclasses.asdict(a), dataclasses.asdict(b)
+    return {f"{s}.{k}": b[s][k] for s in a for k in a[s] if a[s][k] != b[s][k]}
+
+
+VALUES = {  # none of them the recipe's own
+    "dualspeed.keep": [0.2, 0.25, 0.5],
+    "dualspeed.plugin": ["dpp", "grid", "random"],
+    "dualspeed.isolator": [0, 2, 8],
+    "train.lr": [1e-4, 5e-4],
+    "align.lr": [1e-4, 5e-4],
+    "train.steps": [7, 70],
+}
+
+
+@given(data=st.data())
+def test_vary_makes_every_combination_once_and_changes_nothing_else(data):
+    keys = data.draw(st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=3, unique=True))
+    chosen = {key: data.draw(st.lists(st.sampled_from(VALUES[key]), min_size=1, unique=True)) for key in keys}
+    arms = ablations.vary(DIGITS, [f"{key}={','.join(map(str, values))}" for key, values in chosen.items()])
+    assert next(iter(arms)) == "full"
+    assert differences(DIGITS, arms.pop("full")) == {"dualspeed.schedule": "full"}
+    expected = [dict(zip(keys, values, strict=True)) for values in itertools.product(*chosen.values())]
+    assert [differences(DIGITS, made) for made in arms.values()] == expected
+    for name, changes in zip(arms, expected, strict=True):
+        said = [word.split("=") for word in name.split(" ")]
+        assert [value for _, value in said] == [str(value) for value in changes.values()]
+        assert all(key.endswith(short) for key, (short, _) in zip(keys, said, strict=True))
+
+
+def test_keys_of_one_name_are_told_apart_by_their_sections():
+    assert list(ablations.vary(DIGITS, ["train.lr=1e-4", "align.lr=1e-3", "lora.rank=4"])) == [
+        "full",
+        "train.lr=1e-4 align.lr=1e-3 rank=4",
+    ]
+
+
+words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8).filter(lambda word: word != "base")
+
+
+@given(data=st.data(), arms=st.dictionaries(words, st.sets(st.sampled_from(sorted(VALUES)), max_size=3), min_size=1))
+def test_a_file_of_arms_is_read_in_its_order_and_only_picks_some(tmp_path_factory, data, arms):
+    changes = {arm: {key: data.draw(st.sampled_from(VALUES[key])) for key in sorted(arms[arm])} for arm in arms}
+    lines = []
+    for arm, values in changes.items():
+        lines.append(f"[{json.dumps(arm, ensure_ascii=False)}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    file = tmp_path_factory.mktemp("arms") / "mine.toml"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    made = ablations.read(DIGITS, str(file))
+    assert [(arm, differences(DIGITS, found)) for arm, found in made.items()] == list(changes.items())
+    some = data.draw(st.lists(st.sampled_from(list(changes)), min_size=1, unique=True))
+    assert ablations.read(DIGITS, str(file), " , ".join(some)) == {arm: made[arm] for arm in some}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_command_that_a_built_in_file_opens_with_runs_all_of_its_arms(name, tmp_path, monkeypatch):
+    opening = (ablations.BUILT_IN / f"{name}.toml").read_text(encoding="utf-8").split("\n[")[0]
+    (command,) = re.findall(r"^#   tinyspeed (compare (?:.*\\\n)*.*)", opening, flags=re.MULTILINE)
+    begun = []
+
+    def instead(chosen, folder, seeds, arms, bar):
+        begun.append((chosen, seeds, arms))
+        return signal.SIGINT
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "_compare", instead)  # all checks are behind it
+    assert cli.main(shlex.split(command.replace("\\\n#", ""))) == 0
+    [(chosen, seeds, arms)] = begun
+    assert seeds == 3
+    assert {**arms} == ablations.read(chosen, name)
+    assert differences(chosen, arms["full"]) == {"dualspeed.schedule": "full"}
+    assert len({made.to_toml() for made in arms.values()}) == len(arms), "two arms are the same"
+
+
+def test_the_papers_arms_are_those_of_the_readmes_table():
+    lines = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("## What was measured")[1]
+    table = re.findall(r"^\| (\S.*?) *\|", lines.split("![")[0], flags=re.MULTILINE)
+    assert ["arm", *ablations.read(DIGITS, "paper")] == [name for name in table if not name.startswith("-")]
+
+
+def test_every_plugin_of_the_package_is_among_the_plugins_arms():
+    ours = {name for name, plugin in registry.PLUGINS.items() if plugin.__module__.startswith("tinyspeed.")}
+    compared = {(made.dualspeed.plugin, made.dualspeed.keep) for made in ablations.read(DIGITS, "plugins").values()}
+    assert compared == {(name, keep) for name in ours for keep in (0.1, 0.25)}

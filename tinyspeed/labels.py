@@ -1,0 +1,90 @@
+"""Names beside what they name: at the ends of curves, and around points, none over another.
+
+Legends make one look to and fro, and colours alone fail on grey printers. So names are placed as a person would: near,
+and where there is room; a thin line leads to what had none beside it. All distances are measured in pixels, on the
+drawing as it will be saved.
+"""
+
+import itertools
+import math
+
+import numpy as np
+
+
+def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
+    """Write each curve's name right of the axes, at the height of its end (x, y, name, colour), or as near to that as
+    the other names leave room; a thin line leads there."""
+    box = ax.get_window_extent()
+    ends = sorted(ends, key=lambda end: (end[1], end[0]))
+    wanted = np.array([ax.transData.transform((x, y))[1] for x, y, *_ in ends]).clip(box.y0, box.y1)
+    tall = np.array([12.5 * ax.figure.dpi / 72 * (1 + text.count("\n")) for *_, text, _ in ends])
+    for (x, y, text, colour), height in zip(ends, _spread(wanted, tall, box.y0, box.y1), strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
+        ax.annotate(
+            text, (x, y), (1.035, (height - box.y0) / box.height), xycoords="data", textcoords="axes fraction",
+            va="center", fontsize=9, color=colour, annotation_clip=False, parse_math=False, arrowprops=line,
+        )  # fmt: skip
+
+
+def _spread(wanted: np.ndarray, tall: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Ascending heights near the wanted (ascending) ones, so that labels `tall` high do not touch and, if there is
+    room at all, stay within low .. high. Labels that would touch are pooled into a block about its mean."""
+    gaps = np.concatenate([[0.0], (tall[:-1] + tall[1:]) / 2]).cumsum()
+    blocks: list[list[float]] = []  # [mean of (wanted - gap), members]
+    for value in wanted - gaps:  # touching labels must be equal here at least: isotonic regression
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            mean, n = blocks.pop()
+            blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * n) / (blocks[-1][1] + n), blocks[-1][1] + n]
+    placed = np.concatenate([[mean] * n for mean, n in blocks]).clip(low, max(low, high - gaps[-1]))
+    return placed + gaps
+
+
+def label_points(ax, points: list[tuple[float, float, str, str]], spans: list[tuple]) -> None:
+    """Name each point (x, y, name, colour) as near to it as the name covers no point, no error bar (`spans`: x0, y0,
+    x1, y1 of each), no other name and no line that leads to one. In a crowd, where names close by would wall in the
+    points of the others, all names step back."""
+    ax.figure.canvas.draw()  # settles the axes' limits
+    at = [ax.transData.transform((x, y)) for x, y, *_ in points]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
+    for (x, y), (x0, y0, x1, y1) in zip(at, spans, strict=True):
+        (left, low), (right, high) = ax.transData.transform([(x0, y0), (x1, y1)])
+        taken += [(left - 4, y - 6, right + 4, y + 6), (x - 6, low - 4, x + 6, high + 4)]
+    how = {"textcoords": "offset pixels", "fontsize": 9, "parse_math": False}
+    labels = [ax.annotate(text, (x, y), (0, 0), color=colour, **how) for x, y, text, colour in points]
+    extents = [label.get_window_extent() for label in labels]
+    sizes = [(extent.width + 4, extent.height + 2) for extent in extents]
+    tries = (_arrange(at, sizes, taken, ax.get_window_extent(), nearest) for nearest in range(10, 130, 6))
+    places = min(tries, key=lambda found: found.count(None))
+    for label, point, place, (x, y, _, colour) in zip(labels, at, places, points, strict=True):
+        box, edge = place or ((point[0] + 8, point[1] - 7), point)  # no room anywhere: beside the point, over others
+        label.set_position((box[0] + 2, box[1] + 1) - point)
+        if math.dist(point, edge) > 14:
+            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+            ax.annotate("", (x, y), edge - point, textcoords="offset pixels", arrowprops=arrow)
+
+
+# The sides of a point on which its name is tried, in degrees: beside it first, above and below it last.
+_TURNS = (0, 180, *(a for tilt in range(15, 91, 15) for a in (tilt, -tilt, 180 - tilt, tilt - 180)))
+
+
+def _arrange(at: list, sizes: list, taken: list, area, nearest: int) -> list:
+    """For each point the box of its name and the end of the line to it, or None. All in pixels."""
+    taken, places = list(taken), []
+    for (x, y), (wide, tall) in zip(at, sizes, strict=True):
+        places.append(None)
+        for away, turn in itertools.product(range(nearest, 240, 8), _TURNS):
+            dx, dy = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+            left, low = x + dx * (away + wide / 2) - wide / 2, y + dy * (away + tall / 2) - tall / 2
+            box = (left, low, left + wide, low + tall)
+            if left < area.x0 + 2 or box[2] > area.x1 - 2 or low < area.y0 + 2 or box[3] > area.y1 - 2:
+                continue
+            edge = min(max(x, left), box[2]), min(max(y, low), box[3])
+            shares = [t / math.dist((x, y), edge) for t in range(20, int(math.dist((x, y), edge)), 3)]
+            line = [(x + (edge[0] - x) * t, y + (edge[1] - y) * t) for t in shares]  # next to the point it may touch
+            parts = [box, *((u - 1, v - 1, u + 1, v + 1) for u, v in line)]
+            if not any(a < r and p < c and b < s and q < d for a, b, c, d in parts for p, q, r, s in taken):
+                taken += parts
+                places[-1] = box, edge
+                break
+    return places
