@@ -3,8 +3,8 @@
     look("cat.jpg", "cat.png", tower="llava-hf/llava-1.5-7b-hf")      -> {"divprune": [3, 17, ...], ...}
 
 Accuracy says how good a plugin is; a look at what it keeps says why. Every panel shows the picture as the model gets
-it, resized and cropped, with the kept cells bright and the others dimmed. Of a plugin that merges, every cell shows what
-is left of it: the mixture of cells that the row it went into stands for.
+it, resized and cropped, with the kept cells bright and the others dimmed. Of a plugin that merges, a cell shows what is
+left of it: the mixture of cells that the row it went into stands for.
 
 What the plugins see is decided by `tower`:
 - a LLaVA (folder or hub id): its projected features, what they see in training. Of LLaVA-NeXT the base view only, where
