@@ -24,7 +24,8 @@ class Model:
         """Bytes of a gathered layer."""
         shape = self.shape
         linears = [memory.nf4(a * b) if self.s.quantise == "nf4" else 2 * a * b for a, b in shape.linears]
-        return sum(linears) + 2 * (sum(a * b for a, b in shape.adapters(self.s.rank)) + 2 * shape.hidden)
+        adapters = self.s.views * sum(a * b for a, b in shape.adapters(self.s.rank))
+        return sum(linears) + 2 * (adapters + 2 * shape.hidden)
 
     @cached_property
     def root(self) -> int:
@@ -33,10 +34,10 @@ class Model:
 
     @cached_property
     def trained(self) -> tuple[int, int]:
-        """Numbers that train in a layer, and in the root."""
+        """Numbers that a step trains in a layer, and in the root."""
         matrices = self.shape.adapters(self.s.rank) or self.shape.linears
         layer = sum(a * b for a, b in matrices) * (self.s.stage == "train")
-        return layer, memory.fixed(self.shape, self.s).trainable - self.shape.layers * layer
+        return layer, memory.fixed(self.shape, self.s).gradients // 4 - self.shape.layers * layer
 
     @property
     def borrowed(self) -> int:

@@ -37,6 +37,8 @@ CASES = {
     "llava lora copies": ("scale.shard=1", "train.row_budget=60", "lora.rank=4"),
     "llava recomputed": ("lora.rank=4", "train.checkpointing=on"),
     "llava without isolator": ("lora.rank=4", "dualspeed.isolator=0"),
+    "llava views in turns": ("lora.rank=4", "dualspeed.views=true", "train.row_budget=60"),
+    "llava views 4-bit": ("lora.rank=4", "dualspeed.views=true", "model.quantise=nf4", "train.checkpointing=on"),
     "llava bf16": ("model.precision=bf16",),
     "llava kept gathered": ("scale.reshard=false",),
     "llava bf16 lora": ("model.precision=bf16", "lora.rank=4"),

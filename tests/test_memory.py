@@ -33,19 +33,23 @@ def test_parameters_of_real_models_are_exact(name):
 
 
 @pytest.mark.parametrize("stage", ["align", "train"])
-@pytest.mark.parametrize(("name", "rank"), [("1.5-7b", 0), ("next-7b", 0), ("next-mistral", 16), ("onevision", 0)])
-def test_what_trains_and_what_it_weighs_is_exact(name, rank, stage):
+@pytest.mark.parametrize(
+    ("name", "rank", "views"),
+    [("1.5-7b", 0, 1), ("next-7b", 0, 1), ("next-mistral", 16, 1), ("onevision", 0, 1), ("1.5-7b", 16, 2)],
+)
+def test_what_trains_and_what_it_weighs_is_exact(name, rank, views, stage):
     config = REAL[name]()
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model = DualSpeed(loading.add_lora(net, rank=rank) if rank else net)
+    model = DualSpeed(loading.add_lora(net, rank=rank, views=views == 2) if rank else net, views=views == 2)
     loading.set_trainable(model.model, stage)
-    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage))
-    assert found.trainable == sum(sizes)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage, views=views))
+    assert found.trainable == sum(sizes.values())
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights == sum(p.nbytes for p in model.parameters())
-    assert (found.gradients, found.moments) == (4 * sum(sizes), 8 * sum(sizes))
+    moved = sum(size for name, size in sizes.items() if ".fast." not in name)  # by a step, which is of one mode
+    assert (found.gradients, found.moments) == (4 * moved, 8 * sum(sizes.values()))
 
 
 # Small models whose steps are run. Wide enough that rows outweigh what does not grow with them.
@@ -75,8 +79,8 @@ def built(s: Settings, folder, **shape) -> DualSpeed:
         net.save_pretrained(folder)
         net = loading.load(folder, s.precision, quantise=s.quantise)
     if s.rank:
-        net = loading.add_lora(net, rank=s.rank, dropout=s.dropout)
-    model = DualSpeed(net, isolator=s.isolator)
+        net = loading.add_lora(net, rank=s.rank, dropout=s.dropout, views=s.views == 2)
+    model = DualSpeed(net, isolator=s.isolator, views=s.views == 2)
     loading.set_trainable(model.model, s.stage)
     return model.train()
 
@@ -189,6 +193,7 @@ SETTINGS = {
     "4-bit LoRA dropout": Settings("bf16", "nf4", rank=4, dropout=0.1),
     "align": Settings("bf16", stage="align"),
     "align LoRA": Settings("bf16", rank=4, dropout=0.1, stage="align"),
+    "bf16 views": Settings("bf16", rank=4, views=2),
 }
 STEPS = [("full", False), ("fast", True), ("slow", True)], [("full", True), ("fast", False), ("slow", False)]
 CASES = [(name, *step) for number, name in enumerate(SETTINGS) for step in STEPS[number % 2]]
@@ -319,8 +324,9 @@ def test_more_of_anything_never_needs_less(hidden, layers, kind, s, mode, text, 
     assert least <= total(sized(hidden, layers + more, kind), s, mode, text, images, recompute)
     assert least <= total(sized(hidden + more, layers, kind), s, mode, text, images, recompute)
     if s.rank:
-        ranked = Settings(**{**vars(s), "rank": s.rank + more})
-        assert least <= total(config, ranked, mode, text, images, recompute)
+        for grown in ({"rank": s.rank + more}, {"views": 2}):
+            larger = Settings(**{**vars(s), **grown})
+            assert least <= total(config, larger, mode, text, images, recompute)
 
 
 @given(hiddens, depths, kinds, settings, modes, texts, pictures)

@@ -42,21 +42,21 @@ def recipe(models):
     return made
 
 
-@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize(("rank", "views"), [(0, 1), (16, 1), (16, 2)])
 @pytest.mark.parametrize("name", ["1.5-7b", "next-mistral"])
-def test_what_is_gathered_and_what_trains_is_the_models_own(name, rank):
+def test_what_is_gathered_and_what_trains_is_the_models_own(name, rank, views):
     config = REAL[name]()
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    net = loading.add_lora(net, rank=rank) if rank else net
+    net = loading.add_lora(net, rank=rank, views=views == 2) if rank else net
     loading.set_trainable(net, "train")
     sizes = {"layers": 0, "tower": 0, "root": 0}
     trained = 0
     for key, p in net.named_parameters():
         part = "tower" if "vision_tower" in key else "layers" if ".layers." in key else "root"
         sizes[part] += p.numel()
-        trained += p.numel() * p.requires_grad
-    model = Model(Shape(config), Settings(rank=rank, isolator=0))
+        trained += p.numel() * (p.requires_grad and ".fast." not in key)  # a step moves one view
+    model = Model(Shape(config), Settings(rank=rank, isolator=0, views=views))
     assert model.layer * model.shape.layers == 2 * sizes["layers"]
     assert model.root == 2 * sizes["root"]
     assert model.shape.layers * model.trained[0] + model.trained[1] == trained

@@ -77,6 +77,7 @@ def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name):
         ("dualspeed.slow=-1", "between 0 and 1"),
         ("dualspeed.distill=-1", "negative"),
         ("dualspeed.isolator=-1", "negative"),
+        ("dualspeed.views=true", "set lora.rank"),
         ("run.seed=-1", "between 0"),
         ("train.epochs=inf", "infinite"),
         ("run.name=../up", "plain folder name"),

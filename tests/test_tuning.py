@@ -33,6 +33,7 @@ SETTINGS = {
     # Ten records, five a step: killed at the end of an epoch, and again in the middle of the next.
     "bf16": ("model.precision=bf16", "lora.rank=4", "train.optimizer=paged_adamw8bit", "train.batch=5"),
     "full": ("model.precision=bf16", "train.row_budget=150"),
+    "views": ("lora.rank=4", "dualspeed.views=true", "train.optimizer=adamw8bit", "train.weight_decay=0.1"),
 }
 
 
@@ -53,7 +54,7 @@ def settings(home, folder, name, *changes, family="llava"):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("how", SETTINGS)
 def test_killed_and_resumed_is_never_killed_for_every_way_to_fit_a_small_gpu(home, tmp_path, monkeypatch, how, family):
-    if family == "llava_next" and how in ("fp16", "full"):
+    if family == "llava_next" and how in ("fp16", "full", "views"):
         pytest.skip("the other two cover what NeXT does differently")
     whole = settings(home, tmp_path, "whole", *SETTINGS[how], family=family)
     train.train(whole, bar=False)
@@ -70,7 +71,7 @@ def test_killed_and_resumed_is_never_killed_for_every_way_to_fit_a_small_gpu(hom
         )
 
 
-@pytest.mark.parametrize("how", ["qlora", "bf16"])
+@pytest.mark.parametrize("how", ["qlora", "bf16", "views"])
 def test_the_export_is_what_the_checkpoint_holds(home, tmp_path, how):
     made = settings(home, tmp_path, "run", *SETTINGS[how])
     train.train(made, bar=False)

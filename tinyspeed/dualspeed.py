@@ -29,7 +29,7 @@ from .choosing import Chooser
 from .distill import answer_loss, without_dropout
 from .drop_in import DropIn
 from .errors import UserError, unknown
-from .isolator import PromptIsolator
+from .isolator import PromptIsolator, Views
 from .scheduler import DualSpeedSchedule, Plan, Schedule
 from .vlm import family
 
@@ -48,9 +48,10 @@ class DualSpeed(DropIn):
     """Wraps a Hugging Face vision-language model for training.
 
     `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
-    `isolator`: rows of the mode isolator, 0 for none. `distill`, `temperature`: alpha and T. `positions`: "compact"
-    or "original". `layout`: "padded", "packed", or "auto" (packed where the GPU has a kernel for it). `schedule`:
-    instead of the default, slow at random. `chunk`: answer rows whose logits exist at a time.
+    `isolator`: rows of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`loading.add_lora`).
+    `distill`, `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or "auto"
+    (packed where the GPU has a kernel for it). `schedule`: instead of the default, slow at random. `chunk`: answer rows
+    whose logits exist at a time.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DualSpeed(DropIn):
         keep: float = 0.1,
         slow: float = 0.1,
         isolator: int = 4,
+        views: bool = False,
         distill: float = 1.0,
         temperature: float = 1.0,
         positions: str = "compact",
@@ -85,6 +87,7 @@ class DualSpeed(DropIn):
         # They stay fp32 in a bf16 model, as LoRA's adapters do: small updates would round away.
         for mine in (self.isolator, self.chooser):
             mine.to(model.get_input_embeddings().weight.device)
+        self.views = Views(model, self.vlm.language_model, views)
         self.positions, self.layout = positions, layout
         self.temperature, self.chunk, self.seed = temperature, chunk, seed
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
@@ -122,6 +125,7 @@ class DualSpeed(DropIn):
         visual = {name: value for name, value in visual.items() if value is not None}
         if not self.training and plan is None:
             asked = {} if labels is None else {"labels": labels}
+            self.views.use("slow")
             return self.model(input_ids=input_ids, attention_mask=attention_mask, **visual, **asked)
         if labels is None:
             raise UserError("the batch has no labels: there is nothing to learn from")
@@ -154,12 +158,14 @@ class DualSpeed(DropIn):
             isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, table)), self.positions)
             pruned = [embeddings, *images, self.isolator.weight]
         if taught:
+            self.views.use("fast")
             with torch.no_grad(), without_dropout(self.vlm.language_model):
                 teacher = self._answers(pruned, isolating, plan)[0]
         elif plan.mode == "fast":
             table, run, extra = pruned, isolating, self.chooser.idle()
             if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
                 extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()
+        self.views.use("fast" if plan.mode == "fast" else "slow")  # and so it stays until the backward is over
         hidden, target, influence = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")

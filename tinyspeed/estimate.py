@@ -274,7 +274,8 @@ def describe(found: Estimate) -> str:
         times = [_said(n / found.tflops / 1e12, TIMES) for n in (full, ours)]
         work.append([name, f"{samples:,}", _said(full, FLOPS), _said(ours, FLOPS), f"{full / ours:.2f}x", *times])
     model, rank = recipe.model, recipe.lora.rank
-    how = [case.precision, *["LLM in 4 bits"] * (model.quantise != "none"), *[f"LoRA of rank {rank}"] * bool(rank)]
+    lora = f"LoRA of rank {rank}{' for each mode' * recipe.dualspeed.views}"
+    how = [case.precision, *["LLM in 4 bits"] * (model.quantise != "none"), *[lora] * bool(rank)]
     parts = [
         f"{model.path or model.llm or 'the embedded default'}: {', '.join(how)}\ndata: {case.data}",
         table(["stage", "parameters", "trained", "weights", "gradients", "optimizer"], fixed),

@@ -199,13 +199,19 @@ def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> LoraConf
     return LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout)
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0) -> nn.Module:
-    """The model in peft's wrapper, with adapters (fp32) on the LLM's linear layers."""
+def add_lora(
+    model: nn.Module, *, rank: int, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0, views: bool = False
+) -> nn.Module:
+    """The model in peft's wrapper, with adapters (fp32) on the LLM's linear layers. `views`: two of them, "slow" and
+    "fast", drawn alike."""
     how = lora_config(rank, alpha, dropout)
     how.target_modules = linear_layers(model)
     with torch.random.fork_rng(devices=_cuda(model)):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, how)
+        wrapped = get_peft_model(model, how, adapter_name="slow" if views else "default")
+        if views:
+            torch.manual_seed(seed)
+            wrapped.add_adapter("fast", how)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:  # under 4-bit weights stored as bf16 they come out bf16
             parameter.data = parameter.data.float()

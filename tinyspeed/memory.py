@@ -88,15 +88,15 @@ class Settings:
     stage: str = "train"
     keep: float = 0.1
     isolator: int = 4
+    views: int = 1  # adapters on each layer; a step uses and moves one of them
 
     @classmethod
     def of(cls, recipe, stage: str, precision: str) -> "Settings":
         """Those of a `Recipe`; `precision` is what "auto" came to mean."""
         lora, optimizer, dual = recipe.lora, getattr(recipe, stage).optimizer, recipe.dualspeed
         quantise = recipe.model.quantise
-        return cls(
-            precision, quantise, lora.rank, lora.dropout, optimizer, stage, recipe.pruning(stage)[1], dual.isolator
-        )
+        keep, views = recipe.pruning(stage)[1], 1 + dual.views
+        return cls(precision, quantise, lora.rank, lora.dropout, optimizer, stage, keep, dual.isolator, views)
 
     @property
     def half(self) -> bool:
@@ -140,12 +140,13 @@ def trained(shape: Shape, s: Settings) -> list[tuple[int, int]]:
     if s.full:
         found += [(1 if shape.tied else 2, shape.vocab * h), (1, shape.parameters["norms"])]
     if s.stage == "train":
-        found += [(shape.layers, out * into) for out, into in shape.adapters(s.rank) or shape.linears]
+        found += [(shape.layers * s.views, out * into) for out, into in shape.adapters(s.rank) or shape.linears]
     return found
 
 
 def fixed(shape: Shape, s: Settings) -> Fixed:
-    adapters = shape.layers * sum(out * into for out, into in shape.adapters(s.rank))
+    view = shape.layers * sum(out * into for out, into in shape.adapters(s.rank))
+    adapters, idle = s.views * view, (s.views - 1) * view * (s.stage == "train")
     parameters = sum(shape.parameters.values()) + adapters + s.isolator * shape.hidden
     tensors = trained(shape, s)
     trainable = sum(count * n for count, n in tensors)
@@ -156,7 +157,7 @@ def fixed(shape: Shape, s: Settings) -> Fixed:
         weights -= s.width * shape.parameters["layers"]
         weights += shape.layers * sum(nf4(out * into) for out, into in shape.linears)
     moments = sum(count * _moments(n, s.optimizer) for count, n in tensors)
-    return Fixed(parameters, trainable, weights, 4 * trainable, moments)
+    return Fixed(parameters, trainable, weights, 4 * (trainable - idle), moments)
 
 
 def nf4(n: int) -> int:

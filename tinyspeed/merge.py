@@ -28,9 +28,10 @@ KEPT = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 def plain(names: Iterable[str]) -> dict[str, str]:
     """Of a checkpoint's names those of trained parameters, by their names inside the base model: no wrapper's prefix,
-    no isolator and no learned plugin."""
+    no isolator, no learned plugin, and of two views the slow one, which inference uses."""
     wrappers = re.compile(r"^model/(model\.)?(base_model\.model\.)?(?=model\.|lm_head\.)")
-    return {wrappers.sub("", n): n for n in names if n.startswith("model/") and not only_training(n)}
+    mine = (n for n in names if n.startswith("model/") and not only_training(n) and ".fast." not in n)
+    return {wrappers.sub("", n): n for n in mine}
 
 
 def only_training(name: str) -> bool:
@@ -104,7 +105,8 @@ def save_adapter(saved: Mapping[str, Tensor], how: LoraConfig, base: str, out: P
     if not any(".lora_" in name for name in learned):
         raise UserError("no adapter has been trained yet: the run is still aligning its projector")
     out.mkdir(parents=True)
-    tensors = {f"base_model.model.{name.replace('.default.', '.')}": t.contiguous() for name, t in learned.items()}
+    unnamed = re.compile(r"(?<=\.lora_[AB])\.\w+(?=\.)")  # peft names an adapter when it loads it
+    tensors = {f"base_model.model.{unnamed.sub('', name)}": t.contiguous() for name, t in learned.items()}
     save_file(tensors, out / "adapter_model.safetensors", {"format": "pt"})
     layers = {name.partition(".lora_")[0] for name in learned if ".lora_" in name}
     inside, leaves = min(layers).partition(".layers.")[0], sorted({layer.rpartition(".")[2] for layer in layers})

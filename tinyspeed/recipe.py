@@ -143,6 +143,7 @@ class DualSpeed:
     slow: float = 0.1  # share of slow steps
     isolator: int = 4  # rows of the mode isolator; 0 = none
     isolator_from: str = ""  # a finished run, whose isolator this one goes on with
+    views: bool = False  # a LoRA for each mode instead of one for both; needs lora.rank
     distill: float = 1.0  # weight of the slow steps' KL
     temperature: float = 1.0
     positions: str = "compact"  # "compact" (the official code's) or "original"
@@ -235,6 +236,8 @@ class Recipe:
         _check(bool(tunes) or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
         if self.model.quantise != "none" and tunes:
             _check(self.lora.rank > 0, '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"')
+        needs_lora = "dualspeed.views is a LoRA for each mode: set lora.rank, or dualspeed.views = false"
+        _check(self.lora.rank > 0 or not self.dualspeed.views, needs_lora)
         _check(self.regate.keep == 1 or bool(tunes), "regate.keep: answers are skipped in tuning; set train.steps")
         if self.data.feature_cache_gb and self.dualspeed.plugin != DualSpeed.plugin:
             from . import pruning

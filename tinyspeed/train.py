@@ -190,13 +190,15 @@ def build_model(recipe: Recipe) -> DualSpeed:
 def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
     """A loaded model with what training adds to it."""
     if recipe.lora.rank:
-        plain = loading.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed)
+        lora = asdict(recipe.lora)
+        plain = loading.add_lora(plain, **lora, seed=recipe.run.seed, views=recipe.dualspeed.views)
     settings = recipe.dualspeed
     model = DualSpeed(
         plain,
         plugin=settings.plugin,
         keep=max(settings.keep, recipe.sts.compress),  # the larger stage's: a learned plugin serves both
         isolator=settings.isolator,
+        views=settings.views,
         temperature=settings.temperature,
         positions=settings.positions,
         layout=settings.layout,
