@@ -127,7 +127,9 @@ class StageRun:
         self._announce()
         full_seconds_per_row = self._probe()
         on_cuda = self.model.device.type == "cuda"
-        batches = loader.load(self.source, self._ahead(), self.pad, workers=self.recipe.data.workers, pin=on_cuda)
+        # What a worker has ready is a micro-batch: of a step of its own, at the most.
+        workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
+        batches = loader.load(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
         with (
             loader.watched(),
             closing(batches),
