@@ -28,9 +28,9 @@ from .coverage import coverage
 from .divprune import divprune, divprune_centred
 from .dpp import dpp, dpp_centred
 from .registry import PLUGINS as _PLUGINS
-from .registry import names, needs, register, signals_of, works_with
+from .registry import names, needs, pairs, register, signals_of, works_with
 
-__all__ = ["keep_count", "names", "needs", "register", "select", "signals_of", "works_with"]
+__all__ = ["keep_count", "names", "needs", "pairs", "register", "select", "signals_of", "works_with"]
 __all__ += ["cls_topk", "coverage", "divprune", "divprune_centred", "dpp", "dpp_centred", "grid", "random", "vispruner"]
 
 

@@ -5,6 +5,9 @@ A plugin works from features alone, or declares the signals that it `needs` or, 
 
     cls_attention  (B, N)     how much [CLS] looks at each patch
     tower          (B, N, C)  the features before the projector
+
+A plugin that compares rows holds `pairs` bytes for each pair of an image's rows: that is what it costs in memory, and
+`memory.py` counts with it.
 """
 
 from collections.abc import Callable
@@ -19,9 +22,13 @@ Plugin = Callable[..., Tensor]
 PLUGINS: dict[str, Plugin] = {}
 _NEEDS: dict[str, tuple[str, ...]] = {}
 _TAKES: dict[str, tuple[str, ...]] = {}
+_PAIRS: dict[str, int] = {}
+PAIRS = 6  # bytes of a pair: an fp32 matrix of cosines, and two masks
 
 
-def register(name: str, *, needs: tuple[str, ...] = (), takes: tuple[str, ...] = ()) -> Callable[[Plugin], Plugin]:
+def register(
+    name: str, *, needs: tuple[str, ...] = (), takes: tuple[str, ...] = (), pairs: int = PAIRS
+) -> Callable[[Plugin], Plugin]:
     """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence."""
     if isinstance(needs, str) or isinstance(takes, str):  # else its letters would be the signals
         raise UserError(f"the signals of {name!r} must be a tuple, as needs=('cls_attention',)")
@@ -29,7 +36,7 @@ def register(name: str, *, needs: tuple[str, ...] = (), takes: tuple[str, ...] =
     def add(plugin: Plugin) -> Plugin:
         if name in PLUGINS:
             raise UserError(f"a pruning plugin named {name!r} is registered already; choose another name")
-        PLUGINS[name], _NEEDS[name], _TAKES[name] = plugin, tuple(needs), tuple(takes)
+        PLUGINS[name], _NEEDS[name], _TAKES[name], _PAIRS[name] = plugin, tuple(needs), tuple(takes), pairs
         return plugin
 
     return add
@@ -42,6 +49,11 @@ def names() -> list[str]:
 def needs(name: str) -> tuple[str, ...]:
     """The signals without which a plugin cannot choose."""
     return _NEEDS.get(name, ())
+
+
+def pairs(name: str) -> int:
+    """Bytes that a plugin holds for each pair of an image's rows."""
+    return _PAIRS.get(name, PAIRS)
 
 
 def signals_of(name: str) -> tuple[str, ...]:
