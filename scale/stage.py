@@ -33,7 +33,7 @@ from .dealing import Alike, deal
 from .model import Model
 from .world import World
 
-SUMMED = ("loss", "ce", "kl", "rows_kept", "rows_taught", "rows_full")
+SUMMED = ("loss", "ce", "kl", "ce_teacher", "rows_kept", "rows_taught", "rows_full")
 
 
 class ShardedStage(StageRun):
@@ -122,7 +122,7 @@ class ShardedStage(StageRun):
         if self.world.size == 1:
             return done
         sums = iter(self.world.sums([*(done[name] for name in SUMMED), *done["influence"]]))
-        numbers = {name: n.float() if name in SUMMED[:3] else int(n) for name, n in zip(SUMMED, sums, strict=False)}
+        numbers = {name: n.float() if name in SUMMED[:4] else int(n) for name, n in zip(SUMMED, sums, strict=False)}
         return {**done, **numbers, "influence": [n.float() for n in sums]}
 
     def _sum(self, numbers: Tensor) -> Tensor:

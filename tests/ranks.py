@@ -19,7 +19,7 @@ from test_tuning import settings
 from torch.distributed.tensor import DTensor
 
 from scale import run, shard, stage, world
-from tinyspeed import UserError, loader, train
+from tinyspeed import UserError, adaptive, loader, train
 from tinyspeed.scheduler import Plan
 from tinyspeed.stage import StageRun, Totals
 
@@ -59,6 +59,7 @@ CASES = {
     "llava_next skipping idle": ("lora.rank=4", "train.batch=3", "train.row_budget=1"),
 }
 STEP = 1
+LOSSES = ("loss", "ce", "kl", "ce_teacher")
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -74,8 +75,8 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for n, t in tensors.items()}
 
 
-def one(made, plan: Plan) -> tuple[float, list[float], dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
-    """Loss, influence of layers and gradients as the core computes them, in one process; and how far a step goes, and
+def one(made, plan: Plan) -> tuple[list[float], list[float], dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
+    """Losses, influence of layers and gradients as the core computes them, in one process; and how far a step goes, and
     where it leads."""
     model, source = train.build(made)
     alone = StageRun(made, model, source, "train", 0, made.train, Totals())
@@ -84,7 +85,8 @@ def one(made, plan: Plan) -> tuple[float, list[float], dict[str, torch.Tensor], 
     gradients, before = tiny.gradients(model), trained(model)
     alone._update(plan, done["loss"], [])
     after = trained(model)
-    return done["loss"].item(), done["influence"].tolist(), gradients, apart(before, after), after
+    losses = [done[of].item() for of in LOSSES]
+    return losses, done["influence"].tolist(), gradients, apart(before, after), after
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -107,10 +109,10 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
         after = trained(model)
         forwards = here.gather([[len(rows) for _, rows in parts]])
         if here.leads:
-            loss, influence, want, way, alone = one(made, plan)
+            losses, influence, want, way, alone = one(made, plan)
             whole = torch.nn.utils.get_total_norm(want.values()).item()
             found[mode] = {
-                "loss": [done["loss"].item(), loss],
+                "losses": [[done[of].item() for of in LOSSES], losses],
                 "influence": [[n.item() for n in done["influence"]], influence],
                 "norm": [norm, whole],
                 "different": tiny.difference(every, want, rel=0.02 if "bf16" in name else 1e-5),
@@ -118,6 +120,27 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
                 "way": [apart(after, alone), way],
             }
     return found
+
+
+def adapting(here: world.World, home: Path) -> dict:
+    """A run whose steps depend on what those before have measured: its modes and shares, on each rank and alone."""
+    adaptive.BLOCK = 2
+    changes = ("lora.rank=4", "lora.dropout=0.0", "train.row_budget=60", "train.lr=0.001")
+    changes += ("dualspeed.schedule=adaptive", "dualspeed.slow=0.8", "dualspeed.gap=0.002")
+    made = settings(home, home.parent / f"run{here.rank}", "run", *changes)
+    source, mesh = run._source(made, here), here.mesh(made.scale.shard)
+    model = run.build(made, "train", here, mesh, None)
+    found = here.gather([steps(stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals()))])
+    if here.leads:
+        model, source = train.build(made)
+        return {"ranks": found, "alone": steps(StageRun(made, model, source, "train", 0, made.train, Totals()))}
+    return {}
+
+
+def steps(part: StageRun) -> tuple[list[str], list[float]]:
+    batches = loader.load(part.source, part._ahead(), part.pad)
+    modes = [part._step(step, batches, None)["mode"] for step in range(part.steps)]
+    return modes, part.model.schedule.shares
 
 
 def mistakes(here: world.World, home: Path) -> dict:
@@ -171,6 +194,7 @@ def main(home: str, out: str) -> None:
     with world.join() as here:
         found = {name: parity(here, Path(home), name, changes) for name, changes in CASES.items()}
         found["mistakes"] = mistakes(here, Path(home))
+        found["adapting"] = adapting(here, Path(home))
         if here.leads:
             Path(out).write_text(json.dumps(found))
 

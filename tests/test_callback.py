@@ -5,9 +5,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from tinyspeed import DualSpeed, UserError, digits
+from tinyspeed.adaptive import AdaptiveSchedule
 from tinyspeed.callback import SetStep
 from tinyspeed.data import collate
-from tinyspeed.scheduler import FastSchedule, PeriodicSchedule
+from tinyspeed.layers import LayerSkipper
+from tinyspeed.scheduler import Combined, FastSchedule, PeriodicSchedule
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -162,3 +164,55 @@ def test_trl_with_compute_loss_given_back(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert model.forwards >= 2
+
+
+def adapting() -> DualSpeed:
+    schedule = AdaptiveSchedule(slow=0.9, keep=0.3, gap=0.001)
+    schedule.block = 2
+    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
+    base.model.vision_tower.requires_grad_(False)
+    return DualSpeed(base, schedule=Combined(schedule, LayerSkipper(2, 0.5, "influence", 0, 0, every=0)))
+
+
+def test_the_schedule_hears_what_all_micro_batches_of_a_step_saw(tmp_path):
+    """As if each step had been one batch, which a loop of our own observes."""
+    pictures, model, other = Pictures(64), adapting(), adapting()
+    given = arguments(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.1,
+        max_grad_norm=0.0, max_steps=8,
+    )  # fmt: skip
+    trainer = Trainer(model, given, train_dataset=pictures, data_collator=gather, callbacks=[SetStep(model)])
+    chosen = [i for part in trainer.get_train_dataloader().batch_sampler for i in part]
+    trainer.train()
+    for step in range(8):
+        batch = gather([pictures[i] for i in chosen[4 * step : 4 * step + 4]])
+        plan = other.schedule.plan(step)
+        out = other(**batch, plan=plan)
+        out.loss.backward()
+        other.schedule.observe(plan, {"step": step, **out.metrics})
+        for p in other.parameters():
+            if p.grad is not None:
+                p.data -= 0.1 * p.grad
+                p.grad = None
+    (adaptive, skipper), (same, also) = ((s.schedule, s.parts[0]) for s in (model.schedule, other.schedule))
+    assert adaptive.shares == pytest.approx(same.shares, rel=0.02)
+    assert len(set(adaptive.shares)) > 1
+    assert skipper.sums == pytest.approx(also.sums, rel=1e-3)
+    assert skipper.answers == pytest.approx(also.answers)
+    assert skipper.answers > 0
+
+
+def test_a_schedule_with_a_state_resumes_under_the_trainer(tmp_path):
+    def run(folder, steps, resume):
+        model = adapting()
+        given = arguments(tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=4)
+        trainer = Trainer(model, given, train_dataset=Pictures(64), data_collator=gather, callbacks=[SetStep(model)])
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run("whole", 8, False)
+    assert run("cut", 4, False).schedule.state_dict() != whole.schedule.state_dict()
+    resumed = run("cut", 8, True)
+    assert resumed.schedule.state_dict() == whole.schedule.state_dict()
+    for (name, p), (_, q) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -70,7 +70,7 @@ sys.exit(code)
         ("torch", "train digits --set train.lr=0", "above 0"),
         ("torch", "train digits --set lr", "section.key=value"),
         ("torch", "train digits --set dualspeed.keep=2", "at most 1"),
-        ("torch", "train digits --set dualspeed.schedule=never", "known: bernoulli"),
+        ("torch", "train digits --set dualspeed.schedule=never", "known: adaptive, bernoulli"),
         ("torch", "train llava-1.5-7b-qlora-8gb --set data.file=absent.json", "data.file: there is no file"),
         ("torch", "train llava-1.5-7b-qlora-8gb --set model.path=./absent", "no model folder"),
         ("torch", "train absent.toml", "no recipe file"),

@@ -44,13 +44,16 @@ temperatures = st.sampled_from([0.5, 1.0, 2.0, 7.0])
 @given(seeds, st.integers(1, 9), temperatures, st.integers(1, 12), st.sampled_from([0.1, 1.0, 5.0]))
 def test_the_loss_is_its_definition(seed, answers, temperature, chunk, scale):
     head, hidden, target, teacher = case(seed, answers, scale=scale)
-    *got, each = answer_loss(head, hidden, target, teacher=teacher, temperature=temperature, chunk=chunk)
+    *got, each, taught = answer_loss(head, hidden, target, teacher=teacher, temperature=temperature, chunk=chunk)
     want = by_definition(head, hidden, target, teacher, temperature)
     for g, w in zip(got, want, strict=True):  # fp32 sums of numbers up to about 50
         assert g.item() == pytest.approx(w, rel=1e-5, abs=2e-5 * temperature**2)
     rows = [by_definition(head, hidden[i : i + 1], target[i : i + 1], teacher, 1.0)[0] for i in range(answers)]
     assert each.tolist() == pytest.approx(rows, rel=1e-5, abs=2e-5)
     assert not each.requires_grad
+    alone = by_definition(head, teacher, target, teacher, 1.0)[0]  # its cross-entropy knows no temperature
+    assert taught.item() == pytest.approx(alone, rel=1e-5, abs=2e-5)
+    assert not taught.requires_grad
 
 
 @given(seeds, st.integers(1, 9), temperatures)
@@ -67,7 +70,7 @@ def test_chunk_size_changes_neither_values_nor_gradients(seed, answers, chunk, t
     outcomes = []
     for size in (chunk, 1_000):
         head, hidden, target, teacher = case(seed, answers)
-        ce, kl, _ = answer_loss(head, hidden, target, teacher=teacher, temperature=temperature, chunk=size)
+        ce, kl, *_ = answer_loss(head, hidden, target, teacher=teacher, temperature=temperature, chunk=size)
         (ce + 0.5 * kl).backward()
         outcomes.append((ce.detach(), kl.detach(), hidden.grad, head.weight.grad))
     for a, b in zip(*outcomes, strict=True):
@@ -77,7 +80,7 @@ def test_chunk_size_changes_neither_values_nor_gradients(seed, answers, chunk, t
 @pytest.mark.parametrize("taught", [False, True])
 def test_no_answer_rows_give_zero_with_a_graph_that_reaches_every_parameter(taught):
     head, hidden, target, teacher = case(0, 0)
-    ce, kl, _ = answer_loss(head, hidden, target, teacher=teacher if taught else None)
+    ce, kl, *_ = answer_loss(head, hidden, target, teacher=teacher if taught else None)
     assert ce.item() == 0
     assert kl.item() == 0
     (ce + kl).backward()
@@ -89,7 +92,7 @@ def test_no_answer_rows_give_zero_with_a_graph_that_reaches_every_parameter(taug
 def test_the_teacher_gets_no_gradient(seed, temperature):
     head, hidden, target, _ = case(seed, 4)
     teaching = torch.randn(4, 6, requires_grad=True)
-    ce, kl, _ = answer_loss(head, hidden, target, teacher=teaching, temperature=temperature)
+    ce, kl, *_ = answer_loss(head, hidden, target, teacher=teaching, temperature=temperature)
     (ce + kl).backward()
     assert teaching.grad is None
     # And none by way of the head that both share: the gradient is that of fixed teacher probabilities.
@@ -104,8 +107,8 @@ def test_the_teacher_gets_no_gradient(seed, temperature):
 @given(seeds, st.integers(1, 9))
 def test_without_a_teacher_there_is_no_divergence_and_the_same_cross_entropy(seed, answers):
     head, hidden, target, teacher = case(seed, answers)
-    ce, kl, _ = answer_loss(head, hidden, target)
-    assert kl.item() == 0
+    ce, kl, _, taught = answer_loss(head, hidden, target)
+    assert (kl.item(), taught.item()) == (0, 0)
     assert ce.item() == answer_loss(head, hidden, target, teacher=teacher)[0].item()
 
 
@@ -123,7 +126,7 @@ def test_logits_exist_for_one_chunk_of_rows_at_a_time():
     head, hidden, target, teacher = case(0, 10)
     seen = []
     head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    ce, kl, _ = answer_loss(head, hidden, target, teacher=teacher, chunk=4)
+    ce, kl, *_ = answer_loss(head, hidden, target, teacher=teacher, chunk=4)
     assert max(seen) == 4
     assert sum(seen) == 20
     (ce + kl).backward()
@@ -132,5 +135,5 @@ def test_logits_exist_for_one_chunk_of_rows_at_a_time():
 
 def test_low_precision_hidden_states_give_an_fp32_loss():
     head, hidden, target, teacher = case(0, 5)
-    ce, kl, _ = answer_loss(head.bfloat16(), hidden.bfloat16(), target, teacher=teacher.bfloat16())
+    ce, kl, *_ = answer_loss(head.bfloat16(), hidden.bfloat16(), target, teacher=teacher.bfloat16())
     assert ce.dtype == kl.dtype == torch.float32

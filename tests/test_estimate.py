@@ -260,3 +260,10 @@ def test_measured_beside_estimated(recipe):
 def test_impossible_hardware_is_an_error(recipe, gpu, tflops):
     with pytest.raises(UserError, match="must be above 0"):
         estimate(recipe(), gpu, tflops)
+
+
+def test_what_regate_saves_is_not_promised(recipe):
+    """It depends on samples seen before. Memory is that of the steps that see all answers, whatever others skip."""
+    plain, skipping = (estimate(recipe(**changes), 12) for changes in ({}, {"regate_keep": 0.5}))
+    assert (plain.peak, plain.work("train")) == (skipping.peak, skipping.work("train"))
+    assert [describe(found).count("ReGATE") for found in (plain, skipping)] == [0, 1]

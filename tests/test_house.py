@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tinyspeed"
 FLOORS = [
     {"errors"},
     {"pruning", "isolator", "scheduler", "distill", "rows"},
-    {"attention", "drop_in", "layers", "gating"},
+    {"attention", "drop_in", "layers", "gating", "adaptive"},
     {"vlm"},
     {"signals"},
     {"choosing"},

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConfig
 
-from tinyspeed import DualSpeed, loading, memory, optimizer, precision
+from tinyspeed import DualSpeed, loading, memory, optimizer, precision, pruning, recipe
 from tinyspeed.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.recipe import Stage
 from tinyspeed.scheduler import Plan
@@ -250,6 +250,35 @@ def test_a_large_tower(monkeypatch, folder):
     step, kept, peak = both(monkeypatch, folder, SETTINGS["fp32"], "fast", True, hidden=32, layers=1, tower=128)
     assert step.kept == pytest.approx(kept, rel=0.05)
     assert step.peak == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("name", pruning.names())
+def test_what_plugins_hold_for_each_pair_of_rows(name):
+    """Measured, of images of different size. What else they hold grows with the rows, and not with the pairs: twice
+    what half of the rows take has as much of it as all of them."""
+    images, n, keep, peaks = 2, 800, 0.1, []
+    for rows in (n, n // 2):
+        features, valid = torch.randn(images, rows, 16), torch.ones(images, rows, dtype=torch.bool)
+        valid[0, -rows // 10 :] = False
+        signals = {"cls_attention": torch.rand(images, rows), "tower": torch.randn(images, rows, 16)}
+        signals["keys"] = signals["tower"]
+        with Live({tensor.untyped_storage().data_ptr() for tensor in (features, valid, *signals.values())}) as live:
+            pruning.select(name, features, keep=keep, mask=valid, signals=signals)
+        peaks.append(live.peak)
+    found = (peaks[0] - 2 * peaks[1]) / (images * (n**2 - 2 * (n // 2) ** 2))
+    assert found - 0.1 <= pruning.pairs(name) <= found + 1.7  # dpp: cosines, and a factor as wide as what is kept
+    asked = recipe.read("digits", [f"dualspeed.plugin={name}"])
+    assert Settings.of(asked, "train", "fp32").plugin == name
+
+
+def test_a_plugin_with_a_second_matrix_needs_more_where_pictures_are_large():
+    batch = MicroBatch.of("fast", 100, [2880], 60, Settings("bf16", "nf4", rank=8))
+    shape = Shape(REAL["next-7b"]())
+    first, second = (
+        Step(shape, Settings("bf16", "nf4", rank=8, plugin=plugin), batch, True).moments["pruning"]
+        for plugin in ("divprune", "divprune_centred")
+    )
+    assert second - first == 6 * 2880**2
 
 
 def test_four_bit_weights_weigh_what_is_said(folder):

@@ -300,7 +300,7 @@ def by_hand(net, batch: dict, plugin: str, positions: str, module) -> tuple[Tens
             mask = torch.ones(len(image), dtype=torch.bool) if newline is None else (image != newline).any(1)
             kept = choose(plugin, image[None], module, keep=KEEP, mask=mask[None])
             if kept.loss is not None:
-                more += float(kept.loss) * int((labels[1:] != -100).sum())
+                more += float(kept.loss.detach()) * int((labels[1:] != -100).sum())
             of = image if kept.weight is None else kept.weight[0] @ image
             for k, index in enumerate(kept.index[0].tolist()):
                 rows, places = [*rows, of[k if kept.weight is not None else index]], [*places, i + index]

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed import UserError, scheduler
+from tinyspeed import UserError, scheduler, schedules
 from tinyspeed.scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Plan
 
 shares = st.floats(0, 1)
 seeds = st.integers(-(2**31), 2**63)
 steps = st.integers(0, 10**7)
-kinds = st.sampled_from(scheduler.KINDS)
+kinds = st.sampled_from([kind for kind in scheduler.KINDS if kind != "adaptive"])  # see test_adaptive.py
 
 
 def build(kind: str = "bernoulli", slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0):
-    return scheduler.build(kind, slow=slow, keep=keep, distill=distill, seed=seed)
+    return schedules.build(kind, slow=slow, keep=keep, distill=distill, seed=seed, gap=0.05)
 
 
 def modes(schedule, n: int) -> list[str]:

@@ -170,7 +170,7 @@ class DualSpeed(DropIn):
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
 
-        ce, kl, each = answer_loss(
+        ce, kl, each, teacher_ce = answer_loss(
             self.vlm.head,
             hidden,
             target,
@@ -184,6 +184,7 @@ class DualSpeed(DropIn):
             "mode": plan.mode,
             "ce": ce.detach() / max(len(target), 1),
             "kl": kl.detach() / max(len(target), 1),
+            "ce_teacher": teacher_ce / max(len(target), 1),  # of the fast mode on the same answers; 0 without a teacher
             "answers": len(target),
             "losses": each,  # of each answer token, sample after sample
             "rows_kept": len(run),  # rows that were trained on

@@ -34,6 +34,7 @@ TEXT, ANSWERS, EPOCH = 100, 60, 1000  # text rows and tokens to learn of assumed
 SEVERAL, GRAIN = 2000, 64  # samples whose FLOPs are averaged; and what advised numbers of rows are multiples of
 BYTES = ("GiB", 2**30), ("MiB", 2**20)
 FLOPS = ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)
+SKIPPED = " All answers are counted: what ReGATE skips depends on the run, and comes off."
 ON_A_CPU = "On a CPU what is measured is the whole process, libraries and all."
 TIMES = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
 
@@ -281,7 +282,7 @@ def describe(found: Estimate) -> str:
         table(["stage", "parameters", "trained", "weights", "gradients", "optimizer"], fixed),
         table(["stage", "mode", "samples", "rows", "recompute", "activations", "peak"], steps),
         table(["stage", "samples", "full training", "this recipe", "speed-up", "time of full", "time"], work),
-        f"Times assume {found.tflops:g} TFLOP/s sustained (--tflops).",
+        f"Times assume {found.tflops:g} TFLOP/s sustained (--tflops)." + SKIPPED * (recipe.regate.keep < 1),
     ]
     return "\n\n".join([*parts, _verdict(found)])
 

@@ -88,7 +88,7 @@ class LayerSkipper:
 
     def observe(self, plan: Plan, seen: dict) -> None:
         """What a step measured, summed over all ranks: for each layer the sum of 1 - cos over the answer rows. (In a
-        loop of your own, with one forward a step: `observe(plan, out.metrics)`.)"""
+        loop of your own, with one forward a step: `observe(plan, {"step": step, **out.metrics})`.)"""
         if plan.measure and self.choose == "influence":
             self.sums = [MEMORY * old + float(new) for old, new in zip(self.sums, seen["influence"], strict=True)]
             self.answers = MEMORY * self.answers + seen["answers"]

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from .data import Source, collate
 from .errors import UserError
 
+PREFETCH = 2  # batches that each worker is ahead
+
 
 def load(
     source: Source, parts: Iterable[list[int]], pad: int, *, workers: int = 0, pin: bool = False
@@ -32,6 +34,7 @@ def load(
         batch_size=None,
         sampler=parts,
         num_workers=workers,
+        prefetch_factor=PREFETCH,
         pin_memory=pin,
         worker_init_fn=quietly,
         generator=torch.Generator(),  # its own: the default one belongs to dropout

@@ -25,7 +25,7 @@ from functools import cache, cached_property
 
 from torch import cuda
 
-from .pruning import keep_count
+from .pruning import keep_count, pairs
 
 GIB = 2**30
 RESERVE = int(0.7 * GIB)  # of a GPU: the CUDA context, and gaps between the allocator's blocks
@@ -89,14 +89,15 @@ class Settings:
     keep: float = 0.1
     isolator: int = 4
     views: int = 1  # adapters on each layer; a step uses and moves one of them
+    plugin: str = "divprune"
 
     @classmethod
     def of(cls, recipe, stage: str, precision: str) -> "Settings":
         """Those of a `Recipe`; `precision` is what "auto" came to mean."""
         lora, optimizer, dual = recipe.lora, getattr(recipe, stage).optimizer, recipe.dualspeed
-        quantise = recipe.model.quantise
-        keep, views = recipe.pruning(stage)[1], 1 + dual.views
-        return cls(precision, quantise, lora.rank, lora.dropout, optimizer, stage, keep, dual.isolator, views)
+        (plugin, keep), views = recipe.pruning(stage), 1 + dual.views
+        how = (recipe.model.quantise, lora.rank, lora.dropout, optimizer, stage, keep, dual.isolator, views, plugin)
+        return cls(precision, *how)
 
     @property
     def half(self) -> bool:
@@ -248,8 +249,9 @@ class Step:
         shape, s, batch, h, b = self.shape, self.s, self.batch, self.shape.hidden, self.s.width
         rows, pixels = batch.rows, self.crops * 3 * shape.pixels**2 * 4
         tower = self.crops * (shape.patches + 1) * (3 * shape.tower_inner * b + 4 * shape.tower * 4)
-        # Features, twice; an fp32 copy; how alike each pair is, and masks.
-        pruning = batch.visual * h * (2 * b + 4 * s.half) + 6 * batch.visual**2 // max(batch.images, 1)
+        # Features, twice; an fp32 copy; and what the plugin holds of each pair.
+        pruning = batch.visual * h * (2 * b + 4 * s.half)
+        pruning += pairs(s.plugin) * batch.visual**2 // max(batch.images, 1)
         words = batch.ids * h * s.stream
         held = words + batch.visual * h * b
         # The table of all rows, and those gathered from it, unless they are kept anyway.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import gating
+from .adaptive import AdaptiveSchedule
 from .errors import UserError, unknown
 from .errors import among as _among
 from .errors import check as _check
@@ -139,8 +140,9 @@ class Digits:
 class DualSpeed:
     plugin: str = "divprune"
     keep: float = 0.1  # share of visual rows on fast steps
-    schedule: str = "bernoulli"  # "bernoulli", "periodic", "fast" (pruned-only), "full" (ordinary training)
-    slow: float = 0.1  # share of slow steps
+    schedule: str = "bernoulli"  # "bernoulli", "periodic", "adaptive", "fast" (pruned-only), "full" (ordinary training)
+    slow: float = 0.1  # share of slow steps; an adaptive one begins there
+    gap: float = 0.05  # adaptive: how much worse full tokens may do than pruned ones, as a share of the loss
     isolator: int = 4  # rows of the mode isolator; 0 = none
     isolator_from: str = ""  # a finished run, whose isolator this one goes on with
     views: bool = False  # a LoRA for each mode instead of one for both; needs lora.rank
@@ -153,6 +155,9 @@ class DualSpeed:
         _among("dualspeed.schedule", self.schedule, KINDS)
         Plan("slow", keep=self.keep, distill=self.distill)  # refuses a bad share or weight
         _check(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
+        _check(0 < self.gap < math.inf, f"dualspeed.gap = {self.gap}: must be above 0")
+        if self.schedule == "adaptive":
+            AdaptiveSchedule(self.slow, self.keep, self.distill)  # refuses what it cannot follow
         _check(self.isolator >= 0, f"dualspeed.isolator = {self.isolator}: must not be negative")
         _check(0 < self.temperature < math.inf, f"dualspeed.temperature = {self.temperature}: must be above 0")
         defaults = type(self)

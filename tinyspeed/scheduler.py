@@ -13,6 +13,7 @@ This file knows nothing of tensors or models.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 from .errors import UserError, unknown
@@ -63,12 +64,14 @@ def uniform(seed: int, step: int) -> float:
 class Schedule:
     """The schedules below carry no state: `state_dict` is their settings, and loading other settings is an error."""
 
+    ahead = math.inf  # a step's mode and rows are settled so many steps before it: batches may be made from then on
+
     def plan(self, step: int) -> Plan:
         raise NotImplementedError
 
     def observe(self, plan: Plan, seen: dict) -> None:
         """What a step of this plan saw, the same numbers on all ranks: all that a schedule may depend on beside its
-        settings."""
+        settings. `seen` is which "step" it was, and the metrics of its forward, of all its answers."""
 
     def state_dict(self) -> dict:
         return {"kind": type(self).__name__, **vars(self)}
@@ -132,7 +135,7 @@ class Combined(Schedule):
     """
 
     def __init__(self, schedule: Schedule, *parts):
-        self.schedule, self.parts = schedule, parts
+        self.schedule, self.parts, self.ahead = schedule, parts, schedule.ahead
 
     def plan(self, step: int) -> Plan:
         plan = self.schedule.plan(step)
@@ -155,17 +158,4 @@ class Combined(Schedule):
             part.load_state_dict(of)
 
 
-KINDS = ("full", "fast", "bernoulli", "periodic")
-
-
-def build(kind: str, *, slow: float, keep: float, distill: float, seed: int) -> Schedule:
-    """The schedule that a recipe names."""
-    if kind == "full":
-        return FullSchedule()
-    if kind == "fast":
-        return FastSchedule(keep)
-    if kind == "bernoulli":
-        return DualSpeedSchedule(slow, keep, distill, seed)
-    if kind == "periodic":
-        return PeriodicSchedule(slow, keep, distill, seed)
-    raise unknown("schedule", kind, KINDS)
+KINDS = ("full", "fast", "bernoulli", "periodic", "adaptive")  # that a recipe can name; `schedules.build` makes them

@@ -5,11 +5,27 @@ STS splits the savings by stage, and so does this: while aligning, visual rows a
 skipped. DualSpeed's pruning goes on in both. Its own compressor is not public: any pruning plugin takes its place.
 """
 
-from . import scheduler
+from .adaptive import AdaptiveSchedule
+from .errors import unknown
 from .gating import Cycle
 from .layers import LayerSkipper
 from .recipe import Recipe
-from .scheduler import Combined, Schedule
+from .scheduler import KINDS, Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Schedule
+
+
+def build(kind: str, *, slow: float, keep: float, distill: float, seed: int, gap: float) -> Schedule:
+    """The schedule that a recipe names."""
+    if kind == "full":
+        return FullSchedule()
+    if kind == "fast":
+        return FastSchedule(keep)
+    if kind == "bernoulli":
+        return DualSpeedSchedule(slow, keep, distill, seed)
+    if kind == "periodic":
+        return PeriodicSchedule(slow, keep, distill, seed)
+    if kind == "adaptive":
+        return AdaptiveSchedule(slow, keep, distill, seed, gap)
+    raise unknown("schedule", kind, KINDS)
 
 
 def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
@@ -18,7 +34,7 @@ def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
     fast = stage == "align" and (d.schedule != "full" or recipe.sts.compress)
     _, keep = recipe.pruning(stage)
     kind = "fast" if fast else d.schedule
-    return scheduler.build(kind, slow=d.slow, keep=keep, distill=d.distill, seed=recipe.run.seed)
+    return build(kind, slow=d.slow, keep=keep, distill=d.distill, seed=recipe.run.seed, gap=d.gap)
 
 
 def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:

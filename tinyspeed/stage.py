@@ -127,7 +127,9 @@ class StageRun:
         self._announce()
         full_seconds_per_row = self._probe()
         on_cuda = self.model.device.type == "cuda"
-        batches = loader.load(self.source, self._ahead(), self.pad, workers=self.recipe.data.workers, pin=on_cuda)
+        # What a worker has ready is a micro-batch: of a step of its own, at the most.
+        workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
+        batches = loader.load(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
         with (
             loader.watched(),
             closing(batches),
@@ -203,7 +205,8 @@ class StageRun:
         if answers == 0:
             raise UserError(f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
         self.model.step = step
-        total = {"loss": 0.0, "ce": 0.0, "kl": 0.0, "influence": 0.0, "rows_kept": 0, "rows_taught": 0, "rows_full": 0}
+        means, sums = ("ce", "kl", "ce_teacher"), ("influence", "rows_kept", "rows_taught", "rows_full")
+        total = {"loss": 0.0, **dict.fromkeys(means, 0.0), **dict.fromkeys(sums, 0)}
         for part, rows in self._parts(step, plan):
             batch = next(batches)
             if self.gate:
@@ -213,9 +216,9 @@ class StageRun:
             if self.gate:
                 self.gate.ran(out.metrics["losses"])
             total["loss"] += out.loss.detach()
-            for name in ("ce", "kl"):
+            for name in means:
                 total[name] += out.metrics[name] * (out.metrics["answers"] / answers)
-            for name in ("influence", "rows_kept", "rows_taught", "rows_full"):
+            for name in sums:
                 total[name] += out.metrics[name]
         return {**total, "answers": answers}
 
@@ -269,10 +272,17 @@ class StageRun:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
         done = self._together(self._forward_backward(step, plan, batches))
-        others = [done["ce"], done["kl"], *done["influence"]]
-        (loss, norm, ce, kl, *influence), skipped = self._update(plan, done["loss"], others)
+        others = [done["ce"], done["kl"], done["ce_teacher"], *done["influence"]]
+        (loss, norm, ce, kl, ce_teacher, *influence), skipped = self._update(plan, done["loss"], others)
         if not skipped:
-            self.model.schedule.observe(plan, {"influence": influence, "answers": done["answers"]})
+            seen = {
+                "step": step,
+                "answers": done["answers"],
+                "ce": ce,
+                "ce_teacher": ce_teacher,
+                "influence": influence,
+            }
+            self.model.schedule.observe(plan, seen)
             if self.gate:
                 self.gate.learn(self._sum(self.gate.losses()))
         took = time.perf_counter() - began
@@ -283,8 +293,9 @@ class StageRun:
         t.rows, t.rows_full = t.rows + rows, t.rows_full + done["rows_full"]
         t.full_seconds += done["rows_full"] * (full_seconds_per_row or 0.0)
         return {
-            "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": loss, "ce": ce, "kl": kl, "grad_norm": norm,
-            "skipped": skipped, "lr": self.stage.lr * share, "answers": done["answers"],
+            "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": loss, "ce": ce, "kl": kl,
+            "ce_teacher": ce_teacher if done["rows_taught"] else None, "grad_norm": norm, "skipped": skipped,
+            "lr": self.stage.lr * share, "answers": done["answers"],
             "layers": len(plan.layers) if plan.layers else None,
             "rows_kept": done["rows_kept"], "rows_taught": done["rows_taught"], "rows_full": done["rows_full"],
             "rows_per_second": rows / took, "seconds": t.seconds, "speedup": t.speedup,

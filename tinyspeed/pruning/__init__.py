@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
-from .registry import entry, learned, merges_before_projector, names, needs, register, signals_of, works_with
+from .registry import entry, learned, merges_before_projector, names, needs, pairs, register, signals_of, works_with
 
-__all__ = ["Kept", "choose", "keep_count", "learned", "make", "merges_before_projector", "names", "needs", "register"]
-__all__ += ["select", "signals_of", "works_with"]
+__all__ = ["Kept", "choose", "keep_count", "learned", "make", "merges_before_projector", "names", "needs", "pairs"]
+__all__ += ["register", "select", "signals_of", "works_with"]
 
 
 @dataclass(frozen=True)

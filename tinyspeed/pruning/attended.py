@@ -16,7 +16,7 @@ IMPORTANT = 0.5  # VisPruner's share of rows that are kept for their attention; 
 ROUND = 8  # rows that VisPruner drops at a time
 
 
-@register("cls_topk", needs=("cls_attention",))
+@register("cls_topk", needs=("cls_attention",), pairs=0)
 def cls_topk(features: Tensor, *, most: int, valid: Tensor, cls_attention: Tensor, **_) -> Tensor:
     """FasterVLM: the K rows with the most attention of [CLS], argtop_K mean_heads softmax(q_cls k^T / sqrt(d)).
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .registry import register
 
 
-@register("random")
+@register("random", pairs=0)
 def random(features: Tensor, *, most: int, valid: Tensor, seed: int, **_) -> Tensor:
     """K rows at random: the control that every cleverer plugin has to beat.
 
@@ -29,7 +29,7 @@ def noise(x: Tensor, seed: int) -> Tensor:
     return x & 0x7FFFFFFFFFFFFFFF
 
 
-@register("grid")
+@register("grid", pairs=0)
 def grid(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> Tensor:
     """K rows spread evenly over the picture, whatever is in it: blind down-sampling, the other control."""
     sizes = zip(valid.sum(1).tolist(), counts.tolist(), strict=True)

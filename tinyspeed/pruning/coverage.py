@@ -12,7 +12,7 @@ from .registry import register
 TEMPERATURE = 0.2  # MMTok's, for likeness of picture rows
 
 
-@register("coverage")
+@register("coverage", pairs=8)
 def coverage(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     """Greedy maximum coverage: M_ij = softmax_j(cos(x_i, x_j) / 0.2) says how well row j stands for row i, and a set S
     covers sum_i max_{s in S} M_is. Each pick adds the most to that, argmax_j sum_i max(0, M_ij - best_i); greedy is

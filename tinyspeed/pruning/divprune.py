@@ -39,7 +39,7 @@ def divprune(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     return torch.stack(picks, dim=1)
 
 
-@register("divprune_centred")
+@register("divprune_centred", pairs=12)
 def divprune_centred(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     """Cen-Prune on DivPrune: distances of centred rows, weighed by how distinctive a row is.
 

@@ -35,7 +35,7 @@ def dpp(features: Tensor, *, most: int, valid: Tensor, relevance: Tensor | None 
     return _greedy(similarity, torch.ones_like(similarity[:, 0]) if relevance is None else relevance, most, valid)
 
 
-@register("dpp_centred", takes=("relevance",))
+@register("dpp_centred", takes=("relevance",), pairs=10)
 def dpp_centred(features: Tensor, *, most: int, valid: Tensor, relevance: Tensor | None = None, **_) -> Tensor:
     """Cen-Prune on CDPruner: L = diag(r g) S' diag(r g), S' the cosines of centred rows and g how distinctive each row
     is, see `cosine.py`. The least distinctive row has weight 0 and comes last. Costs one more product an image."""

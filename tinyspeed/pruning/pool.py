@@ -26,13 +26,13 @@ from .controls import lattice
 from .registry import register
 
 
-@register("pool")
+@register("pool", pairs=2)
 def pool(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> tuple[Tensor, Tensor, None]:
     """Means of K windows."""
     return _pooled(_covered, valid, most, counts)
 
 
-@register("pool_bilinear")
+@register("pool_bilinear", pairs=2)
 def pool_bilinear(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> tuple[Tensor, Tensor, None]:
     """Bilinear samples at the centres of K windows."""
     return _pooled(_between, valid, most, counts)

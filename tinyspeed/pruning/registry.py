@@ -10,6 +10,9 @@ A plugin works from features alone, or declares the signals that it `needs` or, 
 A plugin that selects returns which rows it keeps. One that merges returns a weight map too: what stands in the place
 of each row that it keeps is a sum over all rows. A `learned` plugin is a class of nn.Module instead of a function,
 made once with (width of the features, most rows that it will ever keep) and trained with the model.
+
+A plugin that compares rows holds `pairs` bytes for each pair of an image's rows: that is what it costs in memory, and
+`memory.py` counts with it.
 """
 
 from collections.abc import Callable
@@ -32,9 +35,11 @@ class Entry:
     takes: tuple[str, ...]
     before_projector: bool
     learned: bool
+    pairs: int
 
 
 PLUGINS: dict[str, Entry] = {}
+PAIRS = 6  # bytes of a pair: an fp32 matrix of cosines, and two masks
 
 
 def register(
@@ -44,6 +49,7 @@ def register(
     takes: tuple[str, ...] = (),
     before_projector: bool = False,
     learned: bool = False,
+    pairs: int = PAIRS,
 ) -> Callable[[Plugin], Plugin]:
     """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence.
 
@@ -56,7 +62,7 @@ def register(
     def add(plugin: Plugin) -> Plugin:
         if name in PLUGINS:
             raise UserError(f"a pruning plugin named {name!r} is registered already; choose another name")
-        PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), before_projector, learned)
+        PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), before_projector, learned, pairs)
         return plugin
 
     return add
@@ -75,6 +81,11 @@ def entry(name: str) -> Entry:
 def needs(name: str) -> tuple[str, ...]:
     """The signals without which a plugin cannot choose."""
     return entry(name).needs
+
+
+def pairs(name: str) -> int:
+    """Bytes that a plugin holds for each pair of an image's rows."""
+    return entry(name).pairs
 
 
 def signals_of(name: str) -> tuple[str, ...]:

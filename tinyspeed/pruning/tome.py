@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from .registry import register
 
 
-@register("tome")
+@register("tome", pairs=5)
 def tome(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> tuple[Tensor, Tensor, None]:
     """Bipartite soft matching, in rounds: split the rows that are left into A and B, every other one; find for each of
     A the most similar of B; merge the (at most N - K) most similar pairs, each into the mean of all rows in it, so that
