@@ -21,9 +21,11 @@ share of block b follows from blocks 0 to b - 2: when any step of block b - 1 be
 So nothing may be made more than B steps ahead (`stage.py` sees to that). Asked for a plan that is not known yet, this
 answers with the newest share: a forecast, good enough to announce or to rehearse a run.
 
-The trade-off: a share answers to what was up to two blocks ago, so a run of fewer than 128 steps is not adapted at
-all, and the share can swing. The student trains with dropout and the teacher runs without, which looks like a gap;
-samples without a picture have none, and thin it out. Whether it beats a fixed share is not yet measured.
+The trade-off: a share answers to what was up to two blocks ago, so a run of at most 128 steps is not adapted at all,
+and the share swings. The gap is relative: where the loss is near 0, as the digits' is in the end, a few thousandths of
+a nat are a large one, and slow steps are many that hardly matter. The student trains with dropout and the teacher runs
+without, which looks like a gap; samples without a picture have none, and thin it out. Whether it beats a fixed share is
+not yet measured.
 """
 
 import math
