@@ -33,11 +33,15 @@ def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path
     assert result["shape"] == [2, 40, 16]
     assert result["bench"] == "pruning"
     times = result["contestants"]
-    assert set(times) == {bench.PRODUCT, bench.LOOP, bench.MENDED, "mine", *pruning.names()}
+    assert set(times) == {bench.PRODUCT, bench.LOOP, bench.MENDED, bench.RATE, "mine", *pruning.names()}
     for t in times.values():
         assert 0 < t["min_ms"] <= t["median_ms"]
         assert t["over_product"] == pytest.approx(t["median_ms"] / times[bench.PRODUCT]["median_ms"])
         assert t["speedup_over_loop"] == pytest.approx(times[bench.LOOP]["median_ms"] / t["median_ms"])
+        assert t["of_fast_step"] == pytest.approx(t["median_ms"] / result["fast_step_ms"])
+    # At the least, without the tower: every kept row, four times the LLM's weights (forward, and back to its inputs).
+    least = 2 * 57 * 4 * 6.4e9 / (2 * 256 * 4096**2) * times[bench.RATE]["median_ms"]
+    assert least / 2 < result["fast_step_ms"] < 10 * least
     assert times[bench.PRODUCT]["over_product"] == times[bench.LOOP]["speedup_over_loop"] == 1
     assert result["same_rows"] == {bench.LOOP: 1.0, bench.MENDED: 1.0}
     printed = capsys.readouterr().out

@@ -24,8 +24,9 @@ FLOORS = [
     {"optimizer", "chat", "runs", "digits", "schedules", "reference", "ablations"},
     {"conversations", "questions", "vqa", "features", "regate"},
     {"evaluate", "stage"},
-    {"train", "look", "bench"},
+    {"train", "look"},
     {"compare", "demo", "ask", "benchmarks", "estimate"},
+    {"bench"},
     {"peaks"},
     {"cli"},
 ]
