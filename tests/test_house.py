@@ -27,7 +27,7 @@ FLOORS = [
     {"train", "look"},
     {"compare", "demo", "ask", "benchmarks", "estimate"},
     {"bench"},
-    {"peaks"},
+    {"peaks", "savings"},
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those

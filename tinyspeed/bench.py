@@ -49,7 +49,7 @@ def bench_pruning(
     """
     if len(shape) != 3 or min(shape) < 1 or shape[1] < 2:
         raise UserError(f"shape = {tuple(shape)}: give images, rows (at least 2) and width")
-    where = _device(device)
+    where = device_of(device)
     images, n, width = shape
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(where)
     count = pruning.select("divprune", x, keep=keep).shape[1]
@@ -177,7 +177,7 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -127,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--device", default="cpu")
     made.add_argument("--out", help="write the numbers to this JSON file")
+    made = command(
+        "steps", _bench_steps, "what skipping rows, layers and answers saves, beside what it promises", bench
+    )
+    made.add_argument("--layers", type=int, default=16)
+    made.add_argument("--width", type=int, default=256)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--out", help="write the numbers to this JSON file")
     made = command("memory", _bench_memory, "what recipes need, beside what is estimated; downloads nothing", bench)
     made.add_argument("recipe", nargs="+", metavar="RECIPE.toml", help="recipe files, or names of built-in ones")
     made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value of all")
@@ -318,6 +325,13 @@ def _bench_pruning(a) -> int:
     from .bench import bench_pruning
 
     bench_pruning(keep=a.keep, device=a.device, out=a.out)
+    return 0
+
+
+def _bench_steps(a) -> int:
+    from .savings import bench_steps
+
+    bench_steps(a.layers, a.width, device=a.device, out=a.out)
     return 0
 
 

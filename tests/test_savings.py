@@ -1,0 +1,46 @@
+"""The benchmark of steps: what it counts follows from the plans, and what it writes is what it says."""
+
+import json
+
+import pytest
+
+from tinyspeed import UserError, cli, savings
+
+SKIPPED = ("full", "1/2 of the layers")
+
+
+def test_every_plan_is_timed_and_layers_cost_the_same_each(tmp_path, capsys):
+    out = tmp_path / "steps.json"
+    result = savings.bench_steps(4, 16, repeats=2, out=out)
+    assert json.loads(out.read_text()) == result
+    found = result["plans"]
+    assert list(found) == list(savings.plans(4))
+    full = found["full"]["flops"]
+    of_layers = {name: full - found[name]["flops"] for name in ("3/4 of the layers", "1/2 of the layers")}
+    assert of_layers["1/2 of the layers"] == 2 * of_layers["3/4 of the layers"] > 0
+    assert all(f["flops"] < full for name, f in found.items() if name != "full")
+    for f in found.values():
+        assert f["speedup"] == pytest.approx(found["full"]["median_ms"] / f["median_ms"])
+        assert f["promised"] == pytest.approx(full / f["flops"])
+        if f["kept"] is not None:
+            assert f["kept"] == pytest.approx((1 - 1 / f["speedup"]) / (1 - 1 / f["promised"]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(found)
+
+
+def test_together_the_systems_promise_more_than_each_alone():
+    found = savings.bench_steps(4, 16, repeats=1)["plans"]
+    fast, layers, answers, *two, three = (f["promised"] for name, f in found.items() if name not in SKIPPED)
+    assert min(two) > max(fast, layers, answers)
+    assert three > max(two)
+
+
+@pytest.mark.parametrize("how", [{"layers": 3}, {"width": 12}, {"device": "nowhere"}], ids=str)
+def test_sizes_that_make_no_model_are_refused(how):
+    with pytest.raises(UserError):
+        savings.bench_steps(**how)
+
+
+def test_the_command_line_reaches_it(capsys):
+    assert cli.main(["bench", "steps", "--layers", "2"]) == 2
+    assert "at least 4" in capsys.readouterr().err
