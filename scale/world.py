@@ -159,9 +159,8 @@ def _store(rank: int, size: int) -> dist.Store:
 @contextmanager
 def join() -> Iterator[World]:
     """The process group that torchrun's environment asks for; without it, a group of one."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-        os.environ.setdefault(name, value)
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    rank, size, local = (int(os.environ.get(name, value)) for name, value in alone.items())
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local)

@@ -144,7 +144,7 @@ def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch):
     }
     for name, changes in stages.items():
         assert __main__.main([name, *(word for change in common + changes for word in ("--set", change))]) == 0
-    learned = [load_file(f"runs/{name}/isolator.safetensors")["isolator"] for name in stages]
+    learned = [load_file(f"runs/{name}/isolator.safetensors")["isolator.weight"] for name in stages]
     for later in learned[1:]:
         assert 0 < (later - learned[0]).abs().max() < 0.001
     before, after = (load_file(f"runs/{name}/model/model.safetensors") for name in (*stages,)[:2])
