@@ -34,17 +34,24 @@ def test_parameters_of_real_models_are_exact(name):
 
 @pytest.mark.parametrize("stage", ["align", "train"])
 @pytest.mark.parametrize(
-    ("name", "rank", "views"),
-    [("1.5-7b", 0, 1), ("next-7b", 0, 1), ("next-mistral", 16, 1), ("onevision", 0, 1), ("1.5-7b", 16, 2)],
+    ("name", "rank", "views", "plugin"),
+    [
+        ("1.5-7b", 0, 1, "divprune"),
+        ("next-7b", 0, 1, "tokenlearner"),
+        ("next-mistral", 16, 1, "divprune"),
+        ("onevision", 0, 1, "divprune"),
+        ("1.5-7b", 16, 2, "dynamicvit"),
+    ],
 )
-def test_what_trains_and_what_it_weighs_is_exact(name, rank, views, stage):
+def test_what_trains_and_what_it_weighs_is_exact(name, rank, views, plugin, stage):
     config = REAL[name]()
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model = DualSpeed(loading.add_lora(net, rank=rank, views=views == 2) if rank else net, views=views == 2)
+    net = loading.add_lora(net, rank=rank, views=views == 2) if rank else net
+    model = DualSpeed(net, plugin=plugin, views=views == 2)
     loading.set_trainable(model.model, stage)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage, views=views))
+    found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage, views=views, plugin=plugin))
     assert found.trainable == sum(sizes.values())
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert found.weights == sum(p.nbytes for p in model.parameters())
@@ -80,7 +87,7 @@ def built(s: Settings, folder, **shape) -> DualSpeed:
         net = loading.load(folder, s.precision, quantise=s.quantise)
     if s.rank:
         net = loading.add_lora(net, rank=s.rank, dropout=s.dropout, views=s.views == 2)
-    model = DualSpeed(net, isolator=s.isolator, views=s.views == 2)
+    model = DualSpeed(net, plugin=s.plugin, keep=s.keep, isolator=s.isolator, views=s.views == 2)
     loading.set_trainable(model.model, s.stage)
     return model.train()
 
@@ -194,6 +201,8 @@ SETTINGS = {
     "align": Settings("bf16", stage="align"),
     "align LoRA": Settings("bf16", rank=4, dropout=0.1, stage="align"),
     "bf16 views": Settings("bf16", rank=4, views=2),
+    "bf16 glances": Settings("bf16", rank=4, plugin="tokenlearner"),
+    "fp32 dynamic": Settings("fp32", plugin="dynamicvit"),
 }
 STEPS = [("full", False), ("fast", True), ("slow", True)], [("full", True), ("fast", False), ("slow", False)]
 CASES = [(name, *step) for number, name in enumerate(SETTINGS) for step in STEPS[number % 2]]

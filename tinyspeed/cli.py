@@ -124,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     says = "measure speed and memory on this machine"
     bench = commands.add_parser("bench", help=says, description=says).add_subparsers(required=True, metavar="WHAT")
     made = command("pruning", _bench_pruning, "what choosing the rows costs", bench)
+    made.add_argument("--width", type=int, default=1024, help="of the features; a 7B model's are 4096 wide")
+    made.add_argument("--repeats", type=int, default=20)
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--device", default="cpu")
     made.add_argument("--out", help="write the numbers to this JSON file")
@@ -324,7 +326,7 @@ def _look(a) -> int:
 def _bench_pruning(a) -> int:
     from .bench import bench_pruning
 
-    bench_pruning(keep=a.keep, device=a.device, out=a.out)
+    bench_pruning((16, 576, a.width), a.keep, a.repeats, a.device, a.out)
     return 0
 
 

@@ -23,9 +23,10 @@ import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import torch
 from torch import cuda
 
-from .pruning import keep_count, pairs
+from .pruning import keep_count, make, pairs
 
 GIB = 2**30
 RESERVE = int(0.7 * GIB)  # of a GPU: the CUDA context, and gaps between the allocator's blocks
@@ -138,6 +139,7 @@ def trained(shape: Shape, s: Settings) -> list[tuple[int, int]]:
     """(how many, numbers in each) of the tensors that train."""
     h, newlines = shape.hidden, int(shape.newline and not s.rank)  # a peft adapter cannot carry it
     found = [(1, shape.read * h), (1, h * h), (2, h), (newlines, h), (1, s.isolator * h)]
+    found += [(1, size.numel()) for size in learned(shape, s)]
     if s.full:
         found += [(1 if shape.tied else 2, shape.vocab * h), (1, shape.parameters["norms"])]
     if s.stage == "train":
@@ -145,10 +147,18 @@ def trained(shape: Shape, s: Settings) -> list[tuple[int, int]]:
     return found
 
 
+def learned(shape: Shape, s: Settings) -> list[torch.Size]:
+    """What a plugin that learns is made of."""
+    with torch.device("meta"):
+        module = make(s.plugin, shape.hidden, keep_count(s.keep, shape.patches * shape.crops))
+    return [p.shape for p in module.parameters()] if module else []
+
+
 def fixed(shape: Shape, s: Settings) -> Fixed:
     view = shape.layers * sum(out * into for out, into in shape.adapters(s.rank))
     adapters, idle = s.views * view, (s.views - 1) * view * (s.stage == "train")
     parameters = sum(shape.parameters.values()) + adapters + s.isolator * shape.hidden
+    parameters += sum(size.numel() for size in learned(shape, s))
     tensors = trained(shape, s)
     trainable = sum(count * n for count, n in tensors)
     weights = 4 * trainable + s.width * (parameters - trainable)
@@ -235,13 +245,22 @@ class Step:
         return self.crops * self.shape.patches * (self.shape.read + 2 * self.shape.hidden) * self.s.width
 
     @cached_property
+    def _learned(self) -> int:
+        """What a plugin that learns keeps of the visual rows: fp32 ones, and what its layers make of them; and the rows
+        that it weighs."""
+        outs = sum(size[0] for size in learned(self.shape, self.s) if len(size) == 2)
+        row = self.shape.hidden * (4 + self.s.width) + 2 * 4 * outs if outs and self.batch.mode == "fast" else 0
+        return self.batch.visual * row
+
+    @cached_property
     def kept(self) -> int:
         """What autograd keeps of the whole forward."""
         shape, s, rows = self.shape, self.s, self.batch.rows
         layer = rows * shape.hidden * s.stream if self.recompute else rows * self.row + self._copies
         norm = rows * 4 * shape.hidden * (2 if s.full else 1)
         answers = self.batch.answers * shape.hidden * s.stream * (2 if self.batch.mode == "slow" else 1)
-        return self._projector + 2 * s.half * shape.hidden**2 + shape.layers * layer + norm + answers
+        projector = self._projector + 2 * s.half * shape.hidden**2
+        return projector + self._learned + shape.layers * layer + norm + answers
 
     @cached_property
     def moments(self) -> dict[str, int]:
