@@ -135,8 +135,7 @@ class DualSpeed(DropIn):
         self.forwards += 1
 
         taught = plan.mode == "slow" and plan.distill > 0
-        prunes = plan.mode == "fast" or taught
-        with signals.heard(self.vlm, visual, self.chooser.needs if prunes else ()) as heard:
+        with signals.heard(self.vlm, visual, self.chooser.needs if plan.mode == "fast" or taught else ()) as heard:
             features = self.vlm.features(visual, plan.mode)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
@@ -147,24 +146,15 @@ class DualSpeed(DropIn):
 
         embeddings = self.vlm.embed(input_ids).flatten(0, 1)
         images = [*itertools.chain(*features.values())]
-        table = [embeddings, *images]
-        run = full
-        teacher, extra = None, 0.0
-        if prunes:
-            kept, loss = embeddings.new_zeros(0, dtype=torch.bool), None
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not taught):  # a teacher has no gradient
-                if images:
-                    kept, images, loss = self.chooser(images, plan.keep, heard, self.step or 0)
-            isolating = rows.prune(full, kept, len(self.isolator), sum(map(len, table)), self.positions)
-            pruned = [embeddings, *images, self.isolator.weight]
+        table, run, extra = [embeddings, *images], full, 0.0
+        teacher, taught_rows = None, 0
         if taught:
             self.views.use("fast")
             with torch.no_grad(), without_dropout(self.vlm.language_model):
-                teacher = self._answers(pruned, isolating, plan)[0]
+                pruned, isolating, _ = self._pruned(full, embeddings, images, plan.keep, heard)
+                teacher, taught_rows = self._answers(pruned, isolating, plan)[0], len(isolating)
         elif plan.mode == "fast":
-            table, run, extra = pruned, isolating, self.chooser.idle()
-            if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
-                extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()
+            table, run, extra = self._pruned(full, embeddings, images, plan.keep, heard)
         self.views.use("fast" if plan.mode == "fast" else "slow")  # and so it stays until the backward is over
         hidden, target, influence = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
@@ -188,7 +178,7 @@ class DualSpeed(DropIn):
             "answers": len(target),
             "losses": each,  # of each answer token, sample after sample
             "rows_kept": len(run),  # rows that were trained on
-            "rows_taught": len(isolating) if taught else 0,  # and rows of the teacher's forward
+            "rows_taught": taught_rows,  # and rows of the teacher's forward
             "rows_full": every,
             "influence": influence,  # a number for each layer, or none
         }
@@ -206,6 +196,19 @@ class DualSpeed(DropIn):
                 )
             plan = self.schedule.plan(self.step)
         return plan
+
+    def _pruned(
+        self, full: rows.Rows, embeddings: Tensor, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]
+    ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:
+        """The table and the rows of a fast forward, and what a learned plugin adds to the loss."""
+        kept, loss, extra = embeddings.new_zeros(0, dtype=torch.bool), None, self.chooser.idle()
+        first = len(embeddings) + sum(map(len, images))  # row of the isolator
+        if images:
+            kept, images, loss = self.chooser(images, keep, heard, self.step or 0)
+        run = rows.prune(full, kept, len(self.isolator), first, self.positions)
+        if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
+            extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()
+        return [embeddings, *images, self.isolator.weight], run, extra
 
     def _answers(self, table: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows, and if the plan
