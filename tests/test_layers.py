@@ -353,6 +353,8 @@ def test_off_is_the_default_and_changes_nothing():
         ("sts.skip=1.5", "between 0 and 1"),
         ("sts.layers=influense", "did you mean 'influence'"),
         ("sts.compressor=divprune", "set sts.compress too"),
+        ("sts.compress=0.1 sts.compressor=tokenlearner", "the same in all stages"),
+        ("sts.compress=0.1 dualspeed.plugin=dynamicvit sts.compressor=grid", "the same in all stages"),
         ("sts.protect_last=-1", "negative"),
         ("sts.every=-1", "negative"),
         ("sts.skipp=0.1", "did you mean 'sts.skip'"),
@@ -360,7 +362,7 @@ def test_off_is_the_default_and_changes_nothing():
 )
 def test_mistakes_are_named(change, says):
     with pytest.raises(UserError, match=says):
-        recipe.read("digits", [change])
+        recipe.read("digits", change.split())
 
 
 def test_a_section_without_its_stage_is_a_mistake():

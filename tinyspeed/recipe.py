@@ -244,17 +244,15 @@ class Recipe:
         needs_lora = "dualspeed.views is a LoRA for each mode: set lora.rank, or dualspeed.views = false"
         _check(self.lora.rank > 0 or not self.dualspeed.views, needs_lora)
         _check(self.regate.keep == 1 or bool(tunes), "regate.keep: answers are skipped in tuning; set train.steps")
-        if self.data.feature_cache_gb and self.dualspeed.plugin != DualSpeed.plugin:
+        plugins = sorted({self.pruning(name)[0] for name, _ in self.stages()})
+        if plugins != [DualSpeed.plugin]:
             from . import pruning
 
-            _check(
-                "cls_attention" not in pruning.needs(self.dualspeed.plugin),
-                f"dualspeed.plugin = {self.dualspeed.plugin!r} needs [CLS] attention, and features kept on disk come "
-                "without: set data.feature_cache_gb = 0",
-            )
-        if self.data.kind == "digits":
-            most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
-            _check(self.data.turns <= most, f"data.turns = {self.data.turns}: a picture has {most} questions")
+            asking = [name for name in plugins if "cls_attention" in pruning.needs(name)]
+            uncached = f"{asking} need [CLS] attention, and features on disk are without: set data.feature_cache_gb = 0"
+            _check(not (asking and self.data.feature_cache_gb), uncached)
+            apart = len(plugins) > 1 and any(map(pruning.learned, plugins))
+            _check(not apart, f"sts.compressor: of {plugins} one learns, and is then the same in all stages")
         if self.data.kind == "chat":
             _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
 
