@@ -58,9 +58,9 @@ def test_the_share_is_its_definition(slow, gap, block, history):
         share = Fraction(slow)
         for b in range(now // block - 1):
             of = [(full, fast, n) for step, full, fast, n in history if step // block == b]
-            full, fast = (sum(Fraction(x[i]) * x[2] for x in of) for i in (0, 1))
-            if full or fast:
-                x = min(max((full - fast) / fast / Fraction(gap), 0), 2) if fast else 2
+            if of:
+                mean = sum((Fraction(full) - Fraction(fast)) * n for full, fast, n in of) / sum(n for _, _, n in of)
+                x = min(max(mean / Fraction(gap), 0), 2)
                 share *= (1 + x) / 2 if x < 1 else x
                 share = min(max(share, Fraction(slow) / 4), min(1, 4 * Fraction(slow)))
         known = min(now // block, len(schedule.shares) - 1)
@@ -111,7 +111,7 @@ def closed_loop(schedule, steps: range, full: float, fast: float) -> list[int]:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_gap_that_stays_leads_to_a_bound_and_so_do_the_steps(gap, factor, seed):
     schedule = AdaptiveSchedule(0.1, seed=seed, gap=0.05)
-    found = closed_loop(schedule, range(8_000), 2.0 * (1 + gap), 2.0)
+    found = closed_loop(schedule, range(8_000), 2.0 + gap, 2.0)
     assert schedule.shares[-1] == pytest.approx(0.1 * factor, rel=1e-9)
     late, share = [step for step in found if step >= 4_000], 0.1 * factor
     assert abs(len(late) - 4_000 * share) < 5 * math.sqrt(4_000 * share * (1 - share))
@@ -211,8 +211,8 @@ def test_killed_and_resumed_is_never_killed_from_any_number_of_workers(home, tmp
     for step in range(len(said)):
         if step % 2 == 0 and step >= 4:
             before = [one for one in said[step - 4 : step - 2] if one["mode"] == "slow"]
-            full, fast = (sum(one[name] * one["answers"] for one in before) for name in ("ce", "ce_teacher"))
-            x = min(max((full / fast - 1) / 0.02, 0), 2) if before else 1
+            more = sum((one["ce"] - one["ce_teacher"]) * one["answers"] for one in before)
+            x = min(max(more / sum(one["answers"] for one in before) / 0.02, 0), 2) if before else 1
             share.append(min(max(share[-1] * max(x, (1 + x) / 2), 0.2), 1.0))
         drawn.append("slow" if uniform(0, step) < share[step // 2] else "fast")
     assert [line["mode"] for line in said] == drawn

@@ -4,14 +4,15 @@ Slow steps are there because a model trained on pruned pictures is poor at whole
 How poor can be measured on the slow steps themselves: each runs the fast mode too, as its teacher, on the same answers.
 Of each block of B = 64 steps
 
-    G = (sum CE_full - sum CE_fast) / sum CE_fast        over the answers of its slow steps, student and teacher
+    G = (sum CE_full - sum CE_fast) / answers        of its slow steps: student and teacher on the same answer tokens
     x = clip(G / gap, 0, 2)
     share <- clip(share * max(x, (1 + x) / 2), slow / 4, min(1, 4 slow))
 
 so no gap halves the share, the tolerated one keeps it, and twice that doubles it. Both losses are of the same answers,
-so what is hard or easy about a batch is in both, and a few slow steps are enough to see a gap. The share begins at
-`slow`, and stays within a factor of 4 of it: a run costs at most what four times as many slow steps cost, and never
-stops measuring. A block that drew no slow step has seen nothing and changes nothing.
+so what is hard or easy about a batch is in both, and a few slow steps are enough to see a gap. It is counted in nats a
+token and not as a share of the loss: once little is left to learn, a large share of it is still nothing. The share
+begins at `slow`, and stays within a factor of 4 of it: a run costs at most what four times as many slow steps cost, and
+never stops measuring. A block that drew no slow step has seen nothing and changes nothing.
 
 The papers leave a schedule like this open; all of it is ours. There are no logarithms and powers in it: sums, products
 and quotients round the same on every machine, and so all ranks draw the same modes.
@@ -22,10 +23,8 @@ So nothing may be made more than B steps ahead (`stage.py` sees to that). Asked 
 answers with the newest share: a forecast, good enough to announce or to rehearse a run.
 
 The trade-off: a share answers to what was up to two blocks ago, so a run of at most 128 steps is not adapted at all,
-and the share swings. The gap is relative: where the loss is near 0, as the digits' is in the end, a few thousandths of
-a nat are a large one, and slow steps are many that hardly matter. The student trains with dropout and the teacher runs
-without, which looks like a gap; samples without a picture have none, and thin it out. Whether it beats a fixed share is
-not yet measured.
+and the share swings. The student trains with dropout and the teacher runs without, which looks like a gap; samples
+without a picture have none, and thin it out.
 """
 
 import math
@@ -38,8 +37,8 @@ FACTOR = 4  # how far the share may go from where it began
 
 
 class AdaptiveSchedule(DualSpeedSchedule):
-    """`slow` is the share of slow steps to begin with, `gap` the relative gap that is fine. Tell it what each step saw:
-    `observe(plan, {"step": step, **out.metrics})`, the same numbers on all ranks."""
+    """`slow` is the share of slow steps to begin with, `gap` the nats a token that are fine. Tell it what each step
+    saw: `observe(plan, {"step": step, **out.metrics})`, the same numbers on all ranks."""
 
     def __init__(self, slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0, gap: float = 0.05):
         super().__init__(slow, keep, distill, seed)
@@ -51,9 +50,11 @@ class AdaptiveSchedule(DualSpeedSchedule):
                 "give a weight above 0, or another schedule"
             )
         if not 0 < gap < math.inf:
-            raise UserError(f"gap = {gap}: the relative gap that is fine must be above 0")
+            raise UserError(f"gap = {gap}: the nats a token that are fine must be above 0")
         self.gap, self.block = gap, BLOCK
-        self.sums: list[list[float]] = []  # of each block: CE_full and CE_fast, summed over its slow steps' answers
+        self.sums: list[
+            list[float]
+        ] = []  # of each block: CE_full - CE_fast over the answers of its slow steps, and these
         self.shares = [slow, slow]  # of each block that is known
 
     @property
@@ -71,21 +72,20 @@ class AdaptiveSchedule(DualSpeedSchedule):
             return
         block = seen["step"] // self.block
         self.sums += [[0.0, 0.0] for _ in range(block + 1 - len(self.sums))]
-        for i, name in enumerate(("ce", "ce_teacher")):
-            self.sums[block][i] += float(seen[name]) * seen["answers"]
+        self.sums[block][0] += (float(seen["ce"]) - float(seen["ce_teacher"])) * seen["answers"]
+        self.sums[block][1] += seen["answers"]
         self._follow(block)
 
     def _follow(self, block: int) -> None:
         """The shares, after what was seen in this block or a later one."""
         del self.shares[block + 2 :]
-        for full, fast in self.sums[len(self.shares) - 2 :]:
-            self.shares.append(self._moved(self.shares[-1], full, fast))
+        for more, answers in self.sums[len(self.shares) - 2 :]:
+            self.shares.append(self._moved(self.shares[-1], more, answers))
 
-    def _moved(self, share: float, full: float, fast: float) -> float:
-        if full == fast == 0:  # no slow step, or nothing left to learn
+    def _moved(self, share: float, more: float, answers: float) -> float:
+        if not answers:  # no slow step
             return share
-        gap = (full - fast) / fast if fast else math.inf
-        x = min(2.0, max(0.0, gap / self.gap))
+        x = min(2.0, max(0.0, more / answers / self.gap))
         return min(max(share * max(x, (1 + x) / 2), self.slow / FACTOR), min(1.0, self.slow * FACTOR))
 
     def _settings(self) -> dict:

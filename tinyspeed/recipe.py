@@ -142,7 +142,7 @@ class DualSpeed:
     keep: float = 0.1  # share of visual rows on fast steps
     schedule: str = "bernoulli"  # "bernoulli", "periodic", "adaptive", "fast" (pruned-only), "full" (ordinary training)
     slow: float = 0.1  # share of slow steps; an adaptive one begins there
-    gap: float = 0.05  # adaptive: how much worse full tokens may do than pruned ones, as a share of the loss
+    gap: float = 0.05  # adaptive: how much worse full tokens may do than pruned ones, in nats a token
     isolator: int = 4  # rows of the mode isolator; 0 = none
     isolator_from: str = ""  # a finished run, whose isolator this one goes on with
     views: bool = False  # a LoRA for each mode instead of one for both; needs lora.rank
