@@ -55,6 +55,7 @@ CASES = {
     "llava glances": ("dualspeed.plugin=tokenlearner",),
     "llava_next glances idle": ("dualspeed.plugin=tokenlearner", "lora.rank=4", "train.batch=3", "train.row_budget=1"),
     "llava_next dynamic lora": ("dualspeed.plugin=dynamicvit", "lora.rank=4"),
+    "llava bf16 glances": ("model.precision=bf16", "dualspeed.plugin=tokenlearner"),
     "llava_next merging": ("dualspeed.plugin=tome",),
     "llava_next skipping idle": ("lora.rank=4", "train.batch=3", "train.row_budget=1"),
 }

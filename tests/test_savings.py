@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tinyspeed import UserError, cli, savings
 
@@ -26,6 +27,22 @@ def test_every_plan_is_timed_and_layers_cost_the_same_each(tmp_path, capsys):
             assert f["kept"] == pytest.approx((1 - 1 / f["speedup"]) / (1 - 1 / f["promised"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(found)
+
+
+def test_attention_is_counted_on_a_cpu_too(monkeypatch):
+    """Forward, recomputed or not, and backward: nothing but the two products of a query with all keys, and twice and a
+    half of that; without it, a step of many rows promises too little."""
+    q, k, v = (torch.randn(2, 3, 50, 8, requires_grad=True) for _ in range(3))
+    with savings.FlopCounterMode(display=False, custom_mapping=savings.ON_A_CPU) as counter:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        assert counter.get_total_flops() == 2 * 2 * (2 * 3) * 50**2 * 8
+        out.sum().backward()
+    assert counter.get_total_flops() == 3.5 * 2 * 2 * (2 * 3) * 50**2 * 8
+    with_attention = savings.bench_steps(4, 16, repeats=1)["plans"]
+    monkeypatch.setattr(savings, "ON_A_CPU", {})
+    without = savings.bench_steps(4, 16, repeats=1)["plans"]
+    for name in ("fast: 10 % of the picture", "1/2 of the answers"):
+        assert with_attention[name]["promised"] > without[name]["promised"]
 
 
 def test_together_the_systems_promise_more_than_each_alone():

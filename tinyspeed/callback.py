@@ -26,11 +26,11 @@ class SetStep(TrainerCallback):
         self.forwards = 0
         self.begin = model.schedule.state_dict()
         self.seen: list[dict] = []  # the metrics of this step's forwards
-        if type(model.schedule).observe is not Schedule.observe:  # to look at numbers is to wait for the device
-            model.register_forward_hook(self._look)
+        model.register_forward_hook(self._look)
 
     def _look(self, model: nn.Module, given: tuple, out) -> None:
-        if model.training:
+        listens = type(model.schedule).observe is not Schedule.observe  # to look at numbers is to wait for the device
+        if model.training and listens:
             self.seen.append(out["metrics"])
 
     def on_train_begin(self, args, state, control, **_):

@@ -30,8 +30,7 @@ class Chooser(nn.Module):
         super().__init__()
         signals.check(vlm, name)
         self.vlm, self.name, self.seed = vlm, name, seed
-        self.most = pruning.keep_count(keep, vlm.most_rows)
-        self.learned = pruning.make(name, vlm.hidden_size, self.most, seed)
+        self.learned = pruning.make(name, vlm.hidden_size, pruning.keep_count(keep, vlm.most_rows), seed)
 
     def switch(self, name: str) -> None:
         """Another plugin, for another stage."""
@@ -53,31 +52,24 @@ class Chooser(nn.Module):
         pad = functools.partial(pad_sequence, batch_first=True)
         mask = pad([self.vlm.prunable(image) for image in images])
         told = {name: pad(values) for name, values in heard.items()}
-        if self.learned and pruning.keep_count(keep, mask.shape[1]) > self.most:
-            raise UserError(
-                f"{self.name!r} was made for {self.most} rows at most, and {keep:.3g} of an image with "
-                f"{mask.shape[1]} rows is more; plugins that do not mind: divprune, grid, pool"
-            )
-        found = pruning.choose(
-            self.name, pad(images), keep=keep, mask=mask, seed=self.seed + step, signals=told, module=self.learned
-        )
+        every, how = pad(images), {"square": self.vlm.square, "seed": self.seed + step, "module": self.learned}
+        found = pruning.choose(self.name, every, keep=keep, mask=mask, signals=told, **how)
         places, width = mask.shape
         kept = torch.zeros(places, width + 1, dtype=torch.bool, device=mask.device)
         kept.scatter_(1, found.index.where(found.index >= 0, width), True)
         lengths = torch.tensor([len(image) for image in images], device=mask.device)
         kept = kept[:, :-1][torch.arange(width, device=mask.device) < lengths[:, None]]
         if found.weight is not None:
-            images = [self._merged(images, kept, found, told)]
+            before = pruning.merges_before_projector(self.name)
+            rows = self._merged(found, told["tower"] if before else every, before)
+            whole = torch.cat(images)
+            images = [torch.zeros_like(whole).index_copy(0, kept.nonzero()[:, 0], rows.to(whole.dtype))]
         return kept, images, found.loss
 
-    def _merged(self, images: list[Tensor], kept: Tensor, found: pruning.Kept, told: Mapping[str, Tensor]) -> Tensor:
-        """(V, D): a picture's sums where `kept` says; rows that are not kept are nothing."""
-        before = pruning.merges_before_projector(self.name)
-        rows = told["tower"] if before else pad_sequence(images, batch_first=True)
+    def _merged(self, found: pruning.Kept, rows: Tensor, before_projector: bool) -> Tensor:
+        """The sums of all images, in the order of the rows that are kept."""
         rows = found.weight.to(rows.dtype) @ rows
-        rows = (self.vlm.projector(rows) if before else rows)[found.index >= 0]
-        whole = torch.cat(images)
-        return torch.zeros_like(whole).index_copy(0, kept.nonzero()[:, 0], rows.to(whole.dtype))
+        return (self.vlm.projector(rows) if before_projector else rows)[found.index >= 0]
 
     def idle(self) -> Tensor | float:
         """Zero, of all that learns here: which parameters a fast step touches must not depend on its data."""

@@ -150,7 +150,7 @@ class DualSpeed(DropIn):
         teacher, taught_rows = None, 0
         if taught:
             self.views.use("fast")
-            with torch.no_grad(), without_dropout(self.vlm.language_model):
+            with torch.no_grad(), without_dropout(self.vlm.language_model), without_dropout(self.chooser):
                 pruned, isolating, _ = self._pruned(full, embeddings, images, plan.keep, heard)
                 teacher, taught_rows = self._answers(pruned, isolating, plan)[0], len(isolating)
         elif plan.mode == "fast":

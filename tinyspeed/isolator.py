@@ -100,7 +100,7 @@ def load(learning: Mapping[str, Tensor], file: Path) -> None:
     learned = load_file(file)
     for name, tensor in learning.items():
         if name not in learned:
-            raise UserError(f"{file} has no {name}: that run had another dualspeed.plugin")
+            raise UserError(f"{file} has no {name}: that run had another dualspeed.plugin, or is of an older version")
         if learned[name].shape != tensor.shape:
             raise UserError(f"{name} in {file} is {tuple(learned[name].shape)}, not {tuple(tensor.shape)}")
         tensor.copy_(learned[name])

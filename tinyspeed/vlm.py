@@ -23,6 +23,8 @@ from .rows import Layout
 class Family:
     """LLaVA-1.5, and the base of the others."""
 
+    square = True  # an image's rows are one square picture
+
     def __init__(self, model: nn.Module):
         # peft wraps the model; its base is the same modules with adapters in place.
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -101,9 +103,8 @@ class Family:
         return list(values)
 
     def idle(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
-        """Rows of the table that nothing picks, made of the connector's parts that the batch may not use: their
-        gradients are then zeros instead of missing, so which parameters a step touches depends on its plan and not on
-        its data."""
+        """Rows of the table that nothing picks, made of the connector's parts that the batch may not use: gradients
+        are then zeros instead of missing, and which parameters a step touches depends on its plan alone."""
         if any(features.values()):
             return []
         like = self.model.get_input_embeddings().weight  # not the projector's: a 4-bit one stores bytes
@@ -140,9 +141,7 @@ class Family:
             return
         every = self.language_model.layers
         if layers[-1] >= len(every):
-            raise UserError(
-                f"the plan runs layer {layers[-1]}, but the LLM has {len(every)} layers, 0 to {len(every) - 1}"
-            )
+            raise UserError(f"the plan runs layer {layers[-1]}, and the LLM has layers 0 to {len(every) - 1}")
         self.language_model.layers = nn.ModuleList(every[i] for i in layers)
         try:
             yield
@@ -161,15 +160,16 @@ class Family:
 class LlavaNext(Family):
     """LLaVA-NeXT: an image is its base view and a grid of crops, unpadded, with a newline row behind each line."""
 
+    square = False
+
     @property
     def newline(self) -> nn.Parameter:
         return self.model.model.image_newline
 
     @property
     def most_rows(self) -> int:
-        size = self.config.vision_config.image_size
-        crops = max((high // size) * (wide // size) for high, wide in self.config.image_grid_pinpoints)
-        return super().most_rows * (1 + crops)
+        pixels = max(high * wide for high, wide in self.config.image_grid_pinpoints)
+        return super().most_rows * (1 + pixels // self.config.vision_config.image_size**2)
 
     def connector(self) -> list[nn.Parameter]:
         return [*super().connector(), self.newline]
@@ -206,8 +206,8 @@ class LlavaNext(Family):
             self.newline.requires_grad_(was)
 
     def idle(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
-        rows = super().idle(features, plan_mode)
-        return rows if plan_mode == "fast" else [*rows, self.newline[None]]  # a video may have none
+        more = [] if plan_mode == "fast" else [self.newline[None]]  # a video may have none
+        return super().idle(features, plan_mode) + more
 
     def prunable(self, features: Tensor) -> Tensor:
         """Newline rows are structure. They are copies of the newline, so equality finds them wherever packing put them,

@@ -18,6 +18,7 @@ Images of different size share a batch through `mask`; then each has its own K, 
 One file a plugin; each is written from its paper's description.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def choose(
     mask: Tensor | None = None,
     seed: int = 0,
     signals: Mapping[str, Tensor] | None = None,
+    square: bool = True,
     module: nn.Module | None = None,
 ) -> Kept:
     """What plugin `name` makes of each image.
@@ -72,7 +74,8 @@ def choose(
     Give either `keep`, a share, or `count`, an exact number (one for all images, or one an image with `mask`).
     `mask` (B, N) marks the rows that may be kept. `seed` matters to plugins that draw. `signals`, each (B, N) or
     (B, N, C), are what some plugins need beside the features; those that this one does not look at are left alone.
-    `module`: a learned plugin that `make` made; without it, an untrained one.
+    `square`: m * m rows are one picture, m by m, and not several in one list. `module`: a learned plugin that `make`
+    made; without it, an untrained one.
     """
     found = entry(name)
     features = features.detach()
@@ -88,23 +91,37 @@ def choose(
     if mask is None and len(set(counts)) > 1:
         raise UserError("images with different counts need a mask: their index rows have different lengths")
     most, counts_ = max(counts), torch.tensor(counts, device=features.device)
-    if counts == [n] * batch:
-        return Kept(torch.arange(n, device=features.device).expand(batch, n).contiguous(), counts_)
+    late = torch.arange(most, device=features.device) >= counts_[:, None]
+    valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
+    every = valid.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # the first candidates
+    whole = [count == of for count, of in zip(counts, candidates, strict=True)]
+    if all(whole):
+        return Kept(every.masked_fill(late, -1), counts_)
     if found.learned and module is None:
         module = make(name, width, most).to(features.device).eval()
-    valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
     learns = found.learned and torch.is_grad_enabled()
     # Autocast would put the products back into half precision.
     with torch.autocast(features.device.type, enabled=False), torch.set_grad_enabled(learns):
-        plugin = module if found.learned else found.plugin
-        made = plugin(features, most=most, valid=valid, counts=counts_, seed=seed, **heard)
+        how = {"sizes": [*zip(candidates, counts, strict=True)], "square": square, "seed": seed, **heard}
+        plugin = functools.partial(_in_fp32, module) if found.learned else found.plugin
+        made = plugin(features, most=most, valid=valid, counts=counts_, **how)
         index, weight, loss = (made, None, None) if isinstance(made, Tensor) else made
-        late = torch.arange(most, device=index.device) >= counts_[:, None]
+        if weight is not None and any(whole):  # an image of which every row stays, beside others
+            stays = torch.tensor(whole, device=index.device)[:, None]
+            index = index.where(~stays, every)
+            themselves = torch.zeros_like(weight).scatter_(2, every[:, :, None], 1.0)
+            weight = weight.where(~stays[:, :, None], themselves)
         index, order = index.masked_fill(late, n).sort(dim=1)  # beyond an image's count: n sorts last ...
         index = index.masked_fill(late, -1)  # ... and -1 cannot be gathered by mistake
         if weight is not None:
             weight = weight.gather(1, order[:, :, None].expand_as(weight)).masked_fill(late[:, :, None], 0)
     return Kept(index, counts_, weight, loss)
+
+
+def _in_fp32(module: nn.Module, features: Tensor, **how):
+    """A learned plugin, whatever precision it is kept or was gathered in (a sharded one comes in half)."""
+    parameters = {name: p.float() for name, p in module.named_parameters()}
+    return torch.func.functional_call(module, parameters, (features,), how)
 
 
 def make(name: str, width: int, most: int, seed: int = 0) -> nn.Module | None:
@@ -125,7 +142,7 @@ def _heard(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int]) -> 
             f"the plugin {name!r} needs {' and '.join(absent)} beside the features; "
             f"without: {', '.join(works_with(signals))}"
         )
-    heard = {signal: signals[signal].float() for signal in signals_of(name) if signal in signals}
+    heard = {signal: signals[signal].detach().float() for signal in signals_of(name) if signal in signals}
     for signal, values in [*heard.items()]:
         if values.shape[:2] != shape or values.dim() > 3:
             raise UserError(f"{signal} must be {shape} as the features are, got {tuple(values.shape)}")

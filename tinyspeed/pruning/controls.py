@@ -30,20 +30,20 @@ def noise(x: Tensor, seed: int) -> Tensor:
 
 
 @register("grid", pairs=0)
-def grid(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> Tensor:
+def grid(features: Tensor, *, most: int, valid: Tensor, sizes: list[tuple[int, int]], square: bool, **_) -> Tensor:
     """K rows spread evenly over the picture, whatever is in it: blind down-sampling, the other control."""
-    sizes = zip(valid.sum(1).tolist(), counts.tolist(), strict=True)
-    ranks = [[*lattice(n, k), *(0 for _ in range(most - k))] for n, k in sizes]
+    ranks = [[*lattice(n, k, square), *(0 for _ in range(most - k))] for n, k in sizes]
     order = torch.argsort(~valid, dim=1, stable=True)  # the candidates' positions, in raster order
     return order.gather(1, torch.tensor(ranks, device=features.device))
 
 
 @functools.cache
-def lattice(n: int, k: int) -> list[int]:
+def lattice(n: int, k: int, square: bool) -> list[int]:
     """k of the numbers 0 .. n-1. A square n (24 x 24) is a picture: about sqrt(k) lines, evenly spaced, the k rows
-    dealt evenly to the lines. Any other n (anyres) is sampled evenly along its raster order."""
+    dealt evenly to the lines. Any other n, and several pictures in one list (anyres), is sampled evenly along its
+    raster order."""
     side = math.isqrt(n)
-    if side * side != n:
+    if not square or side * side != n:
         return [(2 * i + 1) * n // (2 * k) for i in range(k)]
     lines = max(1, round(math.sqrt(k)))
     picks = []

@@ -26,7 +26,7 @@ class DynamicViT(nn.Module):
     rows leave. For the loss to reach p all the same, a kept row is multiplied with p_i / p_i, of which only the upper
     one has a gradient: it is what it was, and says whether more of it would have helped. A row that left says nothing,
     so it is the noise that tries others. (Their noise is drawn for each row and threshold; with the K best of all, how
-    many stay is exact and never left to chance.)
+    many stay is exact and never left to chance. All pictures of a step have one draw.) A teacher draws none.
 
     What differs beside that: one predictor in front of the LLM instead of three between a ViT's blocks, and none of
     their distillation, since slow steps have one of their own.

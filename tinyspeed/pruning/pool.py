@@ -6,11 +6,11 @@ instead, for which few K exist (24 x 24 gives 64, 36, 16).
 
 pool           each row is the mean of its window; windows that divide a patch between them both have all of it
                (adaptive average pooling)
-pool_bilinear  each row is read off between the four patches around the window's centre: a quarter of the picture at
-               K = N / 4, but at N / 10 it does not look at most patches at all
+pool_bilinear  each row is read off between the four patches around its window's centre: the same at K = N / 4, but
+               beyond that it looks at ever fewer of the patches, and at K = N / 9 it is one patch, as in `grid`
 
-A square number of rows (24 x 24) is a picture. Any other (LLaVA-NeXT's, which is several pictures in one list) is
-pooled along its raster order: neighbours in a line. Its first and last patches of lines then share windows.
+A square number of rows (24 x 24) is a picture. Any other, and LLaVA-NeXT's several pictures in one list, is pooled
+along its raster order: neighbours in a line. Last and first patches of lines then share windows.
 
 What the LLM sees are mixtures of patches, which a full step never shows it. That is what to weigh against seeing a bit
 of everything.
@@ -27,23 +27,26 @@ from .registry import register
 
 
 @register("pool", pairs=2)
-def pool(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> tuple[Tensor, Tensor, None]:
+def pool(features: Tensor, *, most: int, valid: Tensor, **how) -> tuple[Tensor, Tensor, None]:
     """Means of K windows."""
-    return _pooled(_covered, valid, most, counts)
+    return _pooled(_covered, valid, most, **how)
 
 
 @register("pool_bilinear", pairs=2)
-def pool_bilinear(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> tuple[Tensor, Tensor, None]:
+def pool_bilinear(features: Tensor, *, most: int, valid: Tensor, **how) -> tuple[Tensor, Tensor, None]:
     """Bilinear samples at the centres of K windows."""
-    return _pooled(_between, valid, most, counts)
+    return _pooled(_between, valid, most, **how)
 
 
-def _pooled(axis, valid: Tensor, most: int, counts: Tensor) -> tuple[Tensor, Tensor, None]:
-    sizes = [*zip(valid.sum(1).tolist(), counts.tolist(), strict=True)]
+def _pooled(
+    axis, valid: Tensor, most: int, sizes: list[tuple[int, int]], square: bool, **_
+) -> tuple[Tensor, Tensor, None]:
     maps = torch.zeros(len(sizes), most, valid.shape[1])
     for image, (n, k) in zip(maps, sizes, strict=True):
-        image[:k, :n] = _windows(axis, n, k)
-    ranks = torch.tensor([[*lattice(n, k), *(0 for _ in range(most - k))] for n, k in sizes], device=valid.device)
+        image[:k, :n] = _windows(axis, n, k, square)
+    ranks = torch.tensor(
+        [[*lattice(n, k, square), *(0 for _ in range(most - k))] for n, k in sizes], device=valid.device
+    )
     # The maps count candidates; `order` says where in the features each of them is.
     order = torch.argsort(~valid, dim=1, stable=True)
     maps = maps.to(valid.device)
@@ -52,10 +55,10 @@ def _pooled(axis, valid: Tensor, most: int, counts: Tensor) -> tuple[Tensor, Ten
 
 
 @functools.lru_cache(maxsize=64)
-def _windows(axis, n: int, k: int) -> Tensor:
+def _windows(axis, n: int, k: int, square: bool) -> Tensor:
     """(k, n) in the order of `lattice`."""
     side = math.isqrt(n)
-    if side * side != n:
+    if not square or side * side != n:
         return axis(n, k)
     lines = max(1, round(math.sqrt(k)))
     down, across = axis(side, lines), []

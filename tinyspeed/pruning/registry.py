@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..errors import UserError, unknown
 
-# (features (B, N, D) fp32, most = largest count, valid (B, N) bool, counts (B,), seed, and the plugin's signals)
+# (features (B, N, D) fp32, most = largest count, valid (B, N) bool, counts (B,), sizes = [(candidates, count)] of each
+#  image on the host, square = whether m * m rows are a picture, seed, and the plugin's signals)
 # -> index (B, most): the picks of image b in its first counts[b] columns, in any order; later columns are ignored.
 #    Or (index, weight (B, most, N), or None, loss (B,), or None), weight with a line for each column of index.
 Plugin = Callable[..., Tensor | tuple[Tensor, Tensor | None, Tensor | None]]

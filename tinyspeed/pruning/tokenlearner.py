@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from .controls import grid
 from .registry import register
 
@@ -22,7 +23,8 @@ class TokenLearner(nn.Module):
     MLP: width -> 64 -> K. All of it is there in training only, as the isolator is: slow steps and inference see every
     row as it is, and what the LLM learns from glances has to carry over.
 
-    A glance has no place of its own. The K rows take the places that `grid` would keep.
+    A glance has no place of its own. The K rows take the places that `grid` would keep. A picture of fewer rows has the
+    first glances, so the last ones learn from large pictures alone.
 
     What differs: the norm is the row's length, without parameters, so that scaling the features changes nothing; and
     the maps learn from the loss, but the projector learns only from the rows, not from how they steer the maps. The
@@ -33,10 +35,13 @@ class TokenLearner(nn.Module):
         super().__init__()
         self.hidden, self.glances = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, most)
 
-    def forward(
-        self, features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_
-    ) -> tuple[Tensor, Tensor, None]:
+    def forward(self, features: Tensor, *, most: int, valid: Tensor, **how) -> tuple[Tensor, Tensor, None]:
+        if most > self.glances.out_features:
+            raise UserError(f"tokenlearner was made for {self.glances.out_features} glances, and {most} are asked for")
         x = F.normalize(features, dim=2) * features.shape[2] ** 0.5
         maps = self.glances(F.gelu(self.hidden(x)))[:, :, :most].mT
-        places = grid(features, most=most, valid=valid, counts=counts)
-        return places, maps.masked_fill(~valid[:, None, :], -torch.inf).softmax(2), None
+        return (
+            grid(features, most=most, valid=valid, **how),
+            maps.masked_fill(~valid[:, None, :], -torch.inf).softmax(2),
+            None,
+        )

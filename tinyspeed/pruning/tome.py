@@ -10,7 +10,9 @@ from .registry import register
 
 
 @register("tome", pairs=9)
-def tome(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> tuple[Tensor, Tensor, None]:
+def tome(
+    features: Tensor, *, most: int, valid: Tensor, sizes: list[tuple[int, int]], **_
+) -> tuple[Tensor, Tensor, None]:
     """Bipartite soft matching, in rounds: split the rows that are left into A and B, every other one; find for each of
     A the most similar of B; merge the (at most N - K) most similar pairs, each into the mean of all rows in it, so that
 
@@ -29,14 +31,14 @@ def tome(features: Tensor, *, most: int, valid: Tensor, counts: Tensor, **_) -> 
     """
     order = valid.int().argsort(dim=1, descending=True, stable=True)
     place, slot = order, order.argsort(dim=1).where(valid, 0)  # of each row left its place; of each row its cluster
-    left, wanted = torch.stack([valid.sum(1), counts]).cpu()
+    left, wanted = torch.tensor(sizes).T  # on the host, which so knows the shapes of all rounds
     features = features.gather(1, order[:, : int(left.max()), None].expand(-1, -1, features.shape[2]))
     gram = features @ features.mT  # x_i x_j; from the first round on, of clusters' sums
-    while (left > wanted).any():  # on the host, which then knows the shapes of all rounds without asking a GPU again
+    while (left > wanted).any():
         merges, longest = (left - wanted).minimum((left + 1) // 2), int(left.max())
         here = torch.arange(longest, device=valid.device) < left[:, None].to(valid.device)
         left = left - merges
-        norm = gram.diagonal(dim1=1, dim2=2).sqrt()
+        norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # rows that cancel each other: 0, give or take
         norm = norm.masked_fill(norm == 0, 1)
         likeness = gram[:, ::2, 1::2] / norm[:, ::2, None] / norm[:, None, 1::2]
         best, match = likeness.masked_fill_(~here[:, None, 1::2], -2).max(2)
