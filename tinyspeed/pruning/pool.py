@@ -41,15 +41,16 @@ def pool_bilinear(features: Tensor, *, most: int, valid: Tensor, **how) -> tuple
 def _pooled(
     axis, valid: Tensor, most: int, sizes: list[tuple[int, int]], square: bool, **_
 ) -> tuple[Tensor, Tensor, None]:
-    maps = torch.zeros(len(sizes), most, valid.shape[1])
-    for image, (n, k) in zip(maps, sizes, strict=True):
-        image[:k, :n] = _windows(axis, n, k, square)
+    kinds = [*dict.fromkeys(sizes)]  # LLaVA-1.5's images are all of one
+    maps = torch.zeros(len(kinds), most, valid.shape[1])
+    for kind, (n, k) in zip(maps, kinds, strict=True):
+        kind[:k, :n] = _windows(axis, n, k, square)
     ranks = torch.tensor(
         [[*lattice(n, k, square), *(0 for _ in range(most - k))] for n, k in sizes], device=valid.device
     )
     # The maps count candidates; `order` says where in the features each of them is.
     order = torch.argsort(~valid, dim=1, stable=True)
-    maps = maps.to(valid.device)
+    maps = maps.to(valid.device)[[kinds.index(size) for size in sizes]]
     weight = torch.zeros_like(maps).scatter_(2, order[:, None, :].expand_as(maps), maps)
     return order.gather(1, ranks), weight, None
 
