@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from tinyspeed import UserError, digits, evaluate, recipe, train
 from tinyspeed.rows import IGNORE
@@ -138,6 +139,16 @@ def test_the_models_context_holds_every_question_about_the_largest_picture():
         )
         assert text + sum(images) <= model.config.text_config.max_position_embeddings
         assert model.config.text_config.vocab_size == len(canvas.ids) > source.example(0).input_ids.max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_tower_is_trained_on_the_gpu_and_saved_as_on_a_cpu(tmp_path):
+    sizes = {"width": 16, "layers": 1, "tower_width": 16, "tower_layers": 1, "tower_steps": 3}
+    one, other = (digits.prepare(tmp_path / at, 0, bar=False, device=at, **sizes) for at in ("cpu", "cuda"))
+    made = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert made[0].keys() == made[1].keys()
+    for name, tensor in made[0].items():
+        torch.testing.assert_close(made[1][name], tensor, atol=1e-3, rtol=1e-2)
 
 
 def test_a_base_model_of_other_pictures_is_refused(tmp_path):

@@ -66,7 +66,9 @@ def _compare(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], 
         if missing and not recipe.model.path:
             home.mkdir(exist_ok=True)
             sizes = recipe.digits
-            digits.prepare(home / "base", seed, tower_steps=sizes.tower_steps, **sizes.sizes, bar=bar)
+            digits.prepare(
+                home / "base", seed, tower_steps=sizes.tower_steps, **sizes.sizes, bar=bar, device=place(recipe)[0]
+            )
         for arm, made in missing.items():
             if bar:
                 print(f"seed {seed}: {arm}", flush=True)

@@ -277,14 +277,18 @@ def train_tower(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         side, blank = canvas.side, 1.8 * canvas.regions**2 / canvas.cells
-        head = nn.Linear(tower.config.hidden_size, BLANK + 1 + 2 * side)
+        device = next(tower.parameters()).device
+        head = nn.Linear(tower.config.hidden_size, BLANK + 1 + 2 * side).to(device)
         parameters = [*tower.parameters(), *head.parameters()]
         tower.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
-        line, column = (at.repeat(batch) for at in (torch.arange(side**2) // side, torch.arange(side**2) % side))
+        places = torch.arange(side**2, device=device).repeat(batch)
+        line, column = places // side, places % side
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
-            pixels, cells = _cells(np.random.default_rng([seed, step, 2]), "train", batch, canvas)
+            pixels, cells = (
+                x.to(device) for x in _cells(np.random.default_rng([seed, step, 2]), "train", batch, canvas)
+            )
             weight = torch.where(cells.flatten() == BLANK, blank, 1.0)
             what, at_line, at_column = _read(tower, head, pixels).flatten(0, 1).split([BLANK + 1, side, side], dim=1)
             loss = F.cross_entropy(what, cells.flatten(), reduction="none")
@@ -297,7 +301,7 @@ def train_tower(
             report(step, loss)
     tower.requires_grad_(False)
     with torch.no_grad():
-        pixels, cells = _cells(np.random.default_rng([seed, 0, 3]), "eval", 256, canvas)
+        pixels, cells = (x.to(device) for x in _cells(np.random.default_rng([seed, 0, 3]), "eval", 256, canvas))
         guess = _read(tower, head, pixels)[..., : BLANK + 1].argmax(-1)
     digit = cells != BLANK
     return (guess == cells)[digit].float().mean().item()
@@ -330,8 +334,11 @@ def build_processor(canvas: Canvas = DEFAULT):
     )  # fmt: skip
 
 
-def prepare(folder: Path, seed: int, *, tower_steps: int, bar: bool = True, **sizes: int) -> Path:
-    """The base model in `folder`, in the real on-disk format; built, and its tower trained, if it is not there yet."""
+def prepare(
+    folder: Path, seed: int, *, tower_steps: int, bar: bool = True, device: torch.device | str = "cpu", **sizes: int
+) -> Path:
+    """The base model in `folder`, in the real on-disk format; built, and its tower trained on the device, if it is not
+    there yet."""
     how = {"seed": seed, "tower_steps": tower_steps, **sizes}
     if folder.is_dir():
         built = folder / "digits.json"
@@ -347,7 +354,7 @@ def prepare(folder: Path, seed: int, *, tower_steps: int, bar: bool = True, **si
                 line.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             line.update()
 
-        accuracy = train_tower(model.model.vision_tower, seed, tower_steps, report=report, canvas=canvas)
+        accuracy = train_tower(model.model.vision_tower.to(device), seed, tower_steps, report=report, canvas=canvas)
         line.set_postfix_str(f"names {100 * accuracy:.1f} % of held-out digits")
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

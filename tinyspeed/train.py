@@ -217,7 +217,8 @@ def base(recipe: Recipe) -> str:
     if recipe.model.llm:
         return str(loading.assemble(recipe.model.tower, recipe.model.llm, recipe.folder / "base", recipe.run.seed))
     sizes = recipe.digits
-    return str(digits.prepare(recipe.folder / "base", recipe.run.seed, tower_steps=sizes.tower_steps, **sizes.sizes))
+    how = {"tower_steps": sizes.tower_steps, "device": place(recipe)[0], **sizes.sizes}
+    return str(digits.prepare(recipe.folder / "base", recipe.run.seed, **how))
 
 
 def place(recipe: Recipe) -> tuple[torch.device, str]:
