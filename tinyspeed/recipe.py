@@ -253,6 +253,9 @@ class Recipe:
             _check(not (asking and self.data.feature_cache_gb), uncached)
             apart = len(plugins) > 1 and any(map(pruning.learned, plugins))
             _check(not apart, f"sts.compressor: of {plugins} one learns, and is then the same in all stages")
+        if self.data.kind == "digits":
+            most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
+            _check(self.data.turns <= most, f"data.turns = {self.data.turns}: a picture has {most} questions")
         if self.data.kind == "chat":
             _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
 
