@@ -12,7 +12,7 @@ demo: $(READY)
 	@$(BIN)/tinyspeed demo $(if $(SHORT),--short) $(if $(SEED),--set run.seed=$(SEED) --set run.name=demo-$(SEED))
 
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a file's tests share what it has set up
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
