@@ -111,12 +111,7 @@ def unlike(made, whole):
 )
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(deaths, base, uninterrupted, tmp_path, monkeypatch):
     made = settings(base, tmp_path, "run")
-    die_before(monkeypatch, *deaths)
-    for attempt in range(len(deaths)):
-        with pytest.raises(Killed):
-            train.train(made, resume=attempt > 0, bar=False)
-        torch.rand(7)  # another process would have another random state
-    train.train(made, resume=True, bar=False)
+    train_through(monkeypatch, made, *deaths)
     assert not unlike(made, uninterrupted)
 
 

@@ -26,6 +26,7 @@ from .memory import Settings, Shape
 from .report import table
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
+MACHINE = "{device}; {cores} cores, {threads} threads, load {load}\n"  # of what is `described`
 MODEL = "llava-hf/llava-1.5-7b-hf"
 
 
@@ -69,15 +70,13 @@ def bench_pruning(
     times = timed(contestants, repeats, where)
     step_ms = fast_step(images) / (2 * rows * inner**2) * times[RATE]["median_ms"]
     picks = contestants["divprune"]()
-    result = record.describe(
+    result = described(
+        where,
         bench="pruning",
         shape=list(shape),
         keep=keep,
         count=count,
         repeats=repeats,
-        device=where,
-        processor=record.processor(),
-        load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # far above the threads: disturbed
         contestants={
             name: {
                 **t,
@@ -91,7 +90,7 @@ def bench_pruning(
         fast_step_ms=step_ms,
     )
     print(f"{count} of {n} rows of {images} images, width {width}, float32, median of {repeats}")
-    print("{device}; {cores} cores, {threads} threads, load {load}\n".format(**result))
+    print(MACHINE.format(**result))
     headers = ["contestant", "median", "min", "x product", "speed-up over loop", "of a 7B fast step"]
     print(table(headers, [_line(name, t) for name, t in result["contestants"].items()]))
     print(f"\ndivprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows")
@@ -184,6 +183,12 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch's words for an unknown, and for an absent device
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def described(device: torch.device, **found) -> dict:
+    """What was found, and the machine beside it."""
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: disturbed
+    return record.describe(device=device, processor=record.processor(), load=load, **found)
 
 
 def write(result: dict, out: Path) -> None:

@@ -12,14 +12,13 @@ it runs (by torch, which knows nothing of plans; of attention it counts the half
 Answers are long here, for ReGATE to have something to skip: 240 tokens behind a question of 16 and a picture of 144.
 """
 
-import os
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from . import digits, record
-from .bench import device_of, timed, write
+from . import digits
+from .bench import MACHINE, described, device_of, timed, write
 from .dualspeed import DualSpeed
 from .errors import UserError
 from .report import table
@@ -83,18 +82,9 @@ def bench_steps(
             **t, "flops": flops[name], "speedup": full / t["median_ms"], "promised": flops["full"] / flops[name],
             "kept": saved / promised if promised else None,
         }  # fmt: skip
-    result = record.describe(
-        bench="steps",
-        layers=layers,
-        width=width,
-        repeats=repeats,
-        device=where,
-        processor=record.processor(),
-        load=round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # far above the threads: disturbed
-        plans=found,
-    )
+    result = described(where, bench="steps", layers=layers, width=width, repeats=repeats, plans=found)
     print(f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}")
-    print("{device}; {cores} cores, {threads} threads, load {load}\n".format(**result))
+    print(MACHINE.format(**result))
     headers = ["a step", "median", "speed-up", "promised", "kept of the promise"]
     print(table(headers, [_line(name, f) for name, f in found.items()]))
     if out is not None:
