@@ -56,8 +56,8 @@ class Model:
         """Those of them that are not there before the first step."""
         return memory.fixed(self.shape, self.s).gradients // shards + self.borrowed * (shards > 1)
 
-    def micro_batch(self, mode: str) -> tuple[float, int]:
-        """Bytes that a micro-batch gathers and reduces, and in how many turns."""
-        layers, gathers = self.shape.layers, 3 if mode == "slow" else 2
+    def micro_batch(self, mode: str, layers: float | None = None) -> tuple[float, float]:
+        """Bytes that a micro-batch gathers and reduces, and in how many turns, if so many layers run, or all."""
+        layers, gathers = layers or self.shape.layers, 3 if mode == "slow" else 2
         size = gathers * layers * self.layer + self.root + 4 * (layers * self.trained[0] + self.trained[1])
         return size, gathers * layers + 1 + layers * (self.trained[0] > 0) + 1

@@ -103,16 +103,20 @@ class Job:
         total = {name: sum(getattr(batch, name) for batch in each) for name in ("visual", "images", "answers")}
         return MicroBatch(mode, rows, ids, **total)
 
+    def depth(self, mode: str) -> float:
+        """Layers of the LLM that a step runs on average."""
+        return estimate.depth(self.recipe, self.stage, mode, self.model.shape.layers)
+
     @cache  # noqa: B019
-    def each(self, mode: str, recompute: bool) -> list[float]:
+    def each(self, mode: str, recompute: bool, layers: float | None) -> list[float]:
         """FLOPs of every sample."""
-        shape, s = self.model.shape, self.model.s
-        of = cache(lambda text, visual, answers: estimate.flops(shape, s, mode, (text, [*visual], answers), recompute))
+        model, flops = self.model, estimate.flops
+        of = cache(lambda *sample: flops(model.shape, model.s, mode, sample, recompute, layers))
         return [of(text, tuple(images), answers) for text, images, answers in self.samples]
 
-    def flops(self, mode: str, gpus: int, recompute: bool) -> tuple[float, float]:
+    def flops(self, mode: str, gpus: int, recompute: bool, layers: float | None = None) -> tuple[float, float]:
         """Of a step: of the ranks that have most in each forward, and of the mean rank."""
-        each, steps = self.each(mode, recompute), self.dealt(mode, gpus)
+        each, steps = self.each(mode, recompute, layers), self.dealt(mode, gpus)
         most = mean = 0.0
         for step in steps:
             work = np.array([[sum(each[i] for i in part) for part in rank] for rank in step])
@@ -122,6 +126,7 @@ class Job:
 
 @dataclass(frozen=True)
 class ModeCost:
+    share: float  # of the stage's steps
     forwards: float
     recompute: bool
     peak: int  # bytes of a GPU
@@ -147,11 +152,11 @@ class Cost:
 
     layout: Layout
     job: Job
-    modes: dict[str, ModeCost]  # those of the recipe, and "full"
+    modes: dict[str, ModeCost]  # by name: those of the recipe, and "full", which is full training
 
     @property
     def peak(self) -> int:
-        return max(self.modes[mode].peak for mode in self.job.shares)
+        return max(mode.peak for mode in self.modes.values() if mode.share)
 
     @property
     def fits(self) -> bool:
@@ -159,7 +164,7 @@ class Cost:
 
     @property
     def hours(self) -> float:
-        return self.job.steps / 3600 * sum(share * self.modes[mode].step for mode, share in self.job.shares.items())
+        return self.job.steps / 3600 * sum(mode.share * mode.step for mode in self.modes.values())
 
     @property
     def full_hours(self) -> float:
@@ -167,29 +172,37 @@ class Cost:
 
     @property
     def waiting(self) -> float:
-        times = {mode: share * self.modes[mode].compute for mode, share in self.job.shares.items()}
-        return sum(times.values()) / sum(time / self.modes[mode].waiting for mode, time in times.items())
+        times = [(mode.share * mode.compute, mode.waiting) for mode in self.modes.values()]
+        return sum(time for time, _ in times) / sum(time / waiting for time, waiting in times)
 
 
 def cost(job: Job, layout: Layout) -> Cost:
-    modes = dict.fromkeys([*job.shares, "full"])
-    return Cost(layout, job, {mode: _mode(job, layout, mode) for mode in modes})
+    modes, every = {}, job.model.shape.layers
+    for mode, share in job.shares.items():
+        layers = job.depth(mode)
+        name = "skipping" if mode == "full" and layers < every else mode
+        modes[name] = _mode(job, layout, mode, share, layers)
+    if "full" not in modes:
+        modes["full"] = _mode(job, layout, "full", 0.0, every)
+    return Cost(layout, job, modes)
 
 
-def _mode(job: Job, layout: Layout, mode: str) -> ModeCost:
+def _mode(job: Job, layout: Layout, mode: str, share: float, layers: float) -> ModeCost:
+    """`layers`: those that run on average. Now and then all of them do, which decides the peak."""
     model, stage = job.model, getattr(job.recipe, job.stage)
     held, batch = model.held(layout.shards), job.largest(mode, layout.gpus)
     alive = Step if layout.shards == 1 else Sharded
     peaks = {again: held + alive(model.shape, model.s, batch, again).peak for again in (False, True)}
     fits = peaks[False] <= layout.gpu.gib * GIB - RESERVE
     again = {"on": True, "off": False, "auto": not fits}[stage.checkpointing]
-    most, mean = job.flops(mode, layout.gpus, again)
+    most, mean = job.flops(mode, layout.gpus, again, layers)
     steps = job.dealt(mode, layout.gpus)
     forwards = float(np.mean([len(step[0]) for step in steps]))
-    size, turns = model.micro_batch(mode)
-    trained = 4 * (model.shape.layers * model.trained[0] + model.trained[1]) / layout.shards
+    size, turns = model.micro_batch(mode, layers)
+    trained = 4 * (layers * model.trained[0] + model.trained[1]) / layout.shards
     ring, rings = (layout.shards - 1) / layout.shards, 2 * (layout.replicas - 1) / layout.replicas
     return ModeCost(
+        share=share,
         forwards=forwards,
         recompute=again,
         peak=peaks[again],
@@ -197,7 +210,7 @@ def _mode(job: Job, layout: Layout, mode: str) -> ModeCost:
         compute=most / (layout.gpu.tflops * 1e12 * SUSTAINED),
         network=forwards * layout.seconds(size, turns),
         ends=forwards * layout.seconds(model.root + model.layer + 4 * max(model.trained), 3),
-        between=layout.all_reduce(trained, model.shape.layers + 1),
+        between=layout.all_reduce(trained, layers + 1),
         waiting=most / mean,
     )
 
@@ -307,7 +320,7 @@ def as_json(found: list[Cost]) -> list[dict]:
         {
             "stage": c.job.stage, "gpus": c.layout.gpus, "sharding": str(c.layout), "steps": c.job.steps,
             "peak_bytes": c.peak, "fits": c.fits, "waiting": c.waiting, "hours": c.hours, "full_hours": c.full_hours,
-            "shares": c.job.shares, "modes": {name: asdict(m) | {"step": m.step} for name, m in c.modes.items()},
+            "modes": {name: asdict(m) | {"step": m.step} for name, m in c.modes.items()},
         }
         for c in found
     ]  # fmt: skip

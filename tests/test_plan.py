@@ -149,6 +149,34 @@ def test_ordinary_training_gains_nothing(recipe):
     assert cost.hours == cost.full_hours
 
 
+@pytest.mark.parametrize("schedule", ["full", "fast", "bernoulli"])
+def test_steps_that_skip_layers_cost_what_a_model_without_them_costs(recipe, schedule):
+    """Of 32 layers 8: steps compute and gather as those of a model with 24. Slow steps run all of them."""
+    how = {"train_batch": 16, "dualspeed_schedule": schedule}
+    (job,) = jobs(recipe(**how, sts_skip=0.25, sts_every=0))
+    (whole,) = jobs(recipe(**how))
+    config = REAL["1.5-7b"]()
+    config.text_config.num_hidden_layers = 24
+    shallow = dataclasses.replace(whole, model=Model(Shape(config), whole.model.s))
+    layout = Layout(GPUS["h100"], 16, 8)
+    found, less, more = (plan.cost(j, layout) for j in (job, shallow, whole))
+    mine = {"full": "skipping"}.get(schedule, "fast")
+    pruned = less.modes["full" if schedule == "full" else "fast"]
+    for name in ("compute", "network", "sent", "between", "forwards"):  # up to the norms, which count as the root's
+        assert getattr(found.modes[mine], name) == pytest.approx(getattr(pruned, name), rel=1e-4)
+    assert found.modes["full"] == dataclasses.replace(more.modes["full"], share=0.0)
+    assert found.modes.get("slow") == more.modes.get("slow")
+    assert found.peak == more.peak > less.peak  # every layer is there
+    assert found.hours < more.hours
+    assert found.full_hours == more.full_hours
+
+
+def test_one_step_in_so_many_runs_all_layers(recipe):
+    (job,) = jobs(recipe(train_batch=16, dualspeed_schedule="fast", sts_skip=0.25, sts_every=4))
+    some, every, both = (job.flops("fast", 8, False, layers)[1] for layers in (24, 32, job.depth("fast")))
+    assert both == pytest.approx(0.75 * some + 0.25 * every)
+
+
 def test_lora_reduces_adapters_only(recipe):
     whole, lora = (Model(Shape(REAL["1.5-7b"]()), Settings(rank=rank)) for rank in (0, 16))
     extra = 2 * 2 * sum(a * b for a, b in lora.shape.adapters(16)) * 32  # gathered twice, in half precision

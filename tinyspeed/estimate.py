@@ -11,7 +11,6 @@ an assumption, a third to a half of the number on its box.
 """
 
 from bisect import bisect_left
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import inf, isqrt
@@ -128,14 +127,10 @@ class Estimate:
         case, recipe, mix, stage = self.case, self.recipe, shares(self.recipe, name), getattr(self.recipe, name)
         s, some = Settings.of(recipe, name, case.precision), case.samples[:: -(-len(case.samples) // SEVERAL)]
         again = {mode: case.mode(recipe, name, mode).recompute for mode in {**mix, "full": 0}}
-        each = lambda mode, shape: fmean(flops(shape, s, mode, sample, again[mode]) for sample in some)
-        skipper = skipper_of(recipe, name, case.shape.layers)
-        shallow = copy(case.shape)
-        shallow.layers = skipper.on_average if skipper else shallow.layers
-        whole = {"slow"} | ({"full"} if recipe.dualspeed.schedule != "full" else set())  # slow without a teacher
-        ours = {mode: each(mode, case.shape if mode in whole else shallow) for mode in mix}
+        each = lambda mode, layers: fmean(flops(case.shape, s, mode, sample, again[mode], layers) for sample in some)
+        ours = sum(share * each(mode, depth(recipe, name, mode, case.shape.layers)) for mode, share in mix.items())
         samples = stage.total(case.epoch) * stage.batch
-        return samples, samples * each("full", case.shape), samples * sum(mix[mode] * ours[mode] for mode in mix)
+        return samples, samples * each("full", case.shape.layers), samples * ours
 
 
 def estimate(
@@ -206,8 +201,16 @@ def shares(recipe: Recipe, name: str) -> dict[str, float]:
     return {mode: share for mode, share in (found or {schedule.plan(0).mode: 1.0}).items() if share}
 
 
-def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool) -> float:
-    """Of one sample, forward and backward."""
+def depth(recipe: Recipe, name: str, mode: str, layers: int) -> float:
+    """Of the LLM's layers, how many a step of this mode runs on average. A slow step runs all of them."""
+    skipper = skipper_of(recipe, name, layers)
+    slow = mode == "slow" or (mode == "full" and recipe.dualspeed.schedule != "full")  # one without a teacher
+    return layers if slow or not skipper else skipper.on_average
+
+
+def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool, layers: float | None = None) -> float:
+    """Of one sample, forward and backward, through so many layers of the LLM: all, if nothing is said."""
+    layers = layers or shape.layers
     batch, fast = (MicroBatch.of(which, *sample, s) for which in (mode, "fast"))
     weights = sum(out * into for out, into in shape.linears)
     adapters = sum(out * into for out, into in shape.adapters(s.rank))
@@ -217,9 +220,9 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool)
     backward += 2.5 * batch.rows**2 * shape.queries
     head = batch.answers * hidden * shape.vocab  # runs again in the backward, a teacher's too
     again = (forward(batch.rows) - batch.rows * hidden * shape.inner * (not s.rank)) * recompute  # all but the end
-    total = shape.layers * (forward(batch.rows) + again + backward) + head * (3 + s.full)
+    total = layers * (forward(batch.rows) + again + backward) + head * (3 + s.full)
     if mode == "slow":
-        total += shape.layers * forward(fast.rows) + 2 * head
+        total += layers * forward(fast.rows) + 2 * head
     if mode != "full":
         total += sum(n**2 * hidden for n in sample[1])  # which rows are alike
     patches, tokens = crops * shape.patches, crops * (shape.patches + shape.clip)
