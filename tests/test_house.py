@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,6 @@ FLOORS = [
     {"train", "look"},
     {"compare", "demo", "ask", "benchmarks", "estimate"},
     {"bench"},
-    {"peaks", "savings"},
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those
@@ -36,20 +36,24 @@ SCALE_FLOORS = [  # above all of those
     {"stage"},
     {"run"},
 ]
-PRUNING_FLOORS = [
-    {"registry", "cosine"},
-    {"attended", "controls", "coverage", "divprune", "dpp", "tome"},
-    {"dynamicvit", "pool", "tokenlearner", "visionzip"},
-]  # within the room `pruning`, its door above them
+ROOMS = {  # with floors of their own
+    "pruning": [
+        {"registry", "cosine"},
+        {"attended", "controls", "coverage", "divprune", "dpp", "tome"},
+        {"dynamicvit", "pool", "tokenlearner", "visionzip"},
+        {"__init__"},
+    ],
+    "bench": [{"__init__", "timing"}, {"selection", "savings", "peaks"}, {"commands"}],
+}
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-PRUNING_FLOOR = {name: floor for floor, names in enumerate(PRUNING_FLOORS) for name in names}
+ROOM_FLOOR = {room: {name: i for i, names in enumerate(ROOMS[room]) for name in names} for room in ROOMS}
 SCALE_FLOOR = {name: floor for floor, names in enumerate(SCALE_FLOORS) for name in names}
 CORE = [name for floor in FLOORS[:7] for name in sorted(floor)]
 FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
-PRUNING_FILES = sorted(p.stem for p in (PACKAGE / "pruning").glob("*.py") if not p.stem.startswith("__"))
+ROOM_FILES = sorted((room, p.stem) for room in ROOMS for p in (PACKAGE / room).glob("*.py"))
 SCALE_FILES = sorted(p.stem for p in (ROOT / "scale").glob("*.py") if not p.stem.startswith("__"))
 PATHS = [PACKAGE / f"{name}.py" for name in FILES] + [ROOT / "scale" / f"{name}.py" for name in SCALE_FILES]
-PATHS += sorted((PACKAGE / "pruning").glob("*.py"))
+PATHS += [PACKAGE / room / f"{name}.py" for room, name in ROOM_FILES]
 
 
 def imports(file):
@@ -63,9 +67,15 @@ def imports(file):
             yield from (a.name for a in node.names if a.name.split(".")[0] in ("tinyspeed", "scale"))
 
 
+def test_what_is_installed_is_all_of_it():
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    rooms = {file.parent for top in (PACKAGE, ROOT / "scale") for file in top.glob("**/*.py")}
+    assert sorted(said) == sorted(".".join(room.relative_to(ROOT).parts) for room in rooms)
+
+
 def test_every_file_has_a_floor():
-    assert {*FILES, "pruning"} == set(FLOOR)
-    assert set(PRUNING_FILES) == set(PRUNING_FLOOR)
+    assert {*FILES, *ROOMS} == set(FLOOR)
+    assert sorted((room, name) for room in ROOMS for name in ROOM_FLOOR[room]) == ROOM_FILES
     assert set(SCALE_FILES) == set(SCALE_FLOOR)
 
 
@@ -78,19 +88,17 @@ def test_a_file_imports_only_from_floors_below_it(name):
             assert module == "__version__", f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("name", [*PRUNING_FILES, "__init__"])
-def test_a_plugin_imports_only_from_floors_below_it(name):
-    tree = ast.parse((PACKAGE / "pruning" / f"{name}.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 2:
-            assert FLOOR[node.module] < FLOOR["pruning"], f"pruning.{name} imports {node.module}"
-        elif isinstance(node, ast.ImportFrom) and node.level == 1:
-            below = PRUNING_FLOOR.get(name, len(PRUNING_FLOORS))
+@pytest.mark.parametrize(("room", "name"), ROOM_FILES)
+def test_a_file_in_a_room_imports_only_from_floors_below_it(room, name):
+    floors = ROOM_FLOOR[room]
+    for node in ast.walk(ast.parse((PACKAGE / room / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
             for module in [node.module] if node.module else [alias.name for alias in node.names]:
-                assert PRUNING_FLOOR[module] < below, f"pruning.{name} imports {module}"
+                below = FLOOR[module] < FLOOR[room] if node.level == 2 else floors[module] < floors[name]
+                assert below, f"{room}.{name} imports {module}"
         elif isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            assert not {module.split(".")[0] for module in modules} & {"tinyspeed", "scale"}, f"pruning.{name}"
+            assert not {module.split(".")[0] for module in modules} & {"tinyspeed", "scale"}, f"{room}.{name}"
 
 
 @pytest.mark.parametrize("name", SCALE_FILES)
@@ -122,7 +130,7 @@ def readme():
 def test_the_readme_names_every_file_and_no_other(readme):
     tree = readme.split("## The house")[1]
     named = set(re.findall(r"^\s+(\w+)\.py\s", tree, flags=re.MULTILINE))
-    assert named == {*FILES, *PRUNING_FILES, *SCALE_FILES}
+    assert named == {*FILES, *SCALE_FILES, *(name for _, name in ROOM_FILES if name != "__init__")}
 
 
 def test_the_readmes_commands_exist(readme, capsys):

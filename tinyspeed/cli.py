@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__, folders
+from .bench import commands as bench_commands
 from .errors import UserError, counted
 
 
@@ -51,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tinyspeed {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function, help: str, among=commands) -> argparse.ArgumentParser:
-        made = among.add_parser(name, help=help, description=help)
+    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
         made.set_defaults(command=function)
         return made
 
@@ -122,25 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", default="look.png")
 
     says = "measure speed and memory on this machine"
-    bench = commands.add_parser("bench", help=says, description=says).add_subparsers(required=True, metavar="WHAT")
-    made = command("pruning", _bench_pruning, "what choosing the rows costs", bench)
-    made.add_argument("--width", type=int, default=1024, help="of the features; a 7B model's are 4096 wide")
-    made.add_argument("--repeats", type=int, default=20)
-    made.add_argument("--keep", type=float, default=0.1)
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--out", help="write the numbers to this JSON file")
-    made = command(
-        "steps", _bench_steps, "what skipping rows, layers and answers saves, beside what it promises", bench
-    )
-    made.add_argument("--layers", type=int, default=16)
-    made.add_argument("--width", type=int, default=256)
-    made.add_argument("--device", default="cpu")
-    made.add_argument("--out", help="write the numbers to this JSON file")
-    made = command("memory", _bench_memory, "what recipes need, beside what is estimated; downloads nothing", bench)
-    made.add_argument("recipe", nargs="+", metavar="RECIPE.toml", help="recipe files, or names of built-in ones")
-    made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value of all")
-    made.add_argument("--gpu", type=float, metavar="GIB", help="as on a GPU with so much memory")
-    made.add_argument("--out", help="write the numbers to this JSON file")
+    bench = commands.add_parser("bench", help=says, description=says)
+    bench_commands.add(bench.add_subparsers(required=True, metavar="WHAT"))
     return parser
 
 
@@ -320,28 +304,4 @@ def _look(a) -> int:
         f"{a.out if Path(a.out).suffix else a.out + '.png'}: "
         + ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items())
     )
-    return 0
-
-
-def _bench_pruning(a) -> int:
-    from .bench import bench_pruning
-
-    bench_pruning((16, 576, a.width), a.keep, a.repeats, a.device, a.out)
-    return 0
-
-
-def _bench_steps(a) -> int:
-    from .savings import bench_steps
-
-    bench_steps(a.layers, a.width, device=a.device, out=a.out)
-    return 0
-
-
-def _bench_memory(a) -> int:
-    from . import recipe
-
-    chosen = {name: recipe.read(name, a.set) for name in a.recipe}
-    from .peaks import bench_memory
-
-    bench_memory(chosen, a.gpu, a.out)
     return 0

@@ -1,32 +1,25 @@
-"""How fast, on this machine: ratios, taken side by side, with the machine written beside them.
+"""What choosing the rows costs: beside the loop that people run today, and beside a step.
 
-    bench_pruning()        what choosing the rows costs; memory is measured in `peaks.py`
-
-A time in milliseconds says little about another machine and not much about this one an hour later; a ratio of two
-contestants timed in turns says something about both. So every benchmark here brings its own yardsticks: a floor, what
-nobody can avoid, and a loop, what people run today. The contestants of one repeat take turns in shuffled order, so that
-a drifting clock or a busy neighbour hits all alike. The median is reported, and the minimum for the optimists.
+Floor: the batched product x @ x.mT, which every similarity plugin has to make; no speed-up over the loop can be above
+the floor's own. Loop: DivPrune image by image, as its official codes run it; and the same loop mended, which tells how
+much of our speed is arithmetic saved and how much is doing all images at once. What a plugin is of a fast step: its
+time beside that of a 7B model's LoRA step on as many images, whose arithmetic is counted, at the rate of an LLM-sized
+product timed in the same run (bf16 on a GPU). Real steps are slower than that, so the true share is smaller.
 """
 
-import json
-import os
-import random
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import estimate, pruning, record, shapes
-from .checkpoint import write_atomically
-from .errors import UserError
-from .memory import Settings, Shape
-from .report import table
+from .. import estimate, pruning, shapes
+from ..errors import UserError
+from ..memory import Settings, Shape
+from ..report import table
+from .timing import MACHINE, described, device_of, timed, write
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
-MACHINE = "{device}; {cores} cores, {threads} threads, load {load}\n"  # of what is `described`
 MODEL = "llava-hf/llava-1.5-7b-hf"
 
 
@@ -39,14 +32,8 @@ def bench_pruning(
 ) -> dict:
     """Time `pruning.select` of every plugin on `shape` = (images, rows, width) random float32 features.
 
-    Floor: the batched product x @ x.mT, which every similarity plugin has to make; no speed-up over the loop can be
-    above the floor's own. Loop: DivPrune image by image, as its official codes run it; and the same loop mended, which
-    tells how much of our speed is arithmetic saved and how much is doing all images at once. Whether DivPrune's picks
-    are the loop's is checked in the same run: "same_rows" is the share of its rows that the loop kept too (1.0, but for
-    float ties). What a plugin is of a fast step: its time beside that of a 7B model's LoRA step on as many images,
-    whose arithmetic is counted, at the rate of an LLM-sized product timed in the same run (bf16 on a GPU). Real steps
-    are slower than that, so the true share is smaller. Prints a table, returns everything, and writes it as JSON to
-    `out`.
+    Whether DivPrune's picks are the loop's is checked in the same run: "same_rows" is the share of its rows that the
+    loop kept too (1.0, but for float ties). Prints a table, returns everything, and writes it as JSON to `out`.
     """
     if len(shape) != 3 or min(shape) < 1 or shape[1] < 2:
         raise UserError(f"shape = {tuple(shape)}: give images, rows (at least 2) and width")
@@ -148,52 +135,3 @@ def divprune_loop(features: Tensor, count: int, mended: bool = False) -> Tensor:
 def shared(a: Tensor, b: Tensor) -> float:
     """The share of the rows in `a` (B, K) that `b` (B, K) keeps too."""
     return (a[:, :, None] == b[:, None, :]).any(2).double().mean().item()
-
-
-# What every benchmark needs
-
-
-def timed(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Median and minimum milliseconds of each contestant, after two rounds that are not counted."""
-    if repeats < 1:
-        raise UserError(f"repeats = {repeats}: measure at least once")
-    turns = random.Random(0)
-    milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(-2, repeats):
-        for name in turns.sample(list(contestants), len(contestants)):
-            _wait(device)
-            start = time.perf_counter()
-            contestants[name]()
-            _wait(device)
-            if repeat >= 0:
-                milliseconds[name].append(1000 * (time.perf_counter() - start))
-    return {name: {"median_ms": statistics.median(ms), "min_ms": min(ms)} for name, ms in milliseconds.items()}
-
-
-def _wait(device: torch.device) -> None:
-    """A GPU only queues its work: a clock has to wait for the end of it."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def device_of(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown, and for an absent device
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def described(device: torch.device, **found) -> dict:
-    """What was found, and the machine beside it."""
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: disturbed
-    return record.describe(device=device, processor=record.processor(), load=load, **found)
-
-
-def write(result: dict, out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write the results to {out}: {error.strerror}") from error

@@ -1,6 +1,6 @@
 """What leaving out rows, layers and answers saves, measured beside what the arithmetic promises.
 
-    tinyspeed bench steps
+    tinyspeed bench savings
 
 A plan that skips half of the layers promises nearly half of a step's time. Whether it keeps that promise depends on
 what is not arithmetic: gathers, hooks, small products. So every plan's step, forward and backward, is timed beside the
@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from . import digits
-from .bench import MACHINE, described, device_of, timed, write
-from .dualspeed import DualSpeed
-from .errors import UserError
-from .report import table
-from .rows import IGNORE
-from .scheduler import Plan
+from .. import digits
+from ..dualspeed import DualSpeed
+from ..errors import UserError
+from ..report import table
+from ..rows import IGNORE
+from ..scheduler import Plan
+from .timing import MACHINE, described, device_of, timed, write
 
 ON_A_CPU = {  # which torch does not count by itself
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -50,7 +50,7 @@ def plans(layers: int) -> dict[str, Plan]:
     }
 
 
-def bench_steps(
+def bench_savings(
     layers: int = 16, width: int = 256, repeats: int = 15, device: str = "cpu", out: Path | str | None = None
 ) -> dict:
     """Time a step of each plan. Prints a table, returns everything, and writes it as JSON to `out`."""
@@ -82,7 +82,7 @@ def bench_steps(
             **t, "flops": flops[name], "speedup": full / t["median_ms"], "promised": flops["full"] / flops[name],
             "kept": saved / promised if promised else None,
         }  # fmt: skip
-    result = described(where, bench="steps", layers=layers, width=width, repeats=repeats, plans=found)
+    result = described(where, bench="savings", layers=layers, width=width, repeats=repeats, plans=found)
     print(f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}")
     print(MACHINE.format(**result))
     headers = ["a step", "median", "speed-up", "promised", "kept of the promise"]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from real import REAL
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-from tinyspeed import UserError, cli, loading, memory, peaks, recipe
+from tinyspeed import UserError, cli, loading, memory, recipe
+from tinyspeed.bench import peaks
 from tinyspeed.estimate import estimate
 from tinyspeed.memory import GIB
 from tinyspeed.rows import IGNORE

@@ -40,15 +40,15 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from . import loading, record, train
-from .bench import write
-from .data import Example
-from .errors import UserError
-from .estimate import ON_A_CPU, TEXT, Case, Sample, assumed, changed
-from .memory import GIB, Shape
-from .recipe import Recipe
-from .report import table
-from .rows import IGNORE
+from .. import loading, record, train
+from ..data import Example
+from ..errors import UserError
+from ..estimate import ON_A_CPU, TEXT, Case, Sample, assumed, changed
+from ..memory import GIB, Shape
+from ..recipe import Recipe
+from ..report import table
+from ..rows import IGNORE
+from .timing import write
 
 SLACK = 1.05  # what else a checkpoint needs on disk, and on the GPU that it is drawn on
 

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from tinyspeed import UserError, bench, pruning
+from tinyspeed import UserError, pruning
+from tinyspeed.bench import selection, timing
 
 CPU = torch.device("cpu")
 
@@ -14,36 +15,36 @@ def test_the_loops_keep_what_the_plugin_keeps():
     for seed in range(5):
         x = torch.randn(3, 50, 24, generator=torch.Generator().manual_seed(seed))
         want = pruning.select("divprune", x, count=12)
-        assert torch.equal(bench.divprune_loop(x, 12), want)
-        assert torch.equal(bench.divprune_loop(x, 12, mended=True), want)
+        assert torch.equal(selection.divprune_loop(x, 12), want)
+        assert torch.equal(selection.divprune_loop(x, 12, mended=True), want)
 
 
 def test_shared_is_the_share_of_rows_in_common():
     a = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
-    assert bench.shared(a, a) == 1
-    assert bench.shared(a, torch.tensor([[3, 9, 10, 0], [8, 9, 10, 11]])) == 0.25
+    assert selection.shared(a, a) == 1
+    assert selection.shared(a, torch.tensor([[3, 9, 10, 0], [8, 9, 10, 11]])) == 0.25
 
 
 def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pruning.registry.PLUGINS, "mine", pruning.registry.PLUGINS["grid"])
     out = tmp_path / "deep" / "bench.json"
-    result = bench.bench_pruning((2, 40, 16), keep=0.2, repeats=3, out=out)
+    result = selection.bench_pruning((2, 40, 16), keep=0.2, repeats=3, out=out)
     assert json.loads(out.read_text()) == result
     assert result["count"] == 8
     assert result["shape"] == [2, 40, 16]
     assert result["bench"] == "pruning"
     times = result["contestants"]
-    assert set(times) == {bench.PRODUCT, bench.LOOP, bench.MENDED, bench.RATE, "mine", *pruning.names()}
+    assert set(times) == {selection.PRODUCT, selection.LOOP, selection.MENDED, selection.RATE, "mine", *pruning.names()}
     for t in times.values():
         assert 0 < t["min_ms"] <= t["median_ms"]
-        assert t["over_product"] == pytest.approx(t["median_ms"] / times[bench.PRODUCT]["median_ms"])
-        assert t["speedup_over_loop"] == pytest.approx(times[bench.LOOP]["median_ms"] / t["median_ms"])
+        assert t["over_product"] == pytest.approx(t["median_ms"] / times[selection.PRODUCT]["median_ms"])
+        assert t["speedup_over_loop"] == pytest.approx(times[selection.LOOP]["median_ms"] / t["median_ms"])
         assert t["of_fast_step"] == pytest.approx(t["median_ms"] / result["fast_step_ms"])
     # At the least, without the tower: every kept row, four times the LLM's weights (forward, and back to its inputs).
-    least = 2 * 57 * 4 * 6.4e9 / (2 * 256 * 4096**2) * times[bench.RATE]["median_ms"]
+    least = 2 * 57 * 4 * 6.4e9 / (2 * 256 * 4096**2) * times[selection.RATE]["median_ms"]
     assert least / 2 < result["fast_step_ms"] < 10 * least
-    assert times[bench.PRODUCT]["over_product"] == times[bench.LOOP]["speedup_over_loop"] == 1
-    assert result["same_rows"] == {bench.LOOP: 1.0, bench.MENDED: 1.0}
+    assert times[selection.PRODUCT]["over_product"] == times[selection.LOOP]["speedup_over_loop"] == 1
+    assert result["same_rows"] == {selection.LOOP: 1.0, selection.MENDED: 1.0}
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(times)
@@ -53,7 +54,7 @@ def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path
 
 
 def test_the_results_name_machine_versions_and_command(tmp_path):
-    result = bench.bench_pruning((1, 8, 4), repeats=1)
+    result = selection.bench_pruning((1, 8, 4), repeats=1)
     assert result["processor"]
     assert result["device"] == result["processor"]
     assert result["threads"] == torch.get_num_threads()
@@ -63,7 +64,7 @@ def test_the_results_name_machine_versions_and_command(tmp_path):
 
 def test_contestants_take_turns_in_changing_order():
     calls = []
-    times = bench.timed({name: lambda name=name: calls.append(name) for name in "abcd"}, 10, CPU)
+    times = timing.timed({name: lambda name=name: calls.append(name) for name in "abcd"}, 10, CPU)
     rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
     assert len(rounds) == 12
     assert all(sorted(r) == list("abcd") for r in rounds)
@@ -73,8 +74,8 @@ def test_contestants_take_turns_in_changing_order():
 
 def test_median_and_minimum_are_of_the_counted_repeats(monkeypatch):
     clock = iter([0, 0, 0, 1, 0, 7, 0, 3])  # two rounds of warm-up, which never stop the clock, then three
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    times = bench.timed({"a": lambda: None}, 3, CPU)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    times = timing.timed({"a": lambda: None}, 3, CPU)
     assert times == {"a": {"median_ms": 3000, "min_ms": 1000}}
 
 
@@ -91,24 +92,24 @@ def test_median_and_minimum_are_of_the_counted_repeats(monkeypatch):
 )
 def test_mistakes_are_named(match, how):
     with pytest.raises(UserError, match=match):
-        bench.bench_pruning(**{"shape": (1, 10, 8)} | how)
+        selection.bench_pruning(**{"shape": (1, 10, 8)} | how)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_absent_gpu_is_named():
     with pytest.raises(UserError, match="'cuda' cannot be used here"):
-        bench.bench_pruning((1, 10, 8), device="cuda")
+        selection.bench_pruning((1, 10, 8), device="cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bench_pruning_on_a_gpu():
-    result = bench.bench_pruning((2, 64, 32), repeats=2, device="cuda")
-    assert result["same_rows"][bench.LOOP] > 0.9
+    result = selection.bench_pruning((2, 64, 32), repeats=2, device="cuda")
+    assert result["same_rows"][selection.LOOP] > 0.9
     assert result["device"] != result["processor"]
 
 
 def test_results_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the results"):
-        bench.bench_pruning((1, 8, 4), repeats=1, out=tmp_path / "file" / "bench.json")
+        selection.bench_pruning((1, 8, 4), repeats=1, out=tmp_path / "file" / "bench.json")

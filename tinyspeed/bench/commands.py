@@ -1,0 +1,54 @@
+"""`tinyspeed bench WHAT`. As in `cli.py`, nothing here imports torch before the arguments have been looked at."""
+
+import argparse
+from collections.abc import Callable
+
+
+def add(what) -> None:
+    """The commands, to the subparsers `what`."""
+
+    def command(name: str, function: Callable, help: str, device: bool = True) -> argparse.ArgumentParser:
+        made = what.add_parser(name, help=help, description=help)
+        made.set_defaults(command=function)
+        if device:
+            made.add_argument("--device", default="cpu")
+        made.add_argument("--out", help="write the numbers to this JSON file")
+        return made
+
+    made = command("pruning", _pruning, "what choosing the rows costs")
+    made.add_argument("--width", type=int, default=1024, help="of the features; a 7B model's are 4096 wide")
+    made.add_argument("--repeats", type=int, default=20)
+    made.add_argument("--keep", type=float, default=0.1)
+
+    made = command("savings", _savings, "what skipping rows, layers and answers saves, beside what it promises")
+    made.add_argument("--layers", type=int, default=16)
+    made.add_argument("--width", type=int, default=256)
+
+    made = command("memory", _memory, "what recipes need, beside what is estimated; downloads nothing", device=False)
+    made.add_argument("recipe", nargs="+", metavar="RECIPE.toml", help="recipe files, or names of built-in ones")
+    made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value of all")
+    made.add_argument("--gpu", type=float, metavar="GIB", help="as on a GPU with so much memory")
+
+
+def _pruning(a) -> int:
+    from .selection import bench_pruning
+
+    bench_pruning((16, 576, a.width), a.keep, a.repeats, a.device, a.out)
+    return 0
+
+
+def _savings(a) -> int:
+    from .savings import bench_savings
+
+    bench_savings(a.layers, a.width, device=a.device, out=a.out)
+    return 0
+
+
+def _memory(a) -> int:
+    from .. import recipe
+
+    chosen = {name: recipe.read(name, a.set) for name in a.recipe}
+    from .peaks import bench_memory
+
+    bench_memory(chosen, a.gpu, a.out)
+    return 0

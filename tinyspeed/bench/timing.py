@@ -1,0 +1,67 @@
+"""Contestants take turns, and the machine is written down beside what they took.
+
+The contestants of one repeat run in shuffled order, so that a drifting clock or a busy neighbour hits all alike. The
+median is reported, and the minimum for the optimists.
+"""
+
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import record
+from ..checkpoint import write_atomically
+from ..errors import UserError
+
+MACHINE = "{device}; {cores} cores, {threads} threads, load {load}\n"  # of what is `described`
+
+
+def timed(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Median and minimum milliseconds of each contestant, after two rounds that are not counted."""
+    if repeats < 1:
+        raise UserError(f"repeats = {repeats}: measure at least once")
+    turns = random.Random(0)
+    milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(-2, repeats):
+        for name in turns.sample(list(contestants), len(contestants)):
+            wait(device)
+            start = time.perf_counter()
+            contestants[name]()
+            wait(device)
+            if repeat >= 0:
+                milliseconds[name].append(1000 * (time.perf_counter() - start))
+    return {name: {"median_ms": statistics.median(ms), "min_ms": min(ms)} for name, ms in milliseconds.items()}
+
+
+def wait(device: torch.device) -> None:
+    """A GPU only queues its work: a clock has to wait for the end of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def device_of(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown, and for an absent device
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def described(device: torch.device, **found) -> dict:
+    """What was found, and the machine beside it."""
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: disturbed
+    return record.describe(device=device, processor=record.processor(), load=load, **found)
+
+
+def write(result: dict, out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the results to {out}: {error.strerror}") from error
