@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyspeed import estimate, recipe, report
+from tinyspeed import estimate, lengths, recipe, report
 from tinyspeed.batching import plan_rows
 from tinyspeed.checkpoint import write_atomically
 from tinyspeed.errors import UserError
@@ -37,7 +37,7 @@ from tinyspeed.memory import GIB, RESERVE, MicroBatch, Settings, Step
 from tinyspeed.recipe import Recipe
 from tinyspeed.scheduler import Plan
 
-from . import fleet, lengths
+from . import fleet
 from .dealing import WINDOW, Alike, deal
 from .fleet import Layout
 from .model import Model

@@ -27,11 +27,11 @@ import numpy as np
 
 from tinyspeed import report
 from tinyspeed.batching import plan_rows
+from tinyspeed.lengths import mix
 from tinyspeed.report import table
 from tinyspeed.scheduler import Plan
 
 from .dealing import WINDOW, Alike, deal
-from .lengths import mix
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 EACH = 2  # samples a rank: LLaVA's batch of 128 on 64 ranks

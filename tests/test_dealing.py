@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scale.dealing import WINDOW, Alike, deal
-from scale.lengths import mix
 from tinyspeed.batching import Order, cut, plan_rows
+from tinyspeed.lengths import mix
 from tinyspeed.scheduler import Plan
 
 rows_lists = st.lists(st.integers(1, 3000), min_size=1, max_size=60)

@@ -27,11 +27,12 @@ FLOORS = [
     {"evaluate", "stage"},
     {"train", "look"},
     {"compare", "demo", "ask", "benchmarks", "estimate"},
+    {"lengths"},
     {"bench"},
     {"cli"},
 ]
 SCALE_FLOORS = [  # above all of those
-    {"dealing", "lengths", "fleet", "model", "meeting"},
+    {"dealing", "fleet", "model", "meeting"},
     {"world", "simulate", "plan", "measure", "shard"},
     {"stage"},
     {"run"},

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from real import REAL
 from transformers import AutoModelForImageTextToText
 
-from scale import fleet, lengths, measure, plan, simulate
+from scale import fleet, measure, plan, simulate
 from scale.dealing import WINDOW
 from scale.fleet import GPUS, Layout
 from scale.plan import Model, jobs
-from tinyspeed import UserError, loading, memory
+from tinyspeed import UserError, lengths, loading, memory
 from tinyspeed.estimate import flops
 from tinyspeed.memory import Settings, Shape
 

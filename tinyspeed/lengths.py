@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyspeed.errors import unknown
-from tinyspeed.estimate import Sample
+from .errors import unknown
+from .estimate import Sample
 
 SYSTEM = 35  # tokens before the first turn
 
