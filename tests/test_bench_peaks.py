@@ -14,7 +14,7 @@ from real import REAL
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
 from tinyspeed import UserError, cli, loading, memory, recipe
-from tinyspeed.bench import peaks
+from tinyspeed.bench import noise, peaks
 from tinyspeed.estimate import estimate
 from tinyspeed.memory import GIB
 from tinyspeed.rows import IGNORE
@@ -71,8 +71,8 @@ sides = st.integers(30, 2000)
 
 @given(sides, sides)
 def test_visual_rows_are_the_processors(height, width):
-    assert peaks.visual_rows(REAL["next-7b"](), height, width) == Counts.rows(height, width)
-    assert peaks.visual_rows(REAL["1.5-7b"](), height, width) == 576
+    assert noise.visual_rows(REAL["next-7b"](), height, width) == Counts.rows(height, width)
+    assert noise.visual_rows(REAL["1.5-7b"](), height, width) == 576
 
 
 @given(st.integers(900, 4096), sides, sides)
@@ -81,7 +81,7 @@ def test_no_other_picture_is_nearer_to_what_is_assumed(most, height, width):
     config, chosen = REAL["next-7b"](), tiny_recipe("somebody/model", f"data.max_rows={most}")
     found = peaks.longest(chosen, config)
     text, (rows,), answers = found.lengths(0)
-    assert rows == Counts.rows(*found.size)
+    assert rows == Counts.rows(*found.sizes[0])
     assert text >= 100
     assert text + rows == min(most, 100 + 2928)
     assert answers == 60
@@ -114,7 +114,7 @@ def test_the_example_is_as_long_as_it_says(name):
     assert example.pixel_values.shape[-3:] == (3, 336, 336)
     if name == "next-7b":
         assert example.pixel_values.shape[:2] == (1, 5), "a grid of two by two, and the whole"
-        assert peaks.visual_rows(config, *example.image_sizes[0].tolist()) == rows
+        assert noise.visual_rows(config, *example.image_sizes[0].tolist()) == rows
 
 
 # The measuring
@@ -248,7 +248,7 @@ def test_mistakes_are_named(shapes, here, monkeypatch):
         peaks.bench_memory({"digits": recipe.read("digits")})
     with pytest.raises(UserError, match="not llava_onevision"):
         peaks.bench_memory({"one": tiny_recipe(shapes / "llava_onevision")})
-    with pytest.raises(UserError, match="max_rows = 105: no picture fits"):
+    with pytest.raises(UserError, match=r"no picture has 5 rows or fewer; data.max_rows = 105"):
         peaks.bench_memory({"short": tiny_recipe(shapes / "llava", "data.max_rows=105")})
     with pytest.raises(UserError, match="--gpu: there is no GPU"):
         peaks.bench_memory({"good": good}, gpu=8)

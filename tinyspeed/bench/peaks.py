@@ -27,27 +27,20 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import cuda
 from transformers import AutoModelForImageTextToText
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
 
 from .. import loading, record, train
-from ..data import Example
 from ..errors import UserError
-from ..estimate import ON_A_CPU, TEXT, Case, Sample, assumed, changed
+from ..estimate import ON_A_CPU, Case, assumed, changed
 from ..memory import GIB, Shape
 from ..recipe import Recipe
 from ..report import table
-from ..rows import IGNORE
+from .noise import Noise
 from .timing import write
 
 SLACK = 1.05  # what else a checkpoint needs on disk, and on the GPU that it is drawn on
@@ -102,64 +95,12 @@ def describe(result: dict) -> str:
     return f"{result['device']}{held}\n\n{said}" + f"\n\n{ON_A_CPU}" * cpu
 
 
-@dataclass(frozen=True)
-class Longest:
-    """A `Source` of one example: a picture of noise, and text that repeats one word."""
-
-    config: object
-    sample: Sample
-    size: tuple[int, int]  # of the picture: height, width
-    fingerprint = "noise"
-
-    def __len__(self) -> int:
-        return 1
-
-    def lengths(self, i: int) -> Sample:
-        return self.sample
-
-    def example(self, i: int) -> Example:
-        (text, (picture,), answers), side = self.sample, self.config.vision_config.image_size
-        ids = torch.ones(text + picture, dtype=torch.long)
-        ids[1 : picture + 1] = self.config.image_token_id
-        labels = torch.full_like(ids, IGNORE)
-        labels[-answers:] = ids[-answers:]
-        if self.config.model_type == "llava":
-            return Example(ids, labels, torch.randn(1, 3, side, side))
-        crops = image_size_to_num_patches(self.size, self.config.image_grid_pinpoints, side)
-        return Example(ids, labels, torch.randn(1, crops, 3, side, side), torch.tensor([self.size]))
-
-
-def longest(recipe: Recipe, config) -> Longest:
-    """The example that `estimate` assumes. Where no picture has just its rows: a smaller one, and more text."""
-    if config.model_type not in ("llava", "llava_next"):
-        raise UserError(f"{recipe.model.path}: bench memory knows LLaVA-1.5 and NeXT, not {config.model_type}")
-    text, (picture,), answers = assumed(recipe, Shape(config))
-    fitting = [found for size in _sizes(config) if (found := (visual_rows(config, *size), size))[0] <= picture]
-    if not fitting:
-        raise UserError(
-            f"data.max_rows = {recipe.data.max_rows:,}: no picture fits {recipe.model.path} beside {TEXT} rows of text"
-        )
-    rows, size = max(fitting)
-    return Longest(config, (text + picture - rows, [rows], answers), size)
-
-
-def visual_rows(config, height: int, width: int) -> int:
-    """Of a picture of this size."""
-    vision = config.vision_config
-    side = vision.image_size // vision.patch_size
-    if config.model_type == "llava":
-        return side**2
-    lines, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, vision.image_size)
-    left = unpad_image(torch.empty(1, side * lines, side * columns, device="meta"), (height, width))
-    return side**2 + left.shape[1] * (left.shape[2] + 1)  # and a newline behind each line
-
-
-def _sizes(config) -> set[tuple[int, int]]:
-    """Pictures of every number of rows: as large as the crops, or less in one direction."""
-    side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    grids = getattr(config, "image_grid_pinpoints", None) or [(side, side)]
-    lower = {(less, width) for height, width in grids for less in range(height, 0, -patch)}
-    return lower | {(height, less) for height, width in grids for less in range(width, 0, -patch)}
+def longest(recipe: Recipe, config) -> Noise:
+    """The example that `estimate` assumes."""
+    try:
+        return Noise(config, [assumed(recipe, Shape(config))])
+    except UserError as error:
+        raise UserError(f"{recipe.model.path}: {error}; data.max_rows = {recipe.data.max_rows:,}") from error
 
 
 def draw(path: str, folder: str, device: str) -> None:
@@ -181,17 +122,17 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
     found = {
         "device": cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
         "gpu_gib": None, "outside_gib": None, "precision": name, "quantise": recipe.model.quantise,
-        "rank": recipe.lora.rank, "optimizer": recipe.train.optimizer, "picture": list(source.size),
-        **dict(zip(("text", "visual", "answers"), source.sample, strict=True)),
+        "rank": recipe.lora.rank, "optimizer": recipe.train.optimizer, "picture": list(source.sizes[0]),
+        **dict(zip(("text", "visual", "answers"), source.lengths(0), strict=True)),
         "modes": [], "error": None,
     }  # fmt: skip
     try:
         model = train.build_model(recipe)
         if device.type == "cuda":
             found["gpu_gib"], found["outside_gib"] = _hold(model.device, gpu)
-        case = Case(Shape(source.config), [source.sample], 1, "noise", name, found["gpu_gib"])
+        case = Case(Shape(source.config), [source.lengths(0)], 1, "noise", name, found["gpu_gib"])
         for m in train.rehearsals(recipe, model, source):
-            same = case.micro_batch(recipe, m["stage"], m["mode"], source.sample, m["samples"])
+            same = case.micro_batch(recipe, m["stage"], m["mode"], source.lengths(0), m["samples"])
             found["modes"].append(_beside(m, same, device))
     except (UserError, torch.OutOfMemoryError) as error:
         found["error"] = str(error).splitlines()[0]
