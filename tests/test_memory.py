@@ -4,7 +4,6 @@ and moments, and real steps, of which autograd's saved tensors and the live stor
 import contextlib
 import functools
 import math
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from real import REAL
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConfig
 
 from tinyspeed import DualSpeed, loading, memory, optimizer, precision, pruning, recipe
+from tinyspeed.bench.live import Live, storages
 from tinyspeed.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.recipe import Stage
 from tinyspeed.scheduler import Plan
@@ -113,45 +111,6 @@ def batch_of(config, samples, text=TEXT, answers=ANSWERS):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **more}, rows
 
 
-class Live(TorchDispatchMode):
-    """Bytes of all storages that operations have made and that are still alive, at their peak."""
-
-    def __init__(self, known: set[int]):
-        super().__init__()
-        self.known, self.now, self.peak = known, 0, 0
-        self.made: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _count(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.made or storage.data_ptr() in self.known:
-            return
-
-        def gone(_):
-            del self.made[key]
-            self.now -= size
-
-        self.made[key] = weakref.ref(storage, gone)
-        self.now += size
-
-
-def storages(model) -> set[int]:
-    """Of the weights, their gradients, and the scales of 4-bit weights."""
-    found = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return {tensor.untyped_storage().data_ptr() for tensor in found}
-
-
 @contextlib.contextmanager
 def as_on_a_gpu(monkeypatch, s: Settings):
     """Dropout is one kernel that keeps a mask of bytes, and peft sees that autocast is on (it asks about CUDA)."""
@@ -167,7 +126,7 @@ def as_on_a_gpu(monkeypatch, s: Settings):
 def counted(model, batch, plan, s: Settings) -> tuple[int, int]:
     """What autograd saved of a step, and the peak of the next one, which finds gradients there."""
     saved: dict[int, torch.Tensor] = {}
-    known = storages(model)
+    known = set(storages(model))
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in known:
@@ -185,7 +144,7 @@ def counted(model, batch, plan, s: Settings) -> tuple[int, int]:
     saved.clear()
     del loss
     pixels = batch["pixel_values"].nbytes
-    with Live(storages(model) | {value.untyped_storage().data_ptr() for value in batch.values()}) as live:
+    with Live(set(storages(model)) | {value.untyped_storage().data_ptr() for value in batch.values()}) as live:
         forward().backward()
     return kept, live.peak + pixels
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig, PreTrainedConfig
 
+from .errors import unknown
+
 GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # that NeXT cuts a picture to: height, width
 COMMON = {"vocab_size": 32064, "rms_norm_eps": 1e-5}  # 32,000 words, <image>, <pad>, and what rounds them to 64
 
@@ -38,18 +40,36 @@ def mistral() -> MistralConfig:
     )  # fmt: skip
 
 
-def llava(text: PreTrainedConfig) -> LlavaConfig:
-    return LlavaConfig(
-        vision_config=clip(), text_config=text, image_token_index=32000, pad_token_id=32001, image_seq_length=576,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
+def small() -> LlamaConfig:
+    """TinyLlama-1.1B, eight queries of which share a key."""
+    return vicuna(2048, 5632, 22, 32, num_key_value_heads=4)
 
 
-def llava_next(text: PreTrainedConfig) -> LlavaNextConfig:
-    return LlavaNextConfig(
-        vision_config=clip(), text_config=text, image_token_index=32000, image_grid_pinpoints=GRIDS,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
+def tiny() -> LlamaConfig:
+    """For a CPU: narrow, and a quarter as deep as 7B, with few words, so that what they cost stays in proportion."""
+    return vicuna(256, 688, 8, 8, vocab_size=1024)
+
+
+def tiny_clip() -> CLIPVisionConfig:
+    """Its tower: as many patches as the large one has, for about as small a share of the work."""
+    return clip(hidden_size=64, intermediate_size=256, num_hidden_layers=5, num_attention_heads=2)
+
+
+def llava(text: PreTrainedConfig, vision: CLIPVisionConfig | None = None) -> LlavaConfig:
+    return LlavaConfig(vision_config=vision or clip(), image_seq_length=576, **_joined(text))
+
+
+def llava_next(text: PreTrainedConfig, vision: CLIPVisionConfig | None = None) -> LlavaNextConfig:
+    return LlavaNextConfig(vision_config=vision or clip(), image_grid_pinpoints=GRIDS, **_joined(text))
+
+
+def _joined(text: PreTrainedConfig) -> dict:
+    """What both have in common: <image> and <pad> are the first two of the last 64 words."""
+    image = text.vocab_size - 64
+    return {
+        "text_config": text, "image_token_index": image, "pad_token_id": image + 1, "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
+    }  # fmt: skip
 
 
 KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -59,3 +79,21 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava-hf/llava-v1.6-vicuna-13b-hf": lambda: llava_next(vicuna_13b()),
     "llava-hf/llava-v1.6-mistral-7b-hf": lambda: llava_next(mistral()),
 }
+
+FAMILIES = {"1.5": llava, "next": llava_next}
+SIZES = {
+    "tiny": (tiny, tiny_clip),
+    "1b": (small, clip),
+    "7b": (vicuna, clip),
+    "13b": (vicuna_13b, clip),
+}
+
+
+def shaped(size: str, family: str) -> PreTrainedConfig:
+    """A LLaVA-1.5 or NeXT of this size."""
+    if size not in SIZES:
+        raise unknown("size", size, SIZES)
+    if family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    text, tower = SIZES[size]
+    return FAMILIES[family](text(), tower())

@@ -15,6 +15,17 @@ def add(what) -> None:
         made.add_argument("--out", help="write the numbers to this JSON file")
         return made
 
+    made = command("step", _step, "a training step, beside what people run today")
+    made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
+    made.add_argument("--family", default="1.5", help="1.5 or next (default: 1.5)")
+    made.add_argument("--tune", default="lora", help="lora, qlora or full (default: lora)")
+    made.add_argument("--text", action="append", help='words a sample, or "mix"; repeat for several')
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--micro", type=int, default=0, help="samples that rivals take at a time (0: the batch)")
+    made.add_argument("--budget", type=int, default=0, help="rows that ours take at a time (0: the batch)")
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--png", help="draw it")
+
     made = command("pruning", _pruning, "what choosing the rows costs")
     made.add_argument("--width", type=int, default=1024, help="of the features; a 7B model's are 4096 wide")
     made.add_argument("--repeats", type=int, default=20)
@@ -28,6 +39,15 @@ def add(what) -> None:
     made.add_argument("recipe", nargs="+", metavar="RECIPE.toml", help="recipe files, or names of built-in ones")
     made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value of all")
     made.add_argument("--gpu", type=float, metavar="GIB", help="as on a GPU with so much memory")
+
+
+def _step(a) -> int:
+    from .step import bench_step
+
+    sizes = {"batch": a.batch, "micro": a.micro, "budget": a.budget, "repeats": a.repeats}
+    texts = tuple(a.text or ("64", "128", "256", "mix"))
+    bench_step(a.size, a.family, a.tune, texts, **sizes, device=a.device, out=a.out, png=a.png)
+    return 0
 
 
 def _pruning(a) -> int:

@@ -1,0 +1,90 @@
+"""What people run today, on the same weights, samples, precision and optimizer as ours.
+
+hf       the model's own forward: batches padded as a processor pads them, in the order of the data, every activation
+         checkpointed, gradients accumulated and clipped: transformers' `Trainer` without its bookkeeping
+trl      `SFTTrainer.compute_loss`, where TRL is installed, in the same loop (TRL rewrites its model, so it has a copy)
+
+Both learn what ours learns. AdamW is torch's fused one, which is the Trainer's default too.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .. import attention, digits, precision
+from ..data import collate
+from ..stage import StageRun
+from ..vlm import family
+
+
+def rivals(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
+    """By name: one optimizer step on all samples of the run, `micro` at a time. Each returns its loss."""
+    samples = range(len(run.source))
+    cut = [samples[first : first + micro] for first in range(0, len(samples), micro)]
+    batches = [collate([run.source.example(i) for i in part], run.pad) for part in cut]
+    answers = sum(run.source.lengths(i)[2] for i in samples)
+    model, llm = run.model.model, run.model.vlm.language_model
+
+    def hf(checkpointing: bool) -> Callable[[], float]:
+        def loss(batch: dict[str, Tensor]) -> Tensor:
+            return model(**batch, use_cache=False, num_items_in_batch=answers).loss
+
+        def step() -> float:
+            llm.set_attn_implementation("sdpa")
+            run.model.vlm.recompute(checkpointing)
+            try:
+                return _step(run, run.optimizer, batches, loss)
+            finally:
+                llm.set_attn_implementation(attention.NAME)
+
+        return step
+
+    found = {"hf": hf(True), "hf, nothing recomputed": hf(False)}
+    if find_spec("trl"):
+        found["trl"] = _trl(run, batches, answers)
+    return found
+
+
+def _trl(run: StageRun, batches: list[dict[str, Tensor]], answers: int) -> Callable[[], float]:
+    import datasets
+    import trl
+
+    model = copy.deepcopy(run.model.model)
+    family(model).language_model.set_attn_implementation("sdpa")
+    nothing = datasets.Dataset.from_dict({"images": [None], "messages": [[]]})  # its loop and its data are not used
+    with tempfile.TemporaryDirectory() as folder:
+        how = trl.SFTConfig(
+            folder, report_to=[], save_strategy="no", use_cpu=run.model.device.type == "cpu", disable_tqdm=True,
+            dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model, how, train_dataset=nothing, data_collator=list, processing_class=digits.build_processor()
+        )
+    model.train()
+    model.gradient_checkpointing_enable()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=run.stage.lr, fused=True)
+    return lambda: _step(
+        run, adamw, batches, lambda batch: trainer.compute_loss(model, batch, num_items_in_batch=answers)
+    )
+
+
+def _step(
+    run: StageRun, optimizer: torch.optim.Optimizer, batches: Iterable[dict[str, Tensor]], loss: Callable
+) -> float:
+    device, total = run.model.device, 0.0
+    for batch in batches:
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        with precision.autocast(run.precision, device):
+            part = loss(batch)
+        part.backward()
+        total += part.detach()
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, run.stage.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(total)

@@ -1,0 +1,241 @@
+"""A training step beside what people run today: one optimizer batch, forward, backward and AdamW.
+
+    tinyspeed bench step                                   a small model, on a CPU
+    tinyspeed bench step --size 7b --device cuda           LLaVA-1.5-7B's shape, random weights
+    tinyspeed bench step --size 7b --family next --device cuda
+
+All contestants take turns on one model with the same trainable parameters, samples and optimizer, so a slow minute of
+the machine hits all of them and no weights are there twice. Rivals are in `rivals.py`; ours are steps of the real loop
+(`stage.py`), which cuts its own micro-batches and decides about recomputing. Pictures are decoded beforehand.
+
+    mix        (1 - r) fast + r slow: r = 0.1 as published, r = 0.02 with original positions
+    floor      the plan's FLOPs, counted as in `estimate.py` without recomputing, / the rate of a large product of
+               matrices that this machine reached in the same run
+    MFU        floor / time
+
+`--text 128` gives every sample 128 words, half of them answers; `mix` draws from LLaVA's instruction mix
+(`lengths.py`), where one sample in fifteen has no picture. Memory is what a step takes, and what is there before it:
+weights and moments. On a CPU it is counted operation by operation (`live.py`) in a step of its own.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from .. import estimate, lengths, loading, precision, report, shapes, train
+from ..batching import plan_rows
+from ..data import collate
+from ..errors import UserError
+from ..estimate import Sample
+from ..memory import GIB, Settings, Shape
+from ..recipe import Recipe, from_tables
+from ..scheduler import Plan, Schedule
+from ..stage import StageRun, Totals
+from .live import peak, storages
+from .noise import Noise
+from .rivals import rivals
+from .timing import MACHINE, described, device_of, timed, write
+
+TUNE = ("lora", "qlora", "full")
+MIXES = {"DualSpeed, r = 0.1": 0.1, "DualSpeed, r = 0.02": 0.02}
+KEEP = 0.1
+PLANS = {"full": Plan("full"), "fast": Plan("fast", keep=KEEP), "slow": Plan("slow", keep=KEEP, distill=1.0)}
+
+
+class Always(Schedule):
+    def __init__(self, plan: Plan):
+        self.only = plan
+
+    def plan(self, step: int) -> Plan:
+        return self.only
+
+
+def bench_step(
+    size: str = "tiny",
+    family: str = "1.5",
+    tune: str = "lora",
+    texts: tuple[str, ...] = ("64", "128", "256", "mix"),
+    batch: int = 8,
+    micro: int = 0,
+    budget: int = 0,
+    repeats: int = 5,
+    device: str = "cpu",
+    out: Path | str | None = None,
+    png: Path | str | None = None,
+) -> dict:
+    """Time a step of each contestant. `micro`: samples that rivals take at a time (0: all); `budget`: rows that ours
+    take. Prints tables, returns everything, and writes it as JSON to `out` and as a picture to `png`."""
+    if tune not in TUNE:
+        raise UserError(f"tune = {tune!r}: one of {', '.join(TUNE)}")
+    if batch < 1 or micro < 0 or budget < 0:
+        raise UserError(f"batch = {batch}, micro = {micro}, budget = {budget}: at least 1, 0 and 0")
+    config, where = shapes.shaped(size, family), device_of(device)
+    drawn = {text: samples(text, batch, family) for text in texts}
+    recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
+    name = precision.choose(recipe.model.precision, where)
+    model = train.wrap(recipe, random(config, name, tune, where))
+    rate = measured_rate(where, precision.DTYPES[name])
+    result = described(
+        where, bench="step", size=size, family=family, tune=tune, rank=recipe.lora.rank, batch=batch,
+        micro=micro or batch, budget=budget, repeats=repeats, precision=name, tflops=rate / 1e12, texts={},
+    )  # fmt: skip
+    print(f"{size}, LLaVA-{family}, {tune}, {name}; batches of {batch}, median of {repeats}")
+    print(MACHINE.format(**result) + f"a large product of matrices: {rate / 1e12:.3g} TFLOP/s\n")
+    for text, of_text in drawn.items():
+        run = StageRun(recipe, model, Noise(config, of_text), "train", 0, recipe.train, Totals())
+        found = result["texts"][text] = measured(run, micro or batch, repeats, rate)
+        print(describe(text, found) + "\n")
+        if out is not None:
+            write(result, Path(out))
+        del run  # and its optimizer
+    if png is not None:
+        print(report.save(draw(result), png))
+    return result
+
+
+def samples(text: str, batch: int, family: str) -> list[Sample]:
+    """Text rows, visual rows and answers of each sample."""
+    if text == "mix":
+        return lengths.mix(batch, 0, family)
+    if not text.isdigit() or int(text) < 2:
+        raise UserError(f'text = {text!r}: a number of words, at least 2, or "mix"')
+    rows = max(lengths.VISUAL[family], key=lengths.VISUAL[family].get)
+    return [(int(text), [rows], int(text) // 2)] * batch
+
+
+def recipe_of(tune: str, rank: int, batch: int, budget: int, device: torch.device) -> Recipe:
+    return from_tables(
+        {
+            "run": {"device": device.type},
+            "model": {"path": "random weights", "quantise": "nf4" if tune == "qlora" else "none"},
+            "data": {"kind": "chat", "file": "noise"},
+            "lora": {"rank": 0 if tune == "full" else rank, "dropout": 0.0},
+            "dualspeed": {"keep": KEEP, "positions": "original"},
+            "train": {"steps": 1, "batch": batch, "row_budget": budget},
+        },
+        "the benchmark",
+    )
+
+
+def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
+    """A model that nobody has trained. One in 4 bits comes from disk, where every such model comes from."""
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForImageTextToText.from_config(config, dtype=precision.DTYPES[name])
+    if tune != "qlora":
+        return model
+    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
+        model.save_pretrained(folder)
+        del model
+        return loading.load(folder, name, quantise="nf4", device=device)
+
+
+def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of an LLM's size."""
+    rows, width = (1024, 2048) if device.type == "cpu" else (16384, 8192)
+    left, right = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(width, width, device=device)
+    right = right.to(dtype)
+    best = timed({"product": lambda: left @ right}, 10, device)["product"]["min_ms"]
+    return 2 * rows * width**2 / best * 1000
+
+
+def measured(run: StageRun, micro: int, repeats: int, rate: float) -> dict:
+    """Every contestant on the run's samples."""
+    device, source = run.model.device, run.source
+    steps = {**rivals(run, micro), **{name: ours(run, plan) for name, plan in PLANS.items()}}
+    modes = {name: name if name in PLANS else "full" for name in steps}
+    moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    fixed = storages(run.model, moments)
+    peaks, losses = {}, {}
+
+    def once(name: str) -> None:
+        losses[name] = steps[name]()
+
+    for name in list(steps):
+        try:
+            peaks[name] = sum(fixed.values()) + peak(functools.partial(once, name), device, fixed)
+        except torch.OutOfMemoryError:
+            run.optimizer.zero_grad(set_to_none=True)
+            del steps[name]
+    times = timed(steps, repeats, device)
+    s, shape = Settings.of(run.recipe, "train", run.precision), Shape(run.model.config)
+    rows = {
+        mode: sum(plan_rows(*source.lengths(i)[:2], plan, s.isolator) for i in range(len(source)))
+        for mode, plan in PLANS.items()
+    }
+    floors = {
+        mode: 1000 / rate * sum(estimate.flops(shape, s, mode, source.lengths(i), False) for i in range(len(source)))
+        for mode in PLANS
+    }
+    found = {
+        name: {
+            **t, "rows": rows[modes[name]], "floor_ms": floors[modes[name]], "peak_bytes": peaks[name],
+            "loss": losses[name],
+        }
+        for name, t in times.items()
+    }  # fmt: skip
+    for name, slow in MIXES.items():
+        fast, rare = found["fast"], found["slow"]
+        mixed = {key: (1 - slow) * fast[key] + slow * rare[key] for key in ("median_ms", "min_ms", "rows", "floor_ms")}
+        found[name] = {**mixed, "peak_bytes": max(fast["peak_bytes"], rare["peak_bytes"])}
+    for f in found.values():
+        f["ms_a_sample"] = f["median_ms"] / len(source)
+        f["rows_per_second"] = 1000 * f["rows"] / f["median_ms"]
+        f["mfu"] = f["floor_ms"] / f["median_ms"]
+        f["speedup"] = found["hf"]["median_ms"] / f["median_ms"] if "hf" in found else None
+    return {"samples": [[text, images, answers] for text, images, answers in source.samples], "contestants": found}
+
+
+def ours(run: StageRun, plan: Plan) -> Callable[[], float]:
+    """A step of the real loop, on batches that are there."""
+    batches = [collate([run.source.example(i) for i in part], run.pad) for part, _ in run._parts(0, plan)]
+
+    def step() -> float:
+        run.model.schedule = Always(plan)
+        return run._step(0, iter(batches), None)["loss"]
+
+    return step
+
+
+def describe(text: str, found: dict) -> str:
+    headers = ["contestant", "ms a sample", "speed-up", "rows/s", "floor, ms", "MFU", "GiB"]
+    rows = []
+    for name, f in found["contestants"].items():
+        of, speedup = len(found["samples"]), "-" if f["speedup"] is None else f"{f['speedup']:.2f}x"
+        numbers = [f"{f['ms_a_sample']:.1f}", speedup, f"{f['rows_per_second']:,.0f}", f"{f['floor_ms'] / of:.1f}"]
+        rows.append([name, *numbers, f"{f['mfu']:.0%}", f"{f['peak_bytes'] / GIB:.2f}"])
+    words = "text as in LLaVA's mix" if text == "mix" else f"{text} words of text"
+    return f"{words}\n\n{report.table(headers, rows)}"
+
+
+def draw(result: dict):
+    """Milliseconds a sample of each contestant, a panel a length, with the floor in each bar."""
+    texts = result["texts"]
+    fig = report.figure(3.2 * len(texts) + 1.6, 3.6)
+    axes = fig.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    fig.subplots_adjust(left=1.9 / (3.2 * len(texts) + 1.6), right=0.97, top=0.88, bottom=0.16, wspace=0.12)
+    names = list(dict.fromkeys(name for found in texts.values() for name in found["contestants"]))
+    for ax, (text, found) in zip(axes, texts.items(), strict=True):
+        of = len(found["samples"])
+        for at, name in enumerate(names):
+            f = found["contestants"].get(name)
+            if f is None:
+                continue
+            colour = report.COLOURS[1 if name in PLANS or name in MIXES else 0]
+            ax.barh(at, f["ms_a_sample"], color=colour, alpha=0.35)
+            ax.barh(at, f["floor_ms"] / of, color=colour)
+            faster = f" {f['speedup']:.1f}x" if f["speedup"] else ""
+            ax.text(f["ms_a_sample"], at, faster, va="center", color=colour)
+        ax.set_yticks(range(len(names)), names)
+        ax.invert_yaxis() if ax is axes[0] else None
+        ax.margins(x=0.18)
+        ax.set_xlim(left=0)
+        ax.set_title("LLaVA's mix" if text == "mix" else f"{text} words", loc="left")
+        ax.set_xlabel("ms a sample; dark: its floor")
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig
