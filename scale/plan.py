@@ -281,7 +281,7 @@ def describe(found: list[Cost], gpu: str) -> str:
 
 
 def _hours(n: float) -> str:
-    return f"{n:,.1f}" if n >= 1 else f"{n:.2g}"
+    return f"{n:,.1f}" if n >= 0.995 else f"{n:.2g}"
 
 
 def draw(found: list[Cost]):

@@ -44,7 +44,11 @@ ROOMS = {  # with floors of their own
         {"dynamicvit", "pool", "tokenlearner", "visionzip"},
         {"__init__"},
     ],
-    "bench": [{"__init__", "timing", "noise"}, {"selection", "savings", "peaks"}, {"commands"}],
+    "bench": [
+        {"__init__", "timing", "noise", "live", "rivals"},
+        {"step", "selection", "savings", "peaks"},
+        {"commands"},
+    ],
 }
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 ROOM_FLOOR = {room: {name: i for i, names in enumerate(ROOMS[room]) for name in names} for room in ROOMS}

@@ -287,7 +287,7 @@ def sized(hidden, layers, family="llava"):
     )  # fmt: skip
     grids = GRIDS if family == "llava_next" else None
     return SimpleNamespace(
-        text_config=text, vision_config=clip(), vision_feature_layer=-2, tie_word_embeddings=False,
+        model_type=family, text_config=text, vision_config=clip(), vision_feature_layer=-2, tie_word_embeddings=False,
         image_grid_pinpoints=grids,
     )  # fmt: skip
 

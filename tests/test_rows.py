@@ -105,12 +105,14 @@ def pruned(batch: Batch, isolator: int, positions: str) -> list[list[Row]]:
     return result
 
 
-def table(batch: Batch, source: tuple[str, int]) -> int:
-    """Where the table [embeddings | image features | video features | isolator] holds a row."""
+def table(batch: Batch, source: tuple[str, int], kept: Tensor | None = None) -> int:
+    """Where the table [words | image features | video features | isolator] holds a row, if only these features are in
+    it."""
     kind, i = source
-    tokens, features = batch.input_ids.numel(), len(batch.kept)
-    images = sum(batch.lengths["image"])
-    return i + {"text": 0, "image": tokens, "video": tokens + images, "isolator": tokens + features}[kind]
+    tokens, stays = batch.input_ids.numel(), [True] * len(batch.kept) if kept is None else kept.tolist()
+    if kind in KINDS:
+        return tokens + sum(stays[: i + sum(batch.lengths["image"]) * (kind == "video")])
+    return i if kind == "text" else tokens + sum(stays) + i
 
 
 def read(got: rows.Rows) -> list[tuple[int, ...]]:
@@ -118,9 +120,9 @@ def read(got: rows.Rows) -> list[tuple[int, ...]]:
     return list(zip(*(field.tolist() for field in fields), strict=True))
 
 
-def expected(batch: Batch, samples: list[list[Row]]) -> list[tuple[int, ...]]:
+def expected(batch: Batch, samples: list[list[Row]], kept: Tensor | None = None) -> list[tuple[int, ...]]:
     every = [(b, row) for b, sample in enumerate(samples) for row in sample]
-    return [(b, table(batch, row.source), row.target, row.position, row.image) for b, row in every]
+    return [(b, table(batch, row.source, kept), row.target, row.position, row.image) for b, row in every]
 
 
 def full(batch: Batch) -> rows.Rows:
@@ -128,7 +130,7 @@ def full(batch: Batch) -> rows.Rows:
 
 
 def prune(batch: Batch, kept: Tensor, isolator: int, positions: str) -> rows.Rows:
-    return rows.prune(full(batch), kept, isolator, batch.input_ids.numel() + len(batch.kept), positions)
+    return rows.prune(full(batch), kept, isolator, batch.input_ids.numel(), positions)
 
 
 isolators = st.integers(0, 4)
@@ -144,7 +146,8 @@ def test_full_rows_are_every_token_that_is_not_padding_with_the_next_ones_label(
 
 @given(batches(), isolators, both_positions)
 def test_pruned_rows_are_the_text_the_isolators_and_the_kept_rows_in_order(batch, isolator, positions):
-    assert read(prune(batch, batch.kept, isolator, positions)) == expected(batch, pruned(batch, isolator, positions))
+    wanted = expected(batch, pruned(batch, isolator, positions), batch.kept)
+    assert read(prune(batch, batch.kept, isolator, positions)) == wanted
 
 
 @given(batches(), isolators, both_positions)
@@ -171,10 +174,20 @@ def test_keeping_all_without_an_isolator_is_the_identity(batch, positions):
 @given(batches(), isolators)
 def test_original_positions_are_those_of_the_full_rows(batch, isolator):
     before = dict(zip(full(batch).source.tolist(), full(batch).position.tolist(), strict=True))
-    got = prune(batch, batch.kept, isolator, "original")
-    first_isolator_row = batch.input_ids.numel() + len(batch.kept)
+    got, words = prune(batch, batch.kept, isolator, "original"), batch.input_ids.numel()
+    left = [*range(words), *(words + batch.kept.nonzero()[:, 0]).tolist()]  # where they were in the full table
     for source, position in zip(got.source.tolist(), got.position.tolist(), strict=True):
-        assert source >= first_isolator_row or position == before[source]
+        assert source >= len(left) or position == before[left[source]]
+
+
+@given(batches(), isolators, both_positions, st.booleans())
+def test_looking_up_only_the_words_that_are_read_changes_no_row(batch, isolator, positions, whole):
+    selected = full(batch) if whole else prune(batch, batch.kept, isolator, positions)
+    words, behind = torch.arange(batch.input_ids.numel()), torch.arange(1000, 1000 + len(batch.kept) + isolator)
+    index, lesser = rows.looked_up(selected, len(words))
+    assert torch.equal(torch.cat([words[index], behind])[lesser.source], torch.cat([words, behind])[selected.source])
+    assert index.tolist() == sorted(set(selected.source.tolist()) & set(words.tolist()))
+    assert read(replace(lesser, source=selected.source)) == read(selected)
 
 
 @given(batches(), isolators)

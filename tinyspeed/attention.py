@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .rows import Layout
+from .rows import Layout, Rows
 
 NAME = "tinyspeed"  # the attention implementation, as transformers knows it
 
@@ -29,6 +29,14 @@ def packs(x: torch.Tensor) -> bool:
         and _dtype(x) in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
     )
+
+
+def layout(x: torch.Tensor, rows: Rows) -> str:
+    """Packed where there is a kernel for it; and on a CPU where padding would be more than a tenth of what is computed:
+    a call a sample costs less there."""
+    if packs(x):
+        return "packed"
+    return "packed" if x.device.type == "cpu" and len(rows) < 0.9 * rows.padded else "padded"
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:

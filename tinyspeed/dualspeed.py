@@ -135,7 +135,9 @@ class DualSpeed(DropIn):
         self.forwards += 1
 
         taught = plan.mode == "slow" and plan.distill > 0
-        with signals.heard(self.vlm, visual, self.chooser.needs if plan.mode == "fast" or taught else ()) as heard:
+        twice = plan.mode == "fast" and self.chooser.projects_twice
+        needs = {*self.chooser.needs, *["tower"] * twice} if plan.mode == "fast" or taught else ()
+        with signals.heard(self.vlm, visual, needs) as heard, torch.set_grad_enabled(torch.is_grad_enabled() > twice):
             features = self.vlm.features(visual, plan.mode)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
@@ -144,19 +146,20 @@ class DualSpeed(DropIn):
         if answers is not None:
             full = rows.elide(full, labels, answers, self.positions)
 
-        embeddings = self.vlm.embed(input_ids).flatten(0, 1)
-        images = [*itertools.chain(*features.values())]
-        table, run, extra = [embeddings, *images], full, 0.0
+        images, idle = [*itertools.chain(*features.values())], self.vlm.idle(features, plan.mode)
+        table, run, extra = images, full, 0.0
         teacher, taught_rows = None, 0
         if taught:
             self.views.use("fast")
             with torch.no_grad(), without_dropout(self.vlm.language_model), without_dropout(self.chooser):
-                pruned, isolating, _ = self._pruned(full, embeddings, images, plan.keep, heard)
-                teacher, taught_rows = self._answers(pruned, isolating, plan)[0], len(isolating)
+                pruned, isolating, _ = self._pruned(input_ids, full, images, plan.keep, heard)
+                teacher, taught_rows = self._answers(input_ids, pruned, isolating, plan)[0], len(isolating)
         elif plan.mode == "fast":
-            table, run, extra = self._pruned(full, embeddings, images, plan.keep, heard)
+            table, run, extra = self._pruned(input_ids, full, images, plan.keep, heard)
+        table = [*table, *idle]
+        del features, images, heard  # of which a fast step keeps a tenth
         self.views.use("fast" if plan.mode == "fast" else "slow")  # and so it stays until the backward is over
-        hidden, target, influence = self._answers([*table, *self.vlm.idle(features, plan.mode)], run, plan)
+        hidden, target, influence = self._answers(input_ids, table, run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
 
@@ -198,32 +201,37 @@ class DualSpeed(DropIn):
         return plan
 
     def _pruned(
-        self, full: rows.Rows, embeddings: Tensor, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]
+        self, ids: Tensor, full: rows.Rows, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]
     ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:
-        """The table and the rows of a fast forward, and what a learned plugin adds to the loss."""
-        kept, loss, extra = embeddings.new_zeros(0, dtype=torch.bool), None, self.chooser.idle()
-        first = len(embeddings) + sum(map(len, images))  # row of the isolator
+        """The table behind the words and the rows of a fast forward, and a learned plugin's part of the loss."""
+        kept, visual, loss, extra = ids.new_zeros(0, dtype=torch.bool), [], None, self.chooser.idle()
         if images:
-            kept, images, loss = self.chooser(images, keep, heard, self.step or 0)
-        run = rows.prune(full, kept, len(self.isolator), first, self.positions)
+            kept, *visual, loss = self.chooser(images, keep, heard, self.step or 0)
+        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions)
         if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
             extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()
-        return [embeddings, *images, self.isolator.weight], run, extra
+        return [*visual, self.isolator.weight], run, extra
 
-    def _answers(self, table: list[Tensor], selected: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the LLM on the selected rows of the table; hidden states and targets of the answer rows, and if the plan
-        asks for it, how much each layer changed them."""
-        layout = self.layout
-        if layout == "auto":
-            layout = "packed" if attention.packs(table[0]) else "padded"
-        placed = rows.lay_out(selected, layout)
-        whole = torch.cat([part.to(table[0].dtype) for part in table])
+    def _answers(
+        self, ids: Tensor, visual: list[Tensor], selected: rows.Rows, plan: Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the LLM on the selected rows; hidden states and targets of the answer rows, and if the plan asks for it,
+        how much each layer changed them."""
+        embeddings, placed = self._gathered(ids, visual, selected)
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
         slots = placed.slot[answers]
         with layers.watched(self.vlm.language_model.layers if plan.measure else (), slots) as found:
-            hidden = self.vlm.hidden(whole.index_select(0, placed.index), placed, plan.layers)
-        influence = torch.stack(found) if found else whole.new_zeros(0, dtype=torch.float32)
+            hidden = self.vlm.hidden(embeddings, placed, plan.layers)
+        influence = torch.stack(found) if found else hidden.new_zeros(0, dtype=torch.float32)
         return hidden.index_select(0, slots), selected.target[answers], influence
+
+    def _gathered(self, ids: Tensor, visual: list[Tensor], selected: rows.Rows) -> tuple[Tensor, rows.Layout]:
+        """The selected rows as they are laid out. Nothing but them is left of the table when the LLM runs."""
+        index, selected = rows.looked_up(selected, ids.numel())
+        words = self.vlm.embed(ids.flatten()[index])
+        placed = rows.lay_out(selected, attention.layout(words, selected) if self.layout == "auto" else self.layout)
+        table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
+        return table.index_select(0, placed.index), placed
 
     @property
     def only_training(self) -> dict[str, nn.Parameter]:

@@ -214,7 +214,8 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool,
     batch, fast = (MicroBatch.of(which, *sample, s) for which in (mode, "fast"))
     weights = sum(out * into for out, into in shape.linears)
     adapters = sum(out * into for out, into in shape.adapters(s.rank))
-    hidden, tower, crops = shape.hidden, shape.tower, Step(shape, s, batch, recompute).crops
+    step = Step(shape, s, batch, recompute)
+    hidden, tower, crops = shape.hidden, shape.tower, step.crops
     forward = lambda rows: rows * (weights + adapters) + rows**2 * shape.queries  # causal: half of all pairs, twice
     backward = batch.rows * (weights * (1 + s.full) + adapters * (1 + (s.stage == "train")))
     backward += 2.5 * batch.rows**2 * shape.queries
@@ -228,7 +229,9 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool,
     patches, tokens = crops * shape.patches, crops * (shape.patches + shape.clip)
     layer = tokens * (4 * tower**2 + 2 * tower * shape.tower_inner) + 2 * tokens**2 // max(1, crops) * tower
     total += shape.tower_layers * layer + patches * 3 * shape.patch**2 * tower
-    return 2 * (total + patches * (2 * shape.read + 3 * hidden) * hidden)
+    projector = patches * (shape.read + hidden) * step.twice
+    projector += (step.seen if step.twice else patches) * (2 * shape.read + 3 * hidden)
+    return 2 * (total + projector * hidden)
 
 
 def changed(recipe: Recipe, *changes: dict[str, object]) -> Recipe:

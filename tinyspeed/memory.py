@@ -26,7 +26,8 @@ from functools import cache, cached_property
 import torch
 from torch import cuda
 
-from .pruning import keep_count, make, pairs
+from .pruning import keep_count, make, merges, pairs
+from .vlm import FAMILIES
 
 GIB = 2**30
 RESERVE = int(0.7 * GIB)  # of a GPU: the CUDA context, and gaps between the allocator's blocks
@@ -53,6 +54,7 @@ class Shape:
         self.pixels, self.patch = vision.image_size, vision.patch_size
         self.patches = (self.pixels // self.patch) ** 2  # rows of a crop
         grids = getattr(config, "image_grid_pinpoints", None) or []
+        self.rowwise = FAMILIES[config.model_type].rowwise
         self.newline, cells = bool(grids), [height * width // self.pixels**2 for height, width in grids]
         self.crops = 1 + max(cells, default=0)  # at most
 
@@ -241,8 +243,24 @@ class Step:
         return 2 * self.s.half * sum(out * into for out, into in matrices)
 
     @cached_property
+    def twice(self) -> bool:
+        """Whether all rows are projected without a graph, and once more those that stay (`choosing.py`)."""
+        return self.batch.mode == "fast" and self.shape.rowwise and merges(self.s.plugin) != "features"
+
+    @property
+    def text(self) -> int:
+        return self.batch.ids - self.batch.visual
+
+    @cached_property
+    def seen(self) -> int:
+        """Feature rows that the LLM sees."""
+        batch = self.batch
+        return max(0, batch.rows - self.text - batch.images * self.s.isolator) if batch.mode == "fast" else batch.visual
+
+    @cached_property
     def _projector(self) -> int:
-        return self.crops * self.shape.patches * (self.shape.read + 2 * self.shape.hidden) * self.s.width
+        rows = self.seen if self.twice else self.crops * self.shape.patches
+        return rows * (self.shape.read + 2 * self.shape.hidden) * self.s.width
 
     @cached_property
     def _learned(self) -> int:
@@ -271,16 +289,15 @@ class Step:
         # Features, twice; an fp32 copy; and what the plugin holds of each pair.
         pruning = batch.visual * h * (2 * b + 4 * s.half)
         pruning += pairs(s.plugin) * batch.visual**2 // max(batch.images, 1)
-        words = batch.ids * h * s.stream
-        held = words + batch.visual * h * b
-        # The table of all rows, and those gathered from it, unless they are kept anyway.
-        table = words + (batch.visual + rows * (s.stream == 2 and not self.recompute)) * h * s.stream
+        chosen = self.crops * shape.patches * shape.read * b if self.twice else self._projector
+        features, gathered = self.seen * h * b, rows * h * s.stream
+        table = (2 * self.text + self.seen) * h * s.stream  # words, and with the features behind them
         loss = (6 if batch.mode == "slow" else 3) * 4 * min(batch.answers, CHUNK) * shape.vocab  # fp32 logits
         mlp = rows * shape.inner * b  # one of gate, silu(gate) and up, or of their gradients
         # The adapter at the end of a layer: its input (and what dropout left, if nothing keeps it), and both in fp32.
         width = b * (2 if s.dropout and s.stage == "align" else 1) if s.casts or (s.rank and s.dropout) else 0
         end = rows * (6 * h * b + shape.inner * (width + 4 * s.casts * (2 if s.dropout else 1)))
-        forward, backward = end, rows * 2 * h * b + mlp * (2 if s.stage == "train" else 3)
+        forward, backward = end + gathered * (s.stream == 2), rows * 2 * h * b + mlp * (2 if s.stage == "train" else 3)
         head = 2 * s.half * h * shape.vocab * s.full  # autocast's copy
         loss += head
         if self.recompute:
@@ -290,8 +307,9 @@ class Step:
         weight = h * max(shape.inner, shape.vocab * s.full) * (6 if s.full else 2 * (s.quantise == "nf4"))
         return {
             "tower": pixels * (2 if shape.newline else 1) + tower,
-            "pruning": (pixels + self._projector + words + pruning) * (batch.mode != "full"),
-            "forward": pixels + self.kept + held + max(table + forward, loss),
+            "pruning": (pixels + chosen + pruning) * (batch.mode != "full"),
+            "table": pixels + self._projector + features + table + gathered,
+            "forward": pixels + self.kept + features + max(forward, loss),
             "backward": pixels + self.kept + max(backward, loss, weight),
         }
 

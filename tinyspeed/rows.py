@@ -6,7 +6,8 @@ A *row* is (input embedding at i, target = token i + 1). Every row a step could 
 
 and a step is a list of indices into it: placeholders point at their image's features, pruned rows are left out,
 isolator rows are put in front of each image. One `index_select` scatters, prunes and inserts at once, for any model
-that marks image tokens with placeholder ids. (`index_select` and not `table[index]`: every image picks the same
+that marks image tokens with placeholder ids. What nobody points at is never made: a table holds the words that a step
+reads and the feature rows that stay. (`index_select` and not `table[index]`: every image picks the same
 isolator rows, and the backward of fancy indexing with repeats adds in a racing order.)
 
 A whole video is one image here, with placeholders of its own kind. The table holds kind after kind and the text has
@@ -25,7 +26,7 @@ begins. In both the attention is causal within a sample, so a padded batch needs
 no real row looks back at it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +51,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(samples,): the rows of each."""
+        return torch.bincount(self.sample, minlength=self.samples)
+
+    @property
+    def padded(self) -> int:
+        """Slots of all samples, each as long as the longest."""
+        return self.samples * int(self.lengths.max())
 
 
 def full(
@@ -128,24 +139,25 @@ def answers_beside(rows: Rows, images: int) -> Tensor:
     return answers[sample.scatter_(0, rows.image[visual], rows.sample[visual])]
 
 
-def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, positions: str) -> Rows:
-    """The rows of a fast step. `kept` (V,) says which feature rows of the table stay; text rows always do.
+def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str) -> Rows:
+    """The rows of a fast step, out of a table of what stays: [ `words` ids | kept feature rows | isolator rows ].
 
-    `isolator` rows, which start at `first_isolator_row` of the table, are put in front of each image's rows.
+    `kept` (V,) says which feature rows stay; text rows always do. `isolator` rows are put in front of each image's.
     """
     if positions not in POSITIONS:
         raise unknown("positions", positions, POSITIONS)
     visual = rows.image >= 0
     begins = visual.clone()
     begins[1:] &= rows.image[1:] != rows.image[:-1]
-    stays = torch.cat([kept.new_ones(first_isolator_row - len(kept)), kept])[rows.source]
+    left = torch.cat([kept.new_ones(words), kept])
+    stays, rank = left[rows.source], left.cumsum(0) - 1
 
     # How often each row is written: itself if it stays, and before an image's first row the isolator.
     times = stays.long() + begins * isolator
     origin = torch.arange(len(rows), device=times.device).repeat_interleave(times)
     nth = torch.arange(len(origin), device=times.device) - (times.cumsum(0) - times)[origin]
     isolating = begins[origin] & (nth < isolator)
-    source = torch.where(isolating, first_isolator_row + nth, rows.source[origin])
+    source = torch.where(isolating, words + kept.sum() + nth, rank[rows.source[origin]])
     image, sample = rows.image[origin], rows.sample[origin]
 
     # The target of an image's last row goes to the row of that image that is left last.
@@ -162,6 +174,13 @@ def prune(rows: Rows, kept: Tensor, isolator: int, first_isolator_row: int, posi
     return Rows(source, target, position, sample, image, rows.samples)
 
 
+def looked_up(rows: Rows, words: int) -> tuple[Tensor, Rows]:
+    """Which of the `words` ids these rows embed, and the rows as indices into a table that begins with those alone."""
+    text = rows.source < words
+    index = rows.source[text]
+    return index, replace(rows, source=torch.where(text, text.cumsum(0) - 1, rows.source + (len(index) - words)))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each row sits in the tensors the LLM sees."""
@@ -175,7 +194,7 @@ class Layout:
 
 def lay_out(rows: Rows, layout: str) -> Layout:
     """Rows to (B, longest), padded to the right, or to (1, R), packed."""
-    lengths = torch.bincount(rows.sample, minlength=rows.samples)
+    lengths = rows.lengths
     longest = int(lengths.max())
     starts = lengths.cumsum(0) - lengths
     if layout == "packed":

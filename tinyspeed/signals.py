@@ -76,9 +76,9 @@ def heard(vlm: Family, visual: dict[str, Tensor], needs: Sequence[str]) -> Itera
             f"plugins that need none: {', '.join(pruning.works_with(()))}"
         )
     said: dict[str, Tensor] = {}
-    attention = getattr(vlm.tower, "vision_model", vlm.tower).encoder.layers[_block(vlm)].self_attn
     hooks = [vlm.projector.register_forward_pre_hook(lambda _, given: said.update(tower=given[0]))]
     if attended:
+        attention = getattr(vlm.tower, "vision_model", vlm.tower).encoder.layers[_block(vlm)].self_attn
         hooks.append(attention.q_proj.register_forward_hook(lambda _, given, out: said.update(q=out.detach()[:, :1])))
         hooks.append(attention.k_proj.register_forward_hook(lambda _, given, out: said.update(k=out.detach())))
     try:

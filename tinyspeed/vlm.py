@@ -24,6 +24,7 @@ class Family:
     """LLaVA-1.5, and the base of the others."""
 
     square = True  # an image's rows are one square picture
+    rowwise = True  # each feature is the projector's of one row of what it reads
 
     def __init__(self, model: nn.Module):
         # peft wraps the model; its base is the same modules with adapters in place.
@@ -108,9 +109,8 @@ class Family:
         if any(features.values()):
             return []
         like = self.model.get_input_embeddings().weight  # not the projector's: a 4-bit one stores bytes
-        width = self.config.vision_config.hidden_size
-        if isinstance(self.config.vision_feature_layer, list | tuple):
-            width *= len(self.config.vision_feature_layer)
+        read = self.config.vision_feature_layer
+        width = self.config.vision_config.hidden_size * (len(read) if isinstance(read, list | tuple) else 1)
         return [self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]]
 
     def prunable(self, features: Tensor) -> Tensor:
@@ -176,8 +176,7 @@ class LlavaNext(Family):
 
     def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str, **more) -> list[Tensor]:
         if image_sizes is None:
-            kind = self.config.model_type
-            raise UserError(f"a {kind!r} model needs image_sizes beside pixel_values: pass the processor's whole batch")
+            raise UserError(f"a {self.config.model_type!r} model needs image_sizes: pass the processor's whole batch")
         with self._newline_for(plan_mode):
             out = self.model.get_image_features(pixel_values=pixel_values, image_sizes=image_sizes, **more)
         return list(out.pooler_output)
@@ -217,10 +216,10 @@ class LlavaNext(Family):
 
 class LlavaNextVideo(LlavaNext):
     """LLaVA-NeXT with videos: pooled frames end to end, no newlines. (A learned pooling, which no published model has,
-    would stay frozen.)
+    would stay frozen.) And LLaVA-OneVision: it scales large images down, does not cut one of several in a sample into
+    crops, and ends these and videos with a newline, in functions of its own."""
 
-    And LLaVA-OneVision: it scales large images down, does not cut one of several images in a sample into crops, and
-    ends these and videos with a newline. All of that happens in functions of its own."""
+    rowwise = False  # some pool behind the projector
 
     @property
     def placeholders(self) -> dict[str, int]:

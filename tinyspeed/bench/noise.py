@@ -50,10 +50,11 @@ class Noise:
         size, side = self.sizes[i], self.config.vision_config.image_size
         if size is None:
             return Example(*self.text(i))
+        draw = torch.Generator().manual_seed(i)
         if self.config.model_type == "llava":
-            return Example(*self.text(i), torch.randn(1, 3, side, side))
+            return Example(*self.text(i), torch.randn(1, 3, side, side, generator=draw))
         crops = image_size_to_num_patches(size, self.config.image_grid_pinpoints, side)
-        return Example(*self.text(i), torch.randn(1, crops, 3, side, side), torch.tensor([size]))
+        return Example(*self.text(i), torch.randn(1, crops, 3, side, side, generator=draw), torch.tensor([size]))
 
 
 Picture = tuple[int, tuple[int, int]]  # its rows; its height and width

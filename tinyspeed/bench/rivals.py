@@ -44,7 +44,8 @@ def rivals(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
         return step
 
     found = {"hf": hf(True), "hf, nothing recomputed": hf(False)}
-    if find_spec("trl"):
+    # Of a model in 4 bits TRL makes everything that trains bf16, which nothing else is in fp32.
+    if find_spec("trl") and (run.recipe.model.quantise == "none" or run.precision == "bf16"):
         found["trl"] = _trl(run, batches, answers)
     return found
 

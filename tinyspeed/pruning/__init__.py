@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
-from .registry import entry, learned, merges_before_projector, names, needs, pairs, register, signals_of, works_with
+from .registry import entry, learned, merges, names, needs, pairs, register, signals_of, works_with
 
-__all__ = ["Kept", "choose", "keep_count", "learned", "make", "merges_before_projector", "names", "needs", "pairs"]
+__all__ = ["Kept", "choose", "keep_count", "learned", "make", "merges", "names", "needs", "pairs"]
 __all__ += ["register", "select", "signals_of", "works_with"]
 
 
@@ -106,6 +106,8 @@ def choose(
         plugin = functools.partial(_in_fp32, module) if found.learned else found.plugin
         made = plugin(features, most=most, valid=valid, counts=counts_, **how)
         index, weight, loss = (made, None, None) if isinstance(made, Tensor) else made
+        if weight is not None and not found.merges:
+            raise UserError(f'the plugin {name!r} returns weights: register it with merges="features"')
         if weight is not None and any(whole):  # an image of which every row stays, beside others
             stays = torch.tensor(whole, device=index.device)[:, None]
             index = index.where(~stays, every)

@@ -7,7 +7,7 @@ A plugin works from features alone, or declares the signals that it `needs` or, 
     keys           (B, N, d)  what the patches offer to attention: the keys of that layer, averaged over its heads
     tower          (B, N, C)  the features before the projector
 
-A plugin that selects returns which rows it keeps. One that merges returns a weight map too: what stands in the place
+A plugin that selects returns which rows it keeps. One that `merges` returns a weight map too: what stands in the place
 of each row that it keeps is a sum over all rows. A `learned` plugin is a class of nn.Module instead of a function,
 made once with (width of the features, most rows that it will ever keep) and trained with the model.
 
@@ -34,12 +34,13 @@ class Entry:
     plugin: Plugin
     needs: tuple[str, ...]
     takes: tuple[str, ...]
-    before_projector: bool
+    merges: str
     learned: bool
     pairs: int
 
 
 PLUGINS: dict[str, Entry] = {}
+MERGES = ("", "features", "tower")
 PAIRS = 6  # bytes of a pair: an fp32 matrix of cosines, and two masks
 
 
@@ -48,22 +49,24 @@ def register(
     *,
     needs: tuple[str, ...] = (),
     takes: tuple[str, ...] = (),
-    before_projector: bool = False,
+    merges: str = "",
     learned: bool = False,
     pairs: int = PAIRS,
 ) -> Callable[[Plugin], Plugin]:
     """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence.
 
-    `before_projector`: it merges the tower's features, which are then projected, and not the projected ones."""
+    `merges`: "features", or "tower" for what the projector reads, which is projected once it is merged."""
     if isinstance(needs, str) or isinstance(takes, str):  # else its letters would be the signals
         raise UserError(f"the signals of {name!r} must be a tuple, as needs=('cls_attention',)")
-    if before_projector and "tower" not in needs:
-        raise UserError(f"{name!r} merges features before the projector: it must need the signal tower")
+    if merges not in MERGES:
+        raise unknown("kind of rows to merge", merges, MERGES)
+    if merges == "tower" and "tower" not in needs:
+        raise UserError(f"{name!r} merges what the projector reads: it must need the signal tower")
 
     def add(plugin: Plugin) -> Plugin:
         if name in PLUGINS:
             raise UserError(f"a pruning plugin named {name!r} is registered already; choose another name")
-        PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), before_projector, learned, pairs)
+        PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), merges, learned, pairs)
         return plugin
 
     return add
@@ -104,5 +107,6 @@ def works_with(signals) -> list[str]:
     return [name for name in names() if set(needs(name)) <= set(signals)]
 
 
-def merges_before_projector(name: str) -> bool:
-    return entry(name).before_projector
+def merges(name: str) -> str:
+    """Which rows a plugin sums up, "features" or "tower"; "" for one that selects."""
+    return entry(name).merges

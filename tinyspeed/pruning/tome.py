@@ -9,7 +9,7 @@ from torch import Tensor
 from .registry import register
 
 
-@register("tome", pairs=9)
+@register("tome", merges="features", pairs=9)
 def tome(
     features: Tensor, *, most: int, valid: Tensor, sizes: list[tuple[int, int]], **_
 ) -> tuple[Tensor, Tensor, None]:

@@ -13,7 +13,7 @@ from .registry import register
 CONTEXTUAL, OF = 10, 64  # VisionZip's split of 64 rows: 54 dominant, 10 contextual
 
 
-@register("visionzip", needs=("cls_attention", "keys", "tower"), before_projector=True, pairs=5)
+@register("visionzip", needs=("cls_attention", "keys", "tower"), merges="tower", pairs=5)
 def visionzip(
     features: Tensor, *, most: int, valid: Tensor, counts: Tensor, cls_attention: Tensor, keys: Tensor, **_
 ) -> tuple[Tensor, Tensor, None]:
