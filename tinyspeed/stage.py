@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, loader, loading, memory, optimizer, precision, record
+from . import checkpoint, heap, loader, loading, memory, optimizer, precision, record
 from .batching import Order, cut, plan_rows
 from .data import Source
 from .dualspeed import DualSpeed, Output
@@ -83,6 +83,8 @@ class StageRun:
         stage: Stage,
         totals: Totals,
     ):
+        if model.device.type == "cpu":
+            heap.keep()
         self.recipe, self.model, self.source = recipe, model, source
         self.name, self.number, self.stage, self.totals = name, number, stage, totals
         self.steps = stage.total(len(source))
