@@ -26,6 +26,15 @@ def add(what) -> None:
     made.add_argument("--repeats", type=int, default=5)
     made.add_argument("--png", help="draw it")
 
+    made = command("loss", _loss, "the answer loss: time and memory, beside logits of every row")
+    made.add_argument("--width", type=int, default=4096)
+    made.add_argument("--repeats", type=int, default=5)
+
+    made = command("scaling", _scaling, "how a step grows with the picture, to a video of 11,520 tokens")
+    made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--png", help="draw it")
+
     made = command("pruning", _pruning, "what choosing the rows costs")
     made.add_argument("--width", type=int, default=1024, help="of the features; a 7B model's are 4096 wide")
     made.add_argument("--repeats", type=int, default=20)
@@ -47,6 +56,20 @@ def _step(a) -> int:
     sizes = {"batch": a.batch, "micro": a.micro, "budget": a.budget, "repeats": a.repeats}
     texts = tuple(a.text or ("64", "128", "256", "mix"))
     bench_step(a.size, a.family, a.tune, texts, **sizes, device=a.device, out=a.out, png=a.png)
+    return 0
+
+
+def _loss(a) -> int:
+    from .loss import bench_loss
+
+    bench_loss(a.width, repeats=a.repeats, device=a.device, out=a.out)
+    return 0
+
+
+def _scaling(a) -> int:
+    from .growth import bench_scaling
+
+    bench_scaling(a.size, repeats=a.repeats, device=a.device, out=a.out, png=a.png)
     return 0
 
 
