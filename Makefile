@@ -5,7 +5,7 @@ READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean bench-gpu
 
 # make demo SHORT=1 runs the same path in seconds; make demo SEED=3 draws other pictures.
 demo: $(READY)
@@ -16,6 +16,27 @@ test: lint
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+
+# Everything that is to be measured on a GPU: about half an hour on a large one. Where torch is there already:
+# make bench-gpu PY=python OUT=results ONLY="step-7b loss"
+PY ?= $(BIN)/python
+OUT ?= runs/bench-gpu
+step-7b := step --size 7b --batch 16 --micro 8
+step-7b-full := step --size 7b --tune full --batch 16 --micro 8 --text mix
+step-7b-qlora := step --size 7b --tune qlora --batch 16 --micro 8 --text mix
+step-next-7b := step --size 7b --family next --batch 8 --micro 4
+step-13b := step --size 13b --batch 16 --micro 8 --text mix
+loss := loss
+scaling := scaling --size 1b
+pruning := pruning --width 4096
+savings := savings
+ONLY ?= step-7b step-7b-full step-7b-qlora step-next-7b step-13b loss scaling pruning savings
+
+bench-gpu: $(if $(findstring $(BIN),$(PY)),$(READY))
+	@mkdir -p $(OUT)
+	@failed=0; $(foreach what,$(ONLY),echo "== $(what)"; $(PY) -m tinyspeed bench $($(what)) --device cuda \
+	    --out $(OUT)/$(what).json > $(OUT)/$(what).txt || failed=1; \
+	    tail -n 40 $(OUT)/$(what).txt;) exit $$failed
 
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about a minute, once)"
