@@ -10,7 +10,7 @@ isolator, no pruning, the very same forward.
 
 What differs from the official code: images are encoded once for both halves of a slow step; the teacher runs without
 dropout; anyres images are pruned after packing, over the whole image; logits exist for answer rows only; the mode is a
-function of (seed, step); text-only batches touch the same parameters as others; positions can stay `original`.
+function of (seed, step); text-only batches touch the same parameters as others; positions stay `original`.
 
 The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the larger part of the total, so how rare
 slow steps may become decides the speed-up.
@@ -50,7 +50,7 @@ class DualSpeed(DropIn):
     `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: rows of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`loading.add_lora`).
     `distill`, `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or "auto"
-    (packed where the GPU has a kernel for it). `schedule`: instead of the default, slow at random. `chunk`: answer rows
+    (`attention.layout`). `schedule`: instead of the default, slow at random. `chunk`: answer rows
     whose logits exist at a time.
     """
 
@@ -65,7 +65,7 @@ class DualSpeed(DropIn):
         views: bool = False,
         distill: float = 1.0,
         temperature: float = 1.0,
-        positions: str = "compact",
+        positions: str = "original",
         layout: str = "auto",
         schedule: Schedule | None = None,
         chunk: int = 1024,

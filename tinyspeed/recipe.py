@@ -148,7 +148,7 @@ class DualSpeed:
     views: bool = False  # a LoRA for each mode instead of one for both; needs lora.rank
     distill: float = 1.0  # weight of the slow steps' KL
     temperature: float = 1.0
-    positions: str = "compact"  # "compact" (the official code's) or "original"
+    positions: str = "original"  # or "compact", the official code's
     layout: str = "auto"
 
     def __post_init__(self):

@@ -35,7 +35,7 @@ from .errors import UserError, unknown
 
 IGNORE = -100
 POSITIONS = ("compact", "original")
-LAYOUTS = ("auto", "padded", "packed")  # auto: packed where there is a kernel for it
+LAYOUTS = ("auto", "padded", "packed")  # auto: `attention.layout` decides
 
 
 @dataclass(frozen=True)
