@@ -46,7 +46,7 @@ ROOMS = {  # with floors of their own
     ],
     "bench": [
         {"__init__", "timing", "noise", "live", "rivals"},
-        {"step", "loss", "growth", "selection", "savings", "peaks"},
+        {"step", "loss", "growth", "feed", "selection", "savings", "peaks"},
         {"commands"},
     ],
 }

@@ -35,6 +35,14 @@ def add(what) -> None:
     made.add_argument("--repeats", type=int, default=5)
     made.add_argument("--png", help="draw it")
 
+    made = command("data", _data, "records a second, beside what a GPU asks for", device=False)
+    made.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="its data; without it, pictures made here")
+    made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
+    made.add_argument("--family", default="1.5", help="of pictures made here: for LLaVA 1.5 or next (default: 1.5)")
+    made.add_argument("--samples", type=int, default=256)
+    made.add_argument("--workers", action="append", type=int, help="repeat for several (default: 0, 1, 2)")
+    made.add_argument("--repeats", type=int, default=3)
+
     made = command("pruning", _pruning, "what choosing the rows costs")
     made.add_argument("--width", type=int, default=1024, help="of the features; a 7B model's are 4096 wide")
     made.add_argument("--repeats", type=int, default=20)
@@ -70,6 +78,16 @@ def _scaling(a) -> int:
     from .growth import bench_scaling
 
     bench_scaling(a.size, repeats=a.repeats, device=a.device, out=a.out, png=a.png)
+    return 0
+
+
+def _data(a) -> int:
+    from .. import recipe
+
+    chosen = recipe.read(a.recipe, a.set) if a.recipe else None
+    from .feed import bench_data
+
+    bench_data(chosen, a.family, a.samples, tuple(a.workers or (0, 1, 2)), a.repeats, out=a.out)
     return 0
 
 
