@@ -61,6 +61,21 @@ def test_all_contestants_learn_the_same_from_the_same(dwarf, tmp_path, capsys, f
     assert [text for text, _, _ in result["texts"]["12"]["samples"]] == [12] * 3
 
 
+def test_a_contestant_that_does_not_fit_is_left_out(dwarf, monkeypatch):
+    original = step.peak
+
+    def small(once, device, known):
+        if once.args[0] in ("hf", "slow"):
+            raise torch.OutOfMemoryError
+        return original(once, device, known)
+
+    monkeypatch.setattr(step, "peak", small)
+    found = step.bench_step("dwarf", texts=("12",), batch=1, repeats=1)["texts"]["12"]["contestants"]
+    assert {"full", "fast"} < found.keys()
+    assert not {"hf", "slow", *step.MIXES} & found.keys()
+    assert found["fast"]["speedup"] is None
+
+
 def test_trl_is_a_rival_where_it_is_installed(dwarf):
     pytest.importorskip("trl", reason="TRL is not installed")
     found = step.bench_step("dwarf", texts=("12",), batch=2, repeats=1)["texts"]["12"]["contestants"]

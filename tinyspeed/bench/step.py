@@ -179,7 +179,7 @@ def measured(run: StageRun, micro: int, repeats: int, rate: float) -> dict:
         }
         for name, t in times.items()
     }  # fmt: skip
-    for name, slow in MIXES.items():
+    for name, slow in MIXES.items() if {"fast", "slow"} <= found.keys() else ():
         fast, rare = found["fast"], found["slow"]
         mixed = {key: (1 - slow) * fast[key] + slow * rare[key] for key in ("median_ms", "min_ms", "rows", "floor_ms")}
         found[name] = {**mixed, "peak_bytes": max(fast["peak_bytes"], rare["peak_bytes"])}
