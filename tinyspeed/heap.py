@@ -1,8 +1,8 @@
 """On a CPU, memory that a step has freed is there for the next one.
 
 The C library gives large blocks back to the system at once, and gets them again a moment later, page by page: each page
-of 4 KiB is then cleared by the kernel when it is first written to. A step of the benchmark's small model does that
-20,000 to 30,000 times. Told to keep what it has, it does not.
+of 4 KiB is then cleared by the kernel when it is first written to, thousands of times a step. Told to keep what it has,
+it does not.
 
 The price: the process stays as large as its largest step. Only glibc can be told; elsewhere nothing happens.
 """
