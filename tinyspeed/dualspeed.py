@@ -134,22 +134,17 @@ class DualSpeed(DropIn):
             raise UserError("answer_keep below 1: say which answer tokens stay, `answers=` (a gating.Memory knows)")
         self.forwards += 1
 
-        taught = plan.mode == "slow" and plan.distill > 0
-        twice = plan.mode == "fast" and self.chooser.projects_twice
-        needs = {*self.chooser.needs, *["tower"] * twice} if plan.mode == "fast" or taught else ()
-        with signals.heard(self.vlm, visual, needs) as heard, torch.set_grad_enabled(torch.is_grad_enabled() > twice):
-            features = self.vlm.features(visual, plan.mode)
-        lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
+        features, heard, idle = self._looked(visual, plan)
+        lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
         every = len(full)
         if answers is not None:
             full = rows.elide(full, labels, answers, self.positions)
 
-        images, idle = [*itertools.chain(*features.values())], self.vlm.idle(features, plan.mode)
-        table, run, extra = images, full, 0.0
-        teacher, taught_rows = None, 0
-        if taught:
+        images = [*itertools.chain(*features.values())]
+        table, run, extra, teacher, taught_rows = images, full, 0.0, None, 0
+        if plan.taught:
             self.views.use("fast")
             with torch.no_grad(), without_dropout(self.vlm.language_model), without_dropout(self.chooser):
                 pruned, isolating, _ = self._pruned(input_ids, full, images, plan.keep, heard)
@@ -162,43 +157,48 @@ class DualSpeed(DropIn):
         hidden, target, influence = self._answers(input_ids, table, run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
-
-        ce, kl, each, teacher_ce = answer_loss(
-            self.vlm.head,
-            hidden,
-            target,
-            teacher=teacher,
-            teacher_head=self._quiet_head,
-            temperature=self.temperature,
-            chunk=self.chunk,
-        )
         total = len(target) if num_items_in_batch is None else num_items_in_batch
-        metrics = {
-            "mode": plan.mode,
-            "ce": ce.detach() / max(len(target), 1),
-            "kl": kl.detach() / max(len(target), 1),
-            "ce_teacher": teacher_ce / max(len(target), 1),  # of the fast mode on the same answers; 0 without a teacher
-            "answers": len(target),
-            "losses": each,  # of each answer token, sample after sample
-            "rows_kept": len(run),  # rows that were trained on
-            "rows_taught": taught_rows,  # and rows of the teacher's forward
-            "rows_full": every,
-            "influence": influence,  # a number for each layer, or none
-        }
-        out = Output(loss=(ce + plan.distill * kl + extra) / total, metrics=metrics)
+        out = self._loss(hidden, target, teacher, plan, extra, total)
+        out.metrics |= {"rows_kept": len(run), "rows_taught": taught_rows, "rows_full": every, "influence": influence}
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out
 
+    def _looked(self, visual: dict[str, Tensor], plan: Plan) -> tuple[dict[str, list[Tensor]], dict, list[Tensor]]:
+        """Features of all images by kind, the signals that the plugin needs, and what stands in for images that are not
+        there."""
+        twice = plan.mode == "fast" and self.chooser.projects_twice
+        needs = {*self.chooser.needs, *["tower"] * twice} if plan.mode == "fast" or plan.taught else ()
+        graph = torch.is_grad_enabled() and not twice
+        with signals.heard(self.vlm, visual, needs) as heard, torch.set_grad_enabled(graph):
+            features = self.vlm.features(visual, plan.mode)
+        return features, heard, self.vlm.idle(features, plan.mode)
+
+    def _loss(
+        self, hidden: Tensor, target: Tensor, teacher: Tensor | None, plan: Plan, extra: Tensor | float, total
+    ) -> Output:
+        """Of the answer rows, divided by `total` of them; and what is known of them."""
+        how = {"teacher": teacher, "teacher_head": self._quiet_head, "temperature": self.temperature}
+        ce, kl, each, teacher_ce = answer_loss(self.vlm.head, hidden, target, **how, chunk=self.chunk)
+        count = max(len(target), 1)
+        metrics = {
+            "mode": plan.mode,
+            "ce": ce.detach() / count,
+            "kl": kl.detach() / count,
+            "ce_teacher": teacher_ce / count,  # of the fast mode on the same answers; 0 without a teacher
+            "answers": len(target),
+            "losses": each,  # of each answer token, sample after sample
+        }
+        return Output(loss=(ce + plan.distill * kl + extra) / total, metrics=metrics)
+
     def _planned(self, plan: Plan | None) -> Plan:
         """This plan, or without one the schedule's at `self.step`."""
-        if plan is None:
-            if self.step is None:  # every step would draw the mode of one and the same step
-                raise UserError(
-                    "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
-                )
-            plan = self.schedule.plan(self.step)
-        return plan
+        if plan is not None:
+            return plan
+        if self.step is None:  # every step would draw the mode of one and the same step
+            said = "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
+            raise UserError(said)
+        return self.schedule.plan(self.step)
 
     def _pruned(
         self, ids: Tensor, full: rows.Rows, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]

@@ -54,6 +54,11 @@ class Plan:
             if self.measure:
                 raise UserError("a step that skips layers cannot measure them")
 
+    @property
+    def taught(self) -> bool:
+        """Whether the fast mode teaches this step."""
+        return self.mode == "slow" and self.distill > 0
+
 
 def uniform(seed: int, step: int) -> float:
     """A number in [0, 1) that depends on (seed, step) only: same on every machine, rank and Python version."""
