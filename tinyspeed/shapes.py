@@ -7,7 +7,15 @@ weights of the true shape: memory and speed do not ask what the numbers are. Whe
 
 from collections.abc import Callable
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig, PreTrainedConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextVideoConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from .errors import unknown
 
@@ -63,6 +71,17 @@ def llava_next(text: PreTrainedConfig, vision: CLIPVisionConfig | None = None) -
     return LlavaNextConfig(vision_config=vision or clip(), image_grid_pinpoints=GRIDS, **_joined(text))
 
 
+def llava_next_video(text: PreTrainedConfig, vision: CLIPVisionConfig | None = None) -> LlavaNextVideoConfig:
+    """Of whose frames a token in four is left: 144 of 576."""
+    made = _joined(text)
+    return LlavaNextVideoConfig(
+        vision_config=vision or clip(),
+        image_grid_pinpoints=GRIDS,
+        video_token_index=made["image_token_index"] + 2,
+        **made,
+    )
+
+
 def _joined(text: PreTrainedConfig) -> dict:
     """What both have in common: <image> and <pad> are the first two of the last 64 words."""
     image = text.vocab_size - 64
@@ -80,7 +99,7 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava-hf/llava-v1.6-mistral-7b-hf": lambda: llava_next(mistral()),
 }
 
-FAMILIES = {"1.5": llava, "next": llava_next}
+FAMILIES = {"1.5": llava, "next": llava_next, "video": llava_next_video}
 SIZES = {
     "tiny": (tiny, tiny_clip),
     "1b": (small, clip),
@@ -90,7 +109,7 @@ SIZES = {
 
 
 def shaped(size: str, family: str) -> PreTrainedConfig:
-    """A LLaVA-1.5 or NeXT of this size."""
+    """A LLaVA-1.5, NeXT or NeXT-Video of this size."""
     if size not in SIZES:
         raise unknown("size", size, SIZES)
     if family not in FAMILIES:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, LlavaNextVideoConfig
+from transformers import AutoModelForImageTextToText
 
 from .. import report, shapes
 from ..dualspeed import DualSpeed
@@ -39,15 +39,7 @@ def bench_scaling(
     if len(frames) < 2 or min(frames) < 1:
         raise UserError(f"frames = {frames}: at least two numbers, each at least 1")
     where = device_of(device)
-    if size not in shapes.SIZES:
-        raise UserError(f"size = {size!r}: one of {', '.join(shapes.SIZES)}")
-    llm, tower = shapes.SIZES[size]
-    text = llm()
-    image = text.vocab_size - 64
-    config = LlavaNextVideoConfig(
-        vision_config=tower(), text_config=text, image_token_index=image, video_token_index=image + 1,
-        image_grid_pinpoints=shapes.GRIDS, tie_word_embeddings=False,
-    )  # fmt: skip
+    config = shapes.shaped(size, "video")
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with where:

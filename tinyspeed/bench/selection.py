@@ -17,7 +17,7 @@ from .. import estimate, pruning, shapes
 from ..errors import UserError
 from ..memory import Settings, Shape
 from ..report import table
-from .timing import MACHINE, described, device_of, timed, write
+from .timing import MACHINE, described, device_of, product, timed, write
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
 MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -46,16 +46,14 @@ def bench_pruning(
         LOOP: lambda: divprune_loop(x, count),
         MENDED: lambda: divprune_loop(x, count, mended=True),
     }
-    rows, inner, dtype = (256, 4096, torch.float32) if where.type == "cpu" else (8192, 4096, torch.bfloat16)
-    left, right = (torch.randn(n, inner, device=where, dtype=dtype) for n in (rows, inner))
-    contestants[RATE] = lambda: left @ right
+    contestants[RATE], flops = product(where, torch.float32 if where.type == "cpu" else torch.bfloat16)
     signals = {"cls_attention": x[:, :, 0].abs(), "keys": x[:, :, :64], "tower": x}
     for name in pruning.works_with(signals):
         made = pruning.make(name, width, count)
         how = {"keep": keep, "signals": signals, "module": made and made.to(where).eval()}
         contestants[name] = lambda name=name, how=how: pruning.select(name, x, **how)
     times = timed(contestants, repeats, where)
-    step_ms = fast_step(images) / (2 * rows * inner**2) * times[RATE]["median_ms"]
+    step_ms = fast_step(images) / flops * times[RATE]["median_ms"]
     picks = contestants["divprune"]()
     result = described(
         where,

@@ -30,7 +30,7 @@ from transformers import AutoModelForImageTextToText
 from .. import estimate, lengths, loading, precision, report, shapes, train
 from ..batching import plan_rows
 from ..data import collate
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..estimate import Sample
 from ..memory import GIB, Settings, Shape
 from ..recipe import Recipe, from_tables
@@ -39,7 +39,7 @@ from ..stage import StageRun, Totals
 from .live import peak, storages
 from .noise import Noise
 from .rivals import rivals
-from .timing import MACHINE, described, device_of, timed, write
+from .timing import MACHINE, described, device_of, product, timed, write
 
 TUNE = ("lora", "qlora", "full")
 MIXES = {"DualSpeed, r = 0.1": 0.1, "DualSpeed, r = 0.02": 0.02}
@@ -100,6 +100,8 @@ def bench_step(
 
 def samples(text: str, batch: int, family: str) -> list[Sample]:
     """Text rows, visual rows and answers of each sample."""
+    if family not in lengths.VISUAL:
+        raise unknown("family", family, lengths.VISUAL)
     if text == "mix":
         return lengths.mix(batch, 0, family)
     if not text.isdigit() or int(text) < 2:
@@ -137,11 +139,8 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
 
 def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a product of an LLM's size."""
-    rows, width = (1024, 2048) if device.type == "cpu" else (16384, 8192)
-    left, right = torch.randn(rows, width, device=device, dtype=dtype), torch.randn(width, width, device=device)
-    right = right.to(dtype)
-    best = timed({"product": lambda: left @ right}, 10, device)["product"]["min_ms"]
-    return 2 * rows * width**2 / best * 1000
+    multiply, flops = product(device, dtype)
+    return flops / timed({"product": multiply}, 10, device)["product"]["min_ms"] * 1000
 
 
 def measured(run: StageRun, micro: int, repeats: int, rate: float) -> dict:

@@ -38,6 +38,13 @@ def timed(contestants: dict[str, Callable], repeats: int, device: torch.device) 
     return {name: {"median_ms": statistics.median(ms), "min_ms": min(ms)} for name, ms in milliseconds.items()}
 
 
+def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, int]:
+    """A product of matrices as large as an LLM's, and its FLOPs: how fast this machine computes."""
+    rows, width = (256, 4096) if device.type == "cpu" else (8192, 4096)
+    left, right = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, width))
+    return lambda: left @ right, 2 * rows * width**2
+
+
 def wait(device: torch.device) -> None:
     """A GPU only queues its work: a clock has to wait for the end of it."""
     if device.type != "cpu":
