@@ -25,12 +25,14 @@ step-7b := step --size 7b --batch 16 --micro 8
 step-7b-full := step --size 7b --tune full --batch 16 --micro 8 --text mix
 step-7b-qlora := step --size 7b --tune qlora --batch 16 --micro 8 --text mix
 step-next-7b := step --size 7b --family next --batch 8 --micro 4
+step-7b-memory := step --size 7b --batch 16 --micro 8 --budget 4096 --text mix --checkpointing on
 step-13b := step --size 13b --batch 16 --micro 8 --text mix
+levers := levers --size 7b --batch 16 --budget 16384
 loss := loss
 scaling := scaling --size 1b
 pruning := pruning --width 4096
 savings := savings
-ONLY ?= step-7b step-7b-full step-7b-qlora step-next-7b step-13b loss scaling pruning savings
+ONLY ?= step-7b step-7b-full step-7b-qlora step-7b-memory step-next-7b step-13b levers loss scaling pruning savings
 
 bench-gpu: $(if $(findstring $(BIN),$(PY)),$(READY))
 	@mkdir -p $(OUT)

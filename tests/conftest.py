@@ -10,6 +10,8 @@ import torch
 from album import album
 from hypothesis import HealthCheck, settings
 
+from tinyspeed import shapes
+
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and on a busy machine threads wait for each other
 
 # No deadline: the first example of a test pays for torch's warm-up. `ci` repeats itself, so a red run can be rerun.
@@ -62,3 +64,14 @@ def models(tmp_path_factory):
     for name, config in real.REAL.items():
         config().save_pretrained(folder / name)
     return folder
+
+
+@pytest.fixture
+def dwarf(monkeypatch):
+    """`--size dwarf`: a benchmark that takes a second."""
+    small = shapes.clip(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    monkeypatch.setitem(shapes.SIZES, "dwarf", (lambda: shapes.vicuna(64, 96, 2, 2, vocab_size=300), lambda: small))
+    monkeypatch.setattr("tinyspeed.lengths.VISUAL", {"1.5": {16: 1.0}, "next": {40: 1.0}})
+    monkeypatch.setattr(shapes, "GRIDS", [[56, 112], [112, 56]])

@@ -10,20 +10,8 @@ from PIL import Image
 from tinyspeed import UserError, cli, estimate, shapes
 from tinyspeed.bench import live, step
 from tinyspeed.memory import Settings, Shape
-from tinyspeed.shapes import clip, vicuna
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def dwarf(monkeypatch):
-    """A size that takes a second."""
-    small = clip(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
-    )
-    monkeypatch.setitem(shapes.SIZES, "dwarf", (lambda: vicuna(64, 96, 2, 2, vocab_size=300), lambda: small))
-    monkeypatch.setattr("tinyspeed.lengths.VISUAL", {"1.5": {16: 1.0}, "next": {40: 1.0}})
-    monkeypatch.setattr(shapes, "GRIDS", [[56, 112], [112, 56]])
 
 
 @pytest.mark.parametrize(("family", "tune"), [("1.5", "lora"), ("next", "full")])
@@ -59,6 +47,17 @@ def test_all_contestants_learn_the_same_from_the_same(dwarf, tmp_path, capsys, f
             assert every[name]["peak_bytes"] == max(every["fast"]["peak_bytes"], every["slow"]["peak_bytes"])
         assert every["fast"]["peak_bytes"] < every["full"]["peak_bytes"]
     assert [text for text, _, _ in result["texts"]["12"]["samples"]] == [12] * 3
+
+
+def test_ours_recompute_as_rivals_do_if_they_are_told_to(dwarf):
+    found = [
+        step.bench_step("dwarf", texts=("60",), batch=2, repeats=1, checkpointing=how)["texts"]["60"]["contestants"]
+        for how in ("on", "off")
+    ]
+    assert [f["full"]["loss"] for f in found] == [pytest.approx(found[0]["hf"]["loss"], rel=1e-4)] * 2
+    on, off = (f["full"]["peak_bytes"] for f in found)
+    assert on < off
+    assert found[0]["hf"]["peak_bytes"] == found[1]["hf"]["peak_bytes"]
 
 
 def test_a_contestant_that_does_not_fit_is_left_out(dwarf, monkeypatch):

@@ -47,6 +47,7 @@ ROOMS = {  # with floors of their own
     "bench": [
         {"__init__", "timing", "noise", "live", "rivals"},
         {"step", "loss", "growth", "feed", "selection", "savings", "peaks"},
+        {"levers"},
         {"commands"},
     ],
 }

@@ -10,12 +10,14 @@ The price: the process stays as large as its largest step. Only glibc can be tol
 import ctypes
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt(3)
+KEEP, DEFAULT = (0, 2**31 - 1), (65536, 128 * 1024)
 
 
-def keep() -> bool:
-    """Keep what is freed from now on, in this process. Whether the C library could be told."""
+def keep(on: bool = True) -> bool:
+    """Keep what is freed from now on, in this process, or give it back again. Whether the C library could be told."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library, another system
         return False
-    return bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, 2**31 - 1))
+    most, threshold = KEEP if on else DEFAULT
+    return bool(mallopt(MMAP_MAX, most)) and bool(mallopt(TRIM_THRESHOLD, threshold))

@@ -23,8 +23,18 @@ def add(what) -> None:
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--micro", type=int, default=0, help="samples that rivals take at a time (0: the batch)")
     made.add_argument("--budget", type=int, default=0, help="rows that ours take at a time (0: the batch)")
+    made.add_argument("--checkpointing", default="auto", help="on: ours recompute as rivals do; off, auto (default)")
     made.add_argument("--repeats", type=int, default=5)
     made.add_argument("--png", help="draw it")
+
+    made = command("levers", _levers, "what each lever of a step is worth: the step with it and without")
+    made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
+    made.add_argument("--family", default="1.5", help="1.5 or next (default: 1.5)")
+    made.add_argument("--tune", default="lora", help="lora, qlora or full (default: lora)")
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--budget", type=int, default=4096, help="rows at a time (default: 4096)")
+    made.add_argument("--compiled", action="store_true", help="also with compiled layers, which takes a minute more")
+    made.add_argument("--repeats", type=int, default=5)
 
     made = command("loss", _loss, "the answer loss: time and memory, beside logits of every row")
     made.add_argument("--width", type=int, default=4096)
@@ -62,8 +72,17 @@ def _step(a) -> int:
     from .step import bench_step
 
     sizes = {"batch": a.batch, "micro": a.micro, "budget": a.budget, "repeats": a.repeats}
+    sizes["checkpointing"] = a.checkpointing
     texts = tuple(a.text or ("64", "128", "256", "mix"))
     bench_step(a.size, a.family, a.tune, texts, **sizes, device=a.device, out=a.out, png=a.png)
+    return 0
+
+
+def _levers(a) -> int:
+    from .levers import bench_levers
+
+    sizes = {"batch": a.batch, "budget": a.budget, "compiled": a.compiled, "repeats": a.repeats}
+    bench_levers(a.size, a.family, a.tune, **sizes, device=a.device, out=a.out)
     return 0
 
 

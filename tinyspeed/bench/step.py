@@ -63,28 +63,33 @@ def bench_step(
     batch: int = 8,
     micro: int = 0,
     budget: int = 0,
+    checkpointing: str = "auto",
     repeats: int = 5,
     device: str = "cpu",
     out: Path | str | None = None,
     png: Path | str | None = None,
 ) -> dict:
-    """Time a step of each contestant. `micro`: samples that rivals take at a time (0: all); `budget`: rows that ours
-    take. Prints tables, returns everything, and writes it as JSON to `out` and as a picture to `png`."""
+    """Time a step of each contestant. `micro`: samples that rivals take at a time (0: all); `budget` and
+    `checkpointing`: rows that ours take, and whether they recompute activations. Prints tables, returns everything, and
+    writes it as JSON to `out` and as a picture to `png`."""
     if tune not in TUNE:
         raise UserError(f"tune = {tune!r}: one of {', '.join(TUNE)}")
     if batch < 1 or micro < 0 or budget < 0:
         raise UserError(f"batch = {batch}, micro = {micro}, budget = {budget}: at least 1, 0 and 0")
     config, where = shapes.shaped(size, family), device_of(device)
     drawn = {text: samples(text, batch, family) for text in texts}
-    recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
+    recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where, checkpointing)
     name = precision.choose(recipe.model.precision, where)
     model = train.wrap(recipe, random(config, name, tune, where))
     rate = measured_rate(where, precision.DTYPES[name])
     result = described(
         where, bench="step", size=size, family=family, tune=tune, rank=recipe.lora.rank, batch=batch,
-        micro=micro or batch, budget=budget, repeats=repeats, precision=name, tflops=rate / 1e12, texts={},
+        micro=micro or batch, budget=budget, checkpointing=checkpointing, repeats=repeats, precision=name,
+        tflops=rate / 1e12, texts={},
     )  # fmt: skip
     print(f"{size}, LLaVA-{family}, {tune}, {name}; batches of {batch}, median of {repeats}")
+    if checkpointing != "auto":
+        print(f"checkpointing of ours: {checkpointing}")
     print(MACHINE.format(**result) + f"a large product of matrices: {rate / 1e12:.3g} TFLOP/s\n")
     for text, of_text in drawn.items():
         run = StageRun(recipe, model, Noise(config, of_text), "train", 0, recipe.train, Totals())
@@ -110,7 +115,10 @@ def samples(text: str, batch: int, family: str) -> list[Sample]:
     return [(int(text), [rows], int(text) // 2)] * batch
 
 
-def recipe_of(tune: str, rank: int, batch: int, budget: int, device: torch.device) -> Recipe:
+def recipe_of(
+    tune: str, rank: int, batch: int, budget: int, device: torch.device, checkpointing: str = "auto"
+) -> Recipe:
+    lr = 1e-9  # so all have the same weights
     return from_tables(
         {
             "run": {"device": device.type},
@@ -118,7 +126,7 @@ def recipe_of(tune: str, rank: int, batch: int, budget: int, device: torch.devic
             "data": {"kind": "chat", "file": "noise"},
             "lora": {"rank": 0 if tune == "full" else rank, "dropout": 0.0},
             "dualspeed": {"keep": KEEP, "positions": "original"},
-            "train": {"steps": 1, "batch": batch, "row_budget": budget, "lr": 1e-9},  # all have the same weights
+            "train": {"steps": 1, "batch": batch, "row_budget": budget, "lr": lr, "checkpointing": checkpointing},
         },
         "the benchmark",
     )

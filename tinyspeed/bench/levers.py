@@ -1,0 +1,193 @@
+"""What each lever of a step is worth: the step as it is, and as it would be without.
+
+    tinyspeed bench levers                     a small model, on a CPU
+    tinyspeed bench levers --size 7b --device cuda
+
+None of these levers changes what is learned (the tests hold loss and gradients of each against the step as it is), so
+each can be taken out of the running code by itself, in turn with the others, on the same samples: texts as long as in
+LLaVA's mix, and fast and slow steps apart, since most levers are for one of them. Two rows are levers that are not
+pulled by default: features from disk need space there, and compiled layers have to be compiled, which takes half a
+minute, and again for other shapes.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+from .. import heap, lengths, precision, report, rows, shapes, stage, train
+from ..batching import plan_rows
+from ..data import Example
+from ..memory import GIB
+from ..scheduler import Plan
+from ..stage import StageRun, Totals
+from .live import peak, storages
+from .noise import Noise
+from .step import PLANS, ours, random, recipe_of
+from .timing import MACHINE, described, device_of, timed, write
+
+STEPS = ("fast", "slow")
+
+
+def _everything_recomputed(run: StageRun) -> AbstractContextManager:
+    return patch.object(run, "rows_that_fit", 0)
+
+
+def _padded(run: StageRun) -> AbstractContextManager:
+    return patch.object(run.model, "layout", "padded")
+
+
+def _projected_once(run: StageRun) -> AbstractContextManager:
+    return patch.object(run.model.vlm, "rowwise", False)
+
+
+def _every_id_embedded(run: StageRun) -> AbstractContextManager:
+    def all_of_them(selected: rows.Rows, words: int):
+        return torch.arange(words, device=selected.source.device), selected
+
+    return patch.object(rows, "looked_up", all_of_them)
+
+
+def _cut_by_samples(run: StageRun) -> AbstractContextManager:
+    """In the order of the data, as many at a time as the longest of them leaves room for, were it whole."""
+    longest = max(plan_rows(*run.source.lengths(i)[:2], PLANS["full"], 0) for i in range(len(run.source)))
+
+    def cut(of: list[int], budget: int) -> Iterator[list[int]]:
+        size = max(1, budget // longest) if budget else len(of)
+        yield from (list(range(first, min(first + size, len(of)))) for first in range(0, len(of), size))
+
+    return patch.object(stage, "cut", cut)
+
+
+@contextmanager
+def _adamw_in_pieces(run: StageRun) -> Iterator[None]:
+    groups = run.optimizer.param_groups
+    was = [group["fused"] for group in groups]
+    for group in groups:
+        group["fused"] = False
+    try:
+        yield
+    finally:
+        for group, fused in zip(groups, was, strict=True):
+            group["fused"] = fused
+
+
+@contextmanager
+def _memory_given_back(run: StageRun) -> Iterator[None]:
+    heap.keep(False)
+    try:
+        yield
+    finally:
+        heap.keep()
+
+
+def _features_from_disk(run: StageRun) -> AbstractContextManager:
+    """As `features.py` keeps them. Reading them does not count, as decoding a picture does not."""
+    original, vlm = run.source.example, run.model.vlm
+
+    def example(i: int) -> Example:
+        made = original(i)
+        if made.pixel_values is None:
+            return made
+        sizes, pixels = made.image_sizes, made.pixel_values.to(run.model.device)
+        with torch.no_grad(), precision.autocast(run.precision, run.model.device):
+            looked = vlm.look(pixels, sizes).cpu()
+        return replace(made, pixel_values=None, tower_features=looked)
+
+    return patch.object(run.source, "example", example)
+
+
+@contextmanager
+def _compiled(run: StageRun) -> Iterator[None]:
+    layers = run.model.vlm.language_model.layers
+    for layer in layers:
+        if not hasattr(layer, "compiled"):
+            layer.compile(dynamic=True)
+            layer.compiled = layer._compiled_call_impl
+        layer._compiled_call_impl = layer.compiled
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+AS_IS = "as it is"
+CHANGES: dict[str, Callable[[StageRun], AbstractContextManager]] = {
+    AS_IS: lambda run: nullcontext(),
+    "every activation recomputed": _everything_recomputed,
+    "micro-batches by samples, not rows": _cut_by_samples,
+    "padded, not packed": _padded,
+    "all features projected with a graph": _projected_once,
+    "every id embedded": _every_id_embedded,
+    "AdamW in pieces": _adamw_in_pieces,
+    "memory given back": _memory_given_back,  # on a CPU
+    "features from disk": _features_from_disk,
+}
+COMPILED = {"layers compiled": _compiled}
+
+
+def bench_levers(
+    size: str = "tiny",
+    family: str = "1.5",
+    tune: str = "lora",
+    batch: int = 8,
+    budget: int = 4096,
+    compiled: bool = False,
+    repeats: int = 5,
+    device: str = "cpu",
+    out: Path | str | None = None,
+) -> dict:
+    """Time fast and slow steps with each change. Prints tables, returns everything, and writes it as JSON to `out`."""
+    config, where = shapes.shaped(size, family), device_of(device)
+    recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
+    name = precision.choose(recipe.model.precision, where)
+    model = train.wrap(recipe, random(config, name, tune, where))
+    source = Noise(config, lengths.mix(batch, 0, family))
+    run = StageRun(recipe, model, source, "train", 0, recipe.train, Totals())
+    changes = CHANGES | (COMPILED if compiled else {})
+    result = described(
+        where, bench="levers", size=size, family=family, tune=tune, batch=batch, budget=budget, repeats=repeats,
+        precision=name, samples=source.samples, steps={},
+    )  # fmt: skip
+    print(f"{size}, LLaVA-{family}, {tune}, {name}; {batch} samples as in LLaVA's mix, {budget:,} rows at a time")
+    print(MACHINE.format(**result))
+    for mode in STEPS:
+        result["steps"][mode] = measured(run, PLANS[mode], changes, repeats)
+    print(describe(result["steps"]))
+    if out is not None:
+        write(result, Path(out))
+    return result
+
+
+def measured(run: StageRun, plan: Plan, changes: dict, repeats: int) -> dict:
+    """Milliseconds, bytes and loss of this plan's step with each change."""
+    moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    fixed, losses, steps = storages(run.model, moments), {}, {}
+
+    def once(name: str, step: Callable[[], float]) -> None:
+        with changes[name](run):
+            losses[name] = step()
+
+    for name, change in changes.items():
+        with change(run):
+            steps[name] = functools.partial(once, name, ours(run, plan))
+    peaks = {name: sum(fixed.values()) + peak(step, run.model.device, fixed) for name, step in steps.items()}
+    times = timed(steps, repeats, run.model.device)
+    return {name: {**t, "peak_bytes": peaks[name], "loss": losses[name]} for name, t in times.items()}
+
+
+def describe(found: dict) -> str:
+    headers, lines = ["", *(f"{mode}, {unit}" for mode in STEPS for unit in ("ms", "of it", "GiB"))], []
+    for name in found[STEPS[0]]:
+        line = [name]
+        for mode in STEPS:
+            f, base = found[mode][name], found[mode][AS_IS]
+            line += [f"{f['median_ms']:,.0f}", f"{f['median_ms'] / base['median_ms']:.2f}x"]
+            line += [f"{f['peak_bytes'] / GIB:.2f}"]
+        lines.append(line)
+    return report.table(headers, lines)
