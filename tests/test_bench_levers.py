@@ -119,4 +119,7 @@ def test_the_table_has_every_change(dwarf, tmp_path, capsys):
         assert list(found) == list(levers.CHANGES)
         assert all(f["loss"] == pytest.approx(found["as it is"]["loss"], rel=1e-4) for f in found.values())
         assert all(f["median_ms"] > 0 and f["peak_bytes"] > 0 for f in found.values())
+        assert found["as it is"]["promised"] == 1
+        assert found["every activation recomputed"]["promised"] > 1 > found["features from disk"]["promised"]
+        assert found["padded, not packed"]["promised"] > 1
     assert all(name in said for name in levers.CHANGES)

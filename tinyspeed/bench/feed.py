@@ -75,12 +75,19 @@ def bench_data(
     )  # fmt: skip
     print(f"{said}, {config.model_type}; {samples} records, median of {repeats}")
     print(MACHINE.format(**result))
-    print(report.table(["workers", "records/s"], [[str(n), f"{f['median']:,.1f}"] for n, f in found.items()]))
-    print("\nDualSpeed, one slow step in ten, asks for")
-    print(report.table(["TFLOP/s sustained", "records/s"], [[f"{t:g}", f"{n:,.1f}"] for t, n in wanted.items()]))
+    print(describe(result))
     if out is not None:
         write(result, Path(out))
     return result
+
+
+def describe(result: dict) -> str:
+    given = [[str(n), f"{f['median']:,.1f}"] for n, f in result["records_per_second"].items()]
+    wanted = [[f"{float(tflops):g}", f"{n:,.1f}"] for tflops, n in result["wanted"].items()]
+    return (
+        f"{report.table(['workers', 'records/s'], given)}\n\nDualSpeed, one slow step in ten, asks for\n\n"
+        f"{report.table(['TFLOP/s sustained', 'records/s'], wanted)}"
+    )
 
 
 def _rate(source: Source, samples: int, workers: int) -> float:

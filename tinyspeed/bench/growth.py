@@ -64,9 +64,7 @@ def bench_scaling(
     result = described(where, bench="scaling", size=size, repeats=repeats, slopes=slopes, last=last, steps=found)
     print(f"{size}, one video and {WORDS} words; median of {repeats}")
     print(MACHINE.format(**result))
-    lines = [[f"{f['tokens']:,}", *(f"{f[name]['median_ms']:,.0f} ms" for name in PLANS), _ratio(f)] for f in found]
-    print(report.table(["visual tokens", *PLANS, "speed-up"], lines))
-    print("\nslope: " + "; ".join(f"{name} {slopes[name]:.2f}, at the end {last[name]:.2f}" for name in PLANS))
+    print(describe(result))
     if out is not None:
         write(result, Path(out))
     if png is not None:
@@ -74,8 +72,13 @@ def bench_scaling(
     return result
 
 
-def _ratio(f: dict) -> str:
-    return f"{f['full']['median_ms'] / f['fast']['median_ms']:.2f}x"
+def describe(result: dict) -> str:
+    lines = []
+    for f in result["steps"]:
+        fast, full = f["fast"]["median_ms"], f["full"]["median_ms"]
+        lines.append([f"{f['tokens']:,}", f"{fast:,.0f} ms", f"{full:,.0f} ms", f"{full / fast:.2f}x"])
+    slopes = [f"{name} {result['slopes'][name]:.2f}, at the end {result['last'][name]:.2f}" for name in PLANS]
+    return report.table(["visual tokens", "fast", "full", "speed-up"], lines) + "\n\nslope: " + "; ".join(slopes)
 
 
 def _slope(found: list[dict], name: str) -> float:

@@ -5,9 +5,11 @@
 
 None of these levers changes what is learned (the tests hold loss and gradients of each against the step as it is), so
 each can be taken out of the running code by itself, in turn with the others, on the same samples: texts as long as in
-LLaVA's mix, and fast and slow steps apart, since most levers are for one of them. Two rows are levers that are not
-pulled by default: features from disk need space there, and compiled layers have to be compiled, which takes half a
-minute, and again for other shapes.
+LLaVA's mix, and fast and slow steps apart, since most levers are for one of them. Beside the time of each change stands
+what arithmetic promises: the FLOPs of the step with it (`estimate.py`), over those of the step as it is.
+
+Two rows are levers that are not pulled by default: features from disk need space there, and compiled layers have to be
+compiled, which takes half a minute, and again for other shapes.
 """
 
 import functools
@@ -19,10 +21,10 @@ from unittest.mock import patch
 
 import torch
 
-from .. import heap, lengths, precision, report, rows, shapes, stage, train
+from .. import estimate, heap, lengths, precision, report, rows, shapes, stage, train
 from ..batching import plan_rows
 from ..data import Example
-from ..memory import GIB
+from ..memory import GIB, Settings, Shape
 from ..scheduler import Plan
 from ..stage import StageRun, Totals
 from .live import peak, storages
@@ -116,17 +118,18 @@ def _compiled(run: StageRun) -> Iterator[None]:
             layer._compiled_call_impl = None
 
 
-AS_IS = "as it is"
+AS_IS, RECOMPUTED, PADDED = "as it is", "every activation recomputed", "padded, not packed"
+WITH_GRAPH, FROM_DISK = "all features projected with a graph", "features from disk"  # these change a step's FLOPs
 CHANGES: dict[str, Callable[[StageRun], AbstractContextManager]] = {
     AS_IS: lambda run: nullcontext(),
-    "every activation recomputed": _everything_recomputed,
+    RECOMPUTED: _everything_recomputed,
     "micro-batches by samples, not rows": _cut_by_samples,
-    "padded, not packed": _padded,
-    "all features projected with a graph": _projected_once,
+    PADDED: _padded,
+    WITH_GRAPH: _projected_once,
     "every id embedded": _every_id_embedded,
     "AdamW in pieces": _adamw_in_pieces,
     "memory given back": _memory_given_back,  # on a CPU
-    "features from disk": _features_from_disk,
+    FROM_DISK: _features_from_disk,
 }
 COMPILED = {"layers compiled": _compiled}
 
@@ -158,7 +161,7 @@ def bench_levers(
     print(MACHINE.format(**result))
     for mode in STEPS:
         result["steps"][mode] = measured(run, PLANS[mode], changes, repeats)
-    print(describe(result["steps"]))
+    print(describe(result))
     if out is not None:
         write(result, Path(out))
     return result
@@ -177,17 +180,36 @@ def measured(run: StageRun, plan: Plan, changes: dict, repeats: int) -> dict:
         with change(run):
             steps[name] = functools.partial(once, name, ours(run, plan))
     peaks = {name: sum(fixed.values()) + peak(step, run.model.device, fixed) for name, step in steps.items()}
-    times = timed(steps, repeats, run.model.device)
-    return {name: {**t, "peak_bytes": peaks[name], "loss": losses[name]} for name, t in times.items()}
+    times, base = timed(steps, repeats, run.model.device), flops(run, plan, AS_IS)
+    return {
+        name: {**t, "peak_bytes": peaks[name], "loss": losses[name], "promised": flops(run, plan, name) / base}
+        for name, t in times.items()
+    }
 
 
-def describe(found: dict) -> str:
-    headers, lines = ["", *(f"{mode}, {unit}" for mode in STEPS for unit in ("ms", "of it", "GiB"))], []
+def flops(run: StageRun, plan: Plan, change: str) -> float:
+    """Of the step with this change."""
+    shape, s = Shape(run.model.config), Settings.of(run.recipe, "train", run.precision)
+    shape.rowwise &= change != WITH_GRAPH
+    shape.tower_layers *= change != FROM_DISK
+    total = 0.0
+    for part, of in run._parts(0, plan):
+        recompute = change == RECOMPUTED or len(part) * max(of) > run.rows_that_fit
+        for i, own in zip(part, of, strict=True):
+            text, images, answers = run.source.lengths(i)
+            padding = (max(of) - own) * (change == PADDED)
+            total += estimate.flops(shape, s, plan.mode, (text + padding, images, answers), recompute)
+    return total
+
+
+def describe(result: dict) -> str:
+    found = result["steps"]
+    headers, lines = ["", *(f"{mode}, {unit}" for mode in STEPS for unit in ("ms", "of it", "promised", "GiB"))], []
     for name in found[STEPS[0]]:
         line = [name]
         for mode in STEPS:
             f, base = found[mode][name], found[mode][AS_IS]
             line += [f"{f['median_ms']:,.0f}", f"{f['median_ms'] / base['median_ms']:.2f}x"]
-            line += [f"{f['peak_bytes'] / GIB:.2f}"]
+            line += [f"{f['promised']:.2f}x", f"{f['peak_bytes'] / GIB:.2f}"]
         lines.append(line)
     return report.table(headers, lines)

@@ -78,11 +78,15 @@ def bench_loss(
     )
     print(f"{ROWS:,} rows, {ANSWERS} of them answers, width {width:,}, {vocab:,} words; median of {repeats}")
     print(MACHINE.format(**result))
-    headers = ["loss", "logits of", "median", "of every row's", "memory", "of every row's"]
-    print(table(headers, [_line(kind, name, found[kind]) for kind in found for name in ways]))
+    print(describe(result))
     if out is not None:
         write(result, Path(out))
     return result
+
+
+def describe(result: dict) -> str:
+    headers = ["loss", "logits of", "median", "of every row's", "memory", "of every row's"]
+    return table(headers, [_line(kind, name, of) for kind, of in result["kinds"].items() for name in of])
 
 
 def _line(kind: str, name: str, of: dict) -> list[str]:

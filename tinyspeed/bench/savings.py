@@ -85,11 +85,15 @@ def bench_savings(
     result = described(where, bench="savings", layers=layers, width=width, repeats=repeats, plans=found)
     print(f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}")
     print(MACHINE.format(**result))
-    headers = ["a step", "median", "speed-up", "promised", "kept of the promise"]
-    print(table(headers, [_line(name, f) for name, f in found.items()]))
+    print(describe(result))
     if out is not None:
         write(result, Path(out))
     return result
+
+
+def describe(result: dict) -> str:
+    headers = ["a step", "median", "speed-up", "promised", "kept of the promise"]
+    return table(headers, [_line(name, f) for name, f in result["plans"].items()])
 
 
 def _line(name: str, f: dict) -> list[str]:

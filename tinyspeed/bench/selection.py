@@ -76,12 +76,16 @@ def bench_pruning(
     )
     print(f"{count} of {n} rows of {images} images, width {width}, float32, median of {repeats}")
     print(MACHINE.format(**result))
-    headers = ["contestant", "median", "min", "x product", "speed-up over loop", "of a 7B fast step"]
-    print(table(headers, [_line(name, t) for name, t in result["contestants"].items()]))
+    print(describe(result))
     print(f"\ndivprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows")
     if out is not None:
         write(result, Path(out))
     return result
+
+
+def describe(result: dict) -> str:
+    headers = ["contestant", "median", "min", "x product", "speed-up over loop", "of a 7B fast step"]
+    return table(headers, [_line(name, t) for name, t in result["contestants"].items()])
 
 
 def _line(name: str, t: dict) -> list[str]:
