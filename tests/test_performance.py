@@ -1,0 +1,76 @@
+"""PERFORMANCE.md says what benchmarks printed: its tables are those of the committed JSON. What it promises of a GPU is
+arithmetic, done here again."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tinyspeed import estimate, lengths, report, shapes
+from tinyspeed.bench import feed, growth, levers, loss, savings, selection, step
+from tinyspeed.memory import Settings, Shape
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "tinyspeed" / "PERFORMANCE.md"
+RESULTS = sorted((ROOT / "tutorials" / "results").glob("bench-*.json"))
+SHAPES = {
+    "LLaVA-1.5-7B": ("7b", "1.5"),
+    "LLaVA-1.5-13B": ("13b", "1.5"),
+    "LLaVA-NeXT-7B": ("7b", "next"),
+}
+
+
+def printed(result: dict) -> str:
+    describe = {
+        "data": feed.describe,
+        "levers": levers.describe,
+        "loss": loss.describe,
+        "pruning": selection.describe,
+        "savings": savings.describe,
+        "scaling": growth.describe,
+        "step": lambda found: "\n\n".join(step.describe(*of) for of in found["texts"].items()),
+    }
+    return describe[result["bench"]](result)
+
+
+def promised() -> str:
+    """hf, padded and recomputing, over ours, packed and not recomputing, in FLOPs."""
+    lines = []
+    for name, (size, family) in SHAPES.items():
+        shape, samples = Shape(shapes.shaped(size, family)), lengths.mix(1024, 0, family)
+        padded = []
+        for first in range(0, len(samples), 8):
+            batch = samples[first : first + 8]
+            longest = max(text + sum(images) for text, images, _ in batch)
+            padded += [(longest - sum(images), images, answers) for _, images, answers in batch]
+        for tuned, rank in (("LoRA, rank 64", 64), ("in full", 0)):
+            s = Settings("bf16", rank=rank)
+            hf = sum(estimate.flops(shape, s, "full", sample, True) for sample in padded)
+            ours = {m: sum(estimate.flops(shape, s, m, sample, False) for sample in samples) for m in step.PLANS}
+            mixes = [(1 - r) * ours["fast"] + r * ours["slow"] for r in step.MIXES.values()]
+            lines.append([name, tuned, *(f"{hf / flops:.1f}x" for flops in (ours["full"], *mixes))])
+    return report.table(["shape", "trained", "full", *step.MIXES], lines)
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_a_table_is_what_the_benchmark_printed(file):
+    result, page = json.loads(file.read_text()), PAGE.read_text(encoding="utf-8")
+    assert f"<!-- {file.name} -->\n\n{printed(result)}\n\n" in page
+    said = result["command"].removeprefix("python -m tinyspeed ").replace(str(file.relative_to(ROOT).parent) + "/", "")
+    assert all(word in re.sub(r"\s+", " ", page) for word in said.split(" --")), said
+
+
+def test_every_table_has_its_numbers():
+    named = re.findall(r"<!-- (bench-.*) -->", PAGE.read_text(encoding="utf-8"))
+    assert sorted(named) == [file.name for file in RESULTS]
+
+
+def test_the_readme_says_the_same():
+    texts = json.loads((ROOT / "tutorials" / "results" / "bench-step.json").read_text())["texts"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- bench-step.json, 128 -->\n\n{step.describe('128', texts['128'])}\n\n" in page
+
+
+def test_the_promises_are_arithmetic():
+    assert f"<!-- promises -->\n\n{promised()}\n\n" in PAGE.read_text(encoding="utf-8")
