@@ -37,7 +37,7 @@ ONLY ?= step-7b step-7b-full step-7b-qlora step-7b-memory step-next-7b step-13b 
 bench-gpu: $(if $(findstring $(BIN),$(PY)),$(READY))
 	@mkdir -p $(OUT)
 	@failed=0; $(foreach what,$(ONLY),echo "== $(what)"; $(PY) -m tinyspeed bench $($(what)) --device cuda \
-	    --out $(OUT)/$(what).json > $(OUT)/$(what).txt || failed=1; \
+	    --out $(OUT)/$(what).json --png $(OUT)/$(what).png > $(OUT)/$(what).txt || failed=1; \
 	    tail -n 40 $(OUT)/$(what).txt;) exit $$failed
 
 $(READY): pyproject.toml constraints.txt

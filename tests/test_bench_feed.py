@@ -37,6 +37,7 @@ def test_what_is_written_follows_from_what_was_timed(tmp_path, capsys, monkeypat
     )
     out = tmp_path / "data.json"
     argv = ["bench", "data", "--samples", "16", "--workers", "0", "--workers", "1", "--repeats", "1", "--out", str(out)]
+    argv += ["--png", str(tmp_path / "data.png")]
     assert cli.main(argv) == 0
     result, said = json.loads(out.read_text()), capsys.readouterr().out
     assert list(result["records_per_second"]) == ["0", "1"]

@@ -112,7 +112,9 @@ def test_each_change_does_what_it_says(run, monkeypatch):
 
 def test_the_table_has_every_change(dwarf, tmp_path, capsys):
     out = tmp_path / "levers.json"
-    assert cli.main(["bench", "levers", "--size", "dwarf", "--batch", "3", "--repeats", "1", "--out", str(out)]) == 0
+    argv = ["--size", "dwarf", "--batch", "3", "--repeats", "1", "--out", str(out), "--png", str(tmp_path / "it.png")]
+    assert cli.main(["bench", "levers", *argv]) == 0
+    assert (tmp_path / "it.png").stat().st_size > 5000
     said, result = capsys.readouterr().out, json.loads(out.read_text())
     assert list(result["steps"]) == ["fast", "slow"]
     for found in result["steps"].values():

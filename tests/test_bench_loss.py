@@ -12,7 +12,8 @@ def test_every_way_gives_the_same_loss_and_gradient_and_ours_holds_less(tmp_path
     monkeypatch.setattr(loss, "ROWS", 300)
     monkeypatch.setattr(loss, "ANSWERS", 40)
     out = tmp_path / "loss.json"
-    result = loss.bench_loss(16, 500, chunks=(8, 64), repeats=2, out=out)
+    result = loss.bench_loss(16, 500, chunks=(8, 64), repeats=2, out=out, png=out.with_suffix(".png"))
+    assert out.with_suffix(".png").stat().st_size > 5000
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert list(result["kinds"]) == ["cross-entropy", "with a teacher"]
     values = []

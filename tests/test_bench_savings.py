@@ -13,7 +13,8 @@ SKIPPED = ("full", "1/2 of the layers")
 
 def test_every_plan_is_timed_and_layers_cost_the_same_each(tmp_path, capsys):
     out = tmp_path / "steps.json"
-    result = savings.bench_savings(4, 16, repeats=2, out=out)
+    result = savings.bench_savings(4, 16, repeats=2, out=out, png=out.with_suffix(".png"))
+    assert out.with_suffix(".png").stat().st_size > 5000
     assert json.loads(out.read_text()) == result
     found = result["plans"]
     assert list(found) == list(savings.plans(4))

@@ -28,7 +28,8 @@ def test_shared_is_the_share_of_rows_in_common():
 def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pruning.registry.PLUGINS, "mine", pruning.registry.PLUGINS["grid"])
     out = tmp_path / "deep" / "bench.json"
-    result = selection.bench_pruning((2, 40, 16), keep=0.2, repeats=3, out=out)
+    result = selection.bench_pruning((2, 40, 16), keep=0.2, repeats=3, out=out, png=out.with_suffix(".png"))
+    assert out.with_suffix(".png").stat().st_size > 5000
     assert json.loads(out.read_text()) == result
     assert result["count"] == 8
     assert result["shape"] == [2, 40, 16]

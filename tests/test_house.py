@@ -45,7 +45,7 @@ ROOMS = {  # with floors of their own
         {"__init__"},
     ],
     "bench": [
-        {"__init__", "timing", "noise", "live", "rivals"},
+        {"__init__", "timing", "bars", "noise", "live", "rivals"},
         {"step", "loss", "growth", "feed", "selection", "savings", "peaks"},
         {"levers"},
         {"commands"},

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tinyspeed import estimate, lengths, report, shapes
-from tinyspeed.bench import feed, growth, levers, loss, savings, selection, step
+from tinyspeed.bench import bars, feed, growth, levers, loss, savings, selection, step
 from tinyspeed.memory import Settings, Shape
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,24 @@ def test_a_table_is_what_the_benchmark_printed(file):
     assert f"<!-- {file.name} -->\n\n{printed(result)}\n\n" in page
     said = result["command"].removeprefix("python -m tinyspeed ").replace(str(file.relative_to(ROOT).parent) + "/", "")
     assert all(word in re.sub(r"\s+", " ", page) for word in said.split(" --")), said
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["one", "two", "three"]),
+        st.lists(st.tuples(st.sampled_from("abcd"), st.floats(0.1, 1e4)), min_size=1, unique_by=lambda bar: bar[0]),
+        min_size=1,
+    )
+)
+@settings(max_examples=10)
+def test_a_bar_is_as_long_as_its_number(panels):
+    fig = bars.draw({title: [bars.Bar(*bar, dark=bar[1] / 2) for bar in of] for title, of in panels.items()}, "ms")
+    names = list(dict.fromkeys(name for of in panels.values() for name, _ in of))
+    assert len(fig.axes) == len(panels)
+    for ax, (title, of) in zip(fig.axes, panels.items(), strict=True):
+        assert ax.get_title(loc="left") == title
+        drawn = {(names[round(bar.get_y() + bar.get_height() / 2)], bar.get_width()) for bar in ax.patches}
+        assert drawn == {(name, length * part) for name, length in of for part in (1, 0.5)}
 
 
 def test_every_table_has_its_numbers():

@@ -13,6 +13,8 @@ def add(what) -> None:
         if device:
             made.add_argument("--device", default="cpu")
         made.add_argument("--out", help="write the numbers to this JSON file")
+        if name != "memory":
+            made.add_argument("--png", help="draw them")
         return made
 
     made = command("step", _step, "a training step, beside what people run today")
@@ -25,7 +27,6 @@ def add(what) -> None:
     made.add_argument("--budget", type=int, default=0, help="rows that ours take at a time (0: the batch)")
     made.add_argument("--checkpointing", default="auto", help="on: ours recompute as rivals do; off, auto (default)")
     made.add_argument("--repeats", type=int, default=5)
-    made.add_argument("--png", help="draw it")
 
     made = command("levers", _levers, "what each lever of a step is worth: the step with it and without")
     made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
@@ -43,7 +44,6 @@ def add(what) -> None:
     made = command("scaling", _scaling, "how a step grows with the picture, to a video of 11,520 tokens")
     made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
     made.add_argument("--repeats", type=int, default=5)
-    made.add_argument("--png", help="draw it")
 
     made = command("data", _data, "records a second, beside what a GPU asks for", device=False)
     made.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="its data; without it, pictures made here")
@@ -82,14 +82,14 @@ def _levers(a) -> int:
     from .levers import bench_levers
 
     sizes = {"batch": a.batch, "budget": a.budget, "compiled": a.compiled, "repeats": a.repeats}
-    bench_levers(a.size, a.family, a.tune, **sizes, device=a.device, out=a.out)
+    bench_levers(a.size, a.family, a.tune, **sizes, device=a.device, out=a.out, png=a.png)
     return 0
 
 
 def _loss(a) -> int:
     from .loss import bench_loss
 
-    bench_loss(a.width, repeats=a.repeats, device=a.device, out=a.out)
+    bench_loss(a.width, repeats=a.repeats, device=a.device, out=a.out, png=a.png)
     return 0
 
 
@@ -106,21 +106,21 @@ def _data(a) -> int:
     chosen = recipe.read(a.recipe, a.set) if a.recipe else None
     from .feed import bench_data
 
-    bench_data(chosen, a.family, a.samples, tuple(a.workers or (0, 1, 2)), a.repeats, out=a.out)
+    bench_data(chosen, a.family, a.samples, tuple(a.workers or (0, 1, 2)), a.repeats, out=a.out, png=a.png)
     return 0
 
 
 def _pruning(a) -> int:
     from .selection import bench_pruning
 
-    bench_pruning((16, 576, a.width), a.keep, a.repeats, a.device, a.out)
+    bench_pruning((16, 576, a.width), a.keep, a.repeats, a.device, a.out, a.png)
     return 0
 
 
 def _savings(a) -> int:
     from .savings import bench_savings
 
-    bench_savings(a.layers, a.width, device=a.device, out=a.out)
+    bench_savings(a.layers, a.width, device=a.device, out=a.out, png=a.png)
     return 0
 
 

@@ -34,7 +34,9 @@ from ..data import Source
 from ..errors import UserError
 from ..memory import Settings, Shape
 from ..recipe import Data, Recipe
-from .timing import MACHINE, described, device_of, write
+from . import bars
+from .bars import Bar
+from .timing import MACHINE, described, device_of, leave
 
 BATCH, TFLOPS, SLOW, PICTURES = 8, (20.0, 100.0, 400.0), 0.1, 64
 WIDTH, HEIGHT = 640, 480
@@ -47,9 +49,10 @@ def bench_data(
     workers: tuple[int, ...] = (0, 1, 2),
     repeats: int = 3,
     out: Path | str | None = None,
+    png: Path | str | None = None,
 ) -> dict:
     """Time the records of a recipe, or of an album made for it (`family`: for LLaVA-1.5 or NeXT). Prints a table,
-    returns everything, and writes it as JSON to `out`."""
+    returns everything, and writes it as JSON to `out` and as a picture to `png`."""
     if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
         raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
@@ -76,8 +79,7 @@ def bench_data(
     print(f"{said}, {config.model_type}; {samples} records, median of {repeats}")
     print(MACHINE.format(**result))
     print(describe(result))
-    if out is not None:
-        write(result, Path(out))
+    leave(result, out, png, draw)
     return result
 
 
@@ -88,6 +90,12 @@ def describe(result: dict) -> str:
         f"{report.table(['workers', 'records/s'], given)}\n\nDualSpeed, one slow step in ten, asks for\n\n"
         f"{report.table(['TFLOP/s sustained', 'records/s'], wanted)}"
     )
+
+
+def draw(result: dict):
+    made = [Bar(f"{n} workers", f["median"]) for n, f in result["records_per_second"].items()]
+    asked = [Bar(f"a GPU at {float(t):g} TFLOP/s", n, ours=False) for t, n in result["wanted"].items()]
+    return bars.draw({"made here, and asked for": made + asked}, "records/s")
 
 
 def _rate(source: Source, samples: int, workers: int) -> float:

@@ -19,7 +19,7 @@ from ..dualspeed import DualSpeed
 from ..errors import UserError
 from ..rows import IGNORE
 from ..scheduler import Plan
-from .timing import MACHINE, described, device_of, timed, write
+from .timing import MACHINE, described, device_of, leave, timed
 
 FRAMES = (1, 4, 8, 20, 40, 80)
 WORDS, ANSWERS, PATCHES = 64, 32, 144
@@ -65,10 +65,7 @@ def bench_scaling(
     print(f"{size}, one video and {WORDS} words; median of {repeats}")
     print(MACHINE.format(**result))
     print(describe(result))
-    if out is not None:
-        write(result, Path(out))
-    if png is not None:
-        print(report.save(draw(result), png))
+    leave(result, out, png, draw)
     return result
 
 

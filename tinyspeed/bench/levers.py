@@ -27,10 +27,12 @@ from ..data import Example
 from ..memory import GIB, Settings, Shape
 from ..scheduler import Plan
 from ..stage import StageRun, Totals
+from . import bars
+from .bars import Bar
 from .live import peak, storages
 from .noise import Noise
 from .step import PLANS, ours, random, recipe_of
-from .timing import MACHINE, described, device_of, timed, write
+from .timing import MACHINE, described, device_of, leave, timed
 
 STEPS = ("fast", "slow")
 
@@ -144,8 +146,10 @@ def bench_levers(
     repeats: int = 5,
     device: str = "cpu",
     out: Path | str | None = None,
+    png: Path | str | None = None,
 ) -> dict:
-    """Time fast and slow steps with each change. Prints tables, returns everything, and writes it as JSON to `out`."""
+    """Time fast and slow steps with each change. Prints a table, returns everything, and writes it as JSON to `out`
+    and as a picture to `png`."""
     config, where = shapes.shaped(size, family), device_of(device)
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
     name = precision.choose(recipe.model.precision, where)
@@ -162,8 +166,7 @@ def bench_levers(
     for mode in STEPS:
         result["steps"][mode] = measured(run, PLANS[mode], changes, repeats)
     print(describe(result))
-    if out is not None:
-        write(result, Path(out))
+    leave(result, out, png, draw)
     return result
 
 
@@ -213,3 +216,13 @@ def describe(result: dict) -> str:
             line += [f"{f['promised']:.2f}x", f"{f['peak_bytes'] / GIB:.2f}"]
         lines.append(line)
     return report.table(headers, lines)
+
+
+def draw(result: dict):
+    panels = {}
+    for mode, found in result["steps"].items():
+        base = found[AS_IS]["median_ms"]
+        panels[f"a {mode} step"] = [
+            Bar(name, f["median_ms"], f"{f['median_ms'] / base:.2f}x", ours=name == AS_IS) for name, f in found.items()
+        ]
+    return bars.draw(panels, "ms")

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from ..distill import answer_loss
 from ..report import table
 from ..rows import IGNORE
+from . import bars
+from .bars import Bar
 from .live import peak
-from .timing import MACHINE, described, device_of, timed, write
+from .timing import MACHINE, described, device_of, leave, timed
 
 ROWS, ANSWERS = 4 * 704, 4 * 64
 
@@ -33,17 +35,18 @@ def bench_loss(
     repeats: int = 5,
     device: str = "cpu",
     out: Path | str | None = None,
+    png: Path | str | None = None,
 ) -> dict:
     """Time and memory of loss and gradient, by cross-entropy alone and with a teacher. Prints a table, returns
-    everything, and writes it as JSON to `out`."""
+    everything, and writes it as JSON to `out` and as a picture to `png`."""
     where = device_of(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    draw = torch.Generator().manual_seed(0)
-    hidden, taught = (torch.randn(ROWS, width, generator=draw).to(where, dtype) for _ in range(2))
+    random = torch.Generator().manual_seed(0)
+    hidden, taught = (torch.randn(ROWS, width, generator=random).to(where, dtype) for _ in range(2))
     head = torch.nn.Linear(width, vocab, bias=False).to(where, dtype).requires_grad_(False)
     target = torch.full((ROWS,), IGNORE)
-    answers = torch.randperm(ROWS, generator=draw)[:ANSWERS].sort().values
-    target[answers] = torch.randint(vocab, (ANSWERS,), generator=draw)
+    answers = torch.randperm(ROWS, generator=random)[:ANSWERS].sort().values
+    target[answers] = torch.randint(vocab, (ANSWERS,), generator=random)
     target, answers = target.to(where), answers.to(where)
 
     def whole(x: Tensor, teacher: Tensor | None) -> Tensor:
@@ -79,14 +82,24 @@ def bench_loss(
     print(f"{ROWS:,} rows, {ANSWERS} of them answers, width {width:,}, {vocab:,} words; median of {repeats}")
     print(MACHINE.format(**result))
     print(describe(result))
-    if out is not None:
-        write(result, Path(out))
+    leave(result, out, png, draw)
     return result
 
 
 def describe(result: dict) -> str:
     headers = ["loss", "logits of", "median", "of every row's", "memory", "of every row's"]
     return table(headers, [_line(kind, name, of) for kind, of in result["kinds"].items() for name in of])
+
+
+def draw(result: dict):
+    panels = {}
+    for unit, key, size in (("ms", "median_ms", 1), ("MiB", "peak_bytes", 2**20)):
+        for kind, of in result["kinds"].items():
+            share = lambda f, whole=of["every row"][key], key=key: f"{f[key] / whole:.0%}"
+            panels[f"{kind}: {unit}"] = [
+                Bar(name, f[key] / size, share(f), ours="at a time" in name) for name, f in of.items()
+            ]
+    return bars.draw(panels, "")
 
 
 def _line(kind: str, name: str, of: dict) -> list[str]:

@@ -23,7 +23,9 @@ from ..errors import UserError
 from ..report import table
 from ..rows import IGNORE
 from ..scheduler import Plan
-from .timing import MACHINE, described, device_of, timed, write
+from . import bars
+from .bars import Bar
+from .timing import MACHINE, described, device_of, leave, timed
 
 ON_A_CPU = {  # which torch does not count by itself
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -51,9 +53,15 @@ def plans(layers: int) -> dict[str, Plan]:
 
 
 def bench_savings(
-    layers: int = 16, width: int = 256, repeats: int = 15, device: str = "cpu", out: Path | str | None = None
+    layers: int = 16,
+    width: int = 256,
+    repeats: int = 15,
+    device: str = "cpu",
+    out: Path | str | None = None,
+    png: Path | str | None = None,
 ) -> dict:
-    """Time a step of each plan. Prints a table, returns everything, and writes it as JSON to `out`."""
+    """Time a step of each plan. Prints a table, returns everything, and writes it as JSON to `out` and as a picture to
+    `png`."""
     if layers < 4 or width < 8 or width % 8:
         raise UserError(f"layers = {layers}, width = {width}: give at least 4, and a multiple of 8")
     where = device_of(device)
@@ -86,14 +94,23 @@ def bench_savings(
     print(f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}")
     print(MACHINE.format(**result))
     print(describe(result))
-    if out is not None:
-        write(result, Path(out))
+    leave(result, out, png, draw)
     return result
 
 
 def describe(result: dict) -> str:
     headers = ["a step", "median", "speed-up", "promised", "kept of the promise"]
     return table(headers, [_line(name, f) for name, f in result["plans"].items()])
+
+
+def draw(result: dict):
+    """The dark part of a bar is what the FLOPs promise."""
+    full = result["plans"]["full"]["median_ms"]
+    found = [
+        Bar(name, f["median_ms"], f"{f['speedup']:.2f}x", full / f["promised"], name != "full")
+        for name, f in result["plans"].items()
+    ]
+    return bars.draw({"a step": found}, "ms; dark: as promised")
 
 
 def _line(name: str, f: dict) -> list[str]:

@@ -17,7 +17,9 @@ from .. import estimate, pruning, shapes
 from ..errors import UserError
 from ..memory import Settings, Shape
 from ..report import table
-from .timing import MACHINE, described, device_of, product, timed, write
+from . import bars
+from .bars import Bar
+from .timing import MACHINE, described, device_of, leave, product, timed
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
 MODEL = "llava-hf/llava-1.5-7b-hf"
@@ -29,11 +31,13 @@ def bench_pruning(
     repeats: int = 20,
     device: str = "cpu",
     out: Path | str | None = None,
+    png: Path | str | None = None,
 ) -> dict:
     """Time `pruning.select` of every plugin on `shape` = (images, rows, width) random float32 features.
 
     Whether DivPrune's picks are the loop's is checked in the same run: "same_rows" is the share of its rows that the
-    loop kept too (1.0, but for float ties). Prints a table, returns everything, and writes it as JSON to `out`.
+    loop kept too (1.0, but for float ties). Prints a table, returns everything, and writes it as JSON to `out` and as a
+    picture to `png`.
     """
     if len(shape) != 3 or min(shape) < 1 or shape[1] < 2:
         raise UserError(f"shape = {tuple(shape)}: give images, rows (at least 2) and width")
@@ -78,14 +82,21 @@ def bench_pruning(
     print(MACHINE.format(**result))
     print(describe(result))
     print(f"\ndivprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows")
-    if out is not None:
-        write(result, Path(out))
+    leave(result, out, png, draw)
     return result
 
 
 def describe(result: dict) -> str:
     headers = ["contestant", "median", "min", "x product", "speed-up over loop", "of a 7B fast step"]
     return table(headers, [_line(name, t) for name, t in result["contestants"].items()])
+
+
+def draw(result: dict):
+    found = [
+        Bar(name, t["median_ms"], f"{t['over_product']:.2f}x", ours=name not in (PRODUCT, LOOP, MENDED, RATE))
+        for name, t in result["contestants"].items()
+    ]
+    return bars.draw({"choosing the rows": found}, "ms; beside it, over the product's")
 
 
 def _line(name: str, t: dict) -> list[str]:

@@ -36,10 +36,12 @@ from ..memory import GIB, Settings, Shape
 from ..recipe import Recipe, from_tables
 from ..scheduler import Plan, Schedule
 from ..stage import StageRun, Totals
+from . import bars
+from .bars import Bar
 from .live import peak, storages
 from .noise import Noise
 from .rivals import rivals
-from .timing import MACHINE, described, device_of, product, timed, write
+from .timing import MACHINE, described, device_of, leave, product, timed, write
 
 TUNE = ("lora", "qlora", "full")
 MIXES = {"DualSpeed, r = 0.1": 0.1, "DualSpeed, r = 0.02": 0.02}
@@ -98,8 +100,7 @@ def bench_step(
         if out is not None:
             write(result, Path(out))
         del run  # and its optimizer
-    if png is not None:
-        print(report.save(draw(result), png))
+    leave(result, None, png, draw)
     return result
 
 
@@ -221,28 +222,16 @@ def describe(text: str, found: dict) -> str:
 
 
 def draw(result: dict):
-    """Milliseconds a sample of each contestant, a panel a length, with the floor in each bar."""
-    texts = result["texts"]
-    fig = report.figure(3.2 * len(texts) + 1.6, 3.6)
-    axes = fig.subplots(1, len(texts), sharey=True, squeeze=False)[0]
-    fig.subplots_adjust(left=1.9 / (3.2 * len(texts) + 1.6), right=0.97, top=0.88, bottom=0.16, wspace=0.12)
-    names = list(dict.fromkeys(name for found in texts.values() for name in found["contestants"]))
-    for ax, (text, found) in zip(axes, texts.items(), strict=True):
-        of = len(found["samples"])
-        for at, name in enumerate(names):
-            f = found["contestants"].get(name)
-            if f is None:
-                continue
-            colour = report.COLOURS[1 if name in PLANS or name in MIXES else 0]
-            ax.barh(at, f["ms_a_sample"], color=colour, alpha=0.35)
-            ax.barh(at, f["floor_ms"] / of, color=colour)
-            faster = f" {f['speedup']:.1f}x" if f["speedup"] else ""
-            ax.text(f["ms_a_sample"], at, faster, va="center", color=colour)
-        ax.set_yticks(range(len(names)), names)
-        ax.invert_yaxis() if ax is axes[0] else None
-        ax.margins(x=0.18)
-        ax.set_xlim(left=0)
-        ax.set_title("LLaVA's mix" if text == "mix" else f"{text} words", loc="left")
-        ax.set_xlabel("ms a sample; dark: its floor")
-        ax.spines[["top", "right"]].set_visible(False)
-    return fig
+    panels = {}
+    for text, found in result["texts"].items():
+        panels["LLaVA's mix" if text == "mix" else f"{text} words"] = [
+            Bar(
+                name,
+                f["ms_a_sample"],
+                f"{f['speedup']:.1f}x" if f["speedup"] else "",
+                f["floor_ms"] / len(found["samples"]),
+                name in PLANS or name in MIXES,
+            )
+            for name, f in found["contestants"].items()
+        ]
+    return bars.draw(panels, "ms a sample; dark: its floor")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .. import record
+from .. import record, report
 from ..checkpoint import write_atomically
 from ..errors import UserError
 
@@ -72,3 +72,11 @@ def write(result: dict, out: Path) -> None:
         write_atomically(out, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the results to {out}: {error.strerror}") from error
+
+
+def leave(result: dict, out: Path | str | None, png: Path | str | None, draw: Callable) -> None:
+    """The numbers as JSON and as a picture, where they are wanted."""
+    if out is not None:
+        write(result, Path(out))
+    if png is not None:
+        print(report.save(draw(result), png))

@@ -1,0 +1,44 @@
+"""The picture of a benchmark: a bar for each contestant, as long as what it took, in a panel for each case.
+
+The dark part of a bar is what it could not do without, where that is known. Blue is ours; what it is compared with is
+black, so that the two differ without colours too.
+"""
+
+from dataclasses import dataclass
+
+from .. import report
+
+
+@dataclass(frozen=True)
+class Bar:
+    name: str
+    length: float
+    note: str = ""  # behind the bar
+    dark: float = 0.0  # how much of it is its floor
+    ours: bool = True
+
+
+def draw(panels: dict[str, list[Bar]], unit: str):
+    """The same contestants in every panel, from top to bottom; one that is missing in a panel leaves a gap."""
+    names = list(dict.fromkeys(bar.name for bars in panels.values() for bar in bars))
+    left, right = 0.3 + 0.075 * max(map(len, names)), 0.3
+    width, height = left + 3.2 * len(panels) + right, 1.1 + 0.3 * len(names)
+    fig = report.figure(width, height)
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    fig.subplots_adjust(
+        left=left / width, right=1 - right / width, top=1 - 0.45 / height, bottom=0.6 / height, wspace=0.12
+    )
+    for ax, (title, bars) in zip(axes, panels.items(), strict=True):
+        for bar in bars:
+            at, colour = names.index(bar.name), report.COLOURS[bar.ours]
+            ax.barh(at, bar.length, color=colour, alpha=0.35)
+            ax.barh(at, bar.dark, color=colour)
+            ax.text(bar.length, at, f" {bar.note}", va="center", color=colour)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.margins(x=0.2)
+        ax.set_xlim(left=0)
+        ax.set_title(title, loc="left")
+        ax.set_xlabel(unit)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig
