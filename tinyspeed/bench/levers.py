@@ -122,6 +122,7 @@ def _compiled(run: StageRun) -> Iterator[None]:
 
 AS_IS, RECOMPUTED, PADDED = "as it is", "every activation recomputed", "padded, not packed"
 WITH_GRAPH, FROM_DISK = "all features projected with a graph", "features from disk"  # these change a step's FLOPs
+GIVEN_BACK = "memory given back"  # which is a CPU's
 CHANGES: dict[str, Callable[[StageRun], AbstractContextManager]] = {
     AS_IS: lambda run: nullcontext(),
     RECOMPUTED: _everything_recomputed,
@@ -130,7 +131,7 @@ CHANGES: dict[str, Callable[[StageRun], AbstractContextManager]] = {
     WITH_GRAPH: _projected_once,
     "every id embedded": _every_id_embedded,
     "AdamW in pieces": _adamw_in_pieces,
-    "memory given back": _memory_given_back,  # on a CPU
+    GIVEN_BACK: _memory_given_back,
     FROM_DISK: _features_from_disk,
 }
 COMPILED = {"layers compiled": _compiled}
@@ -157,6 +158,8 @@ def bench_levers(
     source = Noise(config, lengths.mix(batch, 0, family))
     run = StageRun(recipe, model, source, "train", 0, recipe.train, Totals())
     changes = CHANGES | (COMPILED if compiled else {})
+    if where.type != "cpu":
+        del changes[GIVEN_BACK]
     result = described(
         where, bench="levers", size=size, family=family, tune=tune, batch=batch, budget=budget, repeats=repeats,
         precision=name, samples=source.samples, steps={},
@@ -173,7 +176,7 @@ def bench_levers(
 def measured(run: StageRun, plan: Plan, changes: dict, repeats: int) -> dict:
     """Milliseconds, bytes and loss of this plan's step with each change."""
     moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    fixed, losses, steps = storages(run.model, moments), {}, {}
+    fixed, losses, steps, peaks = storages(run.model, moments), {}, {}, {}
 
     def once(name: str, step: Callable[[], float]) -> None:
         with changes[name](run):
@@ -182,7 +185,11 @@ def measured(run: StageRun, plan: Plan, changes: dict, repeats: int) -> dict:
     for name, change in changes.items():
         with change(run):
             steps[name] = functools.partial(once, name, ours(run, plan))
-    peaks = {name: sum(fixed.values()) + peak(step, run.model.device, fixed) for name, step in steps.items()}
+        try:
+            peaks[name] = sum(fixed.values()) + peak(steps[name], run.model.device, fixed)
+        except torch.OutOfMemoryError:
+            run.optimizer.zero_grad(set_to_none=True)
+            del steps[name]
     times, base = timed(steps, repeats, run.model.device), flops(run, plan, AS_IS)
     return {
         name: {**t, "peak_bytes": peaks[name], "loss": losses[name], "promised": flops(run, plan, name) / base}
@@ -208,10 +215,13 @@ def flops(run: StageRun, plan: Plan, change: str) -> float:
 def describe(result: dict) -> str:
     found = result["steps"]
     headers, lines = ["", *(f"{mode}, {unit}" for mode in STEPS for unit in ("ms", "of it", "promised", "GiB"))], []
-    for name in found[STEPS[0]]:
+    for name in dict.fromkeys(name for mode in STEPS for name in found[mode]):
         line = [name]
         for mode in STEPS:
-            f, base = found[mode][name], found[mode][AS_IS]
+            f, base = found[mode].get(name), found[mode][AS_IS]
+            if f is None:  # it did not fit
+                line += ["-"] * 4
+                continue
             line += [f"{f['median_ms']:,.0f}", f"{f['median_ms'] / base['median_ms']:.2f}x"]
             line += [f"{f['promised']:.2f}x", f"{f['peak_bytes'] / GIB:.2f}"]
         lines.append(line)
