@@ -17,27 +17,27 @@ test: lint
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
 
-# Everything that is to be measured on a GPU: about half an hour on a large one. Where torch is there already:
-# make bench-gpu PY=python OUT=results ONLY="step-7b loss"
+# Everything that is to be measured on a GPU: half an hour to an hour on a large one, step-7b-full needs more than 100 GB.
+# Where torch is there already: make bench-gpu PY=python OUT=results ONLY="step-7b loss"
 PY ?= $(BIN)/python
 OUT ?= runs/bench-gpu
-step-7b := step --size 7b --batch 16 --micro 8
-step-7b-full := step --size 7b --tune full --batch 16 --micro 8 --text mix
-step-7b-qlora := step --size 7b --tune qlora --batch 16 --micro 8 --text mix
-step-next-7b := step --size 7b --family next --batch 8 --micro 4
-step-7b-memory := step --size 7b --batch 16 --micro 8 --budget 4096 --text mix --checkpointing on
-step-13b := step --size 13b --batch 16 --micro 8 --text mix
-levers := levers --size 7b --batch 16 --budget 16384
+step-7b := step --size 7b --batch 16 --micro 8 --budget 8192
+step-7b-full := step --size 7b --tune full --batch 16 --micro 8 --budget 8192 --text mix
+step-7b-qlora := step --size 7b --tune qlora --batch 16 --micro 8 --budget 8192 --text mix
+step-next-7b := step --size 7b --family next --batch 8 --micro 4 --budget 8192
+step-7b-memory := step --size 7b --batch 16 --micro 4 --budget 2816 --text 128 --checkpointing on
+step-13b := step --size 13b --batch 16 --micro 8 --budget 8192 --text mix
+levers := levers --size 7b --batch 16 --budget 8192 --compiled
 loss := loss
 scaling := scaling --size 1b
 pruning := pruning --width 4096
-savings := savings
-ONLY ?= step-7b step-7b-full step-7b-qlora step-7b-memory step-next-7b step-13b levers loss scaling pruning savings
+memory := memory llava-1.5-7b-qlora-8gb llava-1.5-7b-lora-24gb llava-next-7b-qlora-24gb --gpu 24
+ONLY ?= step-7b step-7b-full step-7b-qlora step-7b-memory step-next-7b step-13b levers loss scaling pruning memory
 
 bench-gpu: $(if $(findstring $(BIN),$(PY)),$(READY))
 	@mkdir -p $(OUT)
-	@failed=0; $(foreach what,$(ONLY),echo "== $(what)"; $(PY) -m tinyspeed bench $($(what)) --device cuda \
-	    --out $(OUT)/$(what).json --png $(OUT)/$(what).png > $(OUT)/$(what).txt || failed=1; \
+	@failed=0; $(foreach what,$(ONLY),echo "== $(what)"; $(PY) -m tinyspeed bench $($(what)) --out $(OUT)/$(what).json \
+	    $(if $(filter memory,$(what)),,--device cuda --png $(OUT)/$(what).png) > $(OUT)/$(what).txt || failed=1; \
 	    tail -n 40 $(OUT)/$(what).txt;) exit $$failed
 
 $(READY): pyproject.toml constraints.txt

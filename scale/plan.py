@@ -229,7 +229,7 @@ def jobs(chosen: Recipe, samples: int | None = None) -> list[Job]:
         else:
             pool, family = WINDOW * settings.batch, "next" if shape.newline else "1.5"
             plain = chosen.data.template == "plain"
-            longest = chosen.data.max_rows or (4096 if shape.newline else 2048)
+            longest = chosen.data.max_rows
             known = lengths.captions(pool, SEED, family) if plain else lengths.mix(pool, SEED, family, longest)
             epoch, said = (lengths.CAPTIONS, "captions") if plain else (lengths.SAMPLES, "instruction mix")
             said = f"lengths as in LLaVA's {said}, in place of {chosen.data.file}"

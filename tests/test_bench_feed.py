@@ -7,7 +7,7 @@ import pytest
 from album import album
 from PIL import Image
 
-from tinyspeed import UserError, cli, estimate, shapes
+from tinyspeed import UserError, cli, estimate, lengths, shapes
 from tinyspeed.bench import feed
 from tinyspeed.memory import Settings, Shape
 
@@ -45,12 +45,9 @@ def test_what_is_written_follows_from_what_was_timed(tmp_path, capsys, monkeypat
     assert len(decoded) == 16 + 8, "those that are counted, and a batch before; workers decode elsewhere"
     shape, s = Shape(shapes.shaped("7b", "1.5")), Settings("bf16", rank=64)
     assert result["data"] in said
-    # 6 pictures, each with the same question: one sample stands for all
-    monkeypatch.undo()
-    monkeypatch.setattr(feed, "PICTURES", 1)
-    sample = feed.album(tmp_path, shapes.shaped("7b", "1.5"), "1.5").lengths(0)
-    fast, slow = (estimate.flops(shape, s, mode, sample, False) for mode in ("fast", "slow"))
-    assert result["wanted"]["20.0"] == pytest.approx(20e12 / (0.9 * fast + 0.1 * slow))
+    mix = lengths.mix(1024, 0)
+    fast, slow = (sum(estimate.flops(shape, s, mode, sample, False) for sample in mix) for mode in ("fast", "slow"))
+    assert result["wanted"]["20.0"] == pytest.approx(1024 * 20e12 / (0.98 * fast + 0.02 * slow))
 
 
 def test_a_recipes_own_records(tmp_path, capsys, checkpoint):

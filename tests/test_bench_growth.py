@@ -52,6 +52,7 @@ def test_mistakes_are_named(capsys):
     assert "unknown size" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     assert growth.bench_scaling(frames=(1, 4), repeats=1, device="cuda")["slopes"]["fast"] < 1.5

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from tinyspeed import cli, heap, shapes, train
+from tinyspeed import DualSpeed, cli, heap, shapes, train
 from tinyspeed.bench import levers
 from tinyspeed.bench.noise import Noise
 from tinyspeed.bench.step import PLANS, random, recipe_of
@@ -48,6 +48,7 @@ def test_without_it_loss_and_gradients_are_the_same(run, change, mode):
 @pytest.mark.parametrize("run", [("1.5", "lora", 0)], indirect=True)
 def test_compiled_layers_compute_the_same(run):
     assert_the_same(run, *levers.COMPILED, "fast")
+    assert not any(layer._compiled_call_impl for layer in run.model.vlm.language_model.layers)
 
 
 def assert_the_same(run, change, mode):
@@ -100,6 +101,20 @@ def test_each_change_does_what_it_says(run, monkeypatch):
     assert found["every id embedded"]["embedded"] > default["embedded"]
     assert found["features from disk"]["towers"] == 0 < default["towers"]
     groups = run.optimizer.param_groups
+    before = {name: p.detach().clone() for p, name in run.names.items()}
+    ends = []
+    for pieces in (False, True):
+        with levers.CHANGES["AdamW in pieces" if pieces else "as it is"](run), torch.no_grad():
+            for p, name in run.names.items():
+                p.copy_(before[name]).grad = torch.full_like(p, 0.5)
+                for moment in run.optimizer.state[p].values():
+                    moment.zero_()
+            run.optimizer.step()
+        ends.append({name: p.detach().clone() for p, name in run.names.items()})
+    run.optimizer.zero_grad(set_to_none=True)
+    for name, p in ends[0].items():
+        torch.testing.assert_close(ends[1][name], p, msg=name)
+        assert not torch.equal(p, before[name])
     with levers.CHANGES["AdamW in pieces"](run):
         assert not any(group["fused"] for group in groups)
     assert all(group["fused"] for group in groups)
@@ -128,15 +143,14 @@ def test_the_table_has_every_change(dwarf, tmp_path, capsys):
 
 
 def test_a_change_that_does_not_fit_is_left_out(dwarf, monkeypatch):
-    original, asked = levers.peak, []
+    original = DualSpeed.forward
 
-    def small(step, device, known):
-        asked.append(step.args[0])
-        if asked[-1] == "padded, not packed" and asked.count(asked[-1]) == 2:  # in slow steps
+    def small(model, *given, plan=None, **batch):
+        if model.layout == "padded" and plan.mode == "slow":
             raise torch.OutOfMemoryError
-        return original(step, device, known)
+        return original(model, *given, plan=plan, **batch)
 
-    monkeypatch.setattr(levers, "peak", small)
+    monkeypatch.setattr(DualSpeed, "forward", small)
     result = levers.bench_levers("dwarf", batch=2, repeats=1)
     fast, slow = result["steps"].values()
     assert list(fast) == list(levers.CHANGES)

@@ -77,7 +77,9 @@ def test_median_and_minimum_are_of_the_counted_repeats(monkeypatch):
     clock = iter([0, 0, 0, 1, 0, 7, 0, 3])  # two rounds of warm-up, which never stop the clock, then three
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     times = timing.timed({"a": lambda: None}, 3, CPU)
-    assert times == {"a": {"median_ms": 3000, "min_ms": 1000}}
+    assert times == {"a": {"median_ms": 3000, "min_ms": 1000, "ms": [1000, 7000, 3000]}}
+    twice = {"a": {**times["a"], "ms": [2000, 7000, 9000]}}
+    assert timing.faster(twice["a"], times["a"]) == 2
 
 
 @pytest.mark.parametrize(

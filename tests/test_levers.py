@@ -5,6 +5,8 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import tiny
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tinyspeed import DualSpeed, UserError, attention, heap, pruning, rows
 from tinyspeed.scheduler import Plan
+from tinyspeed.stage import StageRun
 
 ROOT = Path(__file__).parents[1]
 FAST = Plan("fast", keep=0.3)
@@ -84,6 +87,16 @@ def test_on_a_cpu_packed_is_what_padding_would_make_a_tenth_longer(lengths):
     some = rows.Rows(*[torch.zeros_like(sample)] * 3, sample, sample, len(lengths))
     waste = 1 - sum(lengths) / (len(lengths) * max(lengths))
     assert attention.layout(torch.zeros(1), some) == ("packed" if waste > 0.1 + 1e-9 else "padded")
+
+
+@given(st.lists(st.integers(1, 30), min_size=1), st.sampled_from(["auto", "packed", "padded"]), st.booleans())
+def test_activations_are_those_of_rows_as_they_lie(lengths, layout, packs):
+    """Whether a micro-batch is recomputed depends on its padding only where there is any."""
+    model = SimpleNamespace(device=torch.device("cpu"), isolator=SimpleNamespace(weight=None), layout=layout)
+    run = SimpleNamespace(precision="fp32", model=model)
+    with mock.patch.object(attention, "packs", return_value=packs):
+        count = StageRun.laid_out(run, lengths)
+    assert count == (sum(lengths) if packs and layout != "padded" else len(lengths) * max(lengths))
 
 
 def test_a_step_reads_only_words_that_it_uses():

@@ -293,7 +293,7 @@ def test_mistakes_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, argv, s
 
 @pytest.mark.parametrize(("family", "longest"), [("1.5", 2048), ("next", 4096)])
 def test_the_mix_is_what_is_public_of_it(family, longest):
-    samples = lengths.mix(20_000, 0, family, longest)
+    samples = lengths.mix(20_000, 0, family)
     assert samples == lengths.mix(20_000, 0, family, longest)
     assert abs(lengths.SAMPLES - 665_298) < 2000
     assert all(0 < answers <= text <= longest - sum(images) for text, images, answers in samples)
@@ -303,6 +303,8 @@ def test_the_mix_is_what_is_public_of_it(family, longest):
     assert {images[0] for _, images, _ in samples if images} == set(lengths.VISUAL[family])
     with pytest.raises(UserError, match="family"):
         lengths.mix(1, 0, "1.6")
+    with pytest.raises(UserError, match="no room for pictures"):
+        lengths.mix(1, 0, family, 600)
 
 
 def test_times_of_steps_follow_their_flops():

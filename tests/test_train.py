@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from tinyspeed import UserError, checkpoint, digits, loader, recipe, train
 from tinyspeed.data import collate
+from tinyspeed.optimizer import learning_rate
 from tinyspeed.scheduler import Plan
-from tinyspeed.stage import StageRun, Totals, learning_rate
+from tinyspeed.stage import StageRun, Totals
 
 ALIGN, TUNE = 3, 7
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import unknown
+from .errors import UserError, unknown
 from .estimate import Sample
 
 SYSTEM = 35  # tokens before the first turn
@@ -57,8 +57,12 @@ VISUAL = {
 }
 
 
-def mix(n: int, seed: int, family: str = "1.5", longest: int = 2048) -> list[Sample]:
-    """`n` samples as they come in a shuffled epoch: text rows, visual rows of each picture, tokens to learn."""
+LONGEST = {"1.5": 2048, "next": 4096}  # rows of a sample, its picture's included, as they were trained
+
+
+def mix(n: int, seed: int, family: str = "1.5", longest: int = 0) -> list[Sample]:
+    """`n` samples as they come in a shuffled epoch: text rows, visual rows of each picture, tokens to learn. A sample
+    has at most `longest` rows (0: as published)."""
     draw = np.random.default_rng([seed, 665])
     kinds = draw.choice(len(MIX), size=n, p=[part.samples / SAMPLES for part in MIX])
     turns = np.array([part.turns for part in MIX])[kinds]
@@ -66,6 +70,9 @@ def mix(n: int, seed: int, family: str = "1.5", longest: int = 2048) -> list[Sam
     spread, tokens = (np.array([getattr(part, name) for part in MIX])[kinds] for name in ("spread", "tokens"))
     text = SYSTEM + turns * tokens * np.exp(spread * draw.standard_normal(n))
     visual = _visual(draw, n, family)
+    longest = longest or LONGEST[family]
+    if longest < max(VISUAL[family]) + SYSTEM:
+        raise UserError(f"samples of at most {longest:,} rows have no room for pictures of {max(VISUAL[family]):,}")
     found: list[Sample] = []
     for kind, rows, picture in zip(kinds, text.round().astype(int), visual, strict=True):
         part = MIX[kind]

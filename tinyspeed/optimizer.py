@@ -10,6 +10,8 @@ Moments exist, as zeros, before step 0. A parameter that no step has touched yet
 step) would otherwise be missing from the first checkpoint and could not be restored.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,3 +44,11 @@ def build(stage: Stage, connector: list[Tensor], others: list[Tensor]) -> torch.
             optimizer.init_state(group, p, number, place)
     optimizer.initialized = True
     return optimizer
+
+
+def learning_rate(stage: Stage, step: int, steps: int) -> float:
+    """The share of the learning rate at this step: linear warm-up, then half a cosine down to zero."""
+    warm = math.ceil(stage.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

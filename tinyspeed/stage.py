@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, heap, loader, loading, memory, optimizer, precision, record
+from . import attention, checkpoint, heap, loader, loading, memory, optimizer, precision, record
 from .batching import Order, cut, plan_rows
 from .data import Source
 from .dualspeed import DualSpeed, Output
@@ -53,14 +53,6 @@ class Totals:
     def speedup(self) -> float | None:
         """None before the first step, and where a full step does not fit the device and could not be timed."""
         return self.full_seconds / self.seconds if self.full_seconds else None
-
-
-def learning_rate(stage: Stage, step: int, steps: int) -> float:
-    """The share of the learning rate at this step: linear warm-up, then half a cosine down to zero."""
-    warm = math.ceil(stage.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class StageRun:
@@ -228,11 +220,17 @@ class StageRun:
         """Forward and backward."""
         device = self.model.device
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        self.model.vlm.recompute(len(rows) * max(rows) > self.rows_that_fit)
+        self.model.vlm.recompute(self.laid_out(rows) > self.rows_that_fit)
         with precision.autocast(self.precision, device):
             out = self.model(**batch, plan=plan, num_items_in_batch=answers)
         (out.loss * self.scale.scale).backward()
         return out
+
+    def laid_out(self, rows: list[int]) -> int:
+        """How many there are of these samples' rows when they lie side by side: where they are packed, no more."""
+        with precision.autocast(self.precision, self.model.device):
+            packed = attention.packs(self.model.isolator.weight)
+        return sum(rows) if packed and self.model.layout != "padded" else len(rows) * max(rows)
 
     def _together(self, done: dict) -> dict:
         """Sums over this process's part of the batch to sums over the batch."""
@@ -270,7 +268,7 @@ class StageRun:
     def _step(self, step: int, batches: Iterator[dict[str, Tensor]], full_seconds_per_row: float | None) -> dict:
         began = time.perf_counter()
         plan = self.model.schedule.plan(step)
-        share = learning_rate(self.stage, step, self.steps)
+        share = optimizer.learning_rate(self.stage, step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
         done = self._together(self._forward_backward(step, plan, batches))

@@ -31,8 +31,8 @@ from . import bars
 from .bars import Bar
 from .live import peak, storages
 from .noise import Noise
-from .step import PLANS, ours, random, recipe_of
-from .timing import MACHINE, described, device_of, leave, timed
+from .step import PLANS, fitting, ours, random, recipe_of
+from .timing import MACHINE, described, device_of, faster, leave, timed
 
 STEPS = ("fast", "slow")
 
@@ -70,14 +70,14 @@ def _cut_by_samples(run: StageRun) -> AbstractContextManager:
 @contextmanager
 def _adamw_in_pieces(run: StageRun) -> Iterator[None]:
     groups = run.optimizer.param_groups
-    was = [group["fused"] for group in groups]
+    was = [(group["fused"], group["foreach"]) for group in groups]
     for group in groups:
-        group["fused"] = False
+        group["fused"], group["foreach"] = False, run.model.device.type != "cpu"  # which is torch's default
     try:
         yield
     finally:
-        for group, fused in zip(groups, was, strict=True):
-            group["fused"] = fused
+        for group, (fused, foreach) in zip(groups, was, strict=True):
+            group["fused"], group["foreach"] = fused, foreach
 
 
 @contextmanager
@@ -185,10 +185,9 @@ def measured(run: StageRun, plan: Plan, changes: dict, repeats: int) -> dict:
     for name, change in changes.items():
         with change(run):
             steps[name] = functools.partial(once, name, ours(run, plan))
-        try:
+        with fitting(run) as fits:
             peaks[name] = sum(fixed.values()) + peak(steps[name], run.model.device, fixed)
-        except torch.OutOfMemoryError:
-            run.optimizer.zero_grad(set_to_none=True)
+        if not fits:
             del steps[name]
     times, base = timed(steps, repeats, run.model.device), flops(run, plan, AS_IS)
     return {
@@ -204,7 +203,7 @@ def flops(run: StageRun, plan: Plan, change: str) -> float:
     shape.tower_layers *= change != FROM_DISK
     total = 0.0
     for part, of in run._parts(0, plan):
-        recompute = change == RECOMPUTED or len(part) * max(of) > run.rows_that_fit
+        recompute = change == RECOMPUTED or run.laid_out(of) > run.rows_that_fit
         for i, own in zip(part, of, strict=True):
             text, images, answers = run.source.lengths(i)
             padding = (max(of) - own) * (change == PADDED)
@@ -222,7 +221,7 @@ def describe(result: dict) -> str:
             if f is None:  # it did not fit
                 line += ["-"] * 4
                 continue
-            line += [f"{f['median_ms']:,.0f}", f"{f['median_ms'] / base['median_ms']:.2f}x"]
+            line += [f"{f['median_ms']:,.0f}", f"{faster(f, base):.2f}x"]
             line += [f"{f['promised']:.2f}x", f"{f['peak_bytes'] / GIB:.2f}"]
         lines.append(line)
     return report.table(headers, lines)
@@ -231,8 +230,8 @@ def describe(result: dict) -> str:
 def draw(result: dict):
     panels = {}
     for mode, found in result["steps"].items():
-        base = found[AS_IS]["median_ms"]
+        base = found[AS_IS]
         panels[f"a {mode} step"] = [
-            Bar(name, f["median_ms"], f"{f['median_ms'] / base:.2f}x", ours=name == AS_IS) for name, f in found.items()
+            Bar(name, f["median_ms"], f"{faster(f, base):.2f}x", ours=name == AS_IS) for name, f in found.items()
         ]
     return bars.draw(panels, "ms")

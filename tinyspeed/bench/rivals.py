@@ -2,9 +2,11 @@
 
 hf       the model's own forward: batches padded as a processor pads them, in the order of the data, every activation
          checkpointed, gradients accumulated and clipped: transformers' `Trainer` without its bookkeeping
-trl      `SFTTrainer.compute_loss`, where TRL is installed, in the same loop (TRL rewrites its model, so it has a copy)
+trl      `SFTTrainer.compute_loss`, where TRL is installed, in the same loop. TRL rewrites its model, so it has
+         modules of its own around the same weights. It hooks whatever embeds: the frozen tower has a backward too
 
-Both learn what ours learns. AdamW is torch's fused one, which is the Trainer's default too.
+Both learn what ours learns. AdamW is torch's fused one, which is the Trainer's default too. On a GPU batches are
+pinned, as the Trainer's are.
 """
 
 import copy
@@ -25,7 +27,7 @@ def rivals(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
     """By name: one optimizer step on all samples of the run, `micro` at a time. Each returns its loss."""
     samples = range(len(run.source))
     cut = [samples[first : first + micro] for first in range(0, len(samples), micro)]
-    batches = [collate([run.source.example(i) for i in part], run.pad) for part in cut]
+    batches = [loaded(run, part) for part in cut]
     answers = sum(run.source.lengths(i)[2] for i in samples)
     model, llm = run.model.model, run.model.vlm.language_model
 
@@ -37,15 +39,14 @@ def rivals(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
             llm.set_attn_implementation("sdpa")
             run.model.vlm.recompute(checkpointing)
             try:
-                return _step(run, run.optimizer, batches, loss)
+                return _step(run, batches, loss)
             finally:
                 llm.set_attn_implementation(attention.NAME)
 
         return step
 
     found = {"hf": hf(True), "hf, nothing recomputed": hf(False)}
-    # Of a model in 4 bits TRL makes everything that trains bf16, which nothing else is in fp32.
-    if find_spec("trl") and (run.recipe.model.quantise == "none" or run.precision == "bf16"):
+    if find_spec("trl") and run.recipe.model.quantise == "none":  # of one in 4 bits it casts what all train
         found["trl"] = _trl(run, batches, answers)
     return found
 
@@ -54,7 +55,8 @@ def _trl(run: StageRun, batches: list[dict[str, Tensor]], answers: int) -> Calla
     import datasets
     import trl
 
-    model = copy.deepcopy(run.model.model)
+    weights = [*run.model.model.parameters(), *run.model.model.buffers()]
+    model = copy.deepcopy(run.model.model, {id(weight): weight for weight in weights})
     family(model).language_model.set_attn_implementation("sdpa")
     nothing = datasets.Dataset.from_dict({"images": [None], "messages": [[]]})  # its loop and its data are not used
     with tempfile.TemporaryDirectory() as folder:
@@ -67,17 +69,17 @@ def _trl(run: StageRun, batches: list[dict[str, Tensor]], answers: int) -> Calla
         )
     model.train()
     model.gradient_checkpointing_enable()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(trained, lr=run.stage.lr, fused=True)
-    return lambda: _step(
-        run, adamw, batches, lambda batch: trainer.compute_loss(model, batch, num_items_in_batch=answers)
-    )
+    return lambda: _step(run, batches, lambda batch: trainer.compute_loss(model, batch, num_items_in_batch=answers))
 
 
-def _step(
-    run: StageRun, optimizer: torch.optim.Optimizer, batches: Iterable[dict[str, Tensor]], loss: Callable
-) -> float:
-    device, total = run.model.device, 0.0
+def loaded(run: StageRun, part: Iterable[int]) -> dict[str, Tensor]:
+    """A batch that is there before the clock starts."""
+    batch = collate([run.source.example(i) for i in part], run.pad)
+    return {name: value.pin_memory() for name, value in batch.items()} if run.model.device.type == "cuda" else batch
+
+
+def _step(run: StageRun, batches: Iterable[dict[str, Tensor]], loss: Callable) -> float:
+    device, optimizer, total = run.model.device, run.optimizer, 0.0
     for batch in batches:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         with precision.autocast(run.precision, device):

@@ -25,7 +25,7 @@ from ..rows import IGNORE
 from ..scheduler import Plan
 from . import bars
 from .bars import Bar
-from .timing import MACHINE, described, device_of, leave, timed
+from .timing import MACHINE, described, device_of, faster, leave, timed
 
 ON_A_CPU = {  # which torch does not count by itself
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -83,11 +83,12 @@ def bench_savings(
             step(plan)
         flops[name] = counter.get_total_flops()
     times = timed({name: lambda plan=plan: step(plan) for name, plan in asked.items()}, repeats, where)
-    full, found = times["full"]["median_ms"], {}
+    found = {}
     for name, t in times.items():
-        saved, promised = 1 - t["median_ms"] / full, 1 - flops[name] / flops["full"]
+        speedup = faster(times["full"], t)
+        saved, promised = 1 - 1 / speedup, 1 - flops[name] / flops["full"]
         found[name] = {
-            **t, "flops": flops[name], "speedup": full / t["median_ms"], "promised": flops["full"] / flops[name],
+            **t, "flops": flops[name], "speedup": speedup, "promised": flops["full"] / flops[name],
             "kept": saved / promised if promised else None,
         }  # fmt: skip
     result = described(where, bench="savings", layers=layers, width=width, repeats=repeats, plans=found)

@@ -22,7 +22,7 @@ from .bars import Bar
 from .timing import MACHINE, described, device_of, leave, product, timed
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
-MODEL = "llava-hf/llava-1.5-7b-hf"
+MODEL, WIDTH = "llava-hf/llava-1.5-7b-hf", 4096  # and of its features
 
 
 def bench_pruning(
@@ -87,8 +87,10 @@ def bench_pruning(
 
 
 def describe(result: dict) -> str:
-    headers = ["contestant", "median", "min", "x product", "speed-up over loop", "of a 7B fast step"]
-    return table(headers, [_line(name, t) for name, t in result["contestants"].items()])
+    headers = ["contestant", "median", "min", "x product", "speed-up over loop"]
+    if result["shape"][-1] == WIDTH:
+        headers.append("of a 7B fast step")
+    return table(headers, [_line(name, t)[: len(headers)] for name, t in result["contestants"].items()])
 
 
 def draw(result: dict):

@@ -10,7 +10,7 @@ the machine hits all of them and no weights are there twice. Rivals are in `riva
 
     mix        (1 - r) fast + r slow: r = 0.1 as published, r = 0.02 with original positions
     floor      the plan's FLOPs, counted as in `estimate.py` without recomputing, / the rate of a large product of
-               matrices that this machine reached in the same run
+               matrices, which is timed in turn with the contestants
     MFU        floor / time
 
 `--text 128` gives every sample 128 words, half of them answers; `mix` draws from LLaVA's instruction mix
@@ -19,8 +19,10 @@ weights and moments. On a CPU it is counted operation by operation (`live.py`) i
 """
 
 import functools
+import gc
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,7 +31,6 @@ from transformers import AutoModelForImageTextToText
 
 from .. import estimate, lengths, loading, precision, report, shapes, train
 from ..batching import plan_rows
-from ..data import collate
 from ..errors import UserError, unknown
 from ..estimate import Sample
 from ..memory import GIB, Settings, Shape
@@ -40,12 +41,12 @@ from . import bars
 from .bars import Bar
 from .live import peak, storages
 from .noise import Noise
-from .rivals import rivals
-from .timing import MACHINE, described, device_of, leave, product, timed, write
+from .rivals import loaded, rivals
+from .timing import MACHINE, described, device_of, faster, leave, product, summed_up, timed, write
 
 TUNE = ("lora", "qlora", "full")
 MIXES = {"DualSpeed, r = 0.1": 0.1, "DualSpeed, r = 0.02": 0.02}
-KEEP = 0.1
+KEEP, RATE = 0.1, "a large product"
 PLANS = {"full": Plan("full"), "fast": Plan("fast", keep=KEEP), "slow": Plan("slow", keep=KEEP, distill=1.0)}
 
 
@@ -83,19 +84,17 @@ def bench_step(
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where, checkpointing)
     name = precision.choose(recipe.model.precision, where)
     model = train.wrap(recipe, random(config, name, tune, where))
-    rate = measured_rate(where, precision.DTYPES[name])
     result = described(
         where, bench="step", size=size, family=family, tune=tune, rank=recipe.lora.rank, batch=batch,
-        micro=micro or batch, budget=budget, checkpointing=checkpointing, repeats=repeats, precision=name,
-        tflops=rate / 1e12, texts={},
+        micro=micro or batch, budget=budget, checkpointing=checkpointing, repeats=repeats, precision=name, texts={},
     )  # fmt: skip
     print(f"{size}, LLaVA-{family}, {tune}, {name}; batches of {batch}, median of {repeats}")
     if checkpointing != "auto":
         print(f"checkpointing of ours: {checkpointing}")
-    print(MACHINE.format(**result) + f"a large product of matrices: {rate / 1e12:.3g} TFLOP/s\n")
+    print(MACHINE.format(**result))
     for text, of_text in drawn.items():
         run = StageRun(recipe, model, Noise(config, of_text), "train", 0, recipe.train, Totals())
-        found = result["texts"][text] = measured(run, micro or batch, repeats, rate)
+        found = result["texts"][text] = measured(run, micro or batch, repeats)
         print(describe(text, found) + "\n")
         if out is not None:
             write(result, Path(out))
@@ -112,7 +111,7 @@ def samples(text: str, batch: int, family: str) -> list[Sample]:
         return lengths.mix(batch, 0, family)
     if not text.isdigit() or int(text) < 2:
         raise UserError(f'text = {text!r}: a number of words, at least 2, or "mix"')
-    rows = max(lengths.VISUAL[family], key=lengths.VISUAL[family].get)
+    rows = max(lengths.VISUAL[family])
     return [(int(text), [rows], int(text) // 2)] * batch
 
 
@@ -146,13 +145,7 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
         return loading.load(folder, name, quantise="nf4", device=device)
 
 
-def measured_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of an LLM's size."""
-    multiply, flops = product(device, dtype)
-    return flops / timed({"product": multiply}, 10, device)["product"]["min_ms"] * 1000
-
-
-def measured(run: StageRun, micro: int, repeats: int, rate: float) -> dict:
+def measured(run: StageRun, micro: int, repeats: int) -> dict:
     """Every contestant on the run's samples."""
     device, source = run.model.device, run.source
     steps = {**rivals(run, micro), **{name: ours(run, plan) for name, plan in PLANS.items()}}
@@ -165,19 +158,20 @@ def measured(run: StageRun, micro: int, repeats: int, rate: float) -> dict:
         losses[name] = steps[name]()
 
     for name in list(steps):
-        try:
+        with fitting(run) as fits:
             peaks[name] = sum(fixed.values()) + peak(functools.partial(once, name), device, fixed)
-        except torch.OutOfMemoryError:
-            run.optimizer.zero_grad(set_to_none=True)
+        if not fits:
             del steps[name]
-    times = timed(steps, repeats, device)
+    multiply, work = product(device, precision.DTYPES[run.precision])
+    times = timed({**steps, RATE: multiply}, repeats, device)
+    rate = work / times.pop(RATE)["median_ms"]  # FLOPs a millisecond
     s, shape = Settings.of(run.recipe, "train", run.precision), Shape(run.model.config)
     rows = {
         mode: sum(plan_rows(*source.lengths(i)[:2], plan, s.isolator) for i in range(len(source)))
         for mode, plan in PLANS.items()
     }
     floors = {
-        mode: 1000 / rate * sum(estimate.flops(shape, s, mode, source.lengths(i), False) for i in range(len(source)))
+        mode: sum(estimate.flops(shape, s, mode, source.lengths(i), False) for i in range(len(source))) / rate
         for mode in PLANS
     }
     found = {
@@ -189,19 +183,38 @@ def measured(run: StageRun, micro: int, repeats: int, rate: float) -> dict:
     }  # fmt: skip
     for name, slow in MIXES.items() if {"fast", "slow"} <= found.keys() else ():
         fast, rare = found["fast"], found["slow"]
-        mixed = {key: (1 - slow) * fast[key] + slow * rare[key] for key in ("median_ms", "min_ms", "rows", "floor_ms")}
-        found[name] = {**mixed, "peak_bytes": max(fast["peak_bytes"], rare["peak_bytes"])}
+        ms = [(1 - slow) * a + slow * b for a, b in zip(fast["ms"], rare["ms"], strict=True)]
+        mixed = {key: (1 - slow) * fast[key] + slow * rare[key] for key in ("rows", "floor_ms")}
+        found[name] = {**summed_up(ms), **mixed, "peak_bytes": max(fast["peak_bytes"], rare["peak_bytes"])}
     for f in found.values():
         f["ms_a_sample"] = f["median_ms"] / len(source)
         f["rows_per_second"] = 1000 * f["rows"] / f["median_ms"]
         f["mfu"] = f["floor_ms"] / f["median_ms"]
-        f["speedup"] = found["hf"]["median_ms"] / f["median_ms"] if "hf" in found else None
-    return {"samples": [[text, images, answers] for text, images, answers in source.samples], "contestants": found}
+        f["speedup"] = faster(found["hf"], f) if "hf" in found else None
+    drawn = [[text, images, answers] for text, images, answers in source.samples]
+    return {"samples": drawn, "tflops": rate / 1e9, "contestants": found}
+
+
+@contextmanager
+def fitting(run: StageRun) -> Iterator[list[bool]]:
+    """A step that may not fit the device. What is yielded is true behind it if it did."""
+    fits = []
+    try:
+        yield fits
+        fits.append(True)
+    except (torch.OutOfMemoryError, UserError) as error:  # the real loop makes advice of it
+        if not any(isinstance(e, torch.OutOfMemoryError) for e in (error, error.__cause__)):
+            raise
+        run.optimizer.zero_grad(set_to_none=True)
+    if not fits:  # the error and what its frames hold are gone by now
+        gc.collect()
+        if run.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def ours(run: StageRun, plan: Plan) -> Callable[[], float]:
     """A step of the real loop, on batches that are there."""
-    batches = [collate([run.source.example(i) for i in part], run.pad) for part, _ in run._parts(0, plan)]
+    batches = [loaded(run, part) for part, _ in run._parts(0, plan)]
 
     def step() -> float:
         run.model.schedule = Always(plan)
@@ -218,7 +231,7 @@ def describe(text: str, found: dict) -> str:
         numbers = [f"{f['ms_a_sample']:.1f}", speedup, f"{f['rows_per_second']:,.0f}", f"{f['floor_ms'] / of:.1f}"]
         rows.append([name, *numbers, f"{f['mfu']:.0%}", f"{f['peak_bytes'] / GIB:.2f}"])
     words = "text as in LLaVA's mix" if text == "mix" else f"{text} words of text"
-    return f"{words}\n\n{report.table(headers, rows)}"
+    return f"{words}; a large product of matrices: {found['tflops']:.3g} TFLOP/s\n\n{report.table(headers, rows)}"
 
 
 def draw(result: dict):

@@ -1,7 +1,7 @@
 """Contestants take turns, and the machine is written down beside what they took.
 
-The contestants of one repeat run in shuffled order, so that a drifting clock or a busy neighbour hits all alike. The
-median is reported, and the minimum for the optimists.
+The contestants of one round run in shuffled order, so that a drifting clock or a busy neighbour hits all alike. The
+median of the rounds is reported; of how much faster one is than another, the median of what each round says.
 """
 
 import json
@@ -21,8 +21,8 @@ from ..errors import UserError
 MACHINE = "{device}; {cores} cores, {threads} threads, load {load}\n"  # of what is `described`
 
 
-def timed(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Median and minimum milliseconds of each contestant, after two rounds that are not counted."""
+def timed(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict]:
+    """Milliseconds of each contestant in each round, after two that are not counted; their median and minimum."""
     if repeats < 1:
         raise UserError(f"repeats = {repeats}: measure at least once")
     turns = random.Random(0)
@@ -35,14 +35,29 @@ def timed(contestants: dict[str, Callable], repeats: int, device: torch.device) 
             wait(device)
             if repeat >= 0:
                 milliseconds[name].append(1000 * (time.perf_counter() - start))
-    return {name: {"median_ms": statistics.median(ms), "min_ms": min(ms)} for name, ms in milliseconds.items()}
+    return {name: summed_up(ms) for name, ms in milliseconds.items()}
+
+
+def summed_up(ms: list[float]) -> dict:
+    return {"median_ms": statistics.median(ms), "min_ms": min(ms), "ms": ms}
+
+
+def faster(slow: dict, fast: dict) -> float:
+    """How many times, round by round."""
+    return statistics.median(a / b for a, b in zip(slow["ms"], fast["ms"], strict=True))
 
 
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, int]:
-    """A product of matrices as large as an LLM's, and its FLOPs: how fast this machine computes."""
-    rows, width = (256, 4096) if device.type == "cpu" else (8192, 4096)
+    """Products of matrices as large as an LLM's, and their FLOPs: how fast this machine computes. A GPU gets enough of
+    them at once that starting them is nothing beside."""
+    rows, width, times = (256, 4096, 1) if device.type == "cpu" else (8192, 4096, 100)
     left, right = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, width))
-    return lambda: left @ right, 2 * rows * width**2
+
+    def multiply() -> None:
+        for _ in range(times):
+            left @ right
+
+    return multiply, times * 2 * rows * width**2
 
 
 def wait(device: torch.device) -> None:
