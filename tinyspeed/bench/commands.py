@@ -34,7 +34,7 @@ def add(what) -> None:
     made.add_argument("--tune", default="lora", help="lora, qlora or full (default: lora)")
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--budget", type=int, default=4096, help="rows at a time (default: 4096)")
-    made.add_argument("--compiled", action="store_true", help="also with compiled layers, which takes a minute more")
+    made.add_argument("--compiled", action="store_true", help="also with compiled layers, which takes longer")
     made.add_argument("--repeats", type=int, default=5)
 
     made = command("loss", _loss, "the answer loss: time and memory, beside logits of every row")

@@ -9,7 +9,7 @@ LLaVA's mix, and fast and slow steps apart, since most levers are for one of the
 what arithmetic promises: the FLOPs of the step with it (`estimate.py`), over those of the step as it is.
 
 Two rows are levers that are not pulled by default: features from disk need space there, and compiled layers have to be
-compiled, which takes half a minute, and again for other shapes.
+compiled, and again for other shapes.
 """
 
 import functools
