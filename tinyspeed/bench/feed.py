@@ -38,7 +38,7 @@ from ..memory import Settings, Shape
 from ..recipe import Data, Recipe
 from . import bars
 from .bars import Bar
-from .timing import MACHINE, described, device_of, leave
+from .timing import described, device_of, finish
 
 BATCH, TFLOPS, SLOW, PICTURES = 8, (20.0, 100.0, 400.0), 0.02, 64
 WIDTH, HEIGHT = 640, 480
@@ -80,11 +80,8 @@ def bench_data(
         device_of("cpu"), bench="data", data=said, model=config.model_type, samples=samples, repeats=repeats,
         records_per_second=found, wanted=wanted,
     )  # fmt: skip
-    print(f"{said}, {config.model_type}; {samples} records, median of {repeats}")
-    print(MACHINE.format(**result))
-    print(describe(result))
-    leave(result, out, png, draw)
-    return result
+    said = f"{said}, {config.model_type}; {samples} records, median of {repeats}"
+    return finish(said, result, describe, draw, out, png)
 
 
 def describe(result: dict) -> str:

@@ -19,7 +19,7 @@ from ..dualspeed import DualSpeed
 from ..errors import UserError
 from ..rows import IGNORE
 from ..scheduler import Plan
-from .timing import MACHINE, described, device_of, leave, timed
+from .timing import described, device_of, finish, timed
 
 FRAMES = (1, 4, 8, 20, 40, 80)
 WORDS, ANSWERS, PATCHES = 64, 32, 144
@@ -60,11 +60,8 @@ def bench_scaling(
     slopes = {name: _slope(found, name) for name in PLANS}
     last = {name: _slope(found[-2:], name) for name in PLANS}
     result = described(where, bench="scaling", size=size, repeats=repeats, slopes=slopes, last=last, steps=found)
-    print(f"{size}, one video and {WORDS} words; median of {repeats}")
-    print(MACHINE.format(**result))
-    print(describe(result))
-    leave(result, out, png, draw)
-    return result
+    said = f"{size}, one video and {WORDS} words; median of {repeats}"
+    return finish(said, result, describe, draw, out, png)
 
 
 def describe(result: dict) -> str:

@@ -32,7 +32,7 @@ from .bars import Bar
 from .live import peak, storages
 from .noise import Noise
 from .step import PLANS, fitting, ours, random, recipe_of
-from .timing import MACHINE, described, device_of, faster, leave, timed
+from .timing import described, device_of, faster, finish, timed
 
 STEPS = ("fast", "slow")
 
@@ -164,13 +164,10 @@ def bench_levers(
         where, bench="levers", size=size, family=family, tune=tune, batch=batch, budget=budget, repeats=repeats,
         precision=name, samples=source.samples, steps={},
     )  # fmt: skip
-    print(f"{size}, LLaVA-{family}, {tune}, {name}; {batch} samples as in LLaVA's mix, {budget:,} rows at a time")
-    print(MACHINE.format(**result))
     for mode in STEPS:
         result["steps"][mode] = measured(run, PLANS[mode], changes, repeats)
-    print(describe(result))
-    leave(result, out, png, draw)
-    return result
+    said = f"{size}, LLaVA-{family}, {tune}, {name}; {batch} samples as in LLaVA's mix, {budget:,} rows at a time"
+    return finish(said, result, describe, draw, out, png)
 
 
 def measured(run: StageRun, plan: Plan, changes: dict, repeats: int) -> dict:

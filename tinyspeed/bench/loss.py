@@ -23,7 +23,7 @@ from ..rows import IGNORE
 from . import bars
 from .bars import Bar
 from .live import peak
-from .timing import MACHINE, described, device_of, leave, timed
+from .timing import described, device_of, finish, timed
 
 ROWS, ANSWERS = 4 * 704, 4 * 64
 
@@ -79,11 +79,8 @@ def bench_loss(
     result = described(
         where, bench="loss", rows=ROWS, answers=ANSWERS, width=width, vocab=vocab, repeats=repeats, kinds=found
     )
-    print(f"{ROWS:,} rows, {ANSWERS} of them answers, width {width:,}, {vocab:,} words; median of {repeats}")
-    print(MACHINE.format(**result))
-    print(describe(result))
-    leave(result, out, png, draw)
-    return result
+    said = f"{ROWS:,} rows, {ANSWERS} of them answers, width {width:,}, {vocab:,} words; median of {repeats}"
+    return finish(said, result, describe, draw, out, png)
 
 
 def describe(result: dict) -> str:

@@ -25,7 +25,7 @@ from ..rows import IGNORE
 from ..scheduler import Plan
 from . import bars
 from .bars import Bar
-from .timing import MACHINE, described, device_of, faster, leave, timed
+from .timing import described, device_of, faster, finish, timed
 
 ON_A_CPU = {  # which torch does not count by itself
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -92,11 +92,8 @@ def bench_savings(
             "kept": saved / promised if promised else None,
         }  # fmt: skip
     result = described(where, bench="savings", layers=layers, width=width, repeats=repeats, plans=found)
-    print(f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}")
-    print(MACHINE.format(**result))
-    print(describe(result))
-    leave(result, out, png, draw)
-    return result
+    said = f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}"
+    return finish(said, result, describe, draw, out, png)
 
 
 def describe(result: dict) -> str:

@@ -19,7 +19,7 @@ from ..memory import Settings, Shape
 from ..report import table
 from . import bars
 from .bars import Bar
-from .timing import MACHINE, described, device_of, leave, product, timed
+from .timing import described, device_of, finish, product, timed
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
 MODEL, WIDTH = "llava-hf/llava-1.5-7b-hf", 4096  # and of its features
@@ -78,12 +78,11 @@ def bench_pruning(
         same_rows={name: shared(picks, contestants[name]()) for name in (LOOP, MENDED)},
         fast_step_ms=step_ms,
     )
-    print(f"{count} of {n} rows of {images} images, width {width}, float32, median of {repeats}")
-    print(MACHINE.format(**result))
-    print(describe(result))
-    print(f"\ndivprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows")
-    leave(result, out, png, draw)
-    return result
+    said = (
+        f"{count} of {n} rows of {images} images, width {width}, float32, median of {repeats}; "
+        f"divprune keeps {result['same_rows'][LOOP]:.2%} of the loop's rows"
+    )
+    return finish(said, result, describe, draw, out, png)
 
 
 def describe(result: dict) -> str:

@@ -95,3 +95,14 @@ def leave(result: dict, out: Path | str | None, png: Path | str | None, draw: Ca
         write(result, Path(out))
     if png is not None:
         print(report.save(draw(result), png))
+
+
+def finish(
+    said: str, result: dict, describe: Callable, draw: Callable, out: Path | str | None, png: Path | str | None
+) -> dict:
+    """What a benchmark does at its end: says what it found, on which machine, and leaves it where it is wanted."""
+    print(said)
+    print(MACHINE.format(**result))
+    print(describe(result))
+    leave(result, out, png, draw)
+    return result
