@@ -1,11 +1,11 @@
-# Two commands do all the set-up: `make demo` and `make test`. Each makes .venv and installs what it needs, once.
+# `make demo`, `make test` and `make tutorials` do all the set-up: each makes .venv and installs what it needs, once.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean bench-gpu
+.PHONY: demo test tutorials lint clean bench-gpu
 
 # make demo SHORT=1 runs the same path in seconds; make demo SEED=3 draws other pictures.
 demo: $(READY)
@@ -13,6 +13,10 @@ demo: $(READY)
 
 test: lint
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a file's tests share what it has set up
+
+# make tutorials ONLY=3 executes one chapter; SHORT=1 every cell with fewer repeats; KEEP=1 keeps the new outputs.
+tutorials: $(READY)
+	@$(BIN)/python tutorials/run.py $(ONLY) $(if $(SHORT),--short) $(if $(KEEP),--keep)
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
@@ -32,18 +36,18 @@ loss := loss
 scaling := scaling --size 1b
 pruning := pruning --width 4096
 memory := memory llava-1.5-7b-qlora-8gb llava-1.5-7b-lora-24gb llava-next-7b-qlora-24gb --gpu 24
-ONLY ?= step-7b step-7b-full step-7b-qlora step-7b-memory step-next-7b step-13b levers loss scaling pruning memory
+gpu := step-7b step-7b-full step-7b-qlora step-7b-memory step-next-7b step-13b levers loss scaling pruning memory
 
 bench-gpu: $(if $(findstring $(BIN),$(PY)),$(READY))
 	@mkdir -p $(OUT)
-	@failed=0; $(foreach what,$(ONLY),echo "== $(what)"; $(PY) -m tinyspeed bench $($(what)) --out $(OUT)/$(what).json \
+	@failed=0; $(foreach what,$(or $(ONLY),$(gpu)),echo "== $(what)"; $(PY) -m tinyspeed bench $($(what)) --out $(OUT)/$(what).json \
 	    $(if $(filter memory,$(what)),,--device cuda --png $(OUT)/$(what).png) > $(OUT)/$(what).txt || failed=1; \
 	    tail -n 40 $(OUT)/$(what).txt;) exit $$failed
 
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about a minute, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --constraint constraints.txt --editable '.[demo,test]'
+	@$(PIP) --constraint constraints.txt --editable '.[demo,test,tutorials]'
 	@touch $@
 
 clean:

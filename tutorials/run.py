@@ -1,0 +1,95 @@
+"""Execute the course: every chapter from top to bottom, in a fresh kernel, as a reader would.
+
+A chapter fails where a cell raises, and its cells assert what they teach. Its outputs are part of the text, so `--keep`
+writes them back. What only a watcher needs is left out of them: progress bars (stderr) and times of execution.
+
+    python tutorials/run.py                   all chapters, in full
+    python tutorials/run.py 1 3 --keep        two of them; the notebooks get the new outputs
+    python tutorials/run.py --short           every cell, with fewer repeats and shorter training (SHORT=1)
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from jupyter_client import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+HERE = Path(__file__).parent
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def chapters(numbers: list[int]) -> list[Path]:
+    found = {int(file.stem.split("-")[0]): file for file in sorted(HERE.glob("[0-9]*.ipynb"))}
+    if unknown := set(numbers) - set(found):
+        raise SystemExit(f"no chapter {min(unknown)}; there are {', '.join(map(str, found))}")
+    return [found[number] for number in numbers or found]
+
+
+def tidy(outputs: list) -> list:
+    """Without stderr, and with what was printed in one piece, however it arrived."""
+    kept = []
+    for output in outputs:
+        if output.output_type != "stream":
+            kept.append(output)
+        elif output.name == "stdout":
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+    return kept
+
+
+def execute(file: Path, short: bool = False) -> nbformat.NotebookNode:
+    """The notebook with the outputs of this execution. Raises CellExecutionError where a cell does."""
+    notebook = nbformat.read(file, as_version=4)
+    environment = {name: value for name, value in os.environ.items() if name != "SHORT"}
+    if short:
+        environment["SHORT"] = "1"
+    with tempfile.TemporaryDirectory() as sockets:  # files, not ports: other users of the machine cannot listen
+        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
+        client = NotebookClient(notebook, km=kernel, timeout=900, record_timing=False)
+        client.execute(cwd=str(file.parent), env=environment)
+    for cell in notebook.cells:
+        cell.metadata = {}
+        if cell.cell_type == "code":
+            cell.outputs = tidy(cell.outputs)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chapters", nargs="*", type=int, metavar="N", help="numbers of chapters; all if none is given")
+    parser.add_argument("--short", action="store_true", help="fewer repeats, every cell")
+    parser.add_argument("--keep", action="store_true", help="write the outputs into the notebooks")
+    asked = parser.parse_args(arguments)
+    if asked.short and asked.keep:
+        parser.error("what is kept is the long form: --short and --keep exclude each other")
+    failed = 0
+    for file in chapters(asked.chapters):
+        began = time.monotonic()
+        try:
+            notebook = execute(file, asked.short)
+        except CellExecutionError as error:
+            failed = 1
+            said = COLOUR.sub("", str(error))
+            print(f"{file.name}: FAILED after {time.monotonic() - began:.0f} s\n{said}", flush=True)
+            continue
+        if asked.keep:
+            nbformat.write(notebook, file)
+        print(f"{file.name}: {time.monotonic() - began:.0f} s", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
