@@ -169,9 +169,10 @@ def some(batch: dict, seed: int) -> torch.Tensor:
 def test_to_keep_all_is_the_identity_bit_for_bit(llava, plan, layout):
     model, batch = DualSpeed(llava, keep=0.3, layout=layout).train(), tiny.batch("llava", outlines=MIXED)
     found = []
-    for more in ({}, {"answers": torch.ones_like(batch["labels"], dtype=torch.bool)}):
+    everything = torch.ones_like(batch["labels"], dtype=torch.bool)
+    for how in ({"plan": plan}, {"plan": replace(plan, answer_keep=0.5), "answers": everything}):
         model.zero_grad(set_to_none=True)
-        out = model(**batch, plan=plan, **more)
+        out = model(**batch, **how)
         out.loss.backward()
         found.append((out.loss.detach(), out.metrics["losses"], tiny.gradients(model)))
     (loss, each, gradients), (loss_, each_, gradients_) = found
@@ -232,7 +233,7 @@ def test_what_comes_before_a_skipped_answer_does_not_change(llava, plan):
     batch = tiny.batch("llava", outlines=[[4, tiny.IMG, 12]])
     stays = torch.ones_like(batch["labels"], dtype=torch.bool)
     stays[0, -4] = False  # the last four answers: one is skipped, and its two before must not notice
-    whole, less = model(**batch, plan=plan), model(**batch, plan=plan, answers=stays)
+    whole, less = model(**batch, plan=plan), model(**batch, plan=replace(plan, answer_keep=0.5), answers=stays)
     before, after = whole.metrics["losses"], less.metrics["losses"]
     assert len(after) == len(before) - 1
     torch.testing.assert_close(after[:-3], before[:-4], rtol=0, atol=1e-6 * float(before.max()))
@@ -245,7 +246,7 @@ def test_fast_rows_lose_what_full_rows_lose(llava):
     stays = some(batch, 0)
     gone = {
         plan.mode: model(**batch, plan=plan).metrics["rows_kept"]
-        - model(**batch, plan=plan, answers=stays).metrics["rows_kept"]
+        - model(**batch, plan=replace(plan, answer_keep=0.5), answers=stays).metrics["rows_kept"]
         for plan in (FULL, FAST)
     }
     assert gone["fast"] == gone["full"] > 0
@@ -279,9 +280,11 @@ def test_questions_and_pictures_stay_whole(llava):
     assert all(s < batch["labels"].numel() and batch["labels"].flatten()[s] != rows.IGNORE for s in gone)
 
 
-def test_a_plan_that_skips_without_a_choice_is_refused(llava):
+def test_the_plan_and_the_choice_of_answers_come_together(llava):
     model, batch = DualSpeed(llava).train(), tiny.batch("llava")
-    with pytest.raises(UserError, match="say which answer tokens stay"):
-        model(**batch, plan=Plan("full", answer_keep=0.5))
+    skipping, stays = Plan("full", answer_keep=0.5), torch.ones_like(batch["labels"], dtype=torch.bool)
+    for how in ({"plan": skipping}, {"plan": FULL, "answers": stays}):
+        with pytest.raises(UserError, match="answer_keep below 1 and `answers=`"):
+            model(**batch, **how)
     with pytest.raises(UserError, match="has shape"):
-        model(**batch, plan=FULL, answers=torch.ones(1, batch["labels"].shape[1], dtype=torch.bool))
+        model(**batch, plan=skipping, answers=stays[:1])

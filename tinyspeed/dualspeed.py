@@ -112,8 +112,8 @@ class DualSpeed(DropIn):
     ) -> ModelOutput:
         """A Hugging Face processor's batch, as it is. The loss is divided by `num_items_in_batch` answer tokens, or by
         the batch's own number. Without a plan: the schedule's at `self.step`, or in eval mode the plain model.
-        `answers`, bool like labels: which answer tokens stay (see `rows.elide`); a plan that keeps but a share of them
-        needs it, since only a memory of their difficulty knows which."""
+        `answers`, bool like labels: which answer tokens stay (see `rows.elide`), for a plan that keeps but a share of
+        them: only a memory of their difficulty knows which."""
         visual = {  # each by its name in the signature, which is where Trainer looks for the columns to keep
             "pixel_values": pixel_values,
             "image_sizes": image_sizes,
@@ -130,8 +130,8 @@ class DualSpeed(DropIn):
         if labels is None:
             raise UserError("the batch has no labels: there is nothing to learn from")
         plan = self._planned(plan)
-        if plan.answer_keep < 1 and answers is None:
-            raise UserError("answer_keep below 1: say which answer tokens stay, `answers=` (a gating.Memory knows)")
+        if (plan.answer_keep < 1) != (answers is not None):
+            raise UserError("answer_keep below 1 and `answers=`, which stay (a gating.Memory knows), go together")
         self.forwards += 1
 
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)

@@ -52,7 +52,7 @@ class Gate:
 
     def begin(self, samples: list[int], share: float) -> int:
         """Decide for a step; how many answer tokens stay."""
-        self.stays = {i: self.memory.keep(i, share) for i in samples}
+        self.share, self.stays = share, {i: self.memory.keep(i, share) for i in samples}
         self.done: list[tuple[list[int], Tensor]] = []  # micro-batches: samples, and losses of all their answers
         return sum(int(self.stays[i].sum()) for i in samples)
 
@@ -64,7 +64,7 @@ class Gate:
             if len(tokens):  # a damaged picture's sample has none
                 line[tokens] = torch.from_numpy(self.stays[i])
                 self.marked.append(i)
-        return {**batch, "answers": answers}
+        return {**batch, "answers": answers} if self.share < 1 else batch
 
     def ran(self, losses: Tensor) -> None:
         """Of the micro-batch that was marked last; none, if it was run for the sake of other ranks alone."""
