@@ -118,6 +118,9 @@ def test_the_saved_processor_makes_the_same_example(canvas):
         assert torch.equal(batch["input_ids"][0], example.input_ids)
         # The processor rescales by 1/255 and normalises, in that order: equal up to fp32 rounding.
         torch.testing.assert_close(batch["pixel_values"], example.pixel_values, atol=1e-6, rtol=0)
+    # Without a look at the picture, as a file of conversations is measured: the demo's model can be fine-tuned on one.
+    counted = processor._get_num_multimodal_tokens(image_sizes=[pixels.shape]).num_image_tokens
+    assert counted == [canvas.cells]
 
 
 def test_the_tower_learns_and_leaves_the_random_state_alone():

@@ -319,9 +319,9 @@ def build_processor(canvas: Canvas = DEFAULT):
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         additional_special_tokens=["<image>"], model_max_length=context(canvas),
     )  # fmt: skip
-    half = [0.5, 0.5, 0.5]
-    pictures = CLIPImageProcessor(
-        size={"height": canvas.pixels, "width": canvas.pixels}, do_center_crop=False, image_mean=half, image_std=half
+    half, size = [0.5, 0.5, 0.5], {"height": canvas.pixels, "width": canvas.pixels}
+    pictures = CLIPImageProcessor(  # it crops nothing, but `crop_size` is what transformers counts visual rows by
+        size=size, crop_size=size, do_center_crop=False, image_mean=half, image_std=half
     )
     template = (
         "{% for message in messages %}{% for part in message['content'] %}"
