@@ -1,6 +1,7 @@
 """The course as it is committed: executed from top to bottom, and true about the project around it. `make tutorials` is
 what executes it again."""
 
+import os
 import re
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def printed(file: Path) -> str:
 
 
 def numbers(text: str) -> set[str]:
-    """1,234 and 1_234 are 1234; the 1.5 of LLaVA-1.5 is a name."""
-    found = re.findall(r"(?<![\w.\-])\d(?:[\d,_]*\d)?(?:\.\d+)?", text)
+    """1,234 and 1_234 are 1234; the 1.5 of LLaVA-1.5 and a 7B are names."""
+    found = re.findall(r"(?<![\w.\-])\d(?:[\d,_]*\d)?(?:\.\d+)?(?![\dB])", text)
     return {re.sub("[,_]", "", number) for number in found}
 
 
@@ -92,10 +93,14 @@ def test_commands_exist(file, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     known = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, flags=re.MULTILINE))
-    text = prose(file) + (code(file) + printed(file) if file.suffix == ".ipynb" else "")
-    assert set(re.findall(r"(?:`|^|bin/|\$ |\")tinyspeed (\w+)", text, flags=re.MULTILINE)) <= known
+    shells = [*re.findall(r"^```sh\n(.*?)^```", prose(file), flags=re.DOTALL | re.MULTILINE)]
+    shells += re.findall(r"`([^`\n]+)`", prose(file))
+    if file.suffix == ".ipynb":
+        shells += re.findall(r"^\$ (.*)$", printed(file), flags=re.MULTILINE)
+    commands = [line.removeprefix(".venv/bin/").split() for shell in shells for line in shell.splitlines()]
+    assert {words[1] for words in commands if words[:1] == ["tinyspeed"] and words[1:]} <= known
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert set(re.findall(r"(?:`|^|\$ )make ([\w-]+)", text, flags=re.MULTILINE)) <= targets
+    assert {words[1] for words in commands if words[:1] == ["make"]} <= targets
 
 
 @pytest.mark.parametrize("file", CHAPTERS, ids=lambda file: file.stem)
@@ -112,11 +117,13 @@ def write(file: Path, *cells: str) -> None:
 
 def test_a_chapter_is_executed_where_it_is_and_keeps_what_it_printed(tmp_path):
     noisy = "import os, sys, time\nprint('one', flush=True)\nprint('bar', file=sys.stderr, flush=True)\ntime.sleep(0.1)"
-    write(tmp_path / "1-a.ipynb", f"{noisy}\nprint('two')\nprint(os.path.exists('here'))")
+    write(tmp_path / "1-a.ipynb", f"{noisy}\nprint('two')\nprint(os.path.exists('here'))", "print(os.getpid())")
     (tmp_path / "here").touch()
     made = run.execute(tmp_path / "1-a.ipynb")
     assert [(output.name, output.text) for output in made.cells[0].outputs] == [("stdout", "one\ntwo\nTrue\n")]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["1-a.ipynb", "here"]
+    with pytest.raises(ProcessLookupError):  # the kernel is gone
+        os.kill(int(made.cells[1].outputs[0].text), 0)
 
 
 def test_a_chapter_whose_claim_does_not_hold_fails(tmp_path, monkeypatch, capsys):

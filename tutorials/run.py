@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import nbformat
-from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -53,8 +52,9 @@ def execute(file: Path, short: bool = False) -> nbformat.NotebookNode:
     if short:
         environment["SHORT"] = "1"
     with tempfile.TemporaryDirectory() as sockets:  # files, not ports: other users of the machine cannot listen
-        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets}/kernel")
-        client = NotebookClient(notebook, km=kernel, timeout=900, record_timing=False)
+        client = NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False)
+        kernel = client.create_kernel_manager()
+        kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
         client.execute(cwd=str(file.parent), env=environment)
     for cell in notebook.cells:
         cell.metadata = {}
