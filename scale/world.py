@@ -48,6 +48,7 @@ class World:
     where: str = "starting"
     moved: float = math.inf  # when it last made progress
     over: threading.Event = field(default_factory=threading.Event)
+    watcher: threading.Thread | None = None
 
     @property
     def leads(self) -> bool:
@@ -77,7 +78,13 @@ class World:
                     if not self.over.is_set():
                         os._exit(LOST)
 
-        threading.Thread(target=look, daemon=True).start()
+        self.watcher = threading.Thread(target=look, daemon=True)
+        self.watcher.start()
+
+    def close(self) -> None:
+        """Stop looking: a thread that asks the board while Python shuts down would abort a run that is done."""
+        self.over.set()
+        self.watcher.join()
 
     def _look(self, board: dist.Store) -> None:
         if time.monotonic() - self.moved > self.timeout and self._claims(LOST, board):
@@ -172,5 +179,5 @@ def join() -> Iterator[World]:
     dist.init_process_group(backend, store=world.board, rank=rank, world_size=size, timeout=timedelta(days=1))
     world.wait()  # NCCL connects at the first call, and would not wait long for a rank that is busy then
     yield world
-    world.over.set()
+    world.close()
     dist.destroy_process_group()  # not after an error: it would wait for the others

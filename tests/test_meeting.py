@@ -1,6 +1,9 @@
 """Ranks that meet in a store full of what others left: all in one place, and never in one where somebody was before."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -61,3 +64,24 @@ def test_one_rank_meets_nobody():
     assert place.get("word") == b"hello"
     with pytest.raises(UserError):
         meet(dist.HashStore(), 0, 2, patience=0.0)
+
+
+AT_THE_BOARD = """
+import time
+from scale import world
+
+def look(self, board):
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        board.check(["anything"])
+
+world.World._look, world.LOOK_EVERY = look, 0.0
+with world.join():
+    time.sleep(0.2)
+"""
+
+
+def test_a_run_that_is_done_ends_well_while_its_watch_is_at_the_board():
+    root = Path(__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", AT_THE_BOARD], cwd=root, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr  # -6: aborted by a thread that comes back from the board to no Python
