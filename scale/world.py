@@ -170,6 +170,11 @@ def join() -> Iterator[World]:
     rank, size, local = (int(os.environ.get(name, value)) for name, value in alone.items())
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if local >= (there := torch.cuda.device_count()):
+            raise UserError(
+                f"process {local + 1} of this machine has no GPU, there are {there}: start no more, "
+                "or train on the CPU, with CUDA_VISIBLE_DEVICES= in front of the command"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     world = World(rank, size, device, meet(_store(rank, size), rank, size))

@@ -6,10 +6,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scale import world
 from scale.meeting import meet
 from tinyspeed import UserError
 
@@ -64,6 +66,14 @@ def test_one_rank_meets_nobody():
     assert place.get("word") == b"hello"
     with pytest.raises(UserError):
         meet(dist.HashStore(), 0, 2, patience=0.0)
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU, there are 1"), world.join():
+        pass
 
 
 AT_THE_BOARD = """
