@@ -5,7 +5,7 @@ READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test tutorials lint clean bench-gpu
+.PHONY: demo test tutorials torture lint clean bench-gpu
 
 # make demo SHORT=1 runs the same path in seconds; make demo SEED=3 draws other pictures.
 demo: $(READY)
@@ -17,6 +17,10 @@ test: lint
 # make tutorials ONLY=3 executes one chapter; SHORT=1 every cell with fewer repeats; KEEP=1 keeps the new outputs.
 tutorials: $(READY)
 	@$(BIN)/python tutorials/run.py $(ONLY) $(if $(SHORT),--short) $(if $(KEEP),--keep)
+
+# 200 SIGKILLs, of all systems on one process and on two (an hour); `make test` has the short form.
+torture: $(READY)
+	@$(BIN)/python tests/torture/kills.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .

@@ -1,0 +1,210 @@
+"""SIGKILL at random moments, again and again: a run must end with the bits of one that nobody touched.
+
+    python tests/torture/kills.py --kills 200        every system, on one process and on two, in turn
+
+A life begins with the command that a user types again, and ends with a SIGKILL at one of three moments: anywhere, start
+and resume included; while a checkpoint is being written; or as soon as one has its name. When a life ends by itself the
+run is compared with the undisturbed one, and the next run begins. After every life the disk is looked at: one
+checkpoint more than is kept and one half-written at most, and the newest complete one can be read.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from tinyspeed import checkpoint, digits, recipe
+
+ROOT = Path(__file__).parents[2]
+KEPT = 2
+COMMON = (
+    "run.threads=1", "run.device=cpu", "run.save_every=3", f"run.keep_checkpoints={KEPT}", "data.workers=0",
+    "digits.side=6", "digits.width=32", "digits.layers=4", "digits.tower_width=32", "digits.pictures=64",
+    "align.steps=4", "align.batch=4", "train.steps=36", "train.batch=4", "dualspeed.keep=0.25", "dualspeed.slow=0.2",
+)  # fmt: skip
+LAYERS = ("sts.skip=0.5", "sts.layers=influence", "sts.every=4")
+ANSWERS = ("regate.keep=0.5", "regate.warmup=4", "regate.cycle=8", "regate.refresh=3")
+SYSTEMS = {
+    "dualspeed": (),
+    "adaptive": ("dualspeed.schedule=adaptive",),
+    "sts": LAYERS,
+    "regate": ANSWERS,
+    "all of it": ("dualspeed.schedule=adaptive", *LAYERS, *ANSWERS),
+}
+MOMENTS = ("anywhere", "while saving", "just saved")
+NUMBERS = ("step", "stage", "mode", "loss", "ce", "kl", "grad_norm", "lr", "rows_kept", "rows_full")
+
+
+@dataclass
+class Torture:
+    """One system on so many ranks."""
+
+    home: Path
+    system: str
+    ranks: int
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOMENTS, 0))
+    ends: int = 0  # runs that came to their end, each as the undisturbed one
+    seconds: float = 0.0  # that the undisturbed one took
+
+    def __post_init__(self):
+        name = f"{self.system}-{self.ranks}".replace(" ", "-")
+        base = self.home / "base"
+        self.made = {
+            which: recipe.read(
+                "digits",
+                [
+                    *COMMON,
+                    *SYSTEMS[self.system],
+                    f"model.path={base}",
+                    f"run.name={name}-{which}",
+                    f"run.folder={self.home / 'runs'}",
+                    f"run.cache={self.home / 'cache'}",
+                ],
+            )
+            for which in ("whole", "killed")
+        }
+        if not base.exists():
+            made = self.made["whole"]
+            digits.prepare(base, 0, tower_steps=5, **made.digits.sizes, bar=False)
+        for made in self.made.values():
+            (self.home / f"{made.run.name}.toml").write_text(made.to_toml())
+
+    def begin(self, which: str) -> subprocess.Popen:
+        made = self.made[which]
+        file = f"{made.run.name}.toml"
+        if self.ranks == 1:
+            words = ["tinyspeed", "train", file]
+            if (made.folder / "recipe.toml").is_file():  # what the command itself says when it is given without
+                words.append("--resume")
+        else:
+            words = f"torch.distributed.run --standalone --nproc-per-node {self.ranks} -m scale {file}".split()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with open(self.home / f"{made.run.name}.log", "a") as log:
+            words = [sys.executable, "-m", *words]
+            return subprocess.Popen(words, cwd=self.home, env=environment, stdout=log, stderr=log)
+
+    def undisturbed(self) -> None:
+        began = time.monotonic()
+        code = self.begin("whole").wait(300)
+        self.seconds = time.monotonic() - began
+        assert code == 0, self.log("whole")
+
+    def life(self, draw: random.Random) -> str | None:
+        """Begin, or go on, and be killed; the moment, or None if the run was done before it came."""
+        moment, folder = draw.choice(MOMENTS), self.made["killed"].folder / "checkpoints"
+        until = draw.uniform(0, 1.1 * self.seconds)
+        run = self.begin("killed")
+        began, before = time.monotonic(), checkpoint.newest(folder)
+        wanted = draw.randrange(1, 4)  # the first, second or third one from here
+        seen = set()
+        while run.poll() is None:
+            if moment == "anywhere" and time.monotonic() - began > until:
+                break
+            now = {checkpoint.newest(folder)} - {before}
+            if moment == "while saving":
+                now = {*checkpoint.unfinished(folder)}
+            seen |= now - {None}
+            if moment != "anywhere" and len(seen) >= wanted:
+                break
+            time.sleep(0.0002)
+        done = run.poll() is not None
+        for process in everyone(run.pid):
+            process.kill()
+        code = run.wait()
+        assert not done or code == 0, f"exit code {code}\n{self.log('killed')}"
+        self.look()
+        if done:
+            return None
+        self.kills[moment] += 1
+        return moment
+
+    def look(self) -> None:
+        """At what is on disk after any end."""
+        folder = self.made["killed"].folder / "checkpoints"
+        complete = sorted(folder.glob("step-*"))
+        assert len(complete) <= KEPT + 1, complete
+        assert len(checkpoint.unfinished(folder)) <= 1
+        if complete:
+            checkpoint.load(complete[-1])
+
+    def done(self) -> None:
+        """The run came to its end: it must be the undisturbed one's."""
+        whole, killed = self.made["whole"], self.made["killed"]
+        assert not (wrong := unlike(killed, whole)), f"{self.system}, {self.ranks} rank(s): {wrong[:10]}"
+        strays = [p for p in killed.folder.rglob("*") if ".tmp" in p.name]
+        assert not strays, strays
+        assert sorted(names(killed)) == sorted(names(whole))
+        self.ends += 1
+        shutil.rmtree(killed.folder)
+
+    def log(self, which: str) -> str:
+        return (self.home / f"{self.made[which].run.name}.log").read_text()[-3000:]
+
+
+def everyone(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started: they go at once, as when a machine goes."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def names(made) -> list[str]:
+    return [str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file()]
+
+
+def unlike(made, whole) -> list[str]:
+    """Where two ends differ, bit for bit: exported weights, the last checkpoint, the numbers of every step."""
+    found = []
+    for read in (
+        lambda run: load_file(run.folder / "model" / "model.safetensors"),
+        lambda run: checkpoint.load(checkpoint.newest(run.folder / "checkpoints"))[0],
+    ):
+        a, b = read(made), read(whole)
+        found += [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
+    lines = [(run.folder / "metrics.jsonl").read_text().splitlines() for run in (made, whole)]
+    mine, theirs = ([[json.loads(line)[n] for n in NUMBERS] for line in part] for part in lines)
+    if len(mine) != len(theirs):
+        found.append(f"{len(mine)} lines of metrics, not {len(theirs)}")
+    return found + [f"line {i} of the metrics" for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+
+
+def torture(home: Path, systems: list[str], ranks: list[int], kills: int, seed: int, say=print) -> list[Torture]:
+    """So many kills, dealt out over all systems and numbers of ranks; then every run is left to come to its end."""
+    every = [Torture(home, system, count) for count in ranks for system in systems]
+    for number, one in enumerate(every):
+        one.undisturbed()
+        share = kills // len(every) + (number < kills % len(every))
+        draw = random.Random(f"{seed} {one.system} {one.ranks}")
+        while sum(one.kills.values()) < share:
+            if one.life(draw) is None:
+                one.done()
+        if one.made["killed"].folder.exists():
+            assert one.begin("killed").wait(300) == 0, one.log("killed")
+            one.done()
+        say(f"{one.system}, {one.ranks} rank(s): kills {one.kills}; {one.ends} runs ended, as the undisturbed one did")
+    return every
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--ranks", default="1,2")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = asked.systems.split(","), [int(n) for n in asked.ranks.split(",")]
+        torture(Path(folder), *chosen, asked.kills, asked.seed, say=lambda line: print(line, flush=True))
