@@ -18,7 +18,7 @@ test: lint
 tutorials: $(READY)
 	@$(BIN)/python tutorials/run.py $(ONLY) $(if $(SHORT),--short) $(if $(KEEP),--keep)
 
-# 200 SIGKILLs, of all systems on one process and on two (an hour); `make test` has the short form.
+# 200 SIGKILLs, of all systems on one process and on two. `make test` has the short form.
 torture: $(READY)
 	@$(BIN)/python tests/torture/kills.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
