@@ -9,6 +9,7 @@ checkpoint more than is kept and one half-written at most, and the newest comple
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -120,7 +121,8 @@ class Torture:
             time.sleep(0.0002)
         done = run.poll() is not None
         for process in everyone(run.pid):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         code = run.wait()
         assert not done or code == 0, f"exit code {code}\n{self.log('killed')}"
         self.look()
@@ -154,11 +156,10 @@ class Torture:
 
 def everyone(pid: int) -> list[psutil.Process]:
     """A process and all that it has started: they go at once, as when a machine goes."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         first = psutil.Process(pid)
         return [first, *first.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+    return []
 
 
 def names(made) -> list[str]:
