@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torture.kills import unlike
 
 from tinyspeed import UserError, checkpoint, digits, loader, recipe, train
 from tinyspeed.data import collate
@@ -89,22 +89,6 @@ def train_through(monkeypatch, made, *steps):
                 train.train(made, resume=attempt > 0, bar=False)
             torch.rand(5)  # whoever resumes has drawn other numbers meanwhile
     train.train(made, resume=True, bar=False)
-
-
-def unlike(made, whole):
-    """Where the ends of two runs differ: exported weights, what the checkpoint holds (isolator, moments, random state)
-    and the steps' numbers, bit for bit."""
-    found = []
-    for read in (
-        lambda run: load_file(run.folder / "model" / "model.safetensors"),
-        lambda run: checkpoint.load(checkpoint.newest(run.folder / "checkpoints"))[0],
-    ):
-        a, b = read(made), read(whole)
-        found += [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
-    numbers = ("step", "stage", "mode", "loss", "ce", "kl", "grad_norm", "lr", "rows_kept", "rows_full")
-    lines = [(run.folder / "metrics.jsonl").read_text().splitlines() for run in (made, whole)]
-    picked = [[{n: json.loads(line)[n] for n in numbers} for line in part] for part in lines]
-    return found + [f"line {i} of the metrics" for i, (a, b) in enumerate(zip_longest(*picked)) if a != b]
 
 
 @pytest.mark.parametrize(

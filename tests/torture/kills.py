@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import psutil
@@ -176,10 +177,8 @@ def unlike(made, whole) -> list[str]:
         a, b = read(made), read(whole)
         found += [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
     lines = [(run.folder / "metrics.jsonl").read_text().splitlines() for run in (made, whole)]
-    mine, theirs = ([[json.loads(line)[n] for n in NUMBERS] for line in part] for part in lines)
-    if len(mine) != len(theirs):
-        found.append(f"{len(mine)} lines of metrics, not {len(theirs)}")
-    return found + [f"line {i} of the metrics" for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b]
+    picked = [[{n: json.loads(line)[n] for n in NUMBERS} for line in part] for part in lines]
+    return found + [f"line {i} of the metrics" for i, (a, b) in enumerate(zip_longest(*picked)) if a != b]
 
 
 def torture(home: Path, systems: list[str], ranks: list[int], kills: int, seed: int, say=print) -> list[Torture]:

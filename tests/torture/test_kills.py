@@ -1,6 +1,6 @@
 """The short form of `kills.py`: everything that has a state of its own in one run."""
 
-import kills
+from torture import kills
 
 SHORT = 2
 
