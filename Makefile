@@ -18,9 +18,14 @@ test: lint
 tutorials: $(READY)
 	@$(BIN)/python tutorials/run.py $(ONLY) $(if $(SHORT),--short) $(if $(KEEP),--keep)
 
-# 200 SIGKILLs, of all systems on one process and on two. `make test` has the short form.
+# The attacks of tests/torture in their long form, an hour or two; `make test` has the short ones.
+# make torture ONLY="kills disk" COUNT=50 SEED=1 does some of them, so often, with other draws.
+tortures := kills disk poison broken sealed steady twice
+TORTURE ?= runs/torture
+
 torture: $(READY)
-	@$(BIN)/python tests/torture/kills.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+	@failed=0; $(foreach what,$(or $(ONLY),$(tortures)),echo "== $(what)"; PYTHONPATH=tests $(BIN)/python -m torture.$(what) \
+	    $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED)) --out $(TORTURE)/$(what).json || failed=1;) exit $$failed
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .

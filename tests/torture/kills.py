@@ -1,6 +1,6 @@
 """SIGKILL at random moments, again and again: a run must end with the bits of one that nobody touched.
 
-    python tests/torture/kills.py --kills 200        every system, on one process and on two, in turn
+    make torture ONLY=kills        200 of them: every system, on one process and on two, in turn
 
 A life begins with the command that a user types again, and ends with a SIGKILL at one of three moments: anywhere, start
 and resume included; while a checkpoint is being written; or as soon as one has its name. When a life ends by itself the
@@ -8,7 +8,6 @@ run is compared with the undisturbed one, and the next run begins. After every l
 checkpoint more than is kept and one half-written at most, and the newest complete one can be read.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import load_file
+from torture import outcome
 
 from tinyspeed import checkpoint, digits, recipe
 
@@ -188,10 +188,11 @@ def torture(home: Path, systems: list[str], ranks: list[int], kills: int, seed: 
         one.undisturbed()
         share = kills // len(every) + (number < kills % len(every))
         draw = random.Random(f"{seed} {one.system} {one.ranks}")
+        ended = False
         while sum(one.kills.values()) < share:
-            if one.life(draw) is None:
+            if ended := one.life(draw) is None:
                 one.done()
-        if one.made["killed"].folder.exists():
+        if not ended:
             assert one.begin("killed").wait(300) == 0, one.log("killed")
             one.done()
         say(f"{one.system}, {one.ranks} rank(s): kills {one.kills}; {one.ends} runs ended, as the undisturbed one did")
@@ -199,12 +200,12 @@ def torture(home: Path, systems: list[str], ranks: list[int], kills: int, seed: 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = outcome.parser(__doc__, count=200)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--ranks", default="1,2")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chosen = asked.systems.split(","), [int(n) for n in asked.ranks.split(",")]
-        torture(Path(folder), *chosen, asked.kills, asked.seed, say=lambda line: print(line, flush=True))
+        every = torture(Path(folder), *chosen, asked.count, asked.seed, say=lambda line: print(line, flush=True))
+    tried = {f"kills, {moment}": sum(one.kills[moment] for one in every) for moment in MOMENTS}
+    sys.exit(outcome.write(asked.out, {**tried, "ends, as the undisturbed run's": sum(one.ends for one in every)}, []))
