@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import statistics
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,42 @@ def test_every_plugin_of_the_package_is_among_the_plugins_arms():
     ours = {name for name, plugin in registry.PLUGINS.items() if plugin.__module__.startswith("tinyspeed.")}
     compared = {(made.dualspeed.plugin, made.dualspeed.keep) for made in ablations.read(DIGITS, "plugins").values()}
     assert compared == {(name, keep) for name in ours for keep in (0.1, 0.25)}
+
+
+def rows_of(runs: list[dict]) -> dict[str, list[str]]:
+    """The lines of a table that these runs ask for, by arm."""
+
+    def spread(values: list[float]) -> str:
+        said = f"{statistics.mean(values):.1f}"
+        return said if len(values) == 1 else f"{said} ({min(values):.1f} to {max(values):.1f})"
+
+    full, made = {run["seed"]: run["area"] for run in runs if run["arm"] == "full"}, {}
+    for arm in {run["arm"] for run in runs}:
+        mine = [run for run in runs if run["arm"] == arm]
+        shares = [run["area"] / full[run["seed"]] for run in mine if run["seed"] in full]
+        made[arm] = [
+            arm,
+            str(len(mine)),
+            *(spread([run[f"accuracy_{tokens}"] for run in mine]) for tokens in ("full", "pruned")),
+            f"{100 * statistics.mean(shares):.0f}%",
+            f"{statistics.mean(run['slow_steps'] for run in mine):.0f}",
+        ]
+    return made
+
+
+def test_the_tables_of_ablations_are_what_was_measured():
+    course = Path(__file__).parents[1] / "tutorials"
+    page = (course / "ablations.md").read_text(encoding="utf-8")
+    shown: dict[str, set[str]] = {}
+    for before, table in re.findall(r"((?:^[^|\n].*\n|^\n)+)((?:^\|.*\n)+)", page, flags=re.MULTILINE):
+        file = re.findall(r"\((results/ablations-[\w-]+\.json)\)", before)[-1]
+        expected = rows_of(json.loads((course / file).read_text(encoding="utf-8"))["runs"])
+        for line in table.splitlines()[2:]:
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            assert cells == expected[cells[0]]
+            shown.setdefault(file, set()).add(cells[0])
+    measured = {
+        f"results/{file.name}": {run["arm"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]}
+        for file in (course / "results").glob("ablations-*.json")
+    }
+    assert shown == measured, "a result that is shown nowhere, or the other way round"
