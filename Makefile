@@ -1,6 +1,8 @@
 # `make demo`, `make test` and `make tutorials` do all the set-up: each makes .venv and installs what it needs, once.
+# `make test LOWEST=1` tests in .venv-lowest, with the oldest versions that pyproject.toml allows (gigabytes: that torch
+# comes with CUDA).
 PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(if $(LOWEST),-lowest)
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -53,11 +55,15 @@ bench-gpu: $(if $(findstring $(BIN),$(PY)),$(READY))
 	    $(if $(filter memory,$(what)),,--device cuda --png $(OUT)/$(what).png) > $(OUT)/$(what).txt || failed=1; \
 	    tail -n 40 $(OUT)/$(what).txt;) exit $$failed
 
+BOUND := torch|transformers|peft|bitsandbytes
+
 $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (about a minute, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) --constraint constraints.txt --editable '.[demo,test,tutorials]'
+	@$(if $(LOWEST),grep -vE '^($(BOUND))==' constraints.txt > $(VENV)/constraints.txt; \
+	    sed -nE 's/^ *"($(BOUND))>=([0-9.]+).*/\1==\2/p' pyproject.toml >> $(VENV)/constraints.txt)
+	@$(PIP) --constraint $(if $(LOWEST),$(VENV)/)constraints.txt --editable '.[demo,test,tutorials]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info build
+	rm -rf .venv .venv-lowest *.egg-info build
