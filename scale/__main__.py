@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import traceback
+from contextlib import redirect_stderr
 
 from tinyspeed import cli  # light: no torch yet
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             os._exit(130)
 
     try:
-        with world.join() as here:
+        with redirect_stderr(cli.Notices(sys.stderr)), world.join() as here:
             stopped = trained(here)
     except UserError as error:  # ranks that have not found each other
         print(f"tinyspeed: {error}", file=sys.stderr)

@@ -62,6 +62,7 @@ class World:
         """End all ranks; the first that asks for it prints why."""
         if self._claims(code):
             print(message, file=sys.stderr, flush=True)
+            self.over.set()  # if the rank that holds the board leaves first, this one is not lost
             time.sleep(2 * LOOK_EVERY)  # the others leave by themselves; torchrun would tell of each that it stops
         sys.stdout.flush()
         os._exit(code)  # not through torch's exit handlers, which wait for the others

@@ -19,7 +19,7 @@ FLOORS = [
     {"signals"},
     {"choosing"},
     {"dualspeed"},
-    {"data", "batching", "precision", "memory", "folders", "shapes", "sts", "heap"},
+    {"data", "batching", "precision", "memory", "disk", "folders", "shapes", "sts", "heap"},
     {"loading", "loader", "images", "checkpoint", "callback", "labels"},
     {"records", "recipe", "record", "report", "merge"},
     {"optimizer", "chat", "runs", "digits", "schedules", "reference", "ablations"},

@@ -28,7 +28,7 @@ from statistics import fmean
 from PIL import Image
 from tqdm import tqdm
 
-from . import images, vqa
+from . import disk, images, vqa
 from .errors import UserError, counted
 from .questions import LETTERS, Question, known, read
 
@@ -154,12 +154,11 @@ def run(
     # Every picture is looked for before the first question, and not found missing after hours.
     paths = [q.image and images.inside(image_folder, q.image, f"{task} question {q.id}") for q in rest]
     progress = tqdm(total=len(questions), initial=len(predictions), desc=task, unit="question", disable=not bar)
-    with open(out, "ab") as file, progress:
+    with disk.lines(out) as log, progress:
         for question, path in zip(rest, paths, strict=True):
             pictures = [images.load(path, f"{task} question {question.id}")] if path else []
             prediction = ask(pictures, question.text)
-            file.write(_line({"id": question.id, "prompt": question.text, "prediction": prediction}))
-            file.flush()  # what the system has, no signal takes away
+            log(_line({"id": question.id, "prompt": question.text, "prediction": prediction}))
             predictions[question.id] = prediction
             progress.update()
     return predictions
@@ -175,8 +174,10 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
     """What was predicted already; `out` then ends with it, and no longer with half a line."""
     held = out.read_bytes() if out.exists() else b""
     if header.startswith(held):  # nothing yet, or half a header
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(header)
+        with disk.to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with disk.whole(out) as temporary:
+            temporary.write_bytes(header)
         return {}
     if not held.startswith(header):
         what = _other(held.split(b"\n")[0], json.loads(header))
@@ -189,7 +190,8 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
         raise UserError(f"{out} is damaged, delete it to begin anew: {error!r}") from error
     if [id for id, _ in done] != [question.id for question in questions[: len(done)]]:
         raise UserError(f"{out} is damaged, delete it to begin anew: its lines are not the questions in their order")
-    os.truncate(out, len(whole))
+    with disk.to(out):
+        os.truncate(out, len(whole))
     return dict(done)
 
 

@@ -13,7 +13,6 @@ processes, and one process can read what many wrote.
 """
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import disk
 from .errors import UserError
 
 CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' table of 8-bit values, one for all
@@ -32,18 +32,18 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with disk.whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
     """Write the checkpoint of `step`, then delete all but the newest `keep`."""
-    temporary = begin(folder, step)
-    return finish(temporary, {**state, "step": step}, write(temporary, tensors), keep)
+    try:
+        temporary = begin(folder, step)
+        return finish(temporary, {**state, "step": step}, write(temporary, tensors), keep)
+    except BaseException:
+        disk.remove(unnamed(folder, step))  # half of one would keep a full disk full
+        raise
 
 
 def named(folder: Path, step: int) -> Path:
@@ -59,8 +59,9 @@ def unnamed(folder: Path, step: int) -> Path:
 def begin(folder: Path, step: int) -> Path:
     """An empty folder for the checkpoint of `step`, under its temporary name."""
     temporary = unnamed(folder, step)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    disk.remove(temporary)
+    with disk.to(named(folder, step)):
+        temporary.mkdir(parents=True)
     return temporary
 
 
@@ -71,25 +72,29 @@ def write(
     Returns the file's name with its fingerprint."""
     path = temporary / TENSORS.replace("tensors.", f"tensors{part}.")
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with disk.to(_final(temporary) / path.name):
         save_file(here, path, metadata={"rows": json.dumps(rows or {})})
-    except SafetensorError as error:
-        raise UserError(f"cannot write {temporary}: {error}; earlier checkpoints are untouched") from error
-    _to_disk(path)
+        disk.flush(path)
     return {path.name: [*_fingerprint(path)]}
 
 
 def finish(temporary: Path, state: dict, files: dict[str, list[int]], keep: int) -> Path:
     """When all files are written: the state beside them, and the final name."""
-    state = {**state, "files": files}
-    (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")
-    _to_disk(temporary / STATE)
-    folder, final = temporary.parent, temporary.with_name(temporary.name.removeprefix(".tmp-"))
-    temporary.rename(final)
-    _to_disk(folder)
+    state, final = {**state, "files": files}, _final(temporary)
+    with disk.to(final / STATE):
+        (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")
+        disk.flush(temporary / STATE)
+    with disk.to(final):
+        temporary.rename(final)
+        disk.flush(final.parent)
+    prune(final.parent, keep)
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep`."""
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)  # what cannot be deleted must not end the run
-    return final
 
 
 @contextmanager
@@ -100,7 +105,9 @@ def only_one(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows: nothing stops a second one there
         yield
         return
-    with open(folder / ".lock", "w") as lock:
+    with disk.to(folder / ".lock"):
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    with lock:
         try:
             fcntl.flock(
                 lock, fcntl.LOCK_EX | fcntl.LOCK_NB
@@ -193,19 +200,12 @@ def fill(tensors: dict[str, Tensor], saved: Saved, local: Callable[[Tensor], tup
             here.copy_(saved.part(name, begin, begin + len(here)) if here.dim() else saved[name])
 
 
+def _final(temporary: Path) -> Path:
+    return temporary.with_name(temporary.name.removeprefix(".tmp-"))
+
+
 def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-" + "[0-9]" * 8) if p.is_dir())
-
-
-def _to_disk(path: Path) -> None:
-    """Make sure that a file's content, or a folder's entries, survive a power cut."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot, and keeps its folders in order by itself
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _crc(state: dict) -> int:

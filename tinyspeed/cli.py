@@ -11,18 +11,26 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
-from . import __version__, folders
+from . import __version__, disk, folders
 from .bench import commands as bench_commands
 from .errors import UserError, counted
 
 
 def main(argv: list[str] | None = None) -> int:
+    with redirect_stderr(Notices(sys.stderr)):
+        return _main(argv)
+
+
+def _main(argv: list[str] | None) -> int:
     quiet()
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.command(arguments)
+        code = arguments.command(arguments)
+        sys.stdout.flush()  # where that fails later, nobody says so
+        return code
     except (UserError, OSError) as error:
         print(f"tinyspeed: {said(error)}", file=sys.stderr)
         return 2
@@ -40,9 +48,32 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about each other
 
 
+class Notices:
+    """The standard error stream, but nothing goes wrong with it: no run ends because its log is on a full disk."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
 def said(error: UserError | OSError) -> str:
-    """One line about a mistake; an OSError is a full or read-only disk, or a folder that is a file."""
-    return str(error) if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}"
+    """One line about a mistake; an OSError is a disk that says no, or a folder that is a file."""
+    if isinstance(error, UserError):
+        return str(error)
+    if number := disk.number(error):
+        return str(disk.DiskError(error.filename or "standard output", number))
+    return f"{error.strerror or error}: {error.filename or ''}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,9 +194,14 @@ def _train(a) -> int:
     from .train import train
 
     complete = (chosen.folder / "model").is_dir()
-    result = train(chosen, resume=a.resume)
-    if result.totals.steps:
-        report.draw_run(chosen.folder)
+    try:
+        result = train(chosen, resume=a.resume)
+        if result.totals.steps:
+            report.draw_run(chosen.folder)
+    except disk.DiskError as error:
+        if runs.begun(chosen.folder):
+            error.then = "continue with --resume"
+        raise
     if result.stopped_by is None:
         t = result.totals
         speedup = f", {result.speedup:.2f}x full" if result.speedup else ""

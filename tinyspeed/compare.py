@@ -16,7 +16,7 @@ import statistics
 import tomllib
 from pathlib import Path
 
-from . import ablations, digits, evaluate, loading, record, regate, report, runs, schedules
+from . import ablations, digits, disk, evaluate, loading, record, regate, report, runs, schedules
 from .checkpoint import only_one, write_atomically
 from .errors import UserError
 from .recipe import Recipe, from_tables
@@ -36,7 +36,8 @@ def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = Tru
     for arm, made in arms.items():
         _check(arm, made)
     folder = folder_of(recipe)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk.to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         return _compare(recipe, folder, seeds, arms, bar)
 
@@ -64,7 +65,8 @@ def _compare(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], 
         todo.append((seed, home, {arm: made for arm, made in every.items() if not _measured(made)}))
     for seed, home, missing in todo:
         if missing and not recipe.model.path:
-            home.mkdir(exist_ok=True)
+            with disk.to(home):
+                home.mkdir(exist_ok=True)
             sizes = recipe.digits
             digits.prepare(
                 home / "base", seed, tower_steps=sizes.tower_steps, **sizes.sizes, bar=bar, device=place(recipe)[0]

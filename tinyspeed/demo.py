@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import digits, evaluate, look, report
+from . import digits, disk, evaluate, look, report
 from .errors import UserError
 from .recipe import Recipe
 from .train import Result, train
@@ -52,7 +52,8 @@ def _results(recipe: Recipe, result: Result) -> str:
 
 def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) -> Path:
     pixels, _ = digits.picture(np.random.default_rng([seed, 7]), "eval", canvas)
-    Image.fromarray(pixels).convert("RGB").save(path)
+    with disk.whole(path) as temporary:
+        Image.fromarray(pixels).convert("RGB").save(temporary, format="PNG")
     return path
 
 

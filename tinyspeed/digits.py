@@ -16,7 +16,6 @@ frozen as LLaVA's is.
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from . import disk
 from .data import IGNORE, Example
 from .errors import UserError
 from .recipe import Recipe
@@ -356,12 +356,10 @@ def prepare(
 
         accuracy = train_tower(model.model.vision_tower.to(device), seed, tower_steps, report=report, canvas=canvas)
         line.set_postfix_str(f"names {100 * accuracy:.1f} % of held-out digits")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    build_processor(canvas).save_pretrained(temporary)
-    (temporary / "digits.json").write_text(json.dumps(how), encoding="utf-8")
-    temporary.rename(folder)
+    with disk.whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        build_processor(canvas).save_pretrained(temporary)
+        (temporary / "digits.json").write_text(json.dumps(how), encoding="utf-8")
     return folder
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from . import images
+from . import disk, images
 from .errors import UserError, counted
 from .precision import autocast
 from .vlm import Family
@@ -74,7 +74,7 @@ def fill(
     device = vlm.language_model.device
     for half in features.folder.glob("*/.*.tmp"):  # of a killed run; a living one's is seconds old
         if time.time() - half.stat().st_mtime > 3600:
-            half.unlink(missing_ok=True)
+            disk.remove(half)
     wanted = {features.file(path): path for path in tqdm(pictures, desc="hash", unit="picture", disable=not bar)}
     held = {file: file.stat() for file in features.folder.glob("*/*.safetensors")}
     used = sum(stat.st_size for stat in held.values())
@@ -91,14 +91,14 @@ def fill(
         while used + len(content) > most and oldest:
             other = oldest.pop()
             used -= held[other].st_size
-            other.unlink(missing_ok=True)
+            disk.remove(other)
         used += len(content)
         if used > most:
             raise UserError(
                 f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB: raise "
                 f"data.feature_cache_gb, or set it to 0 to train without them"
             )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(file)
+        with disk.to(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with disk.whole(file, file.with_name(f".{file.name}.{os.getpid()}.tmp"), lasting=False) as temporary:
+            temporary.write_bytes(content)

@@ -15,7 +15,6 @@ Weights come from safetensors only: a pickle can run code when it is opened.
 """
 
 import json
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +38,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from . import folders, shapes
+from . import disk, folders, shapes
 from .errors import UserError, unknown
 from .precision import DTYPES
 from .vlm import FAMILIES, family
@@ -317,10 +316,8 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         num_additional_image_tokens=1,  # CLS
         chat_template=TEMPLATE,
     )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    (temporary / "parts.json").write_text(json.dumps(made), encoding="utf-8")
-    temporary.rename(folder)
+    with disk.whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / "parts.json").write_text(json.dumps(made), encoding="utf-8")
     return folder

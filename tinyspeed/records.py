@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from array import array
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 from tqdm import tqdm
 
+from . import disk
 from .errors import UserError, counted, unknown
 
 IMAGE = None  # the part of a turn where a picture stands; the other parts are text
@@ -331,18 +331,18 @@ def unpack(file: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path, 
         versions = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         key = hashlib.blake2b(json.dumps(versions).encode(), digest_size=8).hexdigest()
         final = Path(cache).expanduser() / f"{file.stem}-{key}"
-        temporary = final.with_name(f".{final.name}.tmp")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with open(final.with_name(f".{final.name}.lock"), "w") as lock:
-            with suppress(ImportError):  # Windows has no such locks; elsewhere one rank unpacks, and the others wait
-                import fcntl
+        if not final.is_dir():  # or nothing needs to be written, and the disk may be read-only
+            with disk.to(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                with open(final.with_name(f".{final.name}.lock"), "w") as lock:
+                    with suppress(ImportError):  # Windows has no such locks; elsewhere the first rank unpacks
+                        import fcntl
 
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not final.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-                (temporary / "images").mkdir(parents=True)
-                _write(_rows(files, bar), temporary, file.name)
-                temporary.rename(final)
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                    if not final.is_dir():
+                        with disk.whole(final) as temporary:
+                            (temporary / "images").mkdir(parents=True)
+                            _write(_rows(files, bar), temporary, file.name)
         return final / "records.jsonl", final / "images" if any((final / "images").iterdir()) else None
     except OSError as error:
         raise UserError(f"cannot unpack {file} into {cache}: {error}") from error

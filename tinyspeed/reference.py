@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import folders, loading
+from . import disk, folders, loading
 from .data import Source
 from .distill import answer_loss
 from .errors import UserError
@@ -64,7 +64,8 @@ class Reference:
         if missing:
             self._check_context()
             model = self._load(device)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with disk.to(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
                 found[number] = self._make(model, parts[number])
                 self._write(number, found[number])
@@ -92,9 +93,9 @@ class Reference:
         return losses
 
     def _write(self, number: int, losses: np.ndarray) -> None:
-        temporary = self.folder / f".{number:05d}.{os.getpid()}.tmp"
-        temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, {"key": self.key}))
-        temporary.replace(self._file(number))
+        file, temporary = self._file(number), self.folder / f".{number:05d}.{os.getpid()}.tmp"
+        with disk.whole(file, temporary, lasting=False):
+            temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, {"key": self.key}))
 
     def _check_context(self) -> None:
         context = AutoConfig.from_pretrained(self.files).max_position_embeddings

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import disk
 from .errors import UserError, counted
 from .labels import label_ends, label_points
 
@@ -333,8 +334,12 @@ def save(fig, out: Path | str) -> Path:
     """Write a Figure where the user wants it, in the format that the file's name asks for."""
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(out, dpi=DPI)
+        with disk.to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with disk.whole(out) as temporary:
+            fig.savefig(temporary, dpi=DPI, format=out.suffix[1:])
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot write the picture {out}: {error.strerror}") from error
     except ValueError as error:  # matplotlib's word for an unknown suffix

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import folders
+from . import disk, folders
 from .errors import UserError
 from .recipe import Recipe, read
 
@@ -42,18 +42,22 @@ def check(recipe: Recipe, resume: bool) -> None:
     folder = recipe.folder
     if resume and not folder.is_dir():
         raise UserError(f"there is no run to resume in {folder}")
-    from . import checkpoint  # here, for it imports torch
-
-    begun = checkpoint.newest(folder / "checkpoints") or metrics(folder)
-    if begun and not resume:
+    if begun(folder) and not resume:
         raise UserError(f"{folder} holds a run already: --resume continues it, and --set run.name=NAME begins another")
-    if begun and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
+    if begun(folder) and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
         raise UserError(
             f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} "
             f"{'differs' if len(changed) == 1 else 'differ'}. Resume with that one, or choose another run.name"
         )
     if folder.is_dir() and any(folder.iterdir()) and not OURS & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run in this folder has taken a step: then it can go on, and nothing else can begin there."""
+    from . import checkpoint  # here, for it imports torch
+
+    return bool(checkpoint.newest(folder / "checkpoints") or metrics(folder))
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
@@ -80,20 +84,21 @@ def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
 
     folder = recipe.folder
     new = not folder.is_dir()
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with checkpoint.only_one(folder):
-        checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
-        try:
+    try:
+        with disk.to(folder):
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with checkpoint.only_one(folder):
+            checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
             yield folder
-        except BaseException:
-            if new:
-                _leave(folder)
-            raise
+    except BaseException:
+        if new:
+            _leave(folder)
+        raise
 
 
 def _leave(folder: Path) -> None:
     """Take the folder away again, unless something was made in it."""
-    if {path.name for path in folder.iterdir()} <= {"recipe.toml", "checkpoints", ".lock"}:
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"recipe.toml", "checkpoints", ".lock"}:
         with suppress(OSError):  # a checkpoint, or another process: then it is a run
             (folder / "checkpoints").rmdir()
             for name in ("recipe.toml", ".lock"):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import attention, checkpoint, heap, loader, loading, memory, optimizer, precision, record
+from . import attention, checkpoint, disk, heap, loader, loading, memory, optimizer, precision, record
 from .batching import Order, cut, plan_rows
 from .data import Source
 from .dualspeed import DualSpeed, Output
@@ -127,15 +127,14 @@ class StageRun:
         with (
             loader.watched(),
             closing(batches),
-            open(folder / "metrics.jsonl" if self.lead else os.devnull, "a", encoding="utf-8") as metrics,
+            disk.lines(folder / "metrics.jsonl" if self.lead else Path(os.devnull)) as log,
             tqdm(
                 total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
             ) as line,
         ):
             for step in range(self.first, self.steps):
                 entry = self._step(step, batches, full_seconds_per_row)
-                metrics.write(json.dumps(entry) + "\n")
-                metrics.flush()
+                log(json.dumps(entry).encode() + b"\n")
                 note = " skipped" if entry["skipped"] else ""
                 speedup = f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
                 line.set_postfix_str(

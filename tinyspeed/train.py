@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from . import (
     checkpoint,
     conversations,
     digits,
+    disk,
     features,
     folders,
     isolator,
@@ -87,7 +88,8 @@ def finish(recipe: Recipe) -> None:
     if not (recipe.folder / "model").is_dir():
         saved, _ = _newest(recipe)
         discarded = [name for name in saved if merge.only_training(name)]
-        isolator.save({name.removeprefix("model/"): saved[name] for name in discarded}, recipe.folder / ISOLATOR)
+        with disk.whole(recipe.folder / ISOLATOR) as temporary:
+            isolator.save({name.removeprefix("model/"): saved[name] for name in discarded}, temporary)
         export(recipe, recipe.folder / "model")
 
 
@@ -125,7 +127,8 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     """The run's log, cut off where the newest checkpoint, whose state this is, was written."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"removing {half}: it was being written when the run was killed", file=sys.stderr)
-        shutil.rmtree(half, ignore_errors=True)
+        disk.remove(half)
+    checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # it may have ended between new and old
     if state and state["threads"] != torch.get_num_threads():
         print(
             f"the run used {counted(state['threads'], 'thread')} and goes on with {torch.get_num_threads()}: "
@@ -167,7 +170,7 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
     if source.bad:
         file = recipe.folder / "skipped.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(source.bad) + "\n", encoding="utf-8")
+        checkpoint.write_atomically(file, "\n".join(source.bad) + "\n")
         count = f"{len(source.bad):,} of {counted(len(source.records), 'record')}"
         print(f"{count} left out, listed in {file}; the first: {source.bad[0]}", file=sys.stderr)
 
@@ -271,19 +274,17 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
     What was trained is put into the base's own weights, which were never rounded to 4 bits, or adapters are saved alone
     for peft. No model is loaded.
     """
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     lora = recipe.lora
     if adapter_only and not lora.rank:
         raise UserError("this run has no adapter (lora.rank = 0): export the whole model")
     saved, _ = _newest(recipe)
-    if adapter_only:
-        merge.save_adapter(saved, loading.lora_config(**asdict(lora)), base(recipe), temporary)
-    else:
-        merge.merge(saved, lora.scale, base(recipe), temporary)
-    loading.load_processor(base(recipe)).save_pretrained(temporary)
-    _share(temporary)
-    temporary.rename(out)
+    with disk.whole(out) as temporary:
+        if adapter_only:
+            merge.save_adapter(saved, loading.lora_config(**asdict(lora)), base(recipe), temporary)
+        else:
+            merge.merge(saved, lora.scale, base(recipe), temporary)
+        loading.load_processor(base(recipe)).save_pretrained(temporary)
+        _share(temporary)
 
 
 def _share(folder: Path) -> None:
@@ -307,7 +308,8 @@ def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
         stop.append(number)
         if not quiet and len(stop) == 1:  # not print: the signal may have come in the middle of another write
             more = "; once more to quit at once" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: this step, then saving{more}\n".encode())
+            with suppress(OSError):  # a log on a full disk
+                os.write(2, f"\n{signal.Signals(number).name}: this step, then saving{more}\n".encode())
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     try:

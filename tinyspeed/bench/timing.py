@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .. import record, report
+from .. import disk, record, report
 from ..checkpoint import write_atomically
 from ..errors import UserError
 
@@ -83,7 +83,8 @@ def described(device: torch.device, **found) -> dict:
 
 def write(result: dict, out: Path) -> None:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        with disk.to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the results to {out}: {error.strerror}") from error

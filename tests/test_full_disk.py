@@ -1,0 +1,227 @@
+"""Files and folders are whole or not there, and every refusal of a disk is one line about what was to be written."""
+
+import errno
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from scale import world
+from tinyspeed import UserError, checkpoint, cli, disk, isolator, report
+
+resource = pytest.importorskip("resource")  # not on Windows
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+
+
+@pytest.fixture
+def small_files():
+    """The system lets no file grow beyond 100,000 bytes: it fails in the middle of a write, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+LARGE = {"a": torch.zeros(50_000)}
+WRITERS = {
+    "text": lambda path: path.write_text("x" * 200_000),
+    "safetensors": lambda path: save_file(LARGE, path),
+    "isolator": lambda path: isolator.save(LARGE, path),
+    "a model": lambda path: tiny.model("llava").save_pretrained(path),
+    "a folder": lambda path: (path.mkdir(), WRITERS["text"](path / "large")),
+    "a tokenizer": lambda path: (path.mkdir(), _large_tokenizer().save(str(path / "tokenizer.json"))),
+}  # fmt: skip
+
+
+def _large_tokenizer():
+    made = tiny.tokenizer()
+    made.add_tokens([f"word{i}" for i in range(3000)])
+    return made.backend_tokenizer
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, small_files, what):
+    path = tmp_path / "made"
+    said = re.escape(f"cannot write {path}: {os.strerror(errno.EFBIG)}; ")
+    with pytest.raises(disk.DiskError, match=said), disk.whole(path) as temporary:
+        WRITERS[what](temporary)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("number", sorted(disk.MENDS))
+def test_a_mend_for_every_refusal_also_by_rust(number):
+    for error in (OSError(number, "no"), Exception(f"I/O error: no (os error {number})")):
+        said = f"^cannot write there: .*; {disk.MENDS[number]}, then give the same command again"
+        with pytest.raises(disk.DiskError, match=said), disk.to("there"):
+            raise error
+
+
+def test_other_errors_stay_what_they_are():
+    for error in (FileNotFoundError(errno.ENOENT, "no", "x"), UserError("(os error 28)"), KeyError("x")):
+        with pytest.raises(type(error)) as found, disk.to("there"):
+            raise error
+        assert found.value is error
+
+
+def test_an_older_one_stays_until_the_new_one_is_whole(tmp_path, small_files):
+    path = tmp_path / "report.png"
+    path.write_text("the old one")
+    with pytest.raises(disk.DiskError), disk.whole(path) as temporary:
+        temporary.write_text("x" * 200_000)
+    assert path.read_text() == "the old one"
+    with disk.whole(path) as temporary:
+        temporary.write_text("the new one")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
+    assert path.read_text() == "the new one"
+
+
+def test_a_link_and_a_device_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link", "pipe"):
+        checkpoint.write_atomically(tmp_path / name, "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+
+
+def test_lines_are_whole_or_cut_off(tmp_path, small_files):
+    path = tmp_path / "metrics.jsonl"
+    line = b"x" * 999 + b"\n"
+    with disk.lines(path) as add:
+        add(b"the first\n")
+        for _ in range(99):
+            add(line)
+        with pytest.raises(disk.DiskError, match=re.escape(str(path))):
+            add(line)
+    content = path.read_bytes()
+    assert content == b"the first\n" + 99 * line
+    with disk.lines(path) as add:  # and it goes on behind them
+        add(b"y\n")
+    assert path.read_bytes() == content + b"y\n"
+
+
+def test_an_error_between_two_lines_is_not_about_the_file(tmp_path):
+    with pytest.raises(OSError, match="another disk") as found, disk.lines(tmp_path / "metrics.jsonl"):
+        raise OSError(errno.ENOSPC, "another disk")
+    assert not isinstance(found.value, disk.DiskError)
+
+
+def test_half_a_checkpoint_is_taken_away(tmp_path, small_files):
+    good = checkpoint.save(tmp_path, 1, {"a": torch.zeros(9)}, {}, keep=1)
+    with pytest.raises(disk.DiskError, match=re.escape(str(checkpoint.named(tmp_path, 2)))):
+        checkpoint.save(tmp_path, 2, LARGE, {}, keep=1)
+    with pytest.raises(disk.DiskError, match=r"step-00000002/state\.json"):
+        checkpoint.save(tmp_path, 2, {"a": torch.zeros(9)}, {"much": "x" * 200_000}, keep=1)
+    assert [*tmp_path.iterdir()] == [good]
+    checkpoint.load(good)
+
+
+def test_a_picture_that_cannot_be_written_is_a_matter_of_the_disk(tmp_path, small_files):
+    fig = report.figure(30, 30)
+    fig.add_subplot().imshow(torch.rand(300, 300))
+    with pytest.raises(disk.DiskError, match=r"report\.png"):
+        report.save(fig, tmp_path / "report.png")
+    with pytest.raises(UserError, match=r"ends in \.png"):
+        report.save(fig, tmp_path / "report.what")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_advice_is_to_resume_only_what_has_begun(tmp_path, capsys, monkeypatch):
+    from tinyspeed import train
+
+    words = ["train", "digits", "--set", f"run.folder={tmp_path}", "--set", "run.name=one"]
+
+    def full(recipe, *, resume):
+        raise disk.DiskError("somewhere", errno.ENOSPC)
+
+    monkeypatch.setattr(train, "train", full)
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.endswith("make space there, then give the same command again\n")
+    checkpoint.save(tmp_path / "one" / "checkpoints", 1, LARGE, {}, keep=1)
+    (tmp_path / "one" / "recipe.toml").write_text(cli_recipe(words))
+    assert cli.main([*words, "--resume"]) == 2
+    assert capsys.readouterr().err.endswith("make space there, then continue with --resume\n")
+
+
+def cli_recipe(words: list[str]) -> str:
+    from tinyspeed import recipe
+
+    return recipe.read("digits", words[3::2]).to_toml()
+
+
+@needs_full
+def test_output_that_cannot_be_printed_is_an_error_that_says_so(capsys, monkeypatch):
+    full = FULL.open("w")
+    monkeypatch.setattr(sys, "stdout", full)
+    assert cli.main(["estimate", "digits"]) == 2
+    with suppress(OSError):  # closing it tries again
+        full.close()
+    assert "tinyspeed: cannot write standard output: No space left on device; make space" in capsys.readouterr().err
+
+
+@needs_full
+def test_a_log_on_a_full_disk_takes_no_exit_code_away():
+    with FULL.open("w") as full:
+        words = [sys.executable, "-m", "tinyspeed", "estimate", "absent.toml"]
+        assert subprocess.run(words, stderr=full, cwd=Path(__file__).parents[1]).returncode == 2
+
+
+@needs_full
+def test_notices_are_lost_and_nothing_else():
+    with FULL.open("wb", buffering=0) as full:
+        stream = io.TextIOWrapper(full, write_through=True)
+        with pytest.raises(OSError, match="No space"):
+            print("a line", file=stream, flush=True)
+        notices = cli.Notices(stream)
+        print("a line", file=notices, flush=True)
+        assert notices.fileno() == full.fileno()
+        stream.detach()
+
+
+def test_a_rank_that_says_why_is_not_lost_when_the_board_goes_first(monkeypatch):
+    codes = []
+
+    class Board:
+        gone = False
+
+        def clone(self):
+            return self
+
+        def compare_set(self, key, before, value):
+            return value.encode()
+
+        def check(self, keys):
+            if self.gone:
+                raise RuntimeError("connection reset")
+            return False
+
+    board = Board()
+    here = world.World(1, 2, torch.device("cpu"), board)
+    real = world.time.sleep
+
+    def asleep(seconds):
+        board.gone = True
+        real(0.2)
+
+    monkeypatch.setattr(world, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(world.time, "sleep", asleep)
+    monkeypatch.setattr(world.os, "_exit", codes.append)
+    here.watch()
+    here.leave(world.MISTAKE, "why")
+    here.watcher.join()
+    assert codes == [world.MISTAKE]

@@ -1,0 +1,128 @@
+"""Files and folders that are whole or not there; and what is said when a disk takes no more.
+
+    with disk.whole(path) as temporary:    ...write...     becomes `path` when all of it is on disk; or nothing is left
+    with disk.lines(path) as add:          add(line)       a file that grows; it never keeps half a line
+    with disk.to(path):                    ...write...     an error in here is about `path`
+
+A full disk shows in any write, and in most the system does not say of which file. Parts of what we write with are in
+Rust, and have errors of their own, in which the system's number is words. All of them become one `DiskError`.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import UserError
+
+MENDS = {
+    errno.ENOSPC: "make space there",
+    errno.EROFS: "make it writable",
+    errno.EFBIG: "let files be as large as that there",
+    errno.EIO: "look after that disk",
+}
+if hasattr(errno, "EDQUOT"):  # not on Windows
+    MENDS[errno.EDQUOT] = "make space there, or raise the quota"
+
+
+class DiskError(UserError):
+    """A disk that does not take what is written. `then`: what the user is to do when it does."""
+
+    then = "give the same command again"
+
+    def __init__(self, path: Path | str, number: int):
+        super().__init__(path, number)
+        self.path, self.number = path, number
+
+    def __str__(self) -> str:
+        return f"cannot write {self.path}: {os.strerror(self.number)}; {MENDS[self.number]}, then {self.then}"
+
+
+def number(error: BaseException) -> int | None:
+    """The system's number of what a disk said; None if it is something else. An error from Rust has it in its text."""
+    found = error.errno if isinstance(error, OSError) else None
+    if not isinstance(error, OSError | UserError) and (said := re.search(r"\(os error (\d+)\)", str(error))):
+        found = int(said[1])
+    return found if found in MENDS else None
+
+
+@contextmanager
+def to(path: Path | str) -> Iterator[None]:
+    """Whatever a disk refuses in here is about this path."""
+    try:
+        yield
+    except Exception as error:
+        if (said := number(error)) is None:
+            raise
+        raise DiskError(path, said) from error
+
+
+@contextmanager
+def whole(path: Path, temporary: Path | None = None, *, lasting: bool = True) -> Iterator[Path]:
+    """A name to write a file or a folder to, which then gets its own. `lasting`: that it is there survives a power cut;
+    what can be made again in no time need not wait for that."""
+    target = path.resolve()  # a link stays one
+    temporary = temporary or target.with_name(f".{target.name}.tmp")
+    with to(path):
+        if target.exists() and not (target.is_file() or target.is_dir()):  # /dev/null must not become a file
+            yield target
+            return
+        remove(temporary)  # of a killed process
+        try:
+            yield temporary
+            if lasting:
+                for written in [*temporary.rglob("*"), temporary]:
+                    flush(written)
+            temporary.replace(target)
+        except BaseException:
+            remove(temporary)
+            raise
+        if lasting:
+            flush(target.parent)
+
+
+@contextmanager
+def lines(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that adds a line to a file; when it returns, the system has it and no signal takes it away."""
+    with to(path):
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below, where an error is about the path again)
+
+    def add(line: bytes) -> None:
+        before = file.tell()
+        with to(path):
+            try:
+                while line:  # a disk that is nearly full takes a part, and says no to the rest
+                    line = line[file.write(line) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(before)
+                raise
+
+    try:
+        yield add
+    finally:
+        with to(path):
+            file.close()
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there and can be taken away."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file's content, or a folder's entries, survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot, and keeps its folders in order by itself
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
