@@ -105,7 +105,7 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
         parts = list(sharded._parts(STEP, plan))
         done = sharded._forward_backward(STEP, plan, loader.load(source, (part for part, _ in parts), 0))
         done = sharded._together(done)
-        norm, every = float(sharded._norm(sharded._gradients())), gradients(model)
+        norm, every = float(sharded._norms(sharded._gradients())[0]), gradients(model)
         sharded._update(plan, done["loss"], [])
         after = trained(model)
         forwards = here.gather([[len(rows) for _, rows in parts]])
