@@ -1,6 +1,6 @@
 """NaN, inf and -inf, put into every number that training goes by: the run must stop before the optimizer uses it.
 
-    make torture ONLY=poison       240 of them in one process, every system and kind in turn; and some on one of two ranks
+    make torture ONLY=poison       240 of them in one process, every system and kind in turn; some on one of two ranks
 
 Each is put into a run at one step, and then: exit code 2 and one line that names the step, its mode and stage, and
 where the number is; every weight and moment as it was before the step, bit for bit; on disk nothing that is not finite,
@@ -146,11 +146,12 @@ class Torture:
         return True
 
 
-def look(made: recipe.Recipe, steps: list[tuple[str, str]], step: int) -> str:
-    """What is wrong on disk, after a poison in this step of these; "" if nothing is."""
+def look(made: recipe.Recipe, steps: list[tuple[str, str]], step: int, left: bool = False) -> str:
+    """What is wrong on disk, after a poison in this step of these; "" if nothing is. `left`: one rank left by itself,
+    and a checkpoint that was being written then has no name yet."""
     newest = checkpoint.newest(made.folder / "checkpoints")
     due = [number + 1 for number in range(step) if saves(steps, number)]
-    if (newest and newest.name) != (f"step-{due[-1]:08d}" if due else None):
+    if (newest and newest.name) not in [f"step-{at:08d}" if at else None for at in [0, *due][-1 - left :]]:
         return f"the newest checkpoint is {newest}, and {due} were due"
     for file in made.folder.rglob("*.safetensors"):  # not through `checkpoint`, which looks by itself
         tensors = load_file(file).values()
@@ -227,7 +228,7 @@ def on_two_ranks(home: Path, count: int, starts: int, seed: int, say=print) -> t
         began = time.monotonic()
         code, log = torchrun(home, "one", home, home / "one.json", kind, value, seed + number)
         took, told = time.monotonic() - began, json.loads((home / "one.json").read_text())
-        wrong = told["wrong"] or look(made, steps_of(whole), told["step"])
+        wrong = told["wrong"] or look(made, steps_of(whole), told["step"], left=True)
         if log.count("tinyspeed: ") != 1 or f"tinyspeed: rank {told['rank']} on " not in log or code != 1:
             wrong = wrong or f"exit code {code}: {log[-2000:]}"
         code, log = torchrun(home, "on", home)
