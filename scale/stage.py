@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tinyspeed import UserError, checkpoint, memory
+from tinyspeed import UserError, blame, checkpoint, memory
 from tinyspeed.batching import plan_rows
 from tinyspeed.dualspeed import Output
 from tinyspeed.regate import Gate
@@ -138,18 +138,25 @@ class ShardedStage(StageRun):
     def _gradients(self) -> list[Tensor]:
         return [self._local(p.grad)[0] for p in self.names if p.grad is not None]
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        mine = super()._norm(gradients)
-        if self._shards.size() == 1:
-            return mine.to(self.model.device)
-        squares = mine.double().square()
-        dist.all_reduce(squares, group=self._shards)
-        return squares.sqrt().float().to(self.model.device)
+    def _norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of all ranks, copies of the model included: what is not finite on one is so on all, and all stop."""
+        norm, beside = (n.to(self.model.device) for n in super()._norms(gradients))
+        if self.world.size == 1:
+            return norm, beside
+        squares, beside = self.world.sums([norm.double().square(), beside])
+        copies = self.world.size // self._shards.size()
+        return (squares / copies).sqrt().float(), beside.float()
+
+    def _whose(self) -> tuple[int, str, str]:
+        """With which rank it began, where that can be known: gradients are of all ranks."""
+        place, *found = super()._whose()
+        place, rank, said, mend = min(self.world.gather([(place, self.world.rank, *found)]))
+        return place, said if place >= blame.SHARED else f"on rank {rank} {said}", mend
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
         try:
             return super()._update(plan, loss, others)
-        except UserError:  # not finite, which all ranks see: the checkpoint under way is still good
+        except UserError:  # not finite, which all ranks see: the checkpoint under way is good
             self.settle()
             raise
 
@@ -165,13 +172,16 @@ class ShardedStage(StageRun):
         moments a rank of 8 has 10 GB, and a disk is slower than memory."""
         self.settle()
         self.world.at(f"copying the checkpoint of step {self.totals.steps}")
+        state = {**self._state(step), "step": self.totals.steps}
+        unfit = checkpoint.unfit(((n, self._local(t)[0]) for n, t in self._tensors().items()), state)
+        if found := [of for of in self.world.gather([unfit and f"on rank {self.world.rank} {unfit}"]) if of]:
+            raise checkpoint.refusal(self.totals.steps, found[0])
         temporary = checkpoint.unnamed(folder, self.totals.steps)
         if self.world.leads:
             checkpoint.begin(folder, self.totals.steps)
         self.world.wait()
         here, rows = self._mine()
         part = f"-{self.world.rank:05d}-of-{self.world.size:05d}" if self.world.size > 1 else ""
-        state = {**self._state(step), "step": self.totals.steps}
         self.writing = self.writer.submit(checkpoint.write, temporary, here, rows, part), temporary, state
 
     def _mine(self) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:

@@ -105,7 +105,7 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
         parts = list(sharded._parts(STEP, plan))
         done = sharded._forward_backward(STEP, plan, loader.load(source, (part for part, _ in parts), 0))
         done = sharded._together(done)
-        norm, every = float(sharded._norm(sharded._gradients())), gradients(model)
+        norm, every = float(sharded._norms(sharded._gradients())[0]), gradients(model)
         sharded._update(plan, done["loss"], [])
         after = trained(model)
         forwards = here.gather([[len(rows) for _, rows in parts]])
@@ -177,6 +177,21 @@ def mistakes(here: world.World, home: Path) -> dict:
 
     sharded._micro_batch = broken
     batches = loader.load(source, sharded._ahead(), 0)
+
+    def poisoned(key: str, value: float) -> list[str]:
+        """What is said if rank 1 has this in what it remembers of a parameter, or in the parameter itself."""
+        sharded._micro_batch = backward
+        p = next(p for p in sharded.names if len(sharded._local(p)[0]))
+        there = sharded._local(sharded.optimizer.state[p][key] if key else p.detach())[0].view(-1)
+        was = there[0].item()
+        there[0] = value if here.rank == 1 else was
+        if key:
+            said = told(lambda: sharded._step(0, loader.load(source, sharded._ahead(), 0), None))
+        else:
+            said = told(lambda: sharded.save(home / "never", 1))
+        there[0] = was
+        return here.gather([said])
+
     stop, calm = [signal.SIGTERM] * (here.rank == 1), []
     return {
         "alive": here.gather(alive),
@@ -184,6 +199,8 @@ def mistakes(here: world.World, home: Path) -> dict:
         "stops": here.gather([(sharded._stops(stop), stop)]),
         "goes on": here.gather([(sharded._stops(calm), calm)]),
         "NaN": here.gather([told(lambda: sharded._step(0, batches, None))]),
+        "moment": poisoned("exp_avg_sq", float("inf")),
+        "saving": poisoned("", float("nan")),
         "steps": here.gather([sharded.totals.steps]),
         "disagree": here.gather([told(lambda: here.agree("the weather", here.rank))]),
         "agree": here.gather([told(lambda: here.agree("the weather", "fine"))]),

@@ -37,6 +37,16 @@ def made(slow=0.1, gap=0.05, seed=0, block=4) -> AdaptiveSchedule:
     return schedule
 
 
+@pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf])
+def test_a_share_that_is_not_finite_is_no_share(share):
+    """Nothing is below NaN: no step would be slow again, and nobody would be told."""
+    schedule = made()
+    schedule.shares[1] = share
+    schedule.plan(0)
+    with pytest.raises(UserError, match=f"share of slow steps is {share}"):
+        schedule.plan(4)
+
+
 def watch(schedule, history):
     for step, full, fast, answers in sorted(history):
         schedule.observe(SLOW, {"step": step, "ce": full, "ce_teacher": fast, "answers": answers})

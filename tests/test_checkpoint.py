@@ -156,3 +156,34 @@ def test_zero_moments_start_like_no_moments():
             optimizer.step()
             optimizer.zero_grad()
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_saved_and_the_older_one_stays(tmp_path, poison):
+    checkpoint.save(tmp_path, 5, tensors(), {}, keep=1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    bad = tensors()
+    bad["a"][1, 2] = poison
+    for given_tensors, state, said in (
+        (bad, {}, rf"step 6 was not written: a \(1 of 6 numbers, {poison}\)"),
+        (tensors(), {"schedule": {"sums": [0.0, poison]}}, rf"schedule\.sums\.1 is {poison}"),
+    ):
+        with pytest.raises(UserError, match=said):
+            checkpoint.save(tmp_path, 6, given_tensors, state, keep=1)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_what_an_older_version_saved_is_read_only_if_it_is_finite(tmp_path):
+    bad = {**tensors(), "scalar": torch.tensor(float("inf"))}
+    bad["a"][0, 1] = float("nan")
+    temporary = checkpoint.begin(tmp_path, 1)
+    saved, _ = checkpoint.load(checkpoint.finish(temporary, {}, checkpoint.write(temporary, bad), keep=2))
+    assert torch.equal(saved["b/c"], bad["b/c"])
+    assert torch.equal(saved.part("a", 1, 2), bad["a"][1:])
+    for name in ("a", "scalar"):
+        with pytest.raises(UserError, match=rf"step-00000001 is not finite: {name} .*delete the folder"):
+            saved[name]
+    temporary = checkpoint.begin(tmp_path, 2)
+    path = checkpoint.finish(temporary, {"sums": [float("nan")]}, checkpoint.write(temporary, tensors()), keep=2)
+    with pytest.raises(UserError, match=r"step-00000002 is damaged .*NaN.*delete the folder"):
+        checkpoint.load(path)

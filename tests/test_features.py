@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_train import Killed, die_before, unlike
 from test_tuning import settings
 
@@ -145,6 +146,22 @@ def test_a_damaged_file_is_named(home, tmp_path):
     store.file(picture).unlink()
     with pytest.raises(UserError, match=r"are gone.*--resume"):
         store.read(picture)
+
+
+def test_features_that_are_not_finite_are_neither_kept_nor_read(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    store = kept(tmp_path, made, net)
+    picture = next(made.pictures())
+    tensors = load_file(store.file(picture))
+    tensors["features"].view(-1)[7] = float("inf")
+    save_file(tensors, store.file(picture))
+    with pytest.raises(UserError, match=rf"features of {picture} .*not finite.*delete the file"):
+        store.read(picture)
+    with torch.no_grad():
+        next(net.model.vision_tower.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match=r"features of .* are not finite.*precision"):
+        kept(tmp_path / "other", made, net)
+    assert not files(tmp_path / "other")
 
 
 def test_what_a_killed_run_left_half_written_is_swept(home, tmp_path):

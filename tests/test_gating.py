@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tinyspeed import DualSpeed, UserError, gating, rows
+from tinyspeed.errors import NotFinite
 from tinyspeed.scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, Plan
 
 shares = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -54,6 +55,18 @@ def test_of_equals_the_earlier_stay(m, share):
     memory.update(0, np.ones(len(m), bool), np.array(m))
     hardest = sorted(range(len(m)), key=lambda i: (-m[i], i))[: math.ceil(Fraction(str(share)) * len(m))]
     assert np.flatnonzero(memory.keep(0, share)).tolist() == sorted(hardest)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_difficulty_that_is_not_finite_decides_nothing(poison):
+    memory = gating.Memory(gating.Settings(), [0, 7], [2, 3], np.zeros(5, np.float32))
+    memory.difficulty[3] = poison
+    assert memory.keep(0, 0.5).sum() == 1
+    with pytest.raises(NotFinite, match="remembers of sample 7"):
+        memory.keep(7, 0.5)
+    memory.difficulty[3], memory.reference[1] = 0.0, poison
+    with pytest.raises(NotFinite, match="reference's losses on sample 0"):
+        memory.keep(0, 0.5)
 
 
 def test_a_sample_that_nothing_is_known_of_keeps_all_or_what_the_reference_finds_hard():

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinyspeed"
 FLOORS = [
     {"errors"},
-    {"pruning", "isolator", "scheduler", "distill", "rows"},
+    {"pruning", "isolator", "scheduler", "distill", "rows", "finite"},
     {"attention", "drop_in", "layers", "gating", "adaptive"},
     {"vlm"},
     {"signals"},
@@ -23,7 +23,7 @@ FLOORS = [
     {"loading", "loader", "images", "checkpoint", "callback", "labels"},
     {"records", "recipe", "record", "report", "merge"},
     {"optimizer", "chat", "runs", "digits", "schedules", "reference", "ablations"},
-    {"conversations", "questions", "vqa", "features", "regate"},
+    {"conversations", "questions", "vqa", "features", "regate", "blame"},
     {"evaluate", "stage"},
     {"train", "look"},
     {"compare", "demo", "ask", "benchmarks", "estimate"},

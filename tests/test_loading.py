@@ -228,6 +228,25 @@ def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
         merge.merge(saved(net), 2.0, str(tmp_path / "small"), tmp_path / "out")
 
 
+def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
+    """Of fp16, what is too large for it; and what the base has so."""
+    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    tensors = saved(net)
+    name = next(n for n in tensors if "projector" in n and n.endswith("weight"))
+    tensors[name] = tensors[name].clone().fill_(1e6)
+    AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    with pytest.raises(UserError, match=r"nothing was exported.*projector.*\(.*inf\).*too large for torch.float16"):
+        merge.merge(tensors, 2.0, str(tmp_path / "half"), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    merge.merge(tensors, 2.0, base, tmp_path / "whole")
+    broken = load_file(f"{base}/model.safetensors")
+    next(t for n, t in broken.items() if "vision_tower" in n).view(-1)[3] = float("nan")
+    shutil.copytree(base, tmp_path / "broken")
+    save_file(broken, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"nothing was exported.*vision_tower.*nan.*broken has it so"):
+        merge.merge(tensors, 2.0, str(tmp_path / "broken"), tmp_path / "other")
+
+
 def test_an_adapter_alone_carries_the_projector_too(base, tmp_path):
     net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
     merge.save_adapter(saved(net), loading.lora_config(4), base, tmp_path / "adapter")

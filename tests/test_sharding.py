@@ -116,7 +116,9 @@ def test_ranks_adapt_as_one_process_does(ranks):
 
 def test_every_rank_is_told_of_what_is_wrong_on_one(ranks):
     found = ranks["mistakes"]
-    assert all(re.match(r"step 1 \(\w+\): loss nan", told) for told in found["NaN"])
+    assert all(re.match(r"step 1 \(\w+, train\): loss nan.*: on rank 1 the loss of ", told) for told in found["NaN"])
+    assert all(re.search(r": on rank 1 the optimizer's exp_avg_sq of \S+ \(1 of .*inf\)", t) for t in found["moment"])
+    assert all(re.search(r"was not written: on rank 1 model/\S+ \(1 of .*nan\)", told) for told in found["saving"])
     assert found["steps"] == [0, 0]
     assert [told.rpartition(";")[2] for told in found["disagree"]] == [" rank 0 has 0", " rank 1 has 1"]
     assert found["agree"] == ["nothing"] * 2

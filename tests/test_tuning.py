@@ -190,6 +190,25 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, monkeyp
         train.train(made, bar=False)
 
 
+@pytest.mark.parametrize("what", ["moment", "scale"])
+def test_a_loss_scale_is_to_blame_for_gradients_alone(home, tmp_path, monkeypatch, what):
+    """Or every step from here on would be left out as if it had overflowed: a run that stands still."""
+    made = settings(home, tmp_path, "run", "model.precision=fp16", "lora.rank=4", "train.steps=4")
+    original = StageRun._step
+
+    def poisoned(self, step, *given):
+        if step == 1 and what == "scale":
+            self.scale.scale = float("inf")
+        elif step == 1:
+            next(iter(self.optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
+        return original(self, step, *given)
+
+    monkeypatch.setattr(StageRun, "_step", poisoned)
+    says = {"moment": r"step 2 \(\w+, train\): .*optimizer's exp_avg_sq of ", "scale": r"step 2 .*scale\.scale is inf"}
+    with pytest.raises(UserError, match=says[what]):
+        train.train(made, bar=False)
+
+
 def test_a_resumed_run_goes_on_with_its_loss_scale(home, tmp_path, monkeypatch):
     """Checkpoints come after steps 2 and 4; the second step overflows."""
     original, grown = precision.LossScale.stepped, []

@@ -29,7 +29,7 @@ without a picture have none, and thin it out.
 
 import math
 
-from .errors import UserError
+from .errors import NotFinite, UserError
 from .scheduler import DualSpeedSchedule, Plan, uniform
 
 BLOCK = 64  # steps
@@ -63,6 +63,8 @@ class AdaptiveSchedule(DualSpeedSchedule):
 
     def plan(self, step: int) -> Plan:
         share = self.shares[min(step // self.block, len(self.shares) - 1)]
+        if not math.isfinite(share):  # nothing is below it: no step would be slow again, in silence
+            raise NotFinite(f"the adaptive share of slow steps is {share}")
         if uniform(self.seed, step) < share:
             return Plan("slow", keep=self.keep, distill=self.distill)
         return Plan("fast", keep=self.keep)

@@ -15,16 +15,17 @@ processes, and one process can read what many wrote.
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import disk
+from . import disk, finite
 from .errors import UserError
 
 CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' table of 8-bit values, one for all
@@ -38,12 +39,25 @@ def write_atomically(path: Path, text: str) -> None:
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
     """Write the checkpoint of `step`, then delete all but the newest `keep`."""
+    if found := unfit(tensors.items(), state):
+        raise refusal(step, found)
     try:
         temporary = begin(folder, step)
         return finish(temporary, {**state, "step": step}, write(temporary, tensors), keep)
     except BaseException:
         disk.remove(unnamed(folder, step))  # half of one would keep a full disk full
         raise
+
+
+def unfit(tensors: Iterable[tuple[str, Tensor]], state: dict) -> str | None:
+    """What of a checkpoint must not be saved, since it is not finite: a run that goes on from there is lost."""
+    return finite.first(tensors) or finite.number(state)
+
+
+def refusal(step: int, found: str) -> UserError:
+    return UserError(
+        f"the checkpoint of step {step} was not written: {found}. Resume the run: its last checkpoint is good"
+    )
 
 
 def named(folder: Path, step: int) -> Path:
@@ -132,6 +146,7 @@ class Saved(Mapping[str, Tensor]):
 
     def __init__(self, paths: list[Path]):
         self._parts: dict[str, list[tuple[int, int, object]]] = {}  # name -> (first row, number of rows, file)
+        self._folder = paths[0].parent
         self._rows: dict[str, int] = {}  # of tensors in parts: the number of rows in all files
         for path in paths:
             file = safe_open(path, framework="pt")
@@ -148,27 +163,41 @@ class Saved(Mapping[str, Tensor]):
         return len(self._parts)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.part(name, 0, self._rows[name]) if self.shape(name) else self._parts[name][0][2].get_tensor(name)
+        if self.shape(name):
+            return self.part(name, 0, self._rows[name])
+        return self._finite(name, self._parts[name][0][2].get_tensor(name))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if found := finite.first([(name, tensor)]):
+            raise UserError(
+                f"checkpoint {self._folder} is not finite: {found}; delete the folder to resume from the one before it"
+            )
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self._parts[name][0][2].get_slice(name).get_shape()
         return (self._rows[name], *shape[1:]) if shape else ()
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows `begin` to `end` of a tensor."""
+        """Rows `begin` to `end` of a tensor. A version that did not look before it saved may have left some that are
+        not finite."""
         found = []
         for first, count, file in sorted(self._parts[name], key=lambda part: part[0]):
             low, high = max(begin, first), min(end, first + count)
             if low < high or begin == end:
                 found.append(file.get_slice(name)[low - first : max(low, high) - first])
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return self._finite(name, found[0] if len(found) == 1 else torch.cat(found))
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{STATE} holds {name}")
 
 
 def load(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
     """Tensors and state of one checkpoint; a damaged one is an error that says so. `mine`: which of the files this
     process checks, where several share that."""
     try:
-        written = json.loads((path / STATE).read_text(encoding="utf-8"))
+        written = json.loads((path / STATE).read_text(encoding="utf-8"), parse_constant=_no_number)
         state = written["state"]
         if written["crc32"] != _crc(state):
             raise ValueError(f"{STATE} is not what was written")

@@ -73,6 +73,9 @@ class Conversations:
             crc = zlib.crc32(array.tobytes(), crc)
         return f"{len(self)} records, {crc:08x}"
 
+    def where(self, i: int) -> str:
+        return self.records[int(self.good[i])].where
+
     def text(self, i: int) -> tuple[Tensor, Tensor]:
         record = self.records[int(self.good[i])]
         with _about(record):

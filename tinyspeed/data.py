@@ -39,6 +39,9 @@ class Source(Protocol):
 
     def example(self, i: int) -> Example: ...
 
+    def where(self, i: int) -> str:
+        """How the user calls example i, in an error."""
+
 
 def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
     """Examples to a processor-style batch, padded to the right."""

@@ -172,6 +172,9 @@ class Digits:
         pixels, cells = picture(rng, self.split, self.canvas)
         return Example(*self._text(rng, cells), pixel_values(pixels)[None])
 
+    def where(self, i: int) -> str:
+        return f"picture {i}"
+
     def text(self, i: int) -> tuple[Tensor, Tensor]:
         rng = self._rng(i)
         return self._text(rng, picture(rng, self.split, self.canvas)[1])

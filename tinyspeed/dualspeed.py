@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from . import attention, layers, rows, signals
+from . import attention, finite, layers, rows, signals
 from .choosing import Chooser
 from .distill import answer_loss, without_dropout
 from .drop_in import DropIn
@@ -50,8 +50,7 @@ class DualSpeed(DropIn):
     `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: rows of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`loading.add_lora`).
     `distill`, `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or "auto"
-    (`attention.layout`). `schedule`: instead of the default, slow at random. `chunk`: answer rows
-    whose logits exist at a time.
+    (`attention.layout`). `schedule`: instead of the default. `chunk`: answer rows whose logits exist at a time.
     """
 
     def __init__(
@@ -143,6 +142,7 @@ class DualSpeed(DropIn):
             full = rows.elide(full, labels, answers, self.positions)
 
         images = [*itertools.chain(*features.values())]
+        sizes = finite.each(images)
         table, run, extra, teacher, taught_rows = images, full, 0.0, None, 0
         if plan.taught:
             self.views.use("fast")
@@ -151,15 +151,15 @@ class DualSpeed(DropIn):
                 teacher, taught_rows = self._answers(input_ids, pruned, isolating, plan)[0], len(isolating)
         elif plan.mode == "fast":
             table, run, extra = self._pruned(input_ids, full, images, plan.keep, heard)
-        table = [*table, *idle]
         del features, images, heard  # of which a fast step keeps a tenth
         self.views.use("fast" if plan.mode == "fast" else "slow")  # and so it stays until the backward is over
-        hidden, target, influence = self._answers(input_ids, table, run, plan)
+        hidden, target, influence = self._answers(input_ids, [*table, *idle], run, plan)
         if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
         total = len(target) if num_items_in_batch is None else num_items_in_batch
         out = self._loss(hidden, target, teacher, plan, extra, total)
         out.metrics |= {"rows_kept": len(run), "rows_taught": taught_rows, "rows_full": every, "influence": influence}
+        out.metrics["features"] = sizes  # the largest of each image's, to know it by if the loss is not finite
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out

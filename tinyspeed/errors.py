@@ -13,6 +13,15 @@ class UserError(ValueError):
     """Something the user can mend. The message says what, where and how."""
 
 
+class NotFinite(UserError):
+    """A number that a step goes by is NaN or infinite. Whoever runs the step adds which step it was. `image`: whose
+    features, by its place in the batch."""
+
+    def __init__(self, said: str, image: int | None = None):
+        super().__init__(said)
+        self.image = image
+
+
 def counted(count: int, thing: str) -> str:
     """1 record, 2,000 records."""
     return f"{count:,} {thing}{'s' * (count != 1)}"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from . import disk, images
+from . import disk, finite, images
 from .errors import UserError, counted
 from .precision import autocast
 from .vlm import Family
@@ -56,13 +56,15 @@ class Features:
         file = self.file(picture)
         try:
             tensors = load_file(file)
+            if found := finite.first([("features", tensors["features"])]):
+                raise ValueError(f"{found}: not finite")
             return tensors["features"], tensors.get("image_sizes")
         except FileNotFoundError as error:
             raise UserError(
                 f"the features of {picture} are gone, by hand or to make room for another run: --resume makes them "
                 f"anew, and a run.cache of its own keeps them"
             ) from error
-        except (OSError, KeyError, SafetensorError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"the features of {picture} in {file} cannot be read ({error}): delete the file") from error
 
 
@@ -85,6 +87,8 @@ def fill(
         sizes = batch.get("image_sizes")
         with autocast(precision, device):
             tensors = {"features": vlm.look(batch["pixel_values"].to(device), sizes).cpu().contiguous()}
+        if finite.first(tensors.items()):
+            raise UserError(f"the features of {path} are not finite: try another model.precision, or leave it out")
         if sizes is not None:
             tensors["image_sizes"] = sizes
         content = save(tensors)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .errors import UserError, unknown
+from .errors import NotFinite, UserError, unknown
 from .scheduler import Plan
 
 FUSIONS = ("sum", "mix")
@@ -116,9 +116,13 @@ class Memory:
         """(n,) bool: which of a sample's answer tokens stay."""
         tokens, weight = self._tokens(sample), self.settings.weight
         m = self.difficulty[tokens]
+        if not np.isfinite(m).all():
+            raise NotFinite(f"what ReGATE remembers of sample {sample} is not finite")
         stays = np.ones(len(m), dtype=bool)
         if self.reference is not None:
             reference = self.reference[tokens]
+            if not np.isfinite(reference).all():
+                raise NotFinite(f"the reference's losses on sample {sample} are not finite")
             m = np.where(m < 0, reference, m)
             m = (m if self.settings.fusion == "sum" else (1 - weight) * m) + weight * reference
         elif (m < 0).any():

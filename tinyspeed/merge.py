@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import finite
 from .errors import UserError
 
 # Beside the weights: what transformers needs to load them, and nothing that belongs to whoever made the base.
@@ -73,9 +74,17 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
                             f"{name} is {tuple(made[name].shape)} in {base}, and was trained as {tuple(new.shape)}"
                         )
                     made[name] = new.to(made[name].dtype).contiguous()
+                _check(made[name], name, base)
         save_file(made, out / file.name, metadata=metadata)
     if left:
         raise UserError(f"{base} has no tensor for {min(left)}: it is not the model that was trained")
+
+
+def _check(tensor: Tensor, name: str, base: str) -> None:
+    """What was trained is finite, or it would not have been saved; not so the base, nor what is too large for fp16."""
+    if found := finite.first([(name, tensor)]):
+        why = f"what was trained is too large for {tensor.dtype}, or {base} has it so"
+        raise UserError(f"nothing was exported, it would not be finite: {found}; {why}")
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from .checkpoint import CONSTANT
 from .errors import UserError
 from .recipe import Stage
 
@@ -44,6 +45,14 @@ def build(stage: Stage, connector: list[Tensor], others: list[Tensor]) -> torch.
             optimizer.init_state(group, p, number, place)
     optimizer.initialized = True
     return optimizer
+
+
+def read(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What steps read beside gradients: every weight that trains and what is remembered of it, as far as that is
+    numbers. Of 8-bit moments these are the scales of their blocks."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    beside = [of for state in optimizer.state.values() for name, of in state.items() if name not in CONSTANT]
+    return weights + [of for of in beside if isinstance(of, Tensor) and of.is_floating_point()]
 
 
 def learning_rate(stage: Stage, step: int, steps: int) -> float:

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import attention, checkpoint, disk, heap, loader, loading, memory, optimizer, precision, record
+from . import attention, blame, checkpoint, disk, finite, heap, loader, loading, memory, optimizer, precision, record
 from .batching import Order, cut, plan_rows
 from .data import Source
 from .dualspeed import DualSpeed, Output
-from .errors import UserError, counted
+from .errors import NotFinite, UserError, counted
 from .recipe import Recipe, Stage
 from .regate import Gate
 from .scheduler import Plan
@@ -59,21 +59,14 @@ class StageRun:
     """One stage: its optimizer, its schedule, its steps.
 
     Where several processes share a stage (`scale`), each trains on its part of every batch; what they must agree on
-    passes through `_together`, `_stops` and `_norm`, which have nothing to do in one process.
+    passes through `_together`, `_stops`, `_norms` and `_whose`, which have nothing to do in one process.
     """
 
     lead = True  # whether this process writes the log
     processes = 1
 
     def __init__(
-        self,
-        recipe: Recipe,
-        model: DualSpeed,
-        source: Source,
-        name: str,
-        number: int,
-        stage: Stage,
-        totals: Totals,
+        self, recipe: Recipe, model: DualSpeed, source: Source, name: str, number: int, stage: Stage, totals: Totals
     ):
         if model.device.type == "cpu":
             heap.keep()
@@ -100,6 +93,7 @@ class StageRun:
         self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
         self.rows_that_fit = self._rows_that_fit()
         self.gate = self._gate()
+        self.seen = blame.Seen()
 
     def _gate(self) -> Gate | None:
         """Which answers are skipped, if the recipe asks for ReGATE."""
@@ -133,7 +127,8 @@ class StageRun:
             ) as line,
         ):
             for step in range(self.first, self.steps):
-                entry = self._step(step, batches, full_seconds_per_row)
+                with blame.named(self):
+                    entry = self._step(step, batches, full_seconds_per_row)
                 log(json.dumps(entry).encode() + b"\n")
                 note = " skipped" if entry["skipped"] else ""
                 speedup = f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
@@ -204,8 +199,10 @@ class StageRun:
             batch = next(batches)
             if self.gate:
                 batch = self.gate.mark(part, batch)
+            self.seen.parts.append(part)
             with self._fitting(plan.mode, rows):
                 out = self._micro_batch(batch, rows, plan, answers)
+            self.seen.add(out)
             if self.gate:
                 self.gate.ran(out.metrics["losses"])
             total["loss"] += out.loss.detach()
@@ -242,21 +239,25 @@ class StageRun:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.names if p.grad is not None]
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        return torch.nn.utils.get_total_norm(gradients)
+    def _norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of these, and the largest number that the optimizer reads beside them."""
+        beside = finite.largest(self._local(t)[0] for t in optimizer.read(self.optimizer))
+        return torch.nn.utils.get_total_norm(gradients), beside
+
+    def _whose(self) -> tuple[int, str, str]:
+        return blame.whose(self)
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
         """Clip, check that everything is finite, step. Numbers for the log, and whether the step was left out."""
         gradients = self._gradients()
-        norm = self._norm(gradients) / self.scale.scale
+        norm, beside = self._norms(gradients)
+        norm = norm / self.scale.scale
         factor = (self.stage.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
-        numbers = torch.stack([loss, norm, *others]).tolist()  # waits for the device
-        fine = all(map(math.isfinite, numbers))
-        if not fine and not (math.isfinite(numbers[0]) and self.scale.overflowed()):
-            raise UserError(
-                f"step {self.totals.steps + 1} ({plan.mode}): loss {numbers[0]}, gradient norm {numbers[1]}. Stopped "
-                f"before the optimizer used them, and nothing was saved. Start a new run with a lower {self.name}.lr"
-            )
+        numbers = torch.stack([norm, beside, loss, *others]).tolist()  # waits for the device
+        rest = all(map(math.isfinite, numbers[1:]))  # for which no loss scale is to blame
+        fine = rest and math.isfinite(numbers[0])
+        if not fine and not (rest and self.scale.overflowed()):
+            raise blame.stopped(self, numbers)
         if fine:
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
             self.optimizer.step()
@@ -266,22 +267,19 @@ class StageRun:
 
     def _step(self, step: int, batches: Iterator[dict[str, Tensor]], full_seconds_per_row: float | None) -> dict:
         began = time.perf_counter()
+        if found := finite.number({"schedule": self.model.schedule.state_dict(), "scale": self.scale.state_dict()}):
+            raise NotFinite(f"the state of {found}")
         plan = self.model.schedule.plan(step)
+        self.seen.mode = plan.mode
         share = optimizer.learning_rate(self.stage, step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
         done = self._together(self._forward_backward(step, plan, batches))
         others = [done["ce"], done["kl"], done["ce_teacher"], *done["influence"]]
-        (loss, norm, ce, kl, ce_teacher, *influence), skipped = self._update(plan, done["loss"], others)
+        (norm, _, loss, ce, kl, ce_teacher, *influence), skipped = self._update(plan, done["loss"], others)
         if not skipped:
-            seen = {
-                "step": step,
-                "answers": done["answers"],
-                "ce": ce,
-                "ce_teacher": ce_teacher,
-                "influence": influence,
-            }
-            self.model.schedule.observe(plan, seen)
+            known = {"step": step, "answers": done["answers"], "ce": ce, "ce_teacher": ce_teacher}
+            self.model.schedule.observe(plan, {**known, "influence": influence})
             if self.gate:
                 self.gate.learn(self._sum(self.gate.losses()))
         took = time.perf_counter() - began

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import NotFinite, UserError
 from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
 from .registry import entry, learned, merges, names, needs, pairs, register, signals_of, works_with
 
@@ -158,7 +158,8 @@ def _checked(features: Tensor) -> Tensor:
     largest = torch.maximum(features.amax((1, 2)), -features.amin((1, 2)))  # NaN wins in both
     exponents = [math.frexp(x)[1] if math.isfinite(x) else None for x in largest.tolist()]
     if None in exponents:
-        raise UserError("the image features hold NaN or infinite values: the vision tower or projector has diverged")
+        said = "the image features hold NaN or infinite values: the vision tower or projector has diverged"
+        raise NotFinite(said, exponents.index(None))
     if all(-30 <= e <= 30 for e in exponents):
         return features
     return torch.ldexp(features, -torch.tensor(exponents, device=features.device).clamp(-126, 126)[:, None, None])

@@ -1,0 +1,48 @@
+"""Numbers that are not finite are found wherever they are, and nothing else is."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyspeed import finite
+
+poisons = st.sampled_from([math.nan, math.inf, -math.inf])
+shapes = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5)
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+
+
+@given(shapes, dtypes, poisons, st.integers(0, 2**31), st.data())
+def test_one_number_among_all_is_found_and_named(shapes, dtype, poison, seed, data):
+    draw = torch.Generator().manual_seed(seed)
+    named = {str(i): torch.randn(shape, generator=draw).to(dtype) for i, shape in enumerate(shapes)}
+    named["whole numbers"] = torch.arange(3)
+    assert math.isfinite(finite.largest(named.values()))
+    assert finite.first(named.items()) is None
+    if full := [name for name, t in named.items() if t.numel() and t.is_floating_point()]:
+        name = data.draw(st.sampled_from(full))
+        t = named[name]
+        t.view(-1)[data.draw(st.integers(0, t.numel() - 1))] = poison
+        assert not math.isfinite(finite.largest(named.values()))
+        count = f"1 of {t.numel():,} numbers, " if t.numel() > 1 else ""
+        assert finite.first(named.items()) == f"{name} ({count}{poison})"
+
+
+def test_the_largest_is_by_magnitude_and_does_not_overflow():
+    assert finite.largest([torch.tensor([1.0, -3e38]), torch.ones(2, dtype=torch.bfloat16)]) == torch.tensor(3e38)
+    assert [float(n) for n in finite.each([torch.tensor([[1.0, -2.0]]), torch.ones(3)])] == [2.0, 1.0]
+    assert finite.largest([torch.zeros(0)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a": [1, {"b": [0.5, math.nan]}]}, "a.1.b.1 is nan"),
+        ({"x": (1, -math.inf)}, "x.1 is -inf"),
+        ({"a": [1, 2.0], "b": "inf", "c": None, "d": True}, None),
+    ],
+)
+def test_plain_numbers_are_found_by_their_place(state, said):
+    assert finite.number(state) == said
