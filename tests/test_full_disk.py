@@ -225,3 +225,16 @@ def test_a_rank_that_says_why_is_not_lost_when_the_board_goes_first(monkeypatch)
     here.leave(world.MISTAKE, "why")
     here.watcher.join()
     assert codes == [world.MISTAKE]
+
+
+def test_a_cache_is_swept_of_what_the_dead_left_and_of_nothing_else(tmp_path):
+    def left(name: str, age: float) -> Path:
+        path = tmp_path / name
+        path.write_text("half")
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+        return path
+
+    old, young = left(".a.1.tmp", 2 * disk.STALE), left(".b.2.tmp", 0.0)
+    disk.sweep([old, young, tmp_path / ".gone.3.tmp"])
+    assert not old.exists()
+    assert young.read_text() == "half"

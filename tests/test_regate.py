@@ -24,23 +24,12 @@ STEPS = 9
 SKIPS = ("regate.keep=0.4", "regate.cycle=4", "regate.refresh=1", "regate.warmup=2")
 
 
-def llm(folder, seed: int) -> str:
-    """A text-only LLM with the tests' tokenizer."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny.config("llava").text_config)
-    for parameter in model.parameters():  # far apart, or all losses would be nearly equal
-        parameter.data *= 5
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     album(home, 10)
     tiny.checkpoint("llava", home / "llava")
-    llm(home / "llm", 1)
+    tiny.llm(home / "llm", 1)
     return home
 
 
@@ -229,7 +218,7 @@ def test_losses_are_made_once_and_never_taken_for_those_of_other_data_or_another
     assert np.array_equal(first, reference_of(made).losses(CPU, bar=False))
     assert len(loaded) == 1
 
-    other = reference_of(made, llm(tmp_path / "other", 2)).losses(CPU, bar=False)
+    other = reference_of(made, tiny.llm(tmp_path / "other", 2)).losses(CPU, bar=False)
     assert len(loaded) == 2
     assert not np.allclose(first, other)
 
@@ -252,7 +241,7 @@ def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path
     if how == "cut":
         file.write_bytes(file.read_bytes()[:-5])
     else:
-        other = reference_of(made, llm(tmp_path / "other", 2))
+        other = reference_of(made, tiny.llm(tmp_path / "other", 2))
         other.losses(CPU, bar=False)
         file.write_bytes(other._file(0).read_bytes())
     assert np.array_equal(reference_of(made).losses(CPU, bar=False), first)
@@ -285,7 +274,7 @@ def test_old_losses_make_room(home, tmp_path, monkeypatch):
     monkeypatch.setattr(reference, "FOLDERS", 2)
     made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
     for seed in range(3):
-        reference_of(made, llm(tmp_path / f"llm{seed}", seed)).losses(CPU, bar=False)
+        reference_of(made, tiny.llm(tmp_path / f"llm{seed}", seed)).losses(CPU, bar=False)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -296,7 +285,7 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
     made = settings(home, tmp_path, "run")
     file = tmp_path / "run.toml"
     file.write_text(made.to_toml())
-    llm(tmp_path / "stranger", 1)
+    tiny.llm(tmp_path / "stranger", 1)
     tokens = json.loads((tmp_path / "stranger" / "tokenizer.json").read_text())
     vocabulary = tokens["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
@@ -315,7 +304,7 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
 
 
 def test_a_reference_that_cannot_read_so_far_is_refused(home, tmp_path):
-    llm(tmp_path / "short", 1)
+    tiny.llm(tmp_path / "short", 1)
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
     made = settings(home, tmp_path, "run", f"regate.reference={tmp_path / 'short'}")

@@ -270,6 +270,17 @@ def checkpoint(family: str, folder: Path | str, *, seed: int = 0) -> Path:
     return folder
 
 
+def llm(folder: Path | str, seed: int = 1) -> str:
+    """A text-only LLM with the tests' tokenizer, on disk."""
+    torch.manual_seed(seed)
+    net = LlamaForCausalLM(config("llava").text_config)
+    for parameter in net.parameters():  # far apart, or all losses would be nearly equal
+        parameter.data *= 5
+    net.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def parts(home: Path) -> tuple[str, str]:
     """A CLIP tower and a Llama with its tokenizer, each saved as on the hub."""
     shape = config("llava")

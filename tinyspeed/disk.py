@@ -12,12 +12,14 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
 
+STALE = 3600.0  # seconds
 MENDS = {
     errno.ENOSPC: "make space there",
     errno.EROFS: "make it writable",
@@ -61,11 +63,11 @@ def to(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def whole(path: Path, temporary: Path | None = None, *, lasting: bool = True) -> Iterator[Path]:
-    """A name to write a file or a folder to, which then gets its own. `lasting`: that it is there survives a power cut;
-    what can be made again in no time need not wait for that."""
+def whole(path: Path, *, cached: bool = False) -> Iterator[Path]:
+    """A name to write a file or a folder to, which then gets its own. `cached`: it can be made again, so that it need
+    not survive a power cut, and other processes may be making the same."""
     target = path.resolve()  # a link stays one
-    temporary = temporary or target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp" if cached else f".{target.name}.tmp")
     with to(path):
         if target.exists() and not (target.is_file() or target.is_dir()):  # /dev/null must not become a file
             yield target
@@ -73,14 +75,14 @@ def whole(path: Path, temporary: Path | None = None, *, lasting: bool = True) ->
         remove(temporary)  # of a killed process
         try:
             yield temporary
-            if lasting:
+            if not cached:
                 for written in [*temporary.rglob("*"), temporary]:
                     flush(written)
             temporary.replace(target)
         except BaseException:
             remove(temporary)
             raise
-        if lasting:
+        if not cached:
             flush(target.parent)
 
 
@@ -106,6 +108,14 @@ def lines(path: Path) -> Iterator[Callable[[bytes], None]]:
     finally:
         with to(path):
             file.close()
+
+
+def sweep(halves: Iterable[Path]) -> None:
+    """Take away what killed processes have left half-written in a cache; a living one's is seconds old."""
+    for half in halves:
+        with suppress(OSError):
+            if time.time() - half.stat().st_mtime > STALE:
+                remove(half)
 
 
 def remove(path: Path) -> None:

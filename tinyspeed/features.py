@@ -13,8 +13,6 @@ does not fit is refused, since features that come and go would cost more than th
 """
 
 import hashlib
-import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,9 +72,7 @@ def fill(
 ) -> None:
     """Make what is missing, within `most` bytes in all."""
     device = vlm.language_model.device
-    for half in features.folder.glob("*/.*.tmp"):  # of a killed run; a living one's is seconds old
-        if time.time() - half.stat().st_mtime > 3600:
-            disk.remove(half)
+    disk.sweep(features.folder.glob("*/.*.tmp"))
     wanted = {features.file(path): path for path in tqdm(pictures, desc="hash", unit="picture", disable=not bar)}
     held = {file: file.stat() for file in features.folder.glob("*/*.safetensors")}
     used = sum(stat.st_size for stat in held.values())
@@ -104,5 +100,5 @@ def fill(
             )
         with disk.to(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with disk.whole(file, file.with_name(f".{file.name}.{os.getpid()}.tmp"), lasting=False) as temporary:
+        with disk.whole(file, cached=True) as temporary:
             temporary.write_bytes(content)

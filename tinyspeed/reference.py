@@ -14,7 +14,6 @@ Its tokens must be the student's. Special ones that it does not know, such as th
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from functools import cache
@@ -66,6 +65,7 @@ class Reference:
             model = self._load(device)
             with disk.to(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
+            disk.sweep(self.folder.parent.glob("*/.*.tmp"))
             for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
                 found[number] = self._make(model, parts[number])
                 self._write(number, found[number])
@@ -93,8 +93,7 @@ class Reference:
         return losses
 
     def _write(self, number: int, losses: np.ndarray) -> None:
-        file, temporary = self._file(number), self.folder / f".{number:05d}.{os.getpid()}.tmp"
-        with disk.whole(file, temporary, lasting=False):
+        with disk.whole(self._file(number), cached=True) as temporary:
             temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, {"key": self.key}))
 
     def _check_context(self) -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pyarrow
 import tiny
-import torch
 from album import album
 from pyarrow import parquet
 from torture import kills
-from transformers import LlamaForCausalLM
 
 SIZES = (
     *kills.COMMON, "digits.pictures=8", "digits.tower_steps=2", "align.steps=2", "train.steps=8",
@@ -44,9 +42,7 @@ def all_of_them(home: Path, out: Path) -> tuple[list[Deed], list[str]]:
     album(home, 12)
     llava = tiny.checkpoint("llava", home / "llava")
     tower, llm = tiny.parts(home)
-    torch.manual_seed(1)
-    LlamaForCausalLM(tiny.config("llava").text_config).save_pretrained(home / "reference")
-    tiny.tokenizer().save_pretrained(home / "reference")
+    reference = tiny.llm(home / "reference")
     questions = [{"question_id": i, "image": "p0-0.jpg", "text": f"{i}?", "label": "yes"} for i in range(3)]
     (home / "pope.json").write_text("".join(json.dumps(question) + "\n" for question in questions))
     data = _parquet(home)
@@ -61,7 +57,7 @@ def all_of_them(home: Path, out: Path) -> tuple[list[Deed], list[str]]:
     parts = (*CHAT, f"model.tower={tower}", f"model.llm={llm}", f"data.file={home / 'train.json'}")
     return [
         Deed("digits", ["train", "digits", *run(*ALL)]),
-        Deed("chat", ["train", "digits", *run(*chat, *gated, f"regate.reference={home / 'reference'}")]),
+        Deed("chat", ["train", "digits", *run(*chat, *gated, f"regate.reference={reference}")]),
         Deed("parts", ["train", "digits", *run(*parts, f"data.images={home / 'images'}", "train.steps=2")]),
         Deed("scale", ["digits", *run(*ALL)], ranks=2),
         Deed("demo", ["demo", "digits", *run()]),

@@ -5,7 +5,8 @@
 A life begins with the command that a user types again, and ends with a SIGKILL at one of three moments: anywhere, start
 and resume included; while a checkpoint is being written; or as soon as one has its name. When a life ends by itself the
 run is compared with the undisturbed one, and the next run begins. After every life the disk is looked at: one
-checkpoint more than is kept and one half-written at most, and the newest complete one can be read.
+checkpoint more than is kept and one half-written at most, and the newest complete one can be read. In the caches no
+kill leaves more than one half-written file, which the first run an hour later takes away.
 """
 
 import contextlib
@@ -22,11 +23,14 @@ from itertools import zip_longest
 from pathlib import Path
 
 import psutil
+import tiny
 import torch
+from album import album
 from safetensors.torch import load_file
 from torture import outcome
 
-from tinyspeed import checkpoint, digits, recipe
+from tinyspeed import checkpoint, digits, disk, recipe
+from tinyspeed.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 KEPT = 2
@@ -43,7 +47,13 @@ SYSTEMS = {
     "sts": LAYERS,
     "regate": ANSWERS,
     "all of it": ("dualspeed.schedule=adaptive", *LAYERS, *ANSWERS),
+    "pictures": (),  # PICTURES
 }
+# In two processes without the features, which several ranks cannot share.
+PICTURES = (
+    "data.kind=chat", "data.workers=2", "model.quantise=nf4", "lora.rank=4", "align.steps=0", "train.steps=24",
+    "digits.pictures=1000000", *ANSWERS,
+)  # fmt: skip
 MOMENTS = ("anywhere", "while saving", "just saved")
 NUMBERS = ("step", "stage", "mode", "loss", "ce", "kl", "grad_norm", "lr", "rows_kept", "rows_full")
 
@@ -60,27 +70,32 @@ class Torture:
     seconds: float = 0.0  # that the undisturbed one took
 
     def __post_init__(self):
-        name = f"{self.system}-{self.ranks}".replace(" ", "-")
-        base = self.home / "base"
-        self.made = {
-            which: recipe.read(
-                "digits",
-                [
-                    *COMMON,
-                    *SYSTEMS[self.system],
-                    f"model.path={base}",
-                    f"run.name={name}-{which}",
-                    f"run.folder={self.home / 'runs'}",
-                    f"run.cache={self.home / 'cache'}",
-                ],
-            )
-            for which in ("whole", "killed")
-        }
-        if not base.exists():
-            made = self.made["whole"]
-            digits.prepare(base, 0, tower_steps=5, **made.digits.sizes, bar=False)
+        self.made = {which: self._recipe(which) for which in ("whole", "killed")}
         for made in self.made.values():
             (self.home / f"{made.run.name}.toml").write_text(made.to_toml())
+
+    def _recipe(self, which: str) -> Recipe:
+        name = f"{self.system}-{self.ranks}-{which}".replace(" ", "-")
+        where = (f"run.name={name}", f"run.folder={self.home / 'runs'}", f"run.cache={self.home / name}")
+        if self.system == "pictures":
+            more = self._pictures()
+        else:
+            more = (f"model.path={self.home / 'base'}", *SYSTEMS[self.system])
+        made = recipe.read("digits", [*COMMON, *where, *more])
+        if self.system != "pictures":
+            digits.prepare(self.home / "base", 0, tower_steps=5, **made.digits.sizes, bar=False)
+        return made
+
+    def _pictures(self) -> tuple[str, ...]:
+        """Conversations about pictures, with all that is made of them before the first step."""
+        data = album(self.home, 12)
+        model, reference = self.home / "llava", self.home / "reference"
+        if not reference.exists():
+            tiny.checkpoint("llava", model)
+            tiny.llm(reference)
+        files = (f"model.path={model}", f"data.file={data}", f"data.images={self.home / 'images'}")
+        kept = ("data.feature_cache_gb=1",) if self.ranks == 1 else ()
+        return (*PICTURES, *files, f"regate.reference={reference}", *kept)
 
     def begin(self, which: str) -> subprocess.Popen:
         made = self.made[which]
@@ -148,8 +163,26 @@ class Torture:
         strays = [p for p in killed.folder.rglob("*") if ".tmp" in p.name]
         assert not strays, strays
         assert sorted(names(killed)) == sorted(names(whole))
+        self._caches()
         self.ends += 1
         shutil.rmtree(killed.folder)
+
+    def _caches(self) -> None:
+        """They hold what the undisturbed run's hold, and at most one half-written file a kill; which goes."""
+        caches = [Path(made.run.cache) for made in (self.made["killed"], self.made["whole"])]
+        killed, whole = ({p.relative_to(cache): p for p in cache.rglob("*") if p.is_file()} for cache in caches)
+        strays = [p for name, p in killed.items() if name not in whole]
+        assert all(p.name.endswith(".tmp") for p in strays), strays
+        assert len(strays) <= sum(self.kills.values()), strays
+        disk.sweep(strays)
+        assert all(p.exists() for p in strays), "one that is being written was taken away"
+        for path in strays:
+            os.utime(path, (0, 0))
+        disk.sweep(strays)
+        assert not any(p.exists() for p in strays)
+        for name, path in whole.items():
+            assert killed[name].read_bytes() == path.read_bytes(), name
+        shutil.rmtree(caches[0], ignore_errors=True)
 
     def log(self, which: str) -> str:
         return (self.home / f"{self.made[which].run.name}.log").read_text()[-3000:]
@@ -208,4 +241,4 @@ if __name__ == "__main__":
         chosen = asked.systems.split(","), [int(n) for n in asked.ranks.split(",")]
         every = torture(Path(folder), *chosen, asked.count, asked.seed, say=lambda line: print(line, flush=True))
     tried = {f"kills, {moment}": sum(one.kills[moment] for one in every) for moment in MOMENTS}
-    sys.exit(outcome.write(asked.out, {**tried, "ends, as the undisturbed run's": sum(one.ends for one in every)}, []))
+    sys.exit(outcome.write(asked.out, tried, [], ends=sum(one.ends for one in every)))

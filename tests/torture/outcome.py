@@ -20,7 +20,7 @@ def parser(description: str, count: int) -> argparse.ArgumentParser:
     return made
 
 
-def write(out: Path | None, tried: dict[str, int], lost: list[str]) -> int:
+def write(out: Path | None, tried: dict[str, int], lost: list[str], **more) -> int:
     """Print and keep the outcome; the program's exit code. `tried`: by kind, how often. `lost`: a line for each time
     that it went wrong, with all that is needed to see it again."""
     for kind, count in tried.items():
@@ -28,6 +28,6 @@ def write(out: Path | None, tried: dict[str, int], lost: list[str]) -> int:
     print(f"{sum(tried.values()):,} tried, {len(lost)} lost", *lost, sep="\n")
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"tried": tried, "lost": lost, "seconds": round(time.monotonic() - _BEGAN, 1)}
+        found = {"tried": tried, "lost": lost, **more, "seconds": round(time.monotonic() - _BEGAN, 1)}
         out.write_text(json.dumps({**found, "record": record.describe()}, indent=1) + "\n", encoding="utf-8")
     return 1 if lost else 0
