@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from scale import world
-from tinyspeed import UserError, checkpoint, cli, disk, isolator, report
+from tinyspeed import UserError, checkpoint, cli, disk, isolator, recipe, records, report, runs, train
 
 resource = pytest.importorskip("resource")  # not on Windows
 FULL = Path("/dev/full")
@@ -142,8 +142,6 @@ def test_a_picture_that_cannot_be_written_is_a_matter_of_the_disk(tmp_path, smal
 
 
 def test_advice_is_to_resume_only_what_has_begun(tmp_path, capsys, monkeypatch):
-    from tinyspeed import train
-
     words = ["train", "digits", "--set", f"run.folder={tmp_path}", "--set", "run.name=one"]
 
     def full(recipe, *, resume):
@@ -153,15 +151,9 @@ def test_advice_is_to_resume_only_what_has_begun(tmp_path, capsys, monkeypatch):
     assert cli.main(words) == 2
     assert capsys.readouterr().err.endswith("make space there, then give the same command again\n")
     checkpoint.save(tmp_path / "one" / "checkpoints", 1, LARGE, {}, keep=1)
-    (tmp_path / "one" / "recipe.toml").write_text(cli_recipe(words))
+    (tmp_path / "one" / "recipe.toml").write_text(recipe.read("digits", words[3::2]).to_toml())
     assert cli.main([*words, "--resume"]) == 2
     assert capsys.readouterr().err.endswith("make space there, then continue with --resume\n")
-
-
-def cli_recipe(words: list[str]) -> str:
-    from tinyspeed import recipe
-
-    return recipe.read("digits", words[3::2]).to_toml()
 
 
 @needs_full
@@ -238,3 +230,37 @@ def test_a_cache_is_swept_of_what_the_dead_left_and_of_nothing_else(tmp_path):
     disk.sweep([old, young, tmp_path / ".gone.3.tmp"])
     assert not old.exists()
     assert young.read_text() == "half"
+
+
+def test_a_run_that_could_not_write_its_recipe_leaves_nothing(tmp_path, monkeypatch):
+    made = recipe.read("digits", [f"run.folder={tmp_path}", "run.name=one"])
+
+    def full(path, text):
+        raise disk.DiskError(path, errno.ENOSPC)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(disk.DiskError), runs.claimed(made, resume=False):
+        pass
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_that_ended_before_it_had_pruned_does_so_when_it_goes_on(tmp_path):
+    values = [f"model.path={tiny.checkpoint('llava', tmp_path / 'base')}", f"run.folder={tmp_path}", "run.name=one"]
+    made = recipe.read("digits", [*values, "run.keep_checkpoints=2"])
+    for step in (1, 2, 3):
+        checkpoint.save(made.folder / "checkpoints", step, {"a": torch.zeros(9)}, {}, keep=3)
+    train.begin(made, made.folder, torch.device("cpu"), None)
+    assert sorted(p.name for p in (made.folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_parquet_that_is_unpacked_is_read_without_writing(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"conversations": turns}]), tmp_path / "x.parquet")
+    first = records.unpack(tmp_path / "x.parquet", tmp_path / "cache")
+    for lock in (tmp_path / "cache").glob(".*.lock"):
+        lock.unlink()
+    assert records.unpack(tmp_path / "x.parquet", tmp_path / "cache") == first
+    assert not [*(tmp_path / "cache").glob(".*")]  # on a read-only disk it would have failed

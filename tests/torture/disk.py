@@ -63,7 +63,7 @@ class Torture:
         self.processes.set_forkserver_preload([*WARM])
         self.tried, self.named, self.lost = Counter(), Counter(), []
         made, before = all_of_them(home, self.volume.at)
-        self.deeds = [deed for deed in made if deed.name in names]
+        self.deeds = [next(deed for deed in made if deed.name == name) for name in names]
         if any(deed.words[0] == "export" for deed in self.deeds):
             assert self.run(Deed("before", before), before)[0] == [0]
         self.draws = {deed.name: random.Random(f"{seed} {deed.name}") for deed in self.deeds}
