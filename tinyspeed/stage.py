@@ -271,7 +271,7 @@ class StageRun:
         if found := finite.number({"schedule": self.model.schedule.state_dict(), "scale": self.scale.state_dict()}):
             raise NotFinite(f"the state of {found}")
         plan = self.model.schedule.plan(step)
-        self.seen.mode = plan.mode
+        self.seen = blame.Seen(plan.mode)
         share = optimizer.learning_rate(self.stage, step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
