@@ -241,8 +241,8 @@ class StageRun:
         return [p.grad for p in self.names if p.grad is not None]
 
     def _norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of these, and the largest number that the optimizer reads beside them."""
-        beside = finite.largest(self._local(t)[0] for t in optimizer.read(self.optimizer))
+        """Of these, and the size of what the optimizer reads beside them."""
+        beside = finite.size(self._local(t)[0] for t in optimizer.read(self.optimizer))
         return torch.nn.utils.get_total_norm(gradients), beside
 
     def _whose(self) -> tuple[int, str, str]:
