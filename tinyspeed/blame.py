@@ -26,7 +26,7 @@ SHOWN = 3  # records of a micro-batch
 
 @dataclass
 class Seen:
-    """A step so far: of each micro-batch its samples, its loss and the largest feature of each of its images."""
+    """A step so far: of each micro-batch its samples, its loss and the size of each of its images' features."""
 
     mode: str = ""
     parts: list[list[int]] = field(default_factory=list)
@@ -129,7 +129,7 @@ def _gradient(run) -> tuple[str, str] | None:
     if found := finite.first(there):
         return f"the gradient of {found}", again(run)
     if run.seen.numbers and not math.isfinite(run.seen.numbers[0]):  # each of them is finite, and their squares are not
-        name, _ = max(there, key=lambda one: float(finite.largest([one[1]])))
+        name, _ = max(there, key=lambda one: one[1].abs().max())
         return f"the gradients are too large, that of {name} most", again(run)
     return None
 

@@ -159,7 +159,7 @@ class DualSpeed(DropIn):
         total = len(target) if num_items_in_batch is None else num_items_in_batch
         out = self._loss(hidden, target, teacher, plan, extra, total)
         out.metrics |= {"rows_kept": len(run), "rows_taught": taught_rows, "rows_full": every, "influence": influence}
-        out.metrics["features"] = sizes  # the largest of each image's, to know it by if the loss is not finite
+        out.metrics["features"] = sizes  # of each image's, to know it by if the loss is not finite
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out

@@ -240,8 +240,8 @@ class StageRun:
         return [p.grad for p in self.names if p.grad is not None]
 
     def _norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of these, and the largest number that the optimizer reads beside them."""
-        beside = finite.largest(self._local(t)[0] for t in optimizer.read(self.optimizer))
+        """Of these, and the size of what the optimizer reads beside them."""
+        beside = finite.size(self._local(t)[0] for t in optimizer.read(self.optimizer))
         return torch.nn.utils.get_total_norm(gradients), beside
 
     def _whose(self) -> tuple[int, str, str]:
@@ -270,7 +270,7 @@ class StageRun:
         if found := finite.number({"schedule": self.model.schedule.state_dict(), "scale": self.scale.state_dict()}):
             raise NotFinite(f"the state of {found}")
         plan = self.model.schedule.plan(step)
-        self.seen.mode = plan.mode
+        self.seen = blame.Seen(plan.mode)
         share = optimizer.learning_rate(self.stage, step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * share
