@@ -20,6 +20,7 @@ from .errors import UserError, counted
 
 def main(argv: list[str] | None = None) -> int:
     quiet()
+    alone()
     arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)
@@ -38,6 +39,12 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when workers are forked
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about each other
+
+
+def alone() -> None:
+    """No code from the hub. With the package `kernels` others get compiled code there and run it: bitsandbytes when it
+    is imported, transformers when a model's configuration says so. To us that package is not installed."""
+    sys.modules.setdefault("kernels", None)
 
 
 def said(error: UserError | OSError) -> str:
