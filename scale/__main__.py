@@ -18,6 +18,7 @@ from tinyspeed import cli  # light: no torch yet
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     cli.quiet()
+    cli.alone()
     if argv[:1] == ["plan"]:
         from .plan import main as plan
 

@@ -218,6 +218,12 @@ def test_a_template_that_raises_is_an_error_of_the_record():
         chat(raising).encode([Turn("system", ("Be brief.",)), Turn("user", ("Hi",)), Turn("assistant", ("Ho",))], [])
 
 
+@pytest.mark.parametrize("code", ["range(10 ** 12)|list", "1 / 0", "'x' * (2 ** 62)"])
+def test_a_template_that_fails_as_programs_do_is_one_too(code):
+    with pytest.raises(UserError, match=r"cannot write this conversation: \w+"):
+        chat("{{ " + code + " }}" + MISTRAL).encode([Turn("user", ("Hi",)), Turn("assistant", ("Ho",))], [])
+
+
 def test_plain_is_picture_and_caption():
     talk = chat(template="hub")
     talk.plain = True

@@ -36,6 +36,16 @@ def fails(capsys, *words):
     return lines[0]
 
 
+def test_code_from_the_hub_is_not_installed_to_us(tmp_path):
+    """bitsandbytes gets some as it is imported, on some processors, where the package `kernels` is there."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('code from the hub')")
+    see = "from tinyspeed import cli; assert cli.main(['export', 'nowhere', 'out']) == 2\nimport importlib.util\n"
+    see += "assert importlib.util.find_spec('kernels') is None\ntry:\n    import kernels\nexcept ImportError: pass"
+    paths = f"{tmp_path}{os.pathsep}{Path(cli.__file__).parents[1]}"
+    done = subprocess.run([sys.executable, "-c", see], env={**os.environ, "PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_mistakes_in_a_recipe(capsys, tmp_path, small):
     assert "did you mean 'train.lr'" in fails(capsys, "train", *small, "--set", "train.lrr=1")
     assert "did you mean 'divprune'" in fails(capsys, "train", *small, "--set", "dualspeed.plugin=divprun")

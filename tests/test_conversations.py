@@ -1,6 +1,7 @@
 """Own pictures, own JSON: every record is looked at before step 0, and what comes out is what the processor makes."""
 
 import json
+import multiprocessing
 import pickle
 import re
 import shutil
@@ -149,6 +150,25 @@ def test_a_worker_that_is_killed_is_an_error_with_advice():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match="size of tensor"), loader.watched():
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+
+def test_a_batch_that_a_worker_cannot_hand_over_ends_the_wait_for_it(folder, tmp_path, monkeypatch):
+    """As where TMPDIR is a path that is too long for the name of a socket."""
+
+    def late(number, frame):
+        raise TimeoutError("waiting for a batch that was dropped")
+
+    deep = tmp_path / ("a" * 90)
+    deep.mkdir()
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(deep))
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        with pytest.raises(UserError, match=r"or for what it said above: set data\.workers"), loader.watched():
+            list(loader.load(source(folder), [[0, 1], [2]], 0, workers=1))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_source_survives_pickling(folder):

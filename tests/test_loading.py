@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from contextlib import suppress
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_train import unlike
 from test_tuning import finish, run_cli, settings
 from torch import nn
+from torture import bait
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -452,6 +454,52 @@ def test_a_pickle_is_never_opened(base, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load"):
         loading.load(str(folder))
+
+
+def test_an_index_of_weights_that_names_a_pickle_is_refused(base, tmp_path):
+    code = bait.Code(tmp_path / "canary")
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    bait.index_of_pickles(folder, code)
+    with pytest.raises(UserError, match=r"names 'weights\.bin'. Only safetensors are read"):
+        loading.load(str(folder))
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="cannot read the index"):
+        loading.load(str(folder))
+
+
+@pytest.fixture
+def willing(monkeypatch):
+    """Somebody who says yes to whatever transformers asks; and what it asked."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    return asked
+
+
+OWN_CODE = (bait.unknown_processor, bait.unknown_tokenizer, bait.unknown_image_processor, bait.unknown_llm)
+
+
+@pytest.mark.parametrize("plant", OWN_CODE, ids=lambda plant: plant.__name__)
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(plant, base, tmp_path, willing):
+    code = bait.Code(tmp_path / "canary")
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    plant(folder, code)
+    with suppress(UserError):
+        loading.load_processor(str(folder))
+    with suppress(UserError):
+        loading.load(str(folder))
+    assert not willing
+    assert not code.canary.exists()
+
+
+def test_code_that_comes_with_parts_is_not_run_either(parts, tmp_path, willing):
+    code = bait.Code(tmp_path / "canary")
+    for plant in (bait.unknown_model, bait.unknown_tokenizer):
+        llm = bait.copy(parts[1], tmp_path / plant.__name__)
+        plant(llm, code)
+        with pytest.raises(UserError, match="code that comes with it, and such code is never run here"):
+            loading.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
+    assert not willing
+    assert not code.canary.exists()
 
 
 # Precision

@@ -11,6 +11,7 @@ from test_cli import fails
 from test_sharding import log, torchrun
 from test_train import Killed, die_before, unlike
 from torch.nn import functional as F
+from torture import bait
 from transformers import LlamaForCausalLM
 
 from scale.__main__ import main as scaled
@@ -310,3 +311,23 @@ def test_a_reference_that_cannot_read_so_far_is_refused(home, tmp_path):
     made = settings(home, tmp_path, "run", f"regate.reference={tmp_path / 'short'}")
     with pytest.raises(UserError, match="reads at most 20 tokens"):
         reference_of(made).losses(CPU, bar=False)
+
+
+@pytest.mark.parametrize("plant", [bait.unknown_model, bait.unknown_tokenizer], ids=lambda plant: plant.__name__)
+def test_code_that_comes_with_a_reference_is_not_run_and_nobody_is_asked(plant, home, tmp_path, monkeypatch):
+    code, asked = bait.Code(tmp_path / "canary"), []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    folder = bait.copy(home / "llm", tmp_path / "llm")
+    plant(folder, code)
+    made = settings(home, tmp_path, "run", f"regate.reference={folder}")
+    with pytest.raises(UserError, match=r"regate\.reference: .* such code is never run here"):
+        train.train(made, bar=False)
+    assert not asked
+    assert not code.canary.exists()
+
+
+def test_a_reference_whose_index_names_a_pickle_is_refused(home, tmp_path):
+    folder = bait.copy(home / "llm", tmp_path / "llm")
+    bait.index_of_pickles(folder, bait.Code(tmp_path / "canary"))
+    with pytest.raises(UserError, match="Only safetensors are read"):
+        train.train(settings(home, tmp_path, "run", f"regate.reference={folder}"), bar=False)

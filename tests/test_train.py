@@ -197,6 +197,13 @@ def test_a_second_run_goes_on_with_the_isolator_of_the_first(base, uninterrupted
         train.build_model(settings(base, tmp_path, "none", f"dualspeed.isolator_from={tmp_path / 'absent'}"))
 
 
+def test_an_isolator_that_is_something_else_is_refused(base, tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / train.ISOLATOR).write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=r"isolator\.safetensors cannot be read .* copy it from that run again"):
+        train.build_model(settings(base, tmp_path, "run", f"dualspeed.isolator_from={tmp_path / 'first'}"))
+
+
 def test_the_tower_stays_frozen_and_stage_one_trains_only_projector_and_isolator(base, uninterrupted, tmp_path):
     before = load_file(Path(base) / "model.safetensors")
     after = load_file(uninterrupted.folder / "model" / "model.safetensors")

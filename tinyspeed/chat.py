@@ -22,7 +22,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from jinja2 import TemplateError
 
 from .errors import UserError, counted
 from .records import IMAGE, Turn
@@ -121,8 +120,10 @@ class Chat:
     def _template(self, messages: list[dict], **how) -> str:
         try:
             return self.processor.apply_chat_template(messages, tokenize=False, **how)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template cannot write this conversation: {error}") from error
+        except Exception as error:  # a template is a program, and can fail like one
+            raise UserError(
+                f"the chat template cannot write this conversation: {str(error) or repr(error):.300}"
+            ) from error
 
     def _check(self, rendered: str, turns: Sequence[Turn]) -> None:
         for turn in turns:

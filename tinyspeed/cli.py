@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     quiet()
+    alone()
     arguments = _parser().parse_args(argv)
     try:
         code = arguments.command(arguments)
@@ -65,6 +66,12 @@ class Notices:
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
+
+
+def alone() -> None:
+    """No code from the hub. With the package `kernels` others get compiled code there and run it: bitsandbytes when it
+    is imported, transformers when a model's configuration says so. To us that package is not installed."""
+    sys.modules.setdefault("kernels", None)
 
 
 def said(error: UserError | OSError) -> str:

@@ -163,9 +163,11 @@ def shape_of(recipe: Recipe) -> Shape:
     if not model.llm:
         return Shape(digits.build_model(0, **recipe.digits.sizes).config)
     try:
-        text, vision = AutoConfig.from_pretrained(model.llm), CLIPVisionConfig.from_pretrained(model.tower)
+        text = AutoConfig.from_pretrained(model.llm, trust_remote_code=False)
+        vision = CLIPVisionConfig.from_pretrained(model.tower)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration of {model.llm} or {model.tower}: {error}") from error
+        said = loading.reason(error)
+        raise UserError(f"cannot read the configuration of {model.llm} or {model.tower}: {said}") from error
     text.vocab_size = -(-(text.vocab_size + 2) // 64) * 64  # <image>, <pad>, and padding
     return Shape(LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=text.tie_word_embeddings))
 

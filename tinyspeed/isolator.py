@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -97,7 +98,10 @@ def load(learning: Mapping[str, Tensor], file: Path) -> None:
     """Fill these with what an earlier run saved under their names."""
     if not file.is_file():
         raise UserError(f"there is no {file}: was that run finished?")
-    learned = load_file(file)
+    try:
+        learned = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}): copy it from that run again") from error
     for name, tensor in learning.items():
         if name not in learned:
             raise UserError(f"{file} has no {name}: that run had another dualspeed.plugin, or is of an older version")

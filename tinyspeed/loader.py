@@ -7,9 +7,12 @@ numbers, leave signals to the main process, and hand a bad picture over as the U
 
 import os
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.queues import Queue
 
 import torch
 from torch import Tensor
@@ -36,7 +39,7 @@ def load(
         num_workers=workers,
         prefetch_factor=PREFETCH,
         pin_memory=pin,
-        worker_init_fn=quietly,
+        worker_init_fn=_begin,
         generator=torch.Generator(),  # its own: the default one belongs to dropout
     )
     for batch in ahead:
@@ -56,8 +59,8 @@ def watched() -> Iterator[None]:
         with suppress(RuntimeError):  # it says so twice: when it misses a batch, and when the signal arrives
             time.sleep(0.5)
         raise UserError(
-            "a process that decodes pictures was killed, most likely for want of (shared) memory: set data.workers "
-            "lower, or to 0, and go on with --resume"
+            "a process that decodes pictures was killed, most likely for want of (shared) memory, or for what it said "
+            "above: set data.workers lower, or to 0, and go on with --resume"
         ) from error
 
 
@@ -75,6 +78,19 @@ class _Made(Dataset):
 def at_most(workers: int) -> int:
     """More workers than cores only wait for each other."""
     return min(workers, os.cpu_count() or 1)
+
+
+def _begin(worker: int) -> None:
+    quietly(worker)
+    # Python would drop a batch that cannot be sent, say so, and go on; the main process would wait for it for ever.
+    Queue._on_queue_feeder_error = staticmethod(_lost)
+
+
+def _lost(error: Exception, batch: object) -> None:
+    """A batch goes by way of shared memory, and of a socket in the folder for temporary files."""
+    where = f"through shared memory and a socket in {tempfile.gettempdir()}"
+    print(f"tinyspeed: a batch cannot be handed over {where}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def quietly(worker: int) -> None:

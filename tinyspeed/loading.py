@@ -11,7 +11,8 @@ Three things that other trainers' users found out the hard way are settled here,
 - Frozen parts stay in the precision they were loaded in. peft's `prepare_model_for_kbit_training` makes fp32 of tower,
   embeddings and lm_head, 1.5 GB for nothing.
 
-Weights come from safetensors only: a pickle can run code when it is opened.
+Weights come from safetensors only: a pickle can run code when it is opened. Code that comes with a model is never run.
+transformers has to be told so everywhere: where it is not, it asks whoever sits there, and a "y" runs it.
 """
 
 import json
@@ -37,6 +38,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from . import disk, folders, shapes
 from .errors import UserError, unknown
@@ -60,6 +62,7 @@ def load(
     if precision not in DTYPES:
         raise unknown("precision", precision, DTYPES)
     where = _where(path)
+    only_safetensors(where)
     how = {"dtype": DTYPES[precision], "use_safetensors": True}
     if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
         how["device_map"] = {"": str(device)}
@@ -75,9 +78,11 @@ def load(
     elif quantise != "none":
         raise unknown("quantisation", quantise, ("none", "nf4"))
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(where, **how, output_loading_info=True)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            where, **how, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load the model {path}: {_reason(error)}") from error
+        raise UserError(f"cannot load the model {path}: {reason(error)}") from error
     if found["missing_keys"]:  # transformers would draw them at random and carry on
         missing = sorted(found["missing_keys"])
         raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
@@ -86,11 +91,30 @@ def load(
     return model
 
 
-def _reason(error: Exception) -> str:
+def only_safetensors(path: str | Path) -> None:
+    """That the index of a model's weights, if it has one, names no other files: transformers opens what is named there,
+    and a pickle as one."""
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **quietly)
+        named = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values() if index else ()
+        wrong = sorted(str(name) for name in named if not str(name).endswith(".safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read the index of the weights of {path}: {error!r}") from error
+    if wrong:
+        raise UserError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} of {path} names {wrong[0]!r:.300}. Only safetensors are read, since a pickle "
+            f"can run code: save the model again with save_pretrained"
+        )
+
+
+def reason(error: Exception) -> str:
     """What transformers says, and what it should say."""
     said = (str(error).strip() or repr(error)).splitlines()[0]
     if "tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
+    if "custom code" in said:
+        return "it needs code that comes with it, and such code is never run here"
     if "couldn't connect" in said:
         return f"{said} (It was looked for on the hub because there is no such folder here.)"
     if "no file named model.safetensors" in said:
@@ -118,9 +142,9 @@ def config(path: str):
     if where in shapes.KNOWN and not _downloaded(path):
         return shapes.KNOWN[path]()
     try:
-        return AutoConfig.from_pretrained(where)
-    except OSError as error:
-        raise UserError(f"cannot load the configuration of {path}: {_reason(error)}") from error
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the configuration of {path}: {reason(error)}") from error
 
 
 def revision(path: str) -> str | None:
@@ -137,7 +161,7 @@ def _downloaded(hub_id: str) -> Path | None:
 def skeleton(path: str, precision: str) -> nn.Module:
     """The model without its weights, on `meta`."""
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config(path), dtype=DTYPES[precision])
+        return AutoModelForImageTextToText.from_config(config(path), dtype=DTYPES[precision], trust_remote_code=False)
 
 
 def load_processor(path: str):
@@ -150,9 +174,9 @@ def load_processor(path: str):
     if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
         raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
     try:
-        processor = AutoProcessor.from_pretrained(_where(path))
+        processor = AutoProcessor.from_pretrained(_where(path), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path} has no usable processor beside its model: {_reason(error)}") from error
+        raise UserError(f"{path} has no usable processor beside its model: {reason(error)}") from error
     facts = {
         "patch_size": shape.vision_config.patch_size,
         "vision_feature_select_strategy": shape.vision_feature_select_strategy,
@@ -266,13 +290,15 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         if not built.is_file() or json.loads(built.read_text(encoding="utf-8")) != made:
             raise UserError(f"{folder} was not made of {made}: delete it, or choose another run.name")
         return folder
+    for part in (llm, tower):
+        only_safetensors(part)
     try:
-        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(llm)
+        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
         vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
         pictures = CLIPImageProcessor.from_pretrained(tower)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"cannot load {llm} or {tower}: {_reason(error)}") from error
+        raise UserError(f"cannot load {llm} or {tower}: {reason(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
 

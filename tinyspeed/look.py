@@ -181,7 +181,7 @@ def encode(
     # Here, since transformers takes seconds to import and a look without a tower needs none of it.
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-    from . import signals, vlm
+    from . import loading, signals, vlm
 
     with _loading(tower):
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
@@ -194,6 +194,7 @@ def encode(
         config.text_config.num_hidden_layers = 0
     batch, shown = _preprocess(picture, tower, vision, config.model_type)
     kind = AutoModelForImageTextToText if llava else AutoModel
+    loading.only_safetensors(tower)
     with _loading(tower):
         model, found = kind.from_pretrained(
             tower, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,

@@ -97,7 +97,10 @@ class Reference:
             temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, {"key": self.key}))
 
     def _check_context(self) -> None:
-        context = AutoConfig.from_pretrained(self.files).max_position_embeddings
+        try:
+            context = AutoConfig.from_pretrained(self.files, trust_remote_code=False).max_position_embeddings
+        except (OSError, ValueError) as error:
+            raise UserError(f"regate.reference: cannot load {self.path}: {loading.reason(error)}") from error
         longest = max(text + sum(visual) for text, visual, _ in map(self.source.lengths, self.samples))
         if longest > context:
             raise UserError(
@@ -106,10 +109,12 @@ class Reference:
             )
 
     def _load(self, device: torch.device) -> nn.Module:
+        loading.only_safetensors(self.files)
+        how = {"dtype": DTYPES[self.precision], "use_safetensors": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.files, dtype=DTYPES[self.precision], use_safetensors=True)
-        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"regate.reference: cannot load {self.path}: {error}") from error
+            model = AutoModelForCausalLM.from_pretrained(self.files, **how, trust_remote_code=False)
+        except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
+            raise UserError(f"regate.reference: cannot load {self.path}: {loading.reason(error)}") from error
         return model.to(device).eval()
 
     @torch.no_grad()
@@ -158,9 +163,9 @@ def _content(folder: str) -> str:
 def _tokens(path: str, files: str, processor) -> Tensor:
     """(V,) the reference's id of each of the student's tokens: its own, or pad."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files)
+        tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
-        raise UserError(f"regate.reference: {path} has no usable tokenizer: {error}") from error
+        raise UserError(f"regate.reference: {path} has no usable tokenizer: {loading.reason(error)}") from error
     ours, its = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
     special = {*processor.tokenizer.all_special_tokens, *processor.tokenizer.get_added_vocab()}
     if wrong := [token for token, i in ours.items() if its.get(token) != i and token not in special]:

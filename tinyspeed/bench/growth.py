@@ -43,7 +43,7 @@ def bench_scaling(
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with where:
-        net = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        net = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
     net.model.vision_tower.requires_grad_(False)
     model = DualSpeed(net, positions="original").train()
 

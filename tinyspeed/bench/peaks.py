@@ -110,7 +110,9 @@ def draw(path: str, folder: str, device: str) -> None:
     if where.type == "cuda" and cuda.mem_get_info(where)[0] < SLACK * _size(path):
         where = torch.device("cpu")
     with where:
-        model = AutoModelForImageTextToText.from_config(loading.config(path), dtype=torch.bfloat16)
+        model = AutoModelForImageTextToText.from_config(
+            loading.config(path), dtype=torch.bfloat16, trust_remote_code=False
+        )
     model.save_pretrained(folder, max_shard_size="5GB")
 
 

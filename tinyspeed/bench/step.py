@@ -136,7 +136,7 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
     """A model that nobody has trained. One in 4 bits comes from disk, where every such model comes from."""
     torch.manual_seed(0)
     with device:
-        model = AutoModelForImageTextToText.from_config(config, dtype=precision.DTYPES[name])
+        model = AutoModelForImageTextToText.from_config(config, dtype=precision.DTYPES[name], trust_remote_code=False)
     if tune != "qlora":
         return model
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
