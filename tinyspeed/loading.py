@@ -99,7 +99,9 @@ def only_safetensors(path: str | Path) -> None:
         index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **quietly)
         named = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values() if index else ()
         wrong = sorted(str(name) for name in named if not str(name).endswith(".safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot load {path}: {reason(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read the index of the weights of {path}: {error!r}") from error
     if wrong:
         raise UserError(
