@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -39,11 +39,12 @@ from transformers import (
     LlavaProcessor,
 )
 
-from . import folders, shapes
+from . import checkpoint, folders, shapes
 from .errors import UserError, unknown
 from .precision import DTYPES
 from .vlm import FAMILIES, family
 
+OURS = {"trust_remote_code": False}  # or transformers asks, at the terminal, whether to run what a model brings along
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
 
@@ -61,7 +62,7 @@ def load(
     if precision not in DTYPES:
         raise unknown("precision", precision, DTYPES)
     where = _where(path)
-    how = {"dtype": DTYPES[precision], "use_safetensors": True}
+    how = {"dtype": DTYPES[precision], "use_safetensors": True, **OURS}
     if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
         how["device_map"] = {"": str(device)}
     if quantise == "nf4":
@@ -77,7 +78,7 @@ def load(
         raise unknown("quantisation", quantise, ("none", "nf4"))
     try:
         model, found = AutoModelForImageTextToText.from_pretrained(where, **how, output_loading_info=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
+    except Exception as error:  # of a broken folder transformers raises nearly anything
         raise UserError(f"cannot load the model {path}: {_reason(error)}") from error
     if found["missing_keys"]:  # transformers would draw them at random and carry on
         missing = sorted(found["missing_keys"])
@@ -105,10 +106,11 @@ def _where(path: str) -> str | Path:
     if isinstance(found, Path):
         try:
             kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
+        folders.weights(found)
     return found
 
 
@@ -119,8 +121,8 @@ def config(path: str):
     if where in shapes.KNOWN and not _downloaded(path):
         return shapes.KNOWN[path]()
     try:
-        return AutoConfig.from_pretrained(where)
-    except OSError as error:
+        return AutoConfig.from_pretrained(where, **OURS)
+    except Exception as error:
         raise UserError(f"cannot load the configuration of {path}: {_reason(error)}") from error
 
 
@@ -151,8 +153,8 @@ def load_processor(path: str):
     if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
         raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
     try:
-        processor = AutoProcessor.from_pretrained(_where(path))
-    except (OSError, ValueError, ImportError) as error:
+        processor = AutoProcessor.from_pretrained(_where(path), **OURS)
+    except Exception as error:
         raise UserError(f"{path} has no usable processor beside its model: {_reason(error)}") from error
     facts = {
         "patch_size": shape.vision_config.patch_size,
@@ -164,7 +166,30 @@ def load_processor(path: str):
         if its != value:
             print(f"the processor's {name} is {its}, the model's {value}: using that", file=sys.stderr)
             setattr(processor, name, value)
+    _check_processor(path, processor, shape)
     return processor
+
+
+def _check_processor(path: str, processor, shape) -> None:
+    """That what it makes of a text and of a picture is what the model takes."""
+    try:
+        ids, image = processor.tokenizer.get_vocab().values(), processor.image_token
+        image_id = processor.tokenizer.convert_tokens_to_ids(image)
+        pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        raise UserError(f"{path} has no usable processor beside its model: {_reason(error)}") from error
+    size = shape.vision_config.image_size
+    for good, what in (
+        (max(ids) < shape.text_config.vocab_size, f"its tokenizer has ids up to {max(ids)}, its model fewer words"),
+        (
+            image_id == shape.image_token_id,
+            f"{image} is {image_id} to its tokenizer, {shape.image_token_id} to its model",
+        ),
+        (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
+        (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
+    ):
+        if not good:
+            raise UserError(f"{path} has the processor of another model, or a damaged one: {what}")
 
 
 def _check_quantised(model: nn.Module) -> None:
@@ -263,16 +288,14 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
     """
     made = {"tower": tower, "llm": llm, "seed": seed}
     if folder.is_dir():
-        built = folder / "parts.json"
-        if not built.is_file() or json.loads(built.read_text(encoding="utf-8")) != made:
-            raise UserError(f"{folder} was not made of {made}: delete it, or choose another run.name")
+        checkpoint.check_built(folder, "parts.json", made)
         return folder
     try:
-        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(llm)
+        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True, **OURS)
+        tokenizer = AutoTokenizer.from_pretrained(llm, **OURS)
         vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
         pictures = CLIPImageProcessor.from_pretrained(tower)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:
         raise UserError(f"cannot load {llm} or {tower}: {_reason(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
@@ -321,6 +344,6 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     processor.save_pretrained(temporary)
-    (temporary / "parts.json").write_text(json.dumps(made), encoding="utf-8")
+    checkpoint.built(temporary, "parts.json", made)
     temporary.rename(folder)
     return folder

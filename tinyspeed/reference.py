@@ -13,7 +13,6 @@ Its tokens must be the student's. Special ones that it does not know, such as th
 """
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -97,7 +96,7 @@ class Reference:
         temporary.replace(self._file(number))
 
     def _check_context(self) -> None:
-        context = AutoConfig.from_pretrained(self.files).max_position_embeddings
+        context = AutoConfig.from_pretrained(self.files, **loading.OURS).max_position_embeddings
         longest = max(text + sum(visual) for text, visual, _ in map(self.source.lengths, self.samples))
         if longest > context:
             raise UserError(
@@ -107,8 +106,9 @@ class Reference:
 
     def _load(self, device: torch.device) -> nn.Module:
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.files, dtype=DTYPES[self.precision], use_safetensors=True)
-        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+            how = {"dtype": DTYPES[self.precision], "use_safetensors": True, **loading.OURS}
+            model = AutoModelForCausalLM.from_pretrained(self.files, **how)
+        except Exception as error:  # of a broken folder transformers raises nearly anything
             raise UserError(f"regate.reference: cannot load {self.path}: {error}") from error
         return model.to(device).eval()
 
@@ -158,8 +158,8 @@ def _content(folder: str) -> str:
 def _tokens(path: str, files: str, processor) -> Tensor:
     """(V,) the reference's id of each of the student's tokens: its own, or pad."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files)
-    except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(files, **loading.OURS)
+    except Exception as error:
         raise UserError(f"regate.reference: {path} has no usable tokenizer: {error}") from error
     ours, its = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
     special = {*processor.tokenizer.all_special_tokens, *processor.tokenizer.get_added_vocab()}
