@@ -125,6 +125,8 @@ def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: 
     folder = made.folder
     newest = checkpoint.newest(folder / "checkpoints")
     state = checkpoint.load(newest, slice(world.rank, None, world.size))[1] if newest else None
+    if state:
+        core.check_state(made, newest, state)
     world.agree("the checkpoint to go on from", state and state["step"])
     if world.leads:
         core.begin(made, folder, world.device, state, ranks=world.size)

@@ -212,6 +212,29 @@ def test_control_tokens_in_a_text_are_refused():
             CHATS["hub"].encode(turns, [])
 
 
+def test_a_control_token_in_a_caption_is_refused():
+    with pytest.raises(UserError, match="control token"):
+        Chat(tiny.processor("llava"), "plain").encode(
+            [Turn("user", (IMAGE,)), Turn("assistant", ("an </s> end",))], [9]
+        )
+
+
+def test_a_control_token_that_has_no_name_is_one_too():
+    """As Llama 3's <|eot_id|> is: neither bos nor eos, it stands among the added tokens alone."""
+    processor = tiny.processor("llava")
+    processor.tokenizer.backend_tokenizer.add_special_tokens(["<|eot_id|>"])
+    with pytest.raises(UserError, match="control token"):
+        Chat(processor).encode([Turn("user", ("Hi",)), Turn("assistant", ("so <|eot_id|> it ends",))], [])
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages[9].role }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"]
+)
+def test_whatever_a_template_raises_is_an_error_of_the_record(template):
+    with pytest.raises(UserError, match="cannot write this conversation"):
+        chat(template).encode([Turn("user", ("Hi",)), Turn("assistant", ("Ho",))], [])
+
+
 def test_a_template_that_raises_is_an_error_of_the_record():
     raising = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + MISTRAL
     with pytest.raises(UserError, match="cannot write this conversation: no system here"):

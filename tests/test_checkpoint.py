@@ -1,5 +1,9 @@
 """Checkpoints are whole or not there."""
 
+import json
+import os
+import zlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,6 +61,65 @@ def test_a_changed_state_is_noticed(tmp_path):
     (path / checkpoint.STATE).write_text(text.replace("400", "600"))
     with pytest.raises(UserError, match="damaged"):
         checkpoint.load(path)
+
+
+def forge(path, change):
+    """Another state, with the right checksum."""
+    state = json.loads((path / checkpoint.STATE).read_text())["state"]
+    change(state)
+    crc = zlib.crc32(json.dumps(state, sort_keys=True).encode())
+    (path / checkpoint.STATE).write_text(json.dumps({"state": state, "crc32": crc}))
+
+
+def test_a_step_under_another_ones_name_is_noticed(tmp_path):
+    path = checkpoint.save(tmp_path, 5, tensors(), {}, keep=1)
+    with pytest.raises(UserError, match="it is the checkpoint of step 5"):
+        checkpoint.load(path.rename(tmp_path / "step-00000099"))
+
+
+@pytest.mark.parametrize(
+    "name", ["../step-00000001/tensors.safetensors", "/etc/passwd", "state.json", "", "a/b", "a\0"]
+)
+def test_no_file_outside_of_a_checkpoint_is_read(tmp_path, name):
+    path = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
+    forge(path, lambda state: state["files"].update({name: state["files"][checkpoint.TENSORS]}))
+    with pytest.raises(UserError, match="no file of a checkpoint"):
+        checkpoint.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.STATE])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    path = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(UserError, match="no file"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(("first", "of"), [(2, 6), (4, 7), (0, 3), (-1, 6), (3, 5)])
+def test_rows_that_are_there_twice_or_not_at_all_are_noticed(tmp_path, first, of):
+    temporary, whole, files = checkpoint.begin(tmp_path, 5), torch.arange(6.0), {}
+    for number, (part, rows) in enumerate([(whole[:3], (0, 6)), (whole[3:], (first, of))]):
+        files |= checkpoint.write(temporary, {"a": part}, {"a": rows}, f"-{number}")
+    with pytest.raises(UserError, match="rows"):
+        checkpoint.load(checkpoint.finish(temporary, {}, files, 1))
+
+
+def test_a_built_base_that_was_changed_is_noticed(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(b"abc")
+    checkpoint.built(folder, "label.json", {"seed": 1})
+    checkpoint.check_built(folder, "label.json", {"seed": 1})
+    with pytest.raises(UserError, match="was not built with"):
+        checkpoint.check_built(folder, "label.json", {"seed": 2})
+    (folder / "a.bin").write_bytes(b"abd")
+    with pytest.raises(UserError, match=r"a\.bin is not what was written"):
+        checkpoint.check_built(folder, "label.json", {"seed": 1})
+    (folder / "label.json").write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.check_built(folder, "label.json", {"seed": 1})
 
 
 def test_a_users_copies_are_neither_used_nor_deleted(tmp_path):

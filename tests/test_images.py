@@ -308,6 +308,16 @@ def test_bombs_and_empty_pictures_are_refused(tmp_path, size):
     assert ("pixels" if min(size) else "not a picture") in refused(images.size, tmp_path / "x")
 
 
+@pytest.mark.parametrize("size", [(1, 201), (201, 1), (1, 10_000), (100_000, 3)])
+def test_a_picture_too_thin_to_be_made_square_is_refused(tmp_path, size):
+    """LLaVA-1.5's processor makes the short side 336 first: of 1 x 10,000 pixels that would be more than a billion."""
+    saved(tmp_path / "x", Image.new("L", size), "PNG")
+    assert "too thin" in refused(images.size, tmp_path / "x")
+    assert "too thin" in refused(images.load, tmp_path / "x")
+    saved(tmp_path / "x", Image.new("L", (1, 200)), "PNG")
+    assert both(tmp_path / "x")[0] == (1, 200)
+
+
 def test_a_hundred_megapixels_are_not_a_bomb(tmp_path):
     (tmp_path / "x").write_bytes(png_header(10_000, 10_000))
     assert both(tmp_path / "x") == ((10_000, 10_000), None)  # there are no pixels in this one

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import unlike
 from test_tuning import finish, run_cli, settings
@@ -307,7 +309,7 @@ def test_a_new_word_starts_as_the_average_word(parts, tmp_path):
 def test_other_parts_than_the_folder_was_made_of_are_refused(parts, tmp_path):
     folder = loading.assemble(*parts, tmp_path / "base", seed=1)
     assert loading.assemble(*parts, folder, seed=1) == folder
-    with pytest.raises(UserError, match="was not made of"):
+    with pytest.raises(UserError, match="was not built with"):
         loading.assemble(*parts, folder, seed=2)
     with pytest.raises(UserError, match="cannot load"):
         loading.assemble(str(tmp_path / "absent"), parts[1], tmp_path / "other", seed=1)
@@ -446,6 +448,70 @@ def test_weights_of_another_shape_are_refused(base, tmp_path, quantise):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError):
         loading.load(str(folder), quantise=quantise)
+
+
+def broken(base, tmp_path, file, change):
+    """A copy of the model in which one JSON file is another."""
+    folder = tmp_path / "broken"
+    shutil.copytree(base, folder)
+    told = json.loads((folder / file).read_text())
+    change(told)
+    (folder / file).write_text(json.dumps(told))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", lambda told: told["text_config"].update(hidden_size=[16])),
+        ("config.json", lambda told: told.update(text_config="llava")),
+        ("config.json", lambda told: told.update(model_type=["llava"])),
+        ("config.json", lambda told: told.update(image_token_index=7, image_token_id=7)),
+        ("config.json", lambda told: told["text_config"].update(vocab_size=100)),
+        ("tokenizer.json", lambda told: told["model"]["vocab"].update(a="x")),
+        ("tokenizer.json", lambda told: told["added_tokens"][0].update(id=[0])),
+        ("tokenizer_config.json", lambda told: told.update(pad_token={"a": 1})),
+        ("processor_config.json", lambda told: told.update(image_processor=True)),
+        ("processor_config.json", lambda told: told["image_processor"]["crop_size"].update(width=3)),
+        ("processor_config.json", lambda told: told["image_processor"].update(image_std=[0, 0, 0])),
+    ],
+)
+def test_a_folder_with_anything_wrong_in_it_is_refused_by_its_name(base, tmp_path, file, change):
+    folder = broken(base, tmp_path, file, change)
+    with pytest.raises(UserError, match=re.escape(folder)):
+        loading.load_processor(folder), loading.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/secret.safetensors", "a/b.safetensors", "pytorch_model.bin", 7]
+)
+def test_an_index_that_leads_elsewhere_is_refused(base, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    shutil.copyfile(folder / "model.safetensors", tmp_path / "secret.safetensors")
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        where = dict.fromkeys(tensors.keys(), name)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for use in (loading.load, lambda path: merge.merge({}, 1.0, path, tmp_path / "out")):
+        with pytest.raises(UserError, match="index"):
+            use(str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json"])
+def test_code_that_a_model_brings_is_neither_run_nor_asked_about(base, tmp_path, monkeypatch, file):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    kinds = ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoModelForImageTextToText")
+
+    def change(told):
+        told |= {"auto_map": dict.fromkeys(kinds, "evil.Evil"), "tokenizer_class": "Evil", "processor_class": "Evil"}
+
+    folder = Path(broken(base, tmp_path, file, change))
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    with suppress(UserError):
+        loading.load_processor(str(folder))
+        loading.load(str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_pickle_is_never_opened(base, tmp_path):

@@ -83,11 +83,58 @@ def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name):
         ("run.name=../up", "plain folder name"),
         ("lr=1", "section.key=value"),
         ("train.lr", "section.key=value"),
+        ("train.steps=" + "9" * 5000, "must be of type int"),
+        ("train.lr=" + "9" * 400, "too large"),
+        ("train.steps=" + "[" * 5000, "must be of type int"),
+        ("train.steps=3\ntrain.batch=4", "must be of type int"),
+        ("train.steps=2000000000", "at most 1,000,000,000"),
+        ("train.epochs=1e300", "at most 1,000,000"),
+        ("train.batch=10000000", "at most 1,000,000"),
+        ("train.lr=11.0", "at most 10"),
+        ("train.weight_decay=1000.0", "set it lower"),
+        ("run.threads=100000", "at most 1,024"),
+        ("run.name=a\x7fb", "plain folder name"),
+        ("run.name=" + "a" * 300, "plain folder name"),
+        ("run.folder=~nobody-here/runs", "no such user"),
+        ("run.cache=~nobody-here/cache", "no such user"),
+        ("model.path=~nobody-here/model", "no such user"),
+        ("model.path=" + "a" * 300, "too long"),
+        ("data.system=a\0b", "no file can have"),
+        ("data.system=\udc80", "no file can have"),
+        ("lora.rank=1000000", "at most 65,536"),
+        ("lora.alpha=8", "set lora.rank too"),
+        ("digits.side=1000", "at most 96"),
+        ("dualspeed.isolator=100000", "at most 4,096"),
+        ("dualspeed.temperature=1e-30", "at least 0.01"),
+        ("scale.timeout=1e30", "at most"),
+        ("scale.window=1000000", "at most 10,000"),
     ],
 )
 def test_mistakes_are_named(change, says):
     with pytest.raises(UserError, match=says):
         recipe.read("digits", [change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["sts.skip=0.5", "sts.every=1"], "skip none"),
+        (["regate.keep=0.5", "regate.cycle=8", "regate.refresh=8"], "none would skip"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        recipe.read("digits", changes)
+
+
+def test_a_home_is_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipe.read("digits", ["run.folder=~/runs", "run.name=a"]).folder == tmp_path / "runs" / "a"
+
+
+def test_every_string_that_is_taken_can_be_written_down():
+    made = recipe.read("digits", ["data.system=a\x7f\x1fb"])
+    assert recipe.from_tables(recipe.tomllib.loads(made.to_toml()), "here").data.system == "a\x7f\x1fb"
 
 
 def test_a_name_that_looks_like_a_date_or_a_number_is_a_name():
@@ -108,6 +155,10 @@ def test_bad_files(tmp_path):
     (tmp_path / "bad.toml").write_text("[train\nlr = 1")
     with pytest.raises(UserError, match="not valid TOML"):
         recipe.read(str(tmp_path / "bad.toml"))
+    for text in ("train.steps = " + "9" * 5000, "a = " + "[" * 5000):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(UserError, match="not valid TOML"):
+            recipe.read(str(tmp_path / "bad.toml"))
     (tmp_path / "empty.toml").write_text("")
     with pytest.raises(UserError, match="trains nothing"):
         recipe.read(str(tmp_path / "empty.toml"))

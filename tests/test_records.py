@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 import tracemalloc
 
 import pytest
@@ -811,6 +812,40 @@ def test_parquet_with_paths_uses_the_pictures_folder(parquet, tmp_path):
     assert Records(file, tmp_path / "pics", cache=tmp_path / "cache").folder == tmp_path / "pics"
     rows = [{"conversations": LLAVA["conversations"], "image": {"path": "a.jpg", "bytes": None}}]
     assert Records(store(parquet, tmp_path / "y.parquet", rows), cache=tmp_path)[0].images == ("a.jpg",)
+
+
+def test_a_repeated_key_among_many_is_found_at_once(tmp_path):
+    """Looked for by counting each of them, it would take hours."""
+    keys = ", ".join(f'"k{i}": 0' for i in range(100_000))
+    (tmp_path / "x.jsonl").write_text('{"messages": [], ' + keys + ', "k7": 1}\n{}\n')
+    read, began = Records(tmp_path / "x.jsonl"), time.monotonic()
+    assert "'k7' is there twice" in refusal(lambda: read[0])
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("kind", ["timestamp", "date32"])
+def test_a_date_beyond_the_calendar_is_an_error(parquet, tmp_path, kind):
+    import pyarrow as pa
+
+    days = {"timestamp": pa.array([2**62], pa.timestamp("us")), "date32": pa.array([2**31 - 1], pa.date32())}
+    table = pa.Table.from_pylist([{"messages": messages()}]).append_column("id", days[kind])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert "cannot read" in refusal(lambda: Records(tmp_path / "x.parquet", cache=tmp_path))
+
+
+@pytest.mark.parametrize("content", ["text", [1, 2], 7, True])
+def test_a_pictures_bytes_must_be_bytes(parquet, tmp_path, content):
+    store(parquet, tmp_path / "x.parquet", [{"messages": messages(), "image": {"bytes": content, "path": "a.jpg"}}])
+    assert "x.parquet: record 1" in refusal(lambda: Records(tmp_path / "x.parquet", cache=tmp_path))
+
+
+def test_a_page_with_a_wrong_checksum_is_refused(parquet, tmp_path):
+    file = store(
+        parquet, tmp_path / "x.parquet", [{"messages": messages(), "id": "abcdefgh"}],
+        write_page_checksum=True, write_statistics=False, compression="NONE", use_dictionary=False,
+    )  # fmt: skip
+    file.write_bytes(file.read_bytes().replace(b"abcdefgh", b"abcdefgX", 1))
+    assert "cannot read" in refusal(lambda: Records(file, cache=tmp_path))
 
 
 def test_a_folder_of_parquet_is_read_in_order(parquet, tmp_path):

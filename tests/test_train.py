@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torture.kills import unlike
 
-from tinyspeed import UserError, checkpoint, digits, loader, recipe, train
+from tinyspeed import UserError, checkpoint, digits, loader, recipe, runs, train
 from tinyspeed.data import collate
 from tinyspeed.optimizer import learning_rate
 from tinyspeed.scheduler import Plan
@@ -313,3 +314,87 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] < 0.01
+
+
+@pytest.fixture
+def stopped(base, uninterrupted, tmp_path):
+    """A run as it was left behind step 9, to be broken."""
+    made = settings(base, tmp_path, "stopped")
+    shutil.copytree(uninterrupted.folder, made.folder)
+    (made.folder / "recipe.toml").write_text(made.to_toml())
+    for path in (made.folder / "checkpoints").iterdir():
+        if path.name > "step-00000009":
+            shutil.rmtree(path)
+    shutil.rmtree(made.folder / "model")
+    return made
+
+
+def test_a_checkpoint_of_another_run_is_refused(stopped, base, tmp_path):
+    other = settings(base, tmp_path, "other", "run.seed=9")
+    train.train(other, bar=False)
+    newest = checkpoint.newest(stopped.folder / "checkpoints")
+    shutil.rmtree(newest)
+    shutil.copytree(checkpoint.newest(other.folder / "checkpoints"), newest.with_name("step-00000010"))
+    for use in (lambda: train.train(stopped, resume=True, bar=False), lambda: train.load_trained(stopped)):
+        with pytest.raises(UserError, match="is of another run"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", 7), ("stage", "x"), ("stage", True), ("stage_step", -1), ("stage_step", 99), ("totals", []),
+        ("totals", {"steps": 3}), ("threads", None), ("schedule", 3), ("scale", None),
+    ],
+)  # fmt: skip
+def test_a_state_of_another_shape_is_damage(stopped, key, value):
+    path = checkpoint.newest(stopped.folder / "checkpoints")
+    state = {**json.loads((path / checkpoint.STATE).read_text())["state"], key: value}
+    (path / checkpoint.STATE).write_text(json.dumps({"state": state, "crc32": checkpoint._crc(state)}))
+    with pytest.raises(UserError, match=r"damaged|was made with"):
+        train.train(stopped, resume=True, bar=False)
+
+
+@pytest.mark.parametrize("damage", ["cut", "not text", "another order", "empty"])
+def test_a_damaged_log_is_named_and_not_gone_on_with(stopped, damage):
+    log = stopped.folder / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines = {
+        "cut": [*lines[:3], lines[3][:20]], "not text": [b"\xff\xfe" + lines[0], *lines[1:]],
+        "another order": [lines[1], lines[0], *lines[2:]], "empty": [],
+    }[damage]  # fmt: skip
+    log.write_bytes(b"".join(lines))
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: line"):
+        train.train(stopped, resume=True, bar=False)
+
+
+def test_a_log_that_is_gone_is_said_to_be(stopped, uninterrupted, capsys):
+    (stopped.folder / "metrics.jsonl").unlink()
+    train.train(stopped, resume=True, bar=False)
+    assert "the log begins at step" in capsys.readouterr().err
+    steps = [json.loads(line)["step"] for line in (stopped.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [ALIGN + TUNE]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"resumed": 7}', "\x00"])
+def test_a_damaged_record_is_named(stopped, text):
+    (stopped.folder / "record.json").write_text(text)
+    with pytest.raises(UserError, match=r"record\.json is damaged"):
+        train.train(stopped, resume=True, bar=False)
+
+
+def test_a_damaged_isolator_is_named_before_it_is_used(uninterrupted, base, tmp_path):
+    first = tmp_path / "first"
+    first.mkdir()
+    content = bytearray((uninterrupted.folder / "isolator.safetensors").read_bytes())
+    content[-3] ^= 16
+    (first / "isolator.safetensors").write_bytes(content)
+    made = settings(base, tmp_path, "second", f"dualspeed.isolator_from={first}")
+    with pytest.raises(UserError, match="damaged"):
+        train.build_model(made)
+    (first / "isolator.safetensors").write_bytes(content[:20])
+    with pytest.raises(UserError, match="damaged"):
+        train.build_model(made)
+    (first / "isolator.safetensors").unlink()
+    with pytest.raises(UserError, match="was that run finished"):
+        runs.check_sources(made)

@@ -48,16 +48,21 @@ def answer(
         raise UserError(f"the prompt takes {length} tokens, and the model's {positions} positions hold an answer too")
     was_training = model.training
     model.eval()
-    out = model.generate(
-        **inputs,
-        max_new_tokens=min(max_new_tokens, positions - length),
-        do_sample=False,
-        num_beams=1,
-        # None, because a checkpoint may bring settings for sampling, and transformers warns of them.
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        streamer=streamer,
-    )
+    try:
+        out = model.generate(
+            **inputs,
+            max_new_tokens=min(max_new_tokens, positions - length),
+            do_sample=False,
+            num_beams=1,
+            # None, because a checkpoint may bring settings for sampling, and transformers warns of them.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            streamer=streamer,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"the model cannot answer; is its generation_config.json sound? {error}") from error
     model.train(was_training)
     return processor.decode(out[0, length:], skip_special_tokens=True).strip()

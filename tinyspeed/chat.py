@@ -40,7 +40,9 @@ class Chat:
             raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
         self.image = processor.image_token
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
-        self.special = sorted(set(self.tokenizer.all_special_tokens) - {self.image}, key=len, reverse=True)
+        # Also those without a name: Llama 3's <|eot_id|> is neither bos nor eos, and ends every turn.
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self.special = sorted({*self.tokenizer.all_special_tokens, *added} - {self.image}, key=len, reverse=True)
         self.turn_ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")")
 
     def encode(self, turns: Sequence[Turn], image_rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -76,13 +78,14 @@ class Chat:
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and where in it the answers are, ends of turns included."""
-        if self.plain:
-            return self._caption(turns)
-        if self.system and turns[0].role != "system":
+        if self.system and not self.plain and turns[0].role != "system":
             turns = [Turn("system", (self.system,)), *turns]
-        said = "".join(part for turn in turns for part in turn.parts if part is not IMAGE)
+        used = [turn for turn in turns if turn.role == "assistant" or not self.plain]
+        said = "".join(part for turn in used for part in turn.parts if part is not IMAGE)
         if control := next((token for token in self.special if token in said), None):
             raise UserError(f"the text {control!r} is a control token to this model's tokenizer; write it another way")
+        if self.plain:
+            return self._caption(turns)
         mark = "\ue000"
         while mark in said:
             mark += "\ue000"
@@ -120,10 +123,9 @@ class Chat:
     def _template(self, messages: list[dict], **how) -> str:
         try:
             return self.processor.apply_chat_template(messages, tokenize=False, **how)
-        except Exception as error:  # a template is a program, and can fail like one
-            raise UserError(
-                f"the chat template cannot write this conversation: {str(error) or repr(error):.300}"
-            ) from error
+        except Exception as error:  # a template is a program, and raises what it likes
+            said = str(error) or repr(error)
+            raise UserError(f"the chat template cannot write this conversation: {said:.300}") from error
 
     def _check(self, rendered: str, turns: Sequence[Turn]) -> None:
         for turn in turns:

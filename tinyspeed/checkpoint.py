@@ -13,7 +13,9 @@ processes, and one process can read what many wrote.
 """
 
 import json
+import re
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ from .errors import UserError
 
 CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' table of 8-bit values, one for all
 TENSORS, STATE = "tensors.safetensors", "state.json"
+_OURS = re.compile(r"tensors[-\w]*\.safetensors")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -43,7 +46,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
         raise refusal(step, found)
     try:
         temporary = begin(folder, step)
-        return finish(temporary, {**state, "step": step}, write(temporary, tensors), keep)
+        return finish(temporary, state, write(temporary, tensors), keep)
     except BaseException:
         disk.remove(unnamed(folder, step))  # half of one would keep a full disk full
         raise
@@ -94,7 +97,8 @@ def write(
 
 def finish(temporary: Path, state: dict, files: dict[str, list[int]], keep: int) -> Path:
     """When all files are written: the state beside them, and the final name."""
-    state, final = {**state, "files": files}, _final(temporary)
+    final = _final(temporary)
+    state = {**state, "step": int(final.name.rpartition("-")[2]), "files": files}
     with disk.to(final / STATE):
         (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")
         disk.flush(temporary / STATE)
@@ -155,6 +159,15 @@ class Saved(Mapping[str, Tensor]):
                 shape = file.get_slice(name).get_shape()
                 first, self._rows[name] = rows.get(name, (0, shape[0] if shape else 0))
                 self._parts.setdefault(name, []).append((first, shape[0] if shape else 0, file))
+        for name, parts in self._parts.items():
+            parts.sort(key=lambda part: part[:2])
+            end = 0
+            for first, count, _ in parts:
+                if count and first != end:
+                    raise ValueError(f"{name} has rows twice or not at all")
+                end += count
+            if end != self._rows[name]:
+                raise ValueError(f"{name} has {end} rows of {self._rows[name]}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -182,7 +195,7 @@ class Saved(Mapping[str, Tensor]):
         """Rows `begin` to `end` of a tensor. A version that did not look before it saved may have left some that are
         not finite."""
         found = []
-        for first, count, file in sorted(self._parts[name], key=lambda part: part[0]):
+        for first, count, file in self._parts[name]:
             low, high = max(begin, first), min(end, first + count)
             if low < high or begin == end:
                 found.append(file.get_slice(name)[low - first : max(low, high) - first])
@@ -196,16 +209,36 @@ def _no_number(name: str) -> NoReturn:
 def load(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
     """Tensors and state of one checkpoint; a damaged one is an error that says so. `mine`: which of the files this
     process checks, where several share that."""
-    try:
+    with sound(path):
+        if not (path / STATE).is_file():
+            raise ValueError(f"{STATE} is not there, or no file")
         written = json.loads((path / STATE).read_text(encoding="utf-8"), parse_constant=_no_number)
         state = written["state"]
         if written["crc32"] != _crc(state):
             raise ValueError(f"{STATE} is not what was written")
+        if named(path.parent, state["step"]).name != path.name:
+            raise ValueError(f"it is the checkpoint of step {state['step']}")
+        if strange := [name for name in state["files"] if not _OURS.fullmatch(name)]:
+            raise ValueError(f"{strange[0]!r} is no file of a checkpoint")
         for name in sorted(state["files"])[mine]:
+            if not (path / name).is_file():  # a pipe would be waited for
+                raise ValueError(f"{name} is not there, or no file")
             if [*_fingerprint(path / name)] != state["files"][name]:
                 raise ValueError(f"{name} is not what was written")
         return Saved([path / name for name in state["files"]]), state
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+
+
+BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
+
+
+@contextmanager
+def sound(path: Path | str) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read: it is damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BROKEN as error:
         raise UserError(
             f"checkpoint {path} is damaged ({type(error).__name__}: {error}); delete the folder to resume from the one "
             f"before it"
@@ -239,6 +272,37 @@ def _complete(folder: Path) -> list[Path]:
 
 def _crc(state: dict) -> int:
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def built(folder: Path, label: str, how: dict) -> None:
+    """Label a base model that a run has built for itself: how, and what its files are."""
+    files = {path.name: [*_fingerprint(path)] for path in sorted(folder.iterdir())}
+    (folder / label).write_text(json.dumps({"how": how, "files": files}), encoding="utf-8")
+
+
+_sound: set[tuple] = set()  # what this process has looked at: it is asked for several times, and may be large
+
+
+def check_built(folder: Path, label: str, how: dict) -> None:
+    """That a base model is the one that was built, whole. What is frozen in it is in no checkpoint."""
+    try:
+        if not (folder / label).is_file():
+            raise ValueError(f"{label} is not there, or no file")
+        label = json.loads((folder / label).read_text(encoding="utf-8"))
+        if label["how"] != how:
+            raise UserError(f"{folder} was not built with {how}: delete it, or choose another run.name")
+        for name, (size, crc) in label["files"].items():
+            found = (folder / name).stat()
+            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                raise ValueError(f"{name} is no file")
+            seen = (str(folder / name), found.st_mtime_ns, found.st_ino, found.st_size, size, crc)
+            if Path(name).name != name or (seen not in _sound and _fingerprint(folder / name) != (size, crc)):
+                raise ValueError(f"{name} is not what was written")
+            _sound.add(seen)
+    except UserError:
+        raise
+    except BROKEN as error:
+        raise UserError(f"{folder} is damaged ({error}): delete it to build it anew") from error
 
 
 def _fingerprint(path: Path) -> tuple[int, int]:

@@ -321,7 +321,7 @@ def _predictions(model: str, task: str) -> Path:
     """A run keeps its own. A model's folder is somebody's model, and nothing else belongs into it."""
     if folders.is_run(model):
         return Path(model) / f"{task}.jsonl"
-    whole = Path(model).expanduser().resolve()
+    whole = folders.expanded(model).resolve()
     return Path("-".join([*whole.relative_to(whole.anchor).parts[-2:], task]) + ".jsonl")
 
 

@@ -208,7 +208,7 @@ def of(recipe: Recipe, model: str, **how) -> Conversations:
     if data.max_rows > context:
         raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
     data = replace(data, max_rows=data.max_rows or context)
-    return Conversations(data, loading.load_processor(model), Path(recipe.run.cache).expanduser(), **how)
+    return Conversations(data, loading.load_processor(model), folders.expanded(recipe.run.cache), **how)
 
 
 class _Parts(Dataset):

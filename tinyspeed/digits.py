@@ -15,7 +15,6 @@ There is no CLIP to download, so the CLIP-shaped tower is trained here, briefly,
 frozen as LLaVA's is.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from . import disk
+from . import checkpoint, disk
 from .data import IGNORE, Example
 from .errors import UserError
 from .recipe import Recipe
@@ -344,9 +343,7 @@ def prepare(
     there yet."""
     how = {"seed": seed, "tower_steps": tower_steps, **sizes}
     if folder.is_dir():
-        built = folder / "digits.json"
-        if not built.is_file() or json.loads(built.read_text(encoding="utf-8")) != how:
-            raise UserError(f"{folder} was not built with {how}: delete it, or choose another run.name")
+        checkpoint.check_built(folder, "digits.json", how)
         return folder
     model = build_model(seed, **sizes)
     canvas = Canvas(**{name: sizes[name] for name in ("side", "regions") if name in sizes})
@@ -362,7 +359,7 @@ def prepare(
     with disk.whole(folder) as temporary:
         model.save_pretrained(temporary)
         build_processor(canvas).save_pretrained(temporary)
-        (temporary / "digits.json").write_text(json.dumps(how), encoding="utf-8")
+        checkpoint.built(temporary, "digits.json", how)
     return folder
 
 

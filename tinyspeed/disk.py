@@ -36,11 +36,10 @@ class DiskError(UserError):
     then = "give the same command again"
 
     def __init__(self, path: Path | str, number: int):
-        super().__init__(path, number)
-        self.path, self.number = path, number
+        super().__init__(f"cannot write {path}: {os.strerror(number)}; {MENDS[number]}")
 
     def __str__(self) -> str:
-        return f"cannot write {self.path}: {os.strerror(self.number)}; {MENDS[self.number]}, then {self.then}"
+        return f"{super().__str__()}, then {self.then}"
 
 
 def number(error: BaseException) -> int | None:

@@ -6,11 +6,27 @@ keeps its traceback.
 """
 
 import difflib
+import math
 from collections.abc import Iterable
+
+LONGEST = 1000  # characters of a line of a message
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what, where and how."""
+    """Something the user can mend. The message says what, where and how.
+
+    Names and texts of files are in it, and files come from strangers: what a terminal would obey, and not print, is
+    escaped, and what nobody would read is left out. Lines begin with two spaces; there is one for each of a list."""
+
+    def __init__(self, what: object):
+        super().__init__("\n  ".join(map(_printable, str(what).split("\n  "))))
+
+
+def _printable(line: str) -> str:
+    line = "".join(
+        c if c.isprintable() else repr(c)[1:-1] for c in line[: 2 * LONGEST] + line[2 * LONGEST :][-LONGEST:]
+    )
+    return line if len(line) <= LONGEST else f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 4 :]}"
 
 
 class NotFinite(UserError):
@@ -44,3 +60,13 @@ def check(good: bool, what: str) -> None:
 def among(kind: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise unknown(kind, name, known)
+
+
+def within(settings: object, section: str, **bounds: tuple[float, float]) -> None:
+    """That these numbers are such as a machine could do, both ends included."""
+    for name, (least, most) in bounds.items():
+        value = getattr(settings, name)
+        check(not value < 0, f"{section}{name} = {value}: must not be negative")
+        check(value < math.inf, f"{section}{name} = {value}: must not be infinite, nor no number")
+        check(least <= value, f"{section}{name} = {value}: must be at least {least:,}")
+        check(value <= most, f"{section}{name} = {value}: must be at most {most:,}")

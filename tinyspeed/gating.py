@@ -50,7 +50,7 @@ class Settings:
         for good, what in (
             (0 < self.keep <= 1, f"regate.keep = {self.keep}: a share must be above 0 and at most 1"),
             (self.keep < 1 or not self.reference, "regate.reference is given: set regate.keep below 1 too"),
-            (0 <= self.weight < math.inf, f"regate.weight = {self.weight}: must not be negative or infinite"),
+            (0 <= self.weight <= 1000, f"regate.weight = {self.weight}: must be between 0 and 1,000"),
             (self.fusion != "mix" or self.weight <= 1, f'regate.weight = {self.weight}: at most 1 with fusion = "mix"'),
             (0 <= self.beta < 1, f"regate.beta = {self.beta}: must be at least 0 and below 1"),
             (self.warmup >= 0, f"regate.warmup = {self.warmup}: must not be negative"),

@@ -25,6 +25,7 @@ from .errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that is a program, as EPS is
 MOST_PIXELS = 100_000_000
+MOST_LONG = 200  # times as long as wide: LLaVA-1.5's processor makes the short side 336, and 1 x 10,000 would be 11 GB
 TAIL = 1 << 16  # bytes at the end of a file that are searched for its end marker; cameras' EXIF fits in too
 TURNS = {  # by EXIF's orientation; 1 is upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
@@ -98,6 +99,8 @@ def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, t
                 width, height = image.size
                 if width * height > MOST_PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller")
+                if max(width, height) > MOST_LONG * min(width, height):
+                    raise ValueError(f"it has {width} x {height} pixels, too thin to be made square; cut it in pieces")
                 tail = _tail(image.format, file)
                 if image.format == "PNG" and b"eXIf" in tail:  # behind the pixels, as ImageMagick writes it
                     image.load()

@@ -27,12 +27,13 @@ projector.
 """
 
 import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -90,18 +91,28 @@ class Views(nn.Module):
 
 def save(learned: Mapping[str, Tensor], file: Path) -> None:
     """What training leaves out of the model that it exports."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in learned.items()}, file)
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in learned.items()}
+    save_file(kept, file, metadata={"crc32": _crc(kept)})
+
+
+def _crc(tensors: Mapping[str, Tensor]) -> str:
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+    return str(crc)
 
 
 @torch.no_grad()
 def load(learning: Mapping[str, Tensor], file: Path) -> None:
     """Fill these with what an earlier run saved under their names."""
-    if not file.is_file():
-        raise UserError(f"there is no {file}: was that run finished?")
     try:
-        learned = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read ({error}): copy it from that run again") from error
+        with safe_open(file, framework="pt") as opened:
+            learned = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            if (opened.metadata() or {}).get("crc32") != _crc(learned):
+                raise ValueError("its checksum is wrong")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{file} is damaged, or of an older version ({error}); finish that run anew") from error
     for name, tensor in learning.items():
         if name not in learned:
             raise UserError(f"{file} has no {name}: that run had another dualspeed.plugin, or is of an older version")

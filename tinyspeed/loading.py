@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -38,9 +38,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import cached_file
 
-from . import disk, folders, shapes
+from . import checkpoint, disk, folders, shapes
 from .errors import UserError, unknown
 from .precision import DTYPES
 from .vlm import FAMILIES, family
@@ -81,7 +81,7 @@ def load(
         model, found = AutoModelForImageTextToText.from_pretrained(
             where, **how, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, SafetensorError, RuntimeError, ValueError, ImportError) as error:
+    except Exception as error:  # of a broken folder transformers raises nearly anything
         raise UserError(f"cannot load the model {path}: {reason(error)}") from error
     if found["missing_keys"]:  # transformers would draw them at random and carry on
         missing = sorted(found["missing_keys"])
@@ -96,18 +96,11 @@ def only_safetensors(path: str | Path) -> None:
     and a pickle as one."""
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **quietly)
-        named = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values() if index else ()
-        wrong = sorted(str(name) for name in named if not str(name).endswith(".safetensors"))
+        index = cached_file(str(path), folders.INDEX, **quietly)
     except OSError as error:
         raise UserError(f"cannot load {path}: {reason(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the index of the weights of {path}: {error!r}") from error
-    if wrong:
-        raise UserError(
-            f"{SAFE_WEIGHTS_INDEX_NAME} of {path} names {wrong[0]!r:.300}. Only safetensors are read, since a pickle "
-            f"can run code: save the model again with save_pretrained"
-        )
+    if index:
+        folders.weights(Path(index).parent)
 
 
 def reason(error: Exception) -> str:
@@ -130,10 +123,11 @@ def _where(path: str) -> str | Path:
     if isinstance(found, Path):
         try:
             kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
+        folders.weights(found)
     return found
 
 
@@ -145,7 +139,7 @@ def config(path: str):
         return shapes.KNOWN[path]()
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"cannot load the configuration of {path}: {reason(error)}") from error
 
 
@@ -177,7 +171,7 @@ def load_processor(path: str):
         raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
     try:
         processor = AutoProcessor.from_pretrained(_where(path), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
         raise UserError(f"{path} has no usable processor beside its model: {reason(error)}") from error
     facts = {
         "patch_size": shape.vision_config.patch_size,
@@ -189,7 +183,30 @@ def load_processor(path: str):
         if its != value:
             print(f"the processor's {name} is {its}, the model's {value}: using that", file=sys.stderr)
             setattr(processor, name, value)
+    _check_processor(path, processor, shape)
     return processor
+
+
+def _check_processor(path: str, processor, shape) -> None:
+    """That what it makes of a text and of a picture is what the model takes."""
+    try:
+        ids, image = processor.tokenizer.get_vocab().values(), processor.image_token
+        image_id = processor.tokenizer.convert_tokens_to_ids(image)
+        pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
+    except Exception as error:
+        raise UserError(f"{path} has no usable processor beside its model: {reason(error)}") from error
+    size = shape.vision_config.image_size
+    for good, what in (
+        (max(ids) < shape.text_config.vocab_size, f"its tokenizer has ids up to {max(ids)}, its model fewer words"),
+        (
+            image_id == shape.image_token_id,
+            f"{image} is {image_id} to its tokenizer, {shape.image_token_id} to its model",
+        ),
+        (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
+        (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
+    ):
+        if not good:
+            raise UserError(f"{path} has the processor of another model, or a damaged one: {what}")
 
 
 def _check_quantised(model: nn.Module) -> None:
@@ -288,9 +305,7 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
     """
     made = {"tower": tower, "llm": llm, "seed": seed}
     if folder.is_dir():
-        built = folder / "parts.json"
-        if not built.is_file() or json.loads(built.read_text(encoding="utf-8")) != made:
-            raise UserError(f"{folder} was not made of {made}: delete it, or choose another run.name")
+        checkpoint.check_built(folder, "parts.json", made)
         return folder
     for part in (llm, tower):
         only_safetensors(part)
@@ -299,7 +314,7 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
         vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
         pictures = CLIPImageProcessor.from_pretrained(tower)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:
         raise UserError(f"cannot load {llm} or {tower}: {reason(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
@@ -347,5 +362,5 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
     with disk.whole(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        (temporary / "parts.json").write_text(json.dumps(made), encoding="utf-8")
+        checkpoint.built(temporary, "parts.json", made)
     return folder

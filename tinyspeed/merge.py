@@ -8,7 +8,6 @@ No model is built. At any moment memory holds one of the base's files, 5 GB at m
 model to merge it takes 14 GB, and a 13B model 26.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -20,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import finite
+from . import finite, folders
 from .errors import UserError
 
 # Beside the weights: what transformers needs to load them, and nothing that belongs to whoever made the base.
-KEPT = ("config.json", "generation_config.json", "model.safetensors.index.json")
+KEPT = ("config.json", "generation_config.json", folders.INDEX)
 
 
 def plain(names: Iterable[str]) -> dict[str, str]:
@@ -52,14 +51,14 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
         a, b = (saved[names[adapted[inner].replace(".lora_A.", f".lora_{x}.")]].float() for x in "AB")
         return weight.float() + scale * (b @ a)
 
-    folder = Path(base).expanduser()
+    folder = folders.expanded(base)
     if not folder.is_dir():
         folder = Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
     out.mkdir(parents=True)
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-    for file in _weights(folder):
+    for file in folders.weights(folder):
         with safe_open(file, framework="pt") as tensors:
             metadata = tensors.metadata()
             made = {}
@@ -85,14 +84,6 @@ def _check(tensor: Tensor, name: str, base: str) -> None:
     if found := finite.first([(name, tensor)]):
         why = f"what was trained is too large for {tensor.dtype}, or {base} has it so"
         raise UserError(f"nothing was exported, it would not be finite: {found}; {why}")
-
-
-def _weights(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    return [folder / "model.safetensors"]
 
 
 def _same(inner: str, stored: str) -> bool:

@@ -12,10 +12,11 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short
 
-from . import gating
+from . import folders, gating
 from .adaptive import AdaptiveSchedule
-from .errors import UserError, unknown
+from .errors import UserError, unknown, within
 from .errors import among as _among
 from .errors import check as _check
 from .scheduler import KINDS, Plan
@@ -24,6 +25,7 @@ from .sts import Sts
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTISATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+LARGEST = 2**31 - 1  # whole number, but for the seed; what is larger is a slip, or no machine could do it
 LAST = ("dualspeed", "sts")  # they may import torch: mistakes of others are named before
 BUILT_IN = Path(__file__).parent / "recipes"
 
@@ -41,11 +43,10 @@ class Run:
 
     def __post_init__(self):
         good = self.name and not self.name.startswith(".") and "/" not in self.name and "\\" not in self.name
+        good = good and not folders.CONTROL.search(self.name) and len(self.name.encode()) <= 200
         _check(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
         _check(0 <= self.seed < 2**32, f"run.seed = {self.seed}: must be between 0 and 2**32 - 1")
-        _check(self.threads >= 0, f"run.threads = {self.threads}: must not be negative")
-        _check(self.save_every >= 1, f"run.save_every = {self.save_every}: must be at least 1")
-        _check(self.keep_checkpoints >= 1, f"run.keep_checkpoints = {self.keep_checkpoints}: must be at least 1")
+        within(self, "run.", threads=(0, 1024), save_every=(1, LARGEST), keep_checkpoints=(1, LARGEST))
         _among("run.device", self.device, ("auto", "cpu", "cuda"))
 
 
@@ -71,8 +72,8 @@ class Lora:
     dropout: float = 0.05
 
     def __post_init__(self):
-        _check(self.rank >= 0, f"lora.rank = {self.rank}: must not be negative")
-        _check(0 <= self.alpha < math.inf, f"lora.alpha = {self.alpha}: must not be negative or infinite")
+        within(self, "lora.", rank=(0, 2**16), alpha=(0, 10**9))
+        _check(self.rank > 0 or not self.alpha, "lora.alpha is given: set lora.rank too")
         _check(0 <= self.dropout < 1, f"lora.dropout = {self.dropout}: must be between 0 and 1")
 
     @property
@@ -100,11 +101,8 @@ class Data:
         _among("data.kind", self.kind, ("digits", "chat"))
         _among("data.template", self.template, ("chat", "plain"))
         _among("data.too_long", self.too_long, ("error", "cut"))
-        _check(self.turns >= 1, f"data.turns = {self.turns}: must be at least 1")
-        _check(self.eval_pictures >= 1, f"data.eval_pictures = {self.eval_pictures}: must be at least 1")
-        for name in ("max_rows", "workers", "feature_cache_gb"):
-            value = getattr(self, name)
-            _check(0 <= value < math.inf, f"data.{name} = {value}: must not be negative or infinite")
+        within(self, "data.", turns=(1, LARGEST), eval_pictures=(1, LARGEST), max_rows=(0, LARGEST))
+        within(self, "data.", workers=(0, LARGEST), feature_cache_gb=(0, 10**9))
         _check(self.kind == "chat" or not self.file, 'data.file is given: set data.kind = "chat" too')
         _check(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
 
@@ -123,8 +121,8 @@ class Digits:
     tower_steps: int = 500
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            _check(getattr(self, f.name) >= 1, f"digits.{f.name} = {getattr(self, f.name)}: must be at least 1")
+        within(self, "digits.", side=(1, 96), pictures=(1, LARGEST), tower_steps=(1, LARGEST))
+        within(self, "digits.", width=(1, 8192), tower_width=(1, 8192), layers=(1, 128), tower_layers=(1, 128))
         for name in ("width", "tower_width"):
             _check(getattr(self, name) % 8 == 0, f"digits.{name} = {getattr(self, name)}: must be a multiple of 8")
         _check(self.regions in (2, 3, 4), f"digits.regions = {self.regions}: must be 2, 3 or 4")
@@ -158,8 +156,8 @@ class DualSpeed:
         _check(0 < self.gap < math.inf, f"dualspeed.gap = {self.gap}: must be above 0")
         if self.schedule == "adaptive":
             AdaptiveSchedule(self.slow, self.keep, self.distill)  # refuses what it cannot follow
-        _check(self.isolator >= 0, f"dualspeed.isolator = {self.isolator}: must not be negative")
-        _check(0 < self.temperature < math.inf, f"dualspeed.temperature = {self.temperature}: must be above 0")
+        # A temperature beyond: fp32 cannot hold the logits, or their differences.
+        within(self, "dualspeed.", isolator=(0, 4096), temperature=(0.01, 100))
         defaults = type(self)
         if (self.plugin, self.positions, self.layout) != (defaults.plugin, defaults.positions, defaults.layout):
             from . import pruning, rows  # here, for they import torch: other mistakes are named without it
@@ -185,13 +183,11 @@ class Stage:
     checkpointing: str = "auto"  # recompute activations: "on", "off", or "auto": where they would not fit
 
     def __post_init__(self):
-        for name in ("steps", "epochs", "weight_decay", "row_budget", "connector_lr"):
-            _check(
-                0 <= getattr(self, name) < math.inf, f"{name} = {getattr(self, name)}: must not be negative or infinite"
-            )
-        _check(self.batch >= 1, f"batch = {self.batch}: must be at least 1")
-        _check(0 < self.lr < math.inf, f"lr = {self.lr}: must be above 0")
-        _check(0 <= self.warmup <= 1, f"warmup = {self.warmup}: must be between 0 and 1")
+        within(self, "", steps=(0, 10**9), epochs=(0, 10**6), batch=(1, 10**6), row_budget=(0, LARGEST), warmup=(0, 1))
+        _check(self.lr > 0, f"lr = {self.lr}: must be above 0")
+        within(self, "", lr=(0, 10), connector_lr=(0, 10), weight_decay=(0, 10**9))  # a step moves a weight by lr
+        left = 1 - max(self.lr, self.connector_lr) * self.weight_decay
+        _check(left > 0, f"weight_decay = {self.weight_decay}: a step leaves {left:.3g} of a weight; set it lower")
         _check(self.clip > 0, f"clip = {self.clip}: must be above 0")
         _among("optimizer", self.optimizer, OPTIMIZERS)
         _among("checkpointing", self.checkpointing, ("auto", "on", "off"))
@@ -213,9 +209,7 @@ class Scale:
     timeout: float = 600.0  # seconds without progress after which a rank says so and all stop
 
     def __post_init__(self):
-        for name, least in (("shard", 0), ("window", 1), ("check_every", 1), ("timeout", 1)):
-            value = getattr(self, name)
-            _check(least <= value < math.inf, f"scale.{name} = {value}: must be at least {least}, and finite")
+        within(self, "scale.", shard=(0, LARGEST), window=(1, 10_000), check_every=(1, LARGEST), timeout=(1, 10**7))
 
 
 @dataclass(frozen=True)
@@ -244,6 +238,8 @@ class Recipe:
         needs_lora = "dualspeed.views is a LoRA for each mode: set lora.rank, or dualspeed.views = false"
         _check(self.lora.rank > 0 or not self.dualspeed.views, needs_lora)
         _check(self.regate.keep == 1 or bool(tunes), "regate.keep: answers are skipped in tuning; set train.steps")
+        idle = self.regate.keep < 1 and self.regate.refresh == self.regate.cycle
+        _check(not idle, f"regate.refresh = {self.regate.refresh}: of regate.cycle as many, none would skip anything")
         plugins = sorted({self.pruning(name)[0] for name, _ in self.stages()})
         if plugins != [DualSpeed.plugin]:
             from . import pruning
@@ -261,7 +257,7 @@ class Recipe:
 
     @property
     def folder(self) -> Path:
-        return Path(self.run.folder) / self.run.name
+        return folders.expanded(self.run.folder) / self.run.name
 
     def stages(self) -> list[tuple[str, Stage]]:
         """The stages that run, with the name under which `loading.set_trainable` knows them."""
@@ -283,7 +279,8 @@ class Recipe:
 
 
 def _toml(value) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
+    return text.replace("\x7f", "\\u007f")  # which JSON takes as it is, and TOML does not
 
 
 def read(path: str, changes: list[str] = ()) -> Recipe:
@@ -313,7 +310,7 @@ def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
         raise UserError(f"there is no {kind} {path}; built in: {', '.join(known)}")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also text that is none, a number of 5,000 digits
         raise UserError(f"{file} is not valid TOML: {error}") from error
 
 
@@ -331,8 +328,10 @@ def value_of(section: str, key: str, text: str):
     """A value as a TOML file would hold it; one that is no TOML is a string."""
     kind = next((f.type for f in dataclasses.fields(Recipe) if f.name == section), None)
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value, *more = tomllib.loads(f"value = {text}").values()
+    except (ValueError, RecursionError):
+        return text.strip()
+    if more:  # it went on behind a line break, with keys of its own
         return text.strip()
     if kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind)):
         return value if isinstance(value, str) else text.strip()  # run.name=2026-11-20 is a name, not a date
@@ -343,14 +342,12 @@ def _absolute(recipe: Recipe) -> Recipe:
     """Files and folders by their whole path: a run is exported and asked from anywhere, and a folder that is not where
     it was must not be taken for a model of that name on the hub."""
 
-    def whole(path: str) -> str:
-        found = Path(path).expanduser()
-        return str(found.absolute()) if path and found.exists() else path
-
-    model = {name: whole(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
-    data = {name: whole(getattr(recipe.data, name)) for name in ("file", "images")}
-    dual = {"isolator_from": whole(recipe.dualspeed.isolator_from)}
-    gate = {"reference": whole(recipe.regate.reference)}
+    for path in (recipe.run.folder, recipe.run.cache):
+        folders.expanded(path)
+    model = {name: folders.whole(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
+    data = {name: folders.whole(getattr(recipe.data, name)) for name in ("file", "images")}
+    dual = {"isolator_from": folders.whole(recipe.dualspeed.isolator_from)}
+    gate = {"reference": folders.whole(recipe.regate.reference)}
     changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
     return dataclasses.replace(
         recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
@@ -371,10 +368,14 @@ def from_tables(tables: dict, where: str) -> Recipe:
             if key not in fields:
                 raise UserError(f"{where}: {unknown('key', key, fields, f'{section}.')}")
             wanted = fields[key].type
+            if type(value) is int and not -LARGEST <= value <= (2**32 if key == "seed" else LARGEST):
+                raise UserError(f"{where}: {section}.{key} = {short(value)} is too large a number")
             if wanted is float and type(value) is int:
                 values = {**values, key: float(value)}
             elif type(value) is not wanted:
-                raise UserError(f"{where}: {section}.{key} = {value!r} must be of type {wanted.__name__}")
+                raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
+            elif wanted is str and folders.NO_NAME.search(value):
+                raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
         typed[section] = values
     made = {}
     for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint import write_atomically
+from .errors import UserError
 
 PACKAGES = ("tinyspeed", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
 
@@ -42,8 +43,11 @@ def write(path: Path, **more) -> None:
     """Describe a run when it starts; a resumed run adds to what is there."""
     now = describe(**more)
     if path.is_file():
-        first = json.loads(path.read_text(encoding="utf-8"))
-        now = {**first, "resumed": [*first.get("resumed", []), now]}
+        try:
+            first = json.loads(path.read_text(encoding="utf-8"))
+            now = {**first, "resumed": [*first.get("resumed", []), now]}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it to go on without what it says") from error
     write_atomically(path, json.dumps(now, indent=1))
 
 

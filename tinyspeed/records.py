@@ -16,6 +16,7 @@ import json
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -157,9 +158,8 @@ def _object(raw: object, unread: set[str], where: str) -> dict:
     if not isinstance(raw, dict):
         _refuse(where, f"must be an object, not {short(raw)}")
     raw = {key: value for key, value in raw.items() if value is not None}
-    for key in raw.keys() & unread:
-        if raw[key] not in ("", []):
-            _refuse(where, f"has {key!r}, which is not read here and would be lost; make a turn of it, or delete it")
+    if lost := [key for key in raw.keys() & unread if raw[key] not in ("", [])]:
+        _refuse(where, f"has {lost[0]!r}, which is not read here and would be lost; make a turn of it, or delete it")
     return raw
 
 
@@ -238,8 +238,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, int]]]:
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
     made = dict(pairs)
     if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {short(max(keys, key=keys.count))} is there twice")
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {short(key)} is there twice")
     return made
 
 
@@ -254,8 +254,7 @@ def _spans(file: BinaryIO, name: str) -> Iterator[tuple[int, int]]:
         if len(head) < LARGEST:  # a file that goes on cannot be one record
             _refuse_one_object(text, name)
         return _lines(file)
-    what = "holds neither a JSON list of records nor one JSON object a line" if text else "is empty"
-    raise UserError(f"{name} {what}")
+    raise UserError(f"{name} {'is neither a JSON list of records nor one JSON object a line' if text else 'is empty'}")
 
 
 def _refuse_one_object(head: bytes, name: str) -> None:
@@ -355,7 +354,7 @@ def _rows(files: list[Path], bar: bool) -> Iterator[dict]:
         raise UserError("parquet needs pyarrow: pip install 'tinyspeed[parquet]'") from error
     for file in files:
         try:
-            with parquet.ParquetFile(file) as table:
+            with parquet.ParquetFile(file, page_checksum_verification=True) as table:
                 names = table.schema_arrow.names
                 if not _one_of(FORMATS, dict.fromkeys(names, ""), file.name):
                     _refuse(file.name, f"has neither a column conversations nor messages, only {short(names)}")
@@ -366,8 +365,8 @@ def _rows(files: list[Path], bar: bool) -> Iterator[dict]:
                     for batch in table.iter_batches(64, columns=columns):
                         yield from batch.to_pylist()
                         line.update(len(batch))
-        except (ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {file}: {error}") from error
+        except (ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:  # OverflowError: a year 10,000
+            raise UserError(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
 def _write(rows: Iterator[dict], folder: Path, name: str) -> None:
@@ -389,8 +388,9 @@ def _keep(picture: object, folder: Path, where: str) -> str:
     if not isinstance(picture, dict):
         picture = {"bytes" if isinstance(picture, bytes) else "path": picture}
     content, path = picture.get("bytes"), picture.get("path")
-    if not content:
-        return path if isinstance(path, str) else _refuse(where, "a picture has neither bytes nor a path")
+    if not content or not isinstance(content, bytes):
+        named = isinstance(path, str) and not content
+        return path if named else _refuse(where, "a picture has neither bytes nor a path")
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     file = folder / digest[:2] / digest[2:]  # in 256 folders: some file systems are slow with a million files in one
     if not file.exists():

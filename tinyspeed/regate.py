@@ -9,12 +9,10 @@ that all remember the same and decide the same. Every step teaches the memory, w
 in both modes.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from . import precision
+from . import folders, precision
 from .batching import Order
 from .data import Source
 from .errors import UserError
@@ -46,7 +44,7 @@ class Gate:
         settings, losses = recipe.regate, None
         if settings.reference:
             name = precision.choose(recipe.model.precision, device)
-            folder = Path(recipe.run.cache).expanduser() / "reference"
+            folder = folders.expanded(recipe.run.cache) / "reference"
             losses = Reference(settings.reference, base, source, seen, name, folder).losses(device)
         self.memory = Memory(settings, seen, [source.lengths(i)[2] for i in seen], losses)
 

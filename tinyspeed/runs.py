@@ -7,6 +7,9 @@ known here, so that a mistake costs a second and not the time that a base model,
 """
 
 import dataclasses
+import hashlib
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,12 +30,23 @@ FREE = {
 }
 
 
+PLACES = {
+    "run": ("name", "folder", "device"),
+    "model": ("path", "tower", "llm"),
+    "data": ("file", "images"),
+    "dualspeed": ("isolator_from",),
+    "regate": ("reference",),
+}
+
+
 def check_sources(recipe: Recipe) -> None:
     """That what the run is made from is there."""
     if recipe.model.path:
         folders.model(recipe.model.path)
     if recipe.regate.reference:
         folders.model(recipe.regate.reference)
+    if recipe.dualspeed.isolator_from:
+        folders.isolator(recipe.dualspeed.isolator_from)
     if recipe.data.kind == "chat":
         folders.conversations(recipe.data.file, recipe.data.images)
 
@@ -72,8 +86,39 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
 
 
 def metrics(folder: Path) -> list[str]:
+    """The lines of a run's log."""
     file = folder / "metrics.jsonl"
-    return file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    # Bytes that are no text stay what they are: only the lines that are used have to be sound.
+    return (
+        file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True) if file.is_file() else []
+    )
+
+
+def metrics_until(folder: Path, steps: int) -> list[str]:
+    """The log of so many steps, of which none may be missing or wrong; or nothing, where it has been deleted."""
+    lines, file = metrics(folder)[:steps], folder / "metrics.jsonl"
+    if steps and not file.is_file():
+        print(f"{file} is gone: the log begins at step {steps + 1}", file=sys.stderr)
+        return []
+    for step in range(1, steps + 1):
+        try:
+            if json.loads(lines[step - 1])["step"] != step:
+                raise ValueError("it is another step's")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{file} is damaged: line {step} is not the log of step {step} ({error}); delete it to go on with a "
+                f"log that begins at step {steps + 1}"
+            ) from error
+    return lines
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Of all that a run's numbers follow from. Not of where things are: a run may be moved, and what it reads too."""
+    tables = dataclasses.asdict(recipe)
+    for section, keys in (*FREE.items(), *PLACES.items()):
+        for key in keys:
+            del tables[section][key]
+    return hashlib.blake2b(json.dumps(tables, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from .dualspeed import DualSpeed, Output
 from .errors import NotFinite, UserError, counted
 from .recipe import Recipe, Stage
 from .regate import Gate
+from .runs import fingerprint
 from .scheduler import Plan
 from .schedules import schedule_of
 
@@ -150,7 +151,7 @@ class StageRun:
 
     def _announce(self) -> None:
         """A short run may draw no slow step, and a model that never saw a whole picture is poor at them."""
-        modes = [self.model.schedule.plan(step).mode for step in range(self.steps)]
+        modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
         if "fast" in modes and "slow" not in modes and self.name == "train":
             print(
                 f"in {counted(self.steps, 'step')} no whole picture is seen: train for more steps (more train.epochs, "
@@ -370,6 +371,7 @@ class StageRun:
             "totals": asdict(self.totals),
             "schedule": self.model.schedule.state_dict(),
             "scale": self.scale.state_dict(),
+            "recipe": fingerprint(self.recipe),
             "data": self.source.fingerprint,
             "threads": torch.get_num_threads(),
         }
@@ -383,8 +385,9 @@ class StageRun:
         checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
         checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
         checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)
-        self.model.schedule.load_state_dict(state["schedule"])
-        self.scale.load_state_dict(state["scale"])
+        with checkpoint.sound(f"of step {state['step']}"):
+            self.model.schedule.load_state_dict(state["schedule"])
+            self.scale.load_state_dict(state["scale"])
         self._go_on_drawing(saved)
         self.first = state["stage_step"]
 

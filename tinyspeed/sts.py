@@ -25,6 +25,9 @@ class Sts:
             check(0 <= getattr(self, name) <= 1, f"sts.{name} = {getattr(self, name)}: must be between 0 and 1")
         for name in ("protect_first", "protect_last", "every"):
             check(getattr(self, name) >= 0, f"sts.{name} = {getattr(self, name)}: must not be negative")
+        check(
+            not self.skip or self.every != 1, "sts.every = 1: every step would run every layer, and sts.skip skip none"
+        )
         check(bool(self.compress) or not self.compressor, "sts.compressor is given: set sts.compress too")
         if self.layers != type(self).layers or self.compressor:
             from . import layers, pruning  # here, for they import torch

@@ -40,8 +40,6 @@ from .recipe import Recipe, of_run
 from .schedules import schedule_of
 from .stage import StageRun, Totals
 
-ISOLATOR = "isolator.safetensors"  # in the run's folder, for `dualspeed.isolator_from`
-
 
 @dataclass
 class Result:
@@ -64,8 +62,7 @@ def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
 
 
 def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop: list[int], bar: bool) -> Result:
-    newest = checkpoint.newest(folder / "checkpoints")
-    saved, state = checkpoint.load(newest) if newest else (None, None)
+    saved, state = _newest(recipe) if checkpoint.newest(folder / "checkpoints") else (None, None)
     begin(recipe, folder, model.device, state)
     totals = Totals(**state["totals"]) if state else Totals()
     torch.manual_seed(recipe.run.seed)  # after building: dropout is the only thing that draws from here on
@@ -88,7 +85,7 @@ def finish(recipe: Recipe) -> None:
     if not (recipe.folder / "model").is_dir():
         saved, _ = _newest(recipe)
         discarded = [name for name in saved if merge.only_training(name)]
-        with disk.whole(recipe.folder / ISOLATOR) as temporary:
+        with disk.whole(recipe.folder / folders.ISOLATOR) as temporary:
             isolator.save({name.removeprefix("model/"): saved[name] for name in discarded}, temporary)
         export(recipe, recipe.folder / "model")
 
@@ -135,7 +132,7 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
             f"its weights will be right, but not bit-identical to an uninterrupted run",
             file=sys.stderr,
         )
-    lines = runs.metrics(folder)[: state["totals"]["steps"] if state else 0]
+    lines = runs.metrics_until(folder, state["step"] if state else 0)
     checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines))
     model = base(recipe)
     known = {"seed": recipe.run.seed, "base": model, "revision": loading.revision(model)}
@@ -177,7 +174,7 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
 
 def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations) -> None:
     name = precision.choose(recipe.model.precision, model.device)
-    folder, most = Path(recipe.run.cache).expanduser() / "features", recipe.data.feature_cache_gb * features.GB
+    folder, most = folders.expanded(recipe.run.cache) / "features", recipe.data.feature_cache_gb * features.GB
     prepare = source.processor.image_processor
     source.features = features.Features(folder, model.vlm, prepare, name)
     features.fill(source.features, source.pictures(), model.vlm, prepare, name, most, bar=True)
@@ -209,7 +206,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
         seed=recipe.run.seed,
     )
     if settings.isolator_from:
-        isolator.load(model.only_training, Path(settings.isolator_from) / ISOLATOR)
+        isolator.load(model.only_training, folders.isolator(settings.isolator_from))
     return model
 
 
@@ -250,7 +247,28 @@ def _newest(recipe: Recipe) -> tuple[checkpoint.Saved, dict]:
     newest = checkpoint.newest(recipe.folder / "checkpoints")
     if newest is None:
         raise UserError(f"{recipe.folder} has no checkpoint yet")
-    return checkpoint.load(newest)
+    saved, state = checkpoint.load(newest)
+    check_state(recipe, newest, state)
+    return saved, state
+
+
+def check_state(recipe: Recipe, path: Path, state: dict) -> None:
+    """That a checkpoint is of this run, and says where in it."""
+    with checkpoint.sound(path):
+        totals = Totals(**state["totals"])
+        whole = [totals.steps, totals.rows, totals.rows_full, state["stage"], state["stage_step"], state["threads"]]
+        times = [totals.seconds, totals.full_seconds]
+        if not all(type(n) is int and n >= 0 for n in whole) or not all(
+            type(t) in (int, float) and t >= 0 for t in times
+        ):
+            raise ValueError("its numbers are none")
+        if state["stage"] >= len(recipe.stages()) or not state["stage_step"] <= totals.steps == state["step"]:
+            raise ValueError("it is of a step that the run has not")
+        of = state["recipe"]
+    if of != runs.fingerprint(recipe):
+        raise UserError(
+            f"checkpoint {path} is of another run, with another recipe than {recipe.folder / 'recipe.toml'}"
+        )
 
 
 @contextmanager

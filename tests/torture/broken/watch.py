@@ -1,0 +1,83 @@
+"""Which files Python opens, lists, moves or removes while a case runs, and whether it starts a program or dials out.
+
+An audit hook sees them before they happen. It cannot be taken off again, so there is one, asleep between cases. Paths
+are resolved: a link is where it leads. What native code opens by itself (safetensors, pyarrow, tokenizers) is not seen.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tinyspeed
+
+PATHS = {
+    "open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod",
+    "os.link", "os.symlink", "shutil.rmtree", "shutil.copyfile", "shutil.move",
+}  # fmt: skip
+NEVER = {
+    "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "socket.getaddrinfo",
+    "pickle.find_class", "os.startfile", "webbrowser.open",
+}  # fmt: skip
+# What Python imports, and what any program asks of the system.
+CODE = (sys.prefix, sys.base_prefix, Path(tinyspeed.__file__).parents[1] / "tinyspeed", Path(__file__).parents[1])
+SYSTEM = (
+    "/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/mounts", "/proc/self/cgroup",
+    "/sys/fs/cgroup",
+)  # fmt: skip
+
+_allowed: tuple[str, ...] | None = None
+_seen: list[str] = []
+
+
+_programs: tuple[str, ...] = ()
+
+
+@contextmanager
+def only(allowed: Iterable[str | Path], programs: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """The list of what else was touched: these files and folders, what is in the folders, and these programs may be."""
+    global _allowed, _programs
+    _seen.clear()
+    _programs = programs
+    _allowed = tuple(os.path.realpath(path) for path in (*CODE, *SYSTEM, *allowed))
+    try:
+        yield _seen
+    finally:
+        _allowed = None
+
+
+@contextmanager
+def asleep() -> Iterator[None]:
+    """For what the torture itself reads meanwhile."""
+    global _allowed
+    before, _allowed = _allowed, None
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if _allowed is None:
+        return
+    if event == "subprocess.Popen" and arguments[0] in _programs:
+        return
+    if (
+        event in ("os.remove", "os.rmdir") and arguments[1] != -1
+    ):  # a name in a folder that was opened, and seen, before
+        return
+    if event in NEVER:
+        _seen.append(f"{event} {arguments!r:.200}")
+    elif event in PATHS and isinstance(arguments[0], str | bytes | os.PathLike):
+        try:
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+        except ValueError:  # no path at all, and so nothing will be opened
+            return
+        if not any(path == one or path.startswith(one + os.sep) for one in _allowed):
+            _seen.append(f"{event} {path!r:.300}")
+
+
+sys.addaudithook(_hook)
+tempfile.gettempdir()  # asked once, it writes a file to see whether it can

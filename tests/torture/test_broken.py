@@ -1,0 +1,68 @@
+"""The short form of `broken`: some hundred cases of every part, and the torture's own teeth."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from torture.broken import commands, models, pictures, recipes, records, trial, watch, wrecks
+
+from tinyspeed import UserError
+
+PARTS = {
+    "records": (records, 130), "recipes": (recipes, 400), "pictures": (pictures, 200), "models": (models, 8),
+    "wrecks": (wrecks, 8), "commands": (commands, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_broken_input_works_as_meant_or_is_refused_by_name(name, tmp_path):
+    part, count = PARTS[name]
+    tally = trial.Tally()
+    trial.run(name, part, tmp_path, range(count), 0, tally)
+    assert not tally.lost, "\n".join(tally.lost)
+    ends = {how for _, how in tally.seen}
+    assert ends == {"worked", "refused"}, "a torture that only sees one end has no teeth"
+
+
+def refuse(message: str):
+    raise UserError(message)
+
+
+@pytest.mark.parametrize(
+    ("act", "wrong"),
+    [
+        (lambda: None, ""),
+        (lambda: refuse("a.json: record 3"), ""),
+        (lambda: refuse("record 3"), "without saying ['a.json']"),
+        (lambda: 1 / 0, "ZeroDivisionError"),
+        (lambda: time.sleep(9), "still not done"),
+        (lambda: os.read(os.pipe()[0], 1), "still not done"),
+        (
+            lambda: Path("/etc/hostname").exists() and open("/etc/hostname").close(),
+            "also touched: [\"open '/etc/hostname'",
+        ),
+        (lambda: os.system("true"), 'also touched: ["os.system'),
+    ],
+)
+def test_what_is_amiss_is_seen(act, wrong):
+    case = trial.Case("", act, names=("a.json",), seconds=0.3)
+    assert wrong in trial.judge(case)[1]
+    assert bool(wrong) == bool(trial.judge(case)[1])
+
+
+def test_a_case_that_must_be_refused_may_not_work():
+    assert trial.judge(trial.Case("", lambda: None, must="refuse"))[1] == "worked, and should refuse"
+    assert trial.judge(trial.Case("", lambda: None, must="work"))[1] == ""
+
+
+def test_a_link_is_where_it_leads(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
+    with watch.only([tmp_path / "in"]) as touched:
+        (tmp_path / "in" / "mine").write_text("x")
+    assert not touched
+    with watch.only([tmp_path / "in"]) as touched:
+        (tmp_path / "in" / "link").read_text()
+    assert touched
