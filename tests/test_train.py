@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -398,3 +399,21 @@ def test_a_damaged_isolator_is_named_before_it_is_used(uninterrupted, base, tmp_
     (first / "isolator.safetensors").unlink()
     with pytest.raises(UserError, match="was that run finished"):
         runs.check_sources(made)
+
+
+def test_gradients_whose_squares_overflow_are_told_from_infinite_ones(base, tmp_path, monkeypatch):
+    for value, says in ((1e30, "gradients are too large, that of {} most"), (-float("inf"), r"gradient of {} \(")):
+        made, original, named = settings(base, tmp_path, f"run{value}"), StageRun._forward_backward, []
+
+        def poisoned(self, *arguments, value=value, original=original, named=named):
+            done = original(self, *arguments)
+            p, name = next((p, name) for p, name in self.names.items() if p.grad is not None)
+            p.grad.view(-1)[0] = value
+            named.append(name)
+            return done
+
+        monkeypatch.setattr(StageRun, "_forward_backward", poisoned)
+        with pytest.raises(UserError) as told:
+            train.train(made, bar=False)
+        monkeypatch.undo()
+        assert re.search(r"^step 1 \(fast, align\): .*the " + says.format(re.escape(named[0])), str(told.value))

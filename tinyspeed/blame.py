@@ -124,15 +124,22 @@ def _moment(run) -> tuple[str, str] | None:
     return found and ("the optimizer's {} of {}".format(*found.split("/", 1)), again(run))
 
 
+def _gradients(run) -> list[tuple[str, Tensor]]:
+    return [(name, run._local(p.grad)[0]) for p, name in run.names.items() if p.grad is not None]
+
+
 def _gradient(run) -> tuple[str, str] | None:
-    there = [(name, run._local(p.grad)[0]) for p, name in run.names.items() if p.grad is not None]
-    if found := finite.first(there):
-        return f"the gradient of {found}", again(run)
-    if run.seen.numbers and not math.isfinite(run.seen.numbers[0]):  # each of them is finite, and their squares are not
-        name, _ = max(there, key=lambda one: one[1].abs().max())
-        return f"the gradients are too large, that of {name} most", again(run)
-    return None
+    found = finite.first(_gradients(run))
+    return found and (f"the gradient of {found}", again(run))
 
 
-ORDER = (_weight, _frozen, _picture, _loss, _moment, _gradient)
+def _too_large(run) -> tuple[str, str] | None:
+    """Where each number of the gradients is finite, and their squares are not."""
+    if not run.seen.numbers or math.isfinite(run.seen.numbers[0]):
+        return None
+    name, _ = max(_gradients(run), key=lambda one: one[1].abs().sum())
+    return f"the gradients are too large, that of {name} most", again(run)
+
+
+ORDER = (_weight, _frozen, _picture, _loss, _moment, _gradient, _too_large)
 SHARED = ORDER.index(_gradient)  # from here on, numbers that several processes have added up
