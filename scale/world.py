@@ -155,7 +155,7 @@ def lost(error: Exception) -> bool:
 
 def _store(rank: int, size: int) -> dist.Store:
     if "MASTER_ADDR" not in os.environ:  # without torchrun
-        return dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        return dist.HashStore()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

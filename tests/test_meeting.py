@@ -5,6 +5,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,3 +96,14 @@ def test_a_run_that_is_done_ends_well_while_its_watch_is_at_the_board():
     root = Path(__file__).parents[1]
     ran = subprocess.run([sys.executable, "-c", AT_THE_BOARD], cwd=root, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr  # -6: aborted by a thread that comes back from the board to no Python
+
+
+def test_one_process_alone_opens_no_port(monkeypatch):
+    """torch's store listens on every interface, whatever address it is given; a run of one process needs none."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    before = {c.laddr for c in psutil.Process().net_connections("inet")}
+    store = world._store(0, 1)
+    store.set("a", "1")
+    assert store.compare_set(world.NOTE, "", "mine") == b"mine"
+    assert store.clone().compare_set(world.NOTE, "", "another's") == b"mine"
+    assert {c.laddr for c in psutil.Process().net_connections("inet")} == before

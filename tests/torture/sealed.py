@@ -4,7 +4,7 @@
 
 - No code of a stranger runs: no pickle is opened, no .py of a model's folder imported, however it is asked for. Whoever
   asks whether to trust it is answered yes here, again and again.
-- The network is not used when model and data are folders. (`scale` listens on 127.0.0.1.)
+- The network is not used when model and data are folders. (`scale` talks to itself on 127.0.0.1.)
 - Nothing is written but the run's folder, the cache, and what was named as output; `world.LIBRARIES` has what others
   write. What is given is bit for bit the same afterwards.
 """

@@ -69,10 +69,11 @@ def test_the_baits_are_real_and_the_witnesses_awake(world):
 def test_the_kernel_counts_what_no_hook_sees(world):
     if not world.confined:
         pytest.skip("no namespaces here (unshare)")
-    unhooked = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))"
-    world.run(["-S", "-c", unhooked])  # without sitecustomize
-    (found,) = world.wrong()
-    assert found.startswith("the kernel counted 1 ")
+    for kind, address in (("AF_INET", "192.0.2.1"), ("AF_INET6", "2001:db8::1")):
+        unhooked = f"import socket; socket.socket(socket.{kind}, socket.SOCK_DGRAM).sendto(b'x', ('{address}', 53))"
+        world.run(["-S", "-c", unhooked])  # without sitecustomize
+        (found,) = world.wrong()
+        assert found.startswith("the kernel counted 1 ")
     world.run(["-S", "-c", f"open({str(world.given / 'new')!r}, 'w')"])
     assert not (world.given / "new").exists()
 
