@@ -68,7 +68,7 @@ def _step(run) -> str:
 
 def again(run) -> str:
     """Whether it was a fault of the machine or of the recipe, the second time tells."""
-    once = "Resume the run, its last checkpoint is good"
+    once = "Resume the run, what was saved is good"
     return f"{once}; if it stops here again, start a new run with a lower {run.name}.lr"
 
 
@@ -84,13 +84,15 @@ def whose(run) -> tuple[int, str, str]:
 
 def _weight(run) -> tuple[str, str] | None:
     found = finite.first((name, run._local(p)[0]) for p, name in run.names.items())
-    return found and (f"the weight {found}", again(run))
+    if run.totals.steps:
+        return found and (f"the weight {found}", again(run))
+    return found and (f"the weight {found}", "Resume the run; if it stops here again, copy the base model again")
 
 
 def _frozen(run) -> tuple[str, str] | None:
     trained = {*run.names.values()}
     found = finite.first((name, run._local(p)[0]) for name, p in _numbers(run.model) if name not in trained)
-    return found and (f"the weight {found}", "It is the base model's, and does not train: copy that again")
+    return found and (f"the weight {found}", "It does not train, and is as the base model has it: copy that again")
 
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -59,7 +59,7 @@ def unfit(tensors: Iterable[tuple[str, Tensor]], state: dict) -> str | None:
 
 def refusal(step: int, found: str) -> UserError:
     return UserError(
-        f"the checkpoint of step {step} was not written: {found}. Resume the run: its last checkpoint is good"
+        f"the checkpoint of step {step} was not written: {found}. Resume the run: what was saved before is good"
     )
 
 
