@@ -560,7 +560,7 @@ def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspe
 
 
 def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(monkeypatch):
-    def offline(*_):
+    def offline(*_, **how):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)

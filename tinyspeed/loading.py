@@ -98,6 +98,9 @@ def only_safetensors(path: str | Path) -> None:
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         index = cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **quietly)
+    except OSError:  # there is no such model: who loads it says so
+        return
+    try:
         named = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values() if index else ()
         wrong = sorted(str(name) for name in named if not str(name).endswith(".safetensors"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

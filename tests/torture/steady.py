@@ -239,7 +239,8 @@ def torture(
         checked, wrong = wrong_losses(chosen)
         tried |= {f"steps, {variant}": many} | {f"losses {how}, {variant}": count for how, count in checked.items()}
         grown = ", ".join(f"{name} {slope(samples, name):+.1f}" for name in ("python", "c", "resident"))
-        say(f"{variant}: bytes a step: {grown}; a fast step takes {1000 * samples[-1]['fast']:.1f} ms")
+        fast = statistics.median(sample["fast"] for sample in samples if sample["fast"])
+        say(f"{variant}: bytes a step: {grown}; a fast step takes {1000 * fast:.1f} ms")
         lost += [f"{variant}: {line}" for line in found + wrong]
     if leaks:
         samples = child(home, variant, steps, leaks)
