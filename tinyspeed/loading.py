@@ -97,8 +97,8 @@ def only_safetensors(path: str | Path) -> None:
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         index = cached_file(str(path), folders.INDEX, **quietly)
-    except OSError as error:
-        raise UserError(f"cannot load {path}: {reason(error)}") from error
+    except OSError:  # there is no such model: who loads it says so
+        return
     if index:
         folders.weights(Path(index).parent)
 
