@@ -13,6 +13,7 @@ fp16 (a T4 has no bf16) also needs loss scaling, since small gradients underflow
 The division rides along with gradient clipping, so it costs no pass of its own.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -81,4 +82,12 @@ class LossScale:
         return asdict(self)
 
     def load_state_dict(self, state: dict) -> None:
-        self.scale, self.good, self.moving = state["scale"], state["good"], state["moving"]
+        scale, good, moving = state["scale"], state["good"], state["moving"]
+        if (
+            type(scale) not in (int, float)
+            or type(good) is not int
+            or type(moving) is not bool
+            or not 0 < scale < math.inf
+        ):
+            raise ValueError(f"{state} is no state of a loss scale")
+        self.scale, self.good, self.moving = scale, good, moving

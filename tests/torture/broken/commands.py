@@ -54,6 +54,8 @@ class Part:
             with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
                 try:
                     code = cli.main(words)
+                except UserError as error:
+                    raise AssertionError(f"it came out of the command line as an exception: {error}") from error
                 except SystemExit as left:  # argparse, of words that are no command
                     code = left.code
             lines = [line for line in said.getvalue().replace("\r", "\n").split("\n") if line.startswith("tinyspeed: ")]

@@ -22,6 +22,7 @@ TOKENS = (
     "[" * 3000, '{"a":' * 3000, "[", "]", "{", "}", '"', "\\", ":", '"\t"', "\x00", "0x10", "01", "1_000", "undefined",
 )  # fmt: skip
 ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "utf-7", "cp1252")
+_PAIR = re.compile(r'"(?:[^"\\]|\\.)*"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*')
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{},:]|[^][{},:"\s]+')
 
 
@@ -73,7 +74,10 @@ def tokens(draw: random.Random, text: str) -> tuple[str, str]:
     if not found:
         return draw.choice(TOKENS), "a token alone"
     one, other = draw.choice(found), draw.choice(found)
-    what = draw.randrange(4)
+    what = draw.randrange(5)
+    if what == 4 and (pairs := list(_PAIR.finditer(text))):
+        pair = draw.choice(pairs)
+        return text[: pair.start()] + pair[0] + pair[0] + text[pair.end() :], f"{pair[0]:.30} again"
     if what == 0:
         return text[: one.start()] + text[one.end() :], f"without {one[0]:.30}"
     if what == 1:

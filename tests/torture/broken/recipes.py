@@ -165,8 +165,10 @@ def plainly(section: str, key: str, text: str) -> object:
     kind = next(kind for s, k, kind in KEYS if (s, k) == (section, key))
     text = text.strip()
     try:
-        value = tomllib.loads(f"x = {text}")["x"]
+        value, *more = tomllib.loads(f"x = {text}").values()
     except (ValueError, RecursionError):
+        return text
+    if more:
         return text
     return value if kind is not str or isinstance(value, str) else text
 

@@ -111,6 +111,7 @@ class Part:
 
     def compare(self, data: Data, source: Conversations, i: int, raw: object) -> None:
         assert raw is not None, "a record was read where there is no JSON"
+        assert not repeated(raw), "of a key that is there twice one value is lost"
         ids, labels = source.text(i)
         text, visual, learned = source.lengths(i)
         seen, learns, pictures = expected(data, raw)
@@ -147,9 +148,20 @@ def plainly(content: bytes) -> list | None:
     return [loaded(line) for line in text.split("\n") if line.strip(" \t\r\n")]
 
 
+class Repeated(dict):
+    """An object with a key twice: of two values one would be lost."""
+
+
+def repeated(value: object) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, Repeated) or any(map(repeated, inside))
+
+
 def loaded(text: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(
+            text, object_pairs_hook=lambda pairs: (dict if len(dict(pairs)) == len(pairs) else Repeated)(pairs)
+        )
     except (ValueError, RecursionError):
         return None
 
