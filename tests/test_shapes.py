@@ -72,7 +72,7 @@ def test_a_model_that_is_here_speaks_for_itself(tmp_path, monkeypatch):
     mine.save_pretrained(tmp_path / "downloaded")
     with monkeypatch.context() as patch:
         patch.setattr(loading, "try_to_load_from_cache", lambda *_: str(tmp_path / "downloaded" / "config.json"))
-        patch.setattr(loading.AutoConfig, "from_pretrained", lambda where: mine)
+        patch.setattr(loading.AutoConfig, "from_pretrained", lambda where, **_: mine)
         assert loading.config(path).text_config.num_hidden_layers == 3
     mine.save_pretrained(tmp_path / path)
     monkeypatch.chdir(tmp_path)
@@ -80,7 +80,7 @@ def test_a_model_that_is_here_speaks_for_itself(tmp_path, monkeypatch):
 
 
 def test_another_model_is_looked_for(monkeypatch):
-    def offline(path):
+    def offline(path, **_):
         raise OSError("no network")
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torture.kills import unlike
 
-from tinyspeed import UserError, checkpoint, digits, loader, recipe, runs, train
+from tinyspeed import UserError, checkpoint, digits, folders, loader, recipe, runs, train
 from tinyspeed.data import collate
 from tinyspeed.optimizer import learning_rate
 from tinyspeed.scheduler import Plan
@@ -201,8 +201,8 @@ def test_a_second_run_goes_on_with_the_isolator_of_the_first(base, uninterrupted
 
 def test_an_isolator_that_is_something_else_is_refused(base, tmp_path):
     (tmp_path / "first").mkdir()
-    (tmp_path / "first" / train.ISOLATOR).write_bytes(b"x" * 100)
-    with pytest.raises(UserError, match=r"isolator\.safetensors cannot be read .* copy it from that run again"):
+    (tmp_path / "first" / folders.ISOLATOR).write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match=r"isolator\.safetensors is damaged, or of an older version"):
         train.build_model(settings(base, tmp_path, "run", f"dualspeed.isolator_from={tmp_path / 'first'}"))
 
 
@@ -345,7 +345,8 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, base, tmp_path):
     ("key", "value"),
     [
         ("stage", 7), ("stage", "x"), ("stage", True), ("stage_step", -1), ("stage_step", 99), ("totals", []),
-        ("totals", {"steps": 3}), ("threads", None), ("schedule", 3), ("scale", None), ("scale", {"scale": "", "good": 0, "moving": False}),
+        ("totals", {"steps": 3}), ("threads", None), ("schedule", 3), ("scale", None),
+        ("scale", {"scale": "", "good": 0, "moving": False}),
         ("scale", {"scale": float("nan"), "good": 0, "moving": False}),
     ],
 )  # fmt: skip

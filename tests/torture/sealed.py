@@ -123,7 +123,7 @@ def commands(world: World) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-OUTPUTS = (r"cwd", r"cwd/\.?(out|adapter)(\.tmp)?(/.*)?", r"cwd/(look|tower)\.png")
+OUTPUTS = (r"cwd", r"cwd/\.?(out|adapter)(\.tmp)?(/.*)?", r"cwd/\.?(look|tower)\.png(\.tmp)?")
 SCALE = ["scale", "mine.toml", "--set=run.name=scaled", "--set=data.feature_cache_gb=0"]
 
 

@@ -34,7 +34,7 @@ import torch
 from album import album
 from torture import outcome
 
-from tinyspeed import checkpoint, digits, recipe, train
+from tinyspeed import checkpoint, digits, folders, recipe, train
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "rows_per_second", "speedup", "memory_mib")
@@ -174,7 +174,7 @@ def numbers(folder: Path) -> list[dict]:
 
 def files(folder: Path) -> dict[str, str]:
     """What the run leaves for others, and its bits."""
-    every = [*(folder / "model").iterdir(), folder / train.ISOLATOR]
+    every = [*(folder / "model").iterdir(), folder / folders.ISOLATOR]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in every}
 
 

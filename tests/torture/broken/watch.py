@@ -5,6 +5,7 @@ are resolved: a link is where it leads. What native code opens by itself (safete
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -64,9 +65,10 @@ def _hook(event: str, arguments: tuple) -> None:
         return
     if event == "subprocess.Popen" and arguments[0] in _programs:
         return
-    if (
-        event in ("os.remove", "os.rmdir") and arguments[1] != -1
-    ):  # a name in a folder that was opened, and seen, before
+    # A name in a folder that was opened, and seen, before. Of an `open` the hook is not told in which.
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
+        return
+    if event == "open" and sys._getframe(1).f_code.co_filename == shutil.__file__ and not os.path.isabs(arguments[0]):
         return
     if event in NEVER:
         _seen.append(f"{event} {arguments!r:.200}")
