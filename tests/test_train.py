@@ -337,7 +337,8 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, base, tmp_path):
     ("key", "value"),
     [
         ("stage", 7), ("stage", "x"), ("stage", True), ("stage_step", -1), ("stage_step", 99), ("totals", []),
-        ("totals", {"steps": 3}), ("threads", None), ("schedule", 3), ("scale", None), ("scale", {"scale": "", "good": 0, "moving": False}),
+        ("totals", {"steps": 3}), ("threads", None), ("schedule", 3), ("scale", None),
+        ("scale", {"scale": "", "good": 0, "moving": False}),
         ("scale", {"scale": float("nan"), "good": 0, "moving": False}),
     ],
 )  # fmt: skip
