@@ -83,11 +83,7 @@ class LossScale:
 
     def load_state_dict(self, state: dict) -> None:
         scale, good, moving = state["scale"], state["good"], state["moving"]
-        if (
-            type(scale) not in (int, float)
-            or type(good) is not int
-            or type(moving) is not bool
-            or not 0 < scale < math.inf
-        ):
+        kinds = type(scale) in (int, float), type(good) is int, type(moving) is bool
+        if not all(kinds) or not 0 < scale < math.inf:
             raise ValueError(f"{state} is no state of a loss scale")
         self.scale, self.good, self.moving = scale, good, moving

@@ -83,7 +83,8 @@ class Part:
         ):  # the format has no such colours, or EXIF
             return self.turned(draw)
         want = UPRIGHT[turn](want) if turn in UPRIGHT and kind not in ("BMP", "PPM") else want
-        exact = kind != "JPEG" and not (kind == "WEBP lossless" and colours in ("P", "1"))
+        # Pillow clips what it writes to WEBP as 16 bits, and rounds palettes there: then the file holds other pixels.
+        exact = kind != "JPEG" and not (kind == "WEBP lossless" and colours in ("P", "1", "16"))
 
         def act(path: Path) -> None:
             got = both(path)

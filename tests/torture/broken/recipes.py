@@ -80,9 +80,12 @@ class Part:
     def arms(self, draw: random.Random) -> Case:
         parts = []
         for _ in range(draw.choice((0, 1, 2, 3))):
-            name = json.dumps(draw.choice(("full", "a", "a b", "a-b", "base", "dualspeed", *STRINGS)))
-            section, key, value = setting(draw)
-            parts.append(draw.choice((f"[{name}.{section}]\n{key} = {value}\n", f"[{name}]\n{key} = {value}\n")))
+            name = json.dumps(
+                draw.choice(("full", "a", "b") if draw.random() < 0.6 else ("a b", "a-b", "base", *STRINGS))
+            )
+            section, key, value = draw.choice(GOOD) if draw.random() < 0.6 else setting(draw)
+            flat = draw.random() < 0.1
+            parts.append(f"[{name}]\n{key} = {value}\n" if flat else f"[{name}.{section}]\n{key} = {value}\n")
         text, note = "".join(parts), "arms"
         if draw.random() < 0.3:
             text, note = mangle.tokens(draw, text)
@@ -105,8 +108,9 @@ class Part:
     def vary(self, draw: random.Random) -> Case:
         words = []
         for _ in range(draw.choice((1, 1, 2, 3))):
-            section, key, _ = setting(draw)
-            values = [draw.choice((*NUMBERS[:30], *STRINGS)) for _ in range(draw.choice((1, 2, 3)))]
+            section, key, good = draw.choice(GOOD) if draw.random() < 0.6 else setting(draw)
+            odd = (good,) if draw.random() < 0.5 else (*NUMBERS[:30], *STRINGS)
+            values = [draw.choice(odd) for _ in range(draw.choice((1, 2, 3)))]
             words.append(f"{section}.{key}={','.join(values)}")
 
         def act():
@@ -171,6 +175,12 @@ def plainly(section: str, key: str, text: str) -> object:
     if more:
         return text
     return value if kind is not str or isinstance(value, str) else text
+
+
+GOOD = (
+    ("dualspeed", "keep", "0.3"), ("dualspeed", "plugin", '"grid"'), ("dualspeed", "schedule", '"full"'),
+    ("train", "lr", "1e-4"), ("sts", "skip", "0.5"), ("lora", "rank", "4"), ("scale", "window", "2"),
+)  # fmt: skip
 
 
 def setting(draw: random.Random) -> tuple[str, str, str]:

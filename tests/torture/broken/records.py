@@ -256,7 +256,9 @@ def parquet(draw: random.Random, raws: list, home: Path) -> Written:
     if keys and draw.random() < 0.05:
         keys.append(draw.choice(keys))
         note.append(f"two columns {keys[-1]}")
-    table = pa.Table.from_arrays([columns[key] for key in keys], names=keys)
+    table = pa.Table.from_arrays(
+        [columns[key] for key in keys], [key.encode(errors="replace").decode() for key in keys]
+    )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression=draw.choice(("NONE", "SNAPPY", "ZSTD", "GZIP")), row_group_size=2)
     content, records = buffer.getvalue(), None

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torture.broken import watch
@@ -93,12 +94,19 @@ class Tally:
         return {f"{kind}: {how}": self.seen[kind, how] for kind in kinds for how in ("worked", "refused")}
 
 
+def _again(error: Exception) -> None:
+    raise error
+
+
 def run(name: str, part, home: Path, numbers: Iterable[int], seed: int, tally: Tally) -> None:
     """The cases of these numbers of one part. Each is drawn by its own number, so that any can be seen again."""
     made = part.Part(home)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in numbers:
-        case = made.case(random.Random(f"{seed} {name} {number}"))
+        try:
+            case = made.case(random.Random(f"{seed} {name} {number}"))
+        except Exception as error:  # the torture's own fault; the other cases are worth as much as before
+            case = Case("not made", partial(_again, error))
         how, wrong = judge(case)
         tally.seen[f"{name}, {case.kind}", how] += 1
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
