@@ -29,7 +29,7 @@ from album import album
 from safetensors.torch import load_file
 from torture import outcome
 
-from tinyspeed import checkpoint, digits, disk, recipe
+from tinyspeed import UserError, checkpoint, digits, disk, recipe
 from tinyspeed.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,7 @@ class Torture:
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOMENTS, 0))
     ends: int = 0  # runs that came to their end, each as the undisturbed one
     seconds: float = 0.0  # that the undisturbed one took
+    lost: str = ""  # what was
 
     def __post_init__(self):
         self.made = {which: self._recipe(which) for which in ("whole", "killed")}
@@ -215,21 +216,29 @@ def unlike(made, whole) -> list[str]:
 
 
 def torture(home: Path, systems: list[str], ranks: list[int], kills: int, seed: int, say=print) -> list[Torture]:
-    """So many kills, dealt out over all systems and numbers of ranks; then every run is left to come to its end."""
+    """So many kills, dealt out over all systems and numbers of ranks; then every run is left to come to its end. A
+    system that loses something is not killed again."""
     every = [Torture(home, system, count) for count in ranks for system in systems]
     for number, one in enumerate(every):
-        one.undisturbed()
         share = kills // len(every) + (number < kills % len(every))
-        draw = random.Random(f"{seed} {one.system} {one.ranks}")
-        ended = False
-        while sum(one.kills.values()) < share:
-            if ended := one.life(draw) is None:
-                one.done()
-        if not ended:
-            assert one.begin("killed").wait(300) == 0, one.log("killed")
-            one.done()
-        say(f"{one.system}, {one.ranks} rank(s): kills {one.kills}; {one.ends} runs ended, as the undisturbed one did")
+        try:
+            through(one, share, random.Random(f"{seed} {one.system} {one.ranks}"))
+        except (AssertionError, UserError, subprocess.TimeoutExpired) as lost:
+            one.lost = f"{one.system}, {one.ranks} rank(s), after kills {one.kills}: {lost!r}"
+        done = f"{one.ends} runs ended, as the undisturbed one did"
+        say(one.lost or f"{one.system}, {one.ranks} rank(s): kills {one.kills}; {done}")
     return every
+
+
+def through(one: Torture, kills: int, draw: random.Random) -> None:
+    one.undisturbed()
+    ended = False
+    while sum(one.kills.values()) < kills:
+        if ended := one.life(draw) is None:
+            one.done()
+    if not ended:
+        assert one.begin("killed").wait(300) == 0, one.log("killed")
+        one.done()
 
 
 if __name__ == "__main__":
@@ -241,4 +250,5 @@ if __name__ == "__main__":
         chosen = asked.systems.split(","), [int(n) for n in asked.ranks.split(",")]
         every = torture(Path(folder), *chosen, asked.count, asked.seed, say=lambda line: print(line, flush=True))
     tried = {f"kills, {moment}": sum(one.kills[moment] for one in every) for moment in MOMENTS}
-    sys.exit(outcome.write(asked.out, tried, [], ends=sum(one.ends for one in every)))
+    lost = [one.lost for one in every if one.lost]
+    sys.exit(outcome.write(asked.out, tried, lost, ends=sum(one.ends for one in every)))

@@ -19,20 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
-import torch
 from album import album
 from torture import bait, outcome
 from torture.world import World
-from transformers import LlamaForCausalLM
-
-
-def llm(folder: Path) -> Path:
-    """A text-only LLM with the tests' tokenizer."""
-    torch.manual_seed(1)
-    LlamaForCausalLM(tiny.config("llava").text_config).save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
 
 RECIPE = """
 [run]
@@ -79,7 +68,7 @@ def furnish(world: World) -> None:
     given = world.given
     album(given, 12)
     tiny.checkpoint("llava", given / "llava")
-    llm(given / "llm")
+    tiny.llm(given / "llm")
     parts = given / "parts"
     parts.mkdir()
     tiny.parts(parts)

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .. import conversations, estimate, lengths, loader, loading, report, shapes, train
+from .. import conversations, disk, estimate, lengths, loader, loading, report, shapes, train
 from ..data import Source
 from ..errors import UserError
 from ..estimate import Sample
@@ -57,7 +57,7 @@ def bench_data(
     returns everything, and writes it as JSON to `out` and as a picture to `png`."""
     if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
         raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
-    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, disk.to(folder):
         if recipe is None:
             config = shapes.shaped("7b", family)
             source, rank, said = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"

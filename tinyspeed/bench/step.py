@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from .. import estimate, lengths, loading, precision, report, shapes, train
+from .. import disk, estimate, lengths, loading, precision, report, shapes, train
 from ..batching import plan_rows
 from ..errors import UserError, unknown
 from ..estimate import Sample
@@ -140,7 +140,8 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
     if tune != "qlora":
         return model
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
-        model.save_pretrained(folder)
+        with disk.to(folder):
+            model.save_pretrained(folder)
         del model
         return loading.load(folder, name, quantise="nf4", device=device)
 
