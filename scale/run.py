@@ -28,9 +28,9 @@ from .shard import shard
 from .stage import ShardedStage
 from .world import World
 
-# What may differ between nodes.
-PLACES = ("run.folder", "run.cache", "model.path", "model.tower", "model.llm", "data.file", "data.images",
-          "dualspeed.isolator_from", "regate.reference")  # fmt: skip
+# What may differ between nodes: where things are, on each.
+PLACES = {f"{section}.{key}" for section, keys in runs.PLACES.items() for key in keys}
+PLACES = PLACES - {"run.name", "run.device"} | {"run.cache"}
 
 
 def supported(made: Recipe, world: World) -> None:

@@ -74,6 +74,18 @@ def test_other_errors_stay_what_they_are():
         assert found.value is error
 
 
+def test_many_files_are_flushed_at_once_and_few_one_by_one(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(disk, "flush", done.append)
+    monkeypatch.setattr(os, "sync", lambda: done.append("all"))
+    few, many = [tmp_path] * disk.MANY, [tmp_path] * (disk.MANY + 1)
+    disk.flush_all(few)
+    assert done == few
+    done.clear()
+    disk.flush_all(many)
+    assert done == ["all"]
+
+
 def test_an_older_one_stays_until_the_new_one_is_whole(tmp_path, small_files):
     path = tmp_path / "report.png"
     path.write_text("the old one")
@@ -242,6 +254,18 @@ def test_a_run_that_could_not_write_its_recipe_leaves_nothing(tmp_path, monkeypa
     with pytest.raises(disk.DiskError), runs.claimed(made, resume=False):
         pass
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_second_process_takes_nothing_of_the_first_away(tmp_path, monkeypatch):
+    """Also where it looked before the first had made the folder."""
+    made = recipe.read("digits", [f"run.folder={tmp_path}", "run.name=one"])
+    with runs.claimed(made, resume=False) as folder:
+        before, is_dir = sorted(folder.iterdir()), Path.is_dir
+        monkeypatch.setattr(Path, "is_dir", lambda path: path != folder and is_dir(path))
+        with pytest.raises(UserError, match="another process"), runs.claimed(made, resume=False):
+            pass
+        monkeypatch.undo()
+        assert sorted(folder.iterdir()) == before
 
 
 def test_a_run_that_ended_before_it_had_pruned_does_so_when_it_goes_on(tmp_path):

@@ -1,5 +1,6 @@
 """Recipes: what is written is what is read, and a mistake is named."""
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed import UserError, recipe
+from tinyspeed import UserError, recipe, runs
 from tinyspeed.estimate import estimate
 from tinyspeed.memory import GIB
 
@@ -178,3 +179,14 @@ def test_local_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):
     assert made.data.file == str(tmp_path / "mine.json")
     assert made.data.images == "absent", "what is not there may be a hub id, or a mistake that is named later"
     assert recipe.read("llava-1.5-7b-qlora-12gb").model.path == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_a_checkpoint_is_of_one_recipe_wherever_its_files_are():
+    """Each key in turn: what the numbers of a run follow from, or not."""
+    made = recipe.read("digits")
+    for section, table in dataclasses.asdict(made).items():
+        for key in table:
+            changed = copy.deepcopy(made)
+            object.__setattr__(getattr(changed, section), key, "another")
+            free = key in (*runs.FREE.get(section, ()), *runs.PLACES.get(section, ()))
+            assert (runs.fingerprint(changed) == runs.fingerprint(made)) == free, f"{section}.{key}"

@@ -233,7 +233,7 @@ def test_losses_are_made_once_and_never_taken_for_those_of_other_data_or_another
     assert len(set(loaded)) == 3
 
 
-@pytest.mark.parametrize("how", ["cut", "other"])
+@pytest.mark.parametrize("how", ["cut", "other", "not finite"])
 def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path, capsys, how):
     made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
     mine = reference_of(made)
@@ -241,12 +241,25 @@ def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path
     file = mine._file(0)
     if how == "cut":
         file.write_bytes(file.read_bytes()[:-5])
+    elif how == "not finite":
+        mine._write(0, np.full_like(first, np.nan))
     else:
         other = reference_of(made, tiny.llm(tmp_path / "other", 2))
         other.losses(CPU, bar=False)
         file.write_bytes(other._file(0).read_bytes())
     assert np.array_equal(reference_of(made).losses(CPU, bar=False), first)
     assert "made anew" in capsys.readouterr().err
+
+
+def test_a_reference_with_a_loss_that_is_not_finite_is_refused_and_nothing_kept(home, tmp_path):
+    net = LlamaForCausalLM.from_pretrained(home / "llm")
+    net.lm_head.weight.data[:] = float("nan")
+    net.save_pretrained(tmp_path / "broken")
+    tiny.tokenizer().save_pretrained(tmp_path / "broken")
+    broken = reference_of(settings(home, tmp_path, "run", f"regate.reference={tmp_path / 'broken'}"))
+    with pytest.raises(UserError, match=r"broken has a loss that is not finite on train\.json.*: try another"):
+        broken.losses(CPU, bar=False)
+    assert not [*broken.folder.iterdir()]
 
 
 def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):

@@ -358,16 +358,19 @@ def test_a_state_of_another_shape_is_damage(stopped, key, value):
         train.train(stopped, resume=True, bar=False)
 
 
-@pytest.mark.parametrize("damage", ["cut", "not text", "another order", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "not text", "one digit", "another order", "no end", "empty"])
 def test_a_damaged_log_is_named_and_not_gone_on_with(stopped, damage):
     log = stopped.folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
+    steps = int(checkpoint.newest(stopped.folder / "checkpoints").name.removeprefix("step-"))
     lines = {
         "cut": [*lines[:3], lines[3][:20]], "not text": [b"\xff\xfe" + lines[0], *lines[1:]],
-        "another order": [lines[1], lines[0], *lines[2:]], "empty": [],
+        "one digit": [lines[0].replace(b'"loss": ', b'"loss": 1'), *lines[1:]],
+        "another order": [lines[1], lines[0], *lines[2:]], "no end": [*lines[: steps - 1], lines[steps - 1][:-1]],
+        "empty": [],
     }[damage]  # fmt: skip
     log.write_bytes(b"".join(lines))
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: its first"):
         train.train(stopped, resume=True, bar=False)
 
 
@@ -377,6 +380,9 @@ def test_a_log_that_is_gone_is_said_to_be(stopped, uninterrupted, capsys):
     assert "the log begins at step" in capsys.readouterr().err
     steps = [json.loads(line)["step"] for line in (stopped.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [ALIGN + TUNE]
+    (stopped.folder / "metrics.jsonl").open("a").write("what came behind the checkpoint")
+    train.train(stopped, resume=True, bar=False)
+    assert json.loads((stopped.folder / "metrics.jsonl").read_text())["step"] == ALIGN + TUNE
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"resumed": 7}', "\x00"])

@@ -60,9 +60,10 @@ def answer(
             top_k=None,
             streamer=streamer,
         )
-    except torch.OutOfMemoryError:
+    except (UserError, UnicodeError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"the model cannot answer; is its generation_config.json sound? {error}") from error
-    model.train(was_training)
+        raise UserError(f"the model cannot answer: {error}. Is its generation_config.json sound?") from error
+    finally:
+        model.train(was_training)
     return processor.decode(out[0, length:], skip_special_tokens=True).strip()

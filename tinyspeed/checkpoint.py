@@ -92,7 +92,7 @@ def write(
     with disk.to(_final(temporary) / path.name):
         save_file(here, path, metadata={"rows": json.dumps(rows or {})})
         disk.flush(path)
-    return {path.name: [*_fingerprint(path)]}
+    return {path.name: [*fingerprint(path)]}
 
 
 def finish(temporary: Path, state: dict, files: dict[str, list[int]], keep: int) -> Path:
@@ -223,7 +223,7 @@ def load(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
         for name in sorted(state["files"])[mine]:
             if not (path / name).is_file():  # a pipe would be waited for
                 raise ValueError(f"{name} is not there, or no file")
-            if [*_fingerprint(path / name)] != state["files"][name]:
+            if [*fingerprint(path / name)] != state["files"][name]:
                 raise ValueError(f"{name} is not what was written")
         return Saved([path / name for name in state["files"]]), state
 
@@ -276,7 +276,7 @@ def _crc(state: dict) -> int:
 
 def built(folder: Path, label: str, how: dict) -> None:
     """Label a base model that a run has built for itself: how, and what its files are."""
-    files = {path.name: [*_fingerprint(path)] for path in sorted(folder.iterdir())}
+    files = {path.name: [*fingerprint(path)] for path in sorted(folder.iterdir())}
     (folder / label).write_text(json.dumps({"how": how, "files": files}), encoding="utf-8")
 
 
@@ -296,7 +296,7 @@ def check_built(folder: Path, label: str, how: dict) -> None:
             if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
                 raise ValueError(f"{name} is no file")
             seen = (str(folder / name), found.st_mtime_ns, found.st_ino, found.st_size, size, crc)
-            if Path(name).name != name or (seen not in _sound and _fingerprint(folder / name) != (size, crc)):
+            if Path(name).name != name or (seen not in _sound and fingerprint(folder / name) != (size, crc)):
                 raise ValueError(f"{name} is not what was written")
             _sound.add(seen)
     except UserError:
@@ -305,7 +305,8 @@ def check_built(folder: Path, label: str, how: dict) -> None:
         raise UserError(f"{folder} is damaged ({error}): delete it to build it anew") from error
 
 
-def _fingerprint(path: Path) -> tuple[int, int]:
+def fingerprint(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
     crc = size = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -162,12 +162,9 @@ def shape_of(recipe: Recipe) -> Shape:
         return Shape(loading.config(model.path))
     if not model.llm:
         return Shape(digits.build_model(0, **recipe.digits.sizes).config)
-    try:
+    with loading.told(f"cannot read the configuration of {model.llm} or {model.tower}"):
         text = AutoConfig.from_pretrained(model.llm, trust_remote_code=False)
         vision = CLIPVisionConfig.from_pretrained(model.tower)
-    except (OSError, ValueError) as error:
-        said = loading.reason(error)
-        raise UserError(f"cannot read the configuration of {model.llm} or {model.tower}: {said}") from error
     text.vocab_size = -(-(text.vocab_size + 2) // 64) * 64  # <image>, <pad>, and padding
     return Shape(LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=text.tie_word_embeddings))
 

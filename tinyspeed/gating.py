@@ -121,8 +121,6 @@ class Memory:
         stays = np.ones(len(m), dtype=bool)
         if self.reference is not None:
             reference = self.reference[tokens]
-            if not np.isfinite(reference).all():
-                raise NotFinite(f"the reference's losses on sample {sample} are not finite")
             m = np.where(m < 0, reference, m)
             m = (m if self.settings.fusion == "sum" else (1 - weight) * m) + weight * reference
         elif (m < 0).any():

@@ -22,6 +22,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from .errors import UserError
+from .folders import CONTROL
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that is a program, as EPS is
 MOST_PIXELS = 100_000_000
@@ -37,13 +38,12 @@ ENDS = {  # whether the end of a file has its format's end marker; the others ha
     "PNG": lambda tail: b"IEND" in tail,
     "GIF": lambda tail: tail.rstrip(b"\0\r\n").endswith(b"\0;"),
 }
-_CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 _OUTWARDS = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")  # by the rules of POSIX and of Windows
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
     """The file `name` of `folder`. Links may lead about within the folder, but not out of it."""
-    if not isinstance(name, str) or not name.strip() or _CONTROL.search(name):
+    if not isinstance(name, str) or not name.strip() or CONTROL.search(name):
         raise UserError(f"{where}: {name!r:.300} is no file name")
     if _OUTWARDS.search(name):
         what = "is absolute or leads out of the picture folder"

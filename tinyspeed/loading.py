@@ -17,6 +17,8 @@ transformers has to be told so everywhere: where it is not, it asks whoever sits
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,12 +79,10 @@ def load(
         )
     elif quantise != "none":
         raise unknown("quantisation", quantise, ("none", "nf4"))
-    try:
+    with told(f"cannot load the model {path}"):
         model, found = AutoModelForImageTextToText.from_pretrained(
             where, **how, trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # of a broken folder transformers raises nearly anything
-        raise UserError(f"cannot load the model {path}: {reason(error)}") from error
     if found["missing_keys"]:  # transformers would draw them at random and carry on
         missing = sorted(found["missing_keys"])
         raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
@@ -103,7 +103,18 @@ def only_safetensors(path: str | Path) -> None:
         folders.weights(Path(index).parent)
 
 
-def reason(error: Exception) -> str:
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Whatever goes wrong in here becomes one line. Of a broken folder transformers raises nearly anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
     """What transformers says, and what it should say."""
     said = (str(error).strip() or repr(error)).splitlines()[0]
     if "tiktoken" in said:
@@ -137,10 +148,8 @@ def config(path: str):
     where = _where(path)
     if where in shapes.KNOWN and not _downloaded(path):
         return shapes.KNOWN[path]()
-    try:
+    with told(f"cannot load the configuration of {path}"):
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"cannot load the configuration of {path}: {reason(error)}") from error
 
 
 def revision(path: str) -> str | None:
@@ -169,10 +178,8 @@ def load_processor(path: str):
     shape = config(path)
     if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
         raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
-    try:
+    with told(f"{path} has no usable processor beside its model"):
         processor = AutoProcessor.from_pretrained(_where(path), trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"{path} has no usable processor beside its model: {reason(error)}") from error
     facts = {
         "patch_size": shape.vision_config.patch_size,
         "vision_feature_select_strategy": shape.vision_feature_select_strategy,
@@ -189,12 +196,10 @@ def load_processor(path: str):
 
 def _check_processor(path: str, processor, shape) -> None:
     """That what it makes of a text and of a picture is what the model takes."""
-    try:
+    with told(f"{path} has no usable processor beside its model"):
         ids, image = processor.tokenizer.get_vocab().values(), processor.image_token
         image_id = processor.tokenizer.convert_tokens_to_ids(image)
         pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
-    except Exception as error:
-        raise UserError(f"{path} has no usable processor beside its model: {reason(error)}") from error
     size = shape.vision_config.image_size
     for good, what in (
         (max(ids) < shape.text_config.vocab_size, f"its tokenizer has ids up to {max(ids)}, its model fewer words"),
@@ -309,13 +314,11 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         return folder
     for part in (llm, tower):
         only_safetensors(part)
-    try:
+    with told(f"cannot load {llm} or {tower}"):
         text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
         vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
         pictures = CLIPImageProcessor.from_pretrained(tower)
-    except Exception as error:
-        raise UserError(f"cannot load {llm} or {tower}: {reason(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
 

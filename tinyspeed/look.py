@@ -261,16 +261,12 @@ def _preprocess(picture: Image.Image, tower: str, vision, kind: str) -> tuple[di
 
 @contextmanager
 def _loading(tower: str) -> Iterator[None]:
-    from safetensors import SafetensorError
+    from .loading import told  # not before: it imports transformers, and a picture's own pixels need none
 
     if not Path(tower).is_dir() and (tower.startswith((".", "/", "~")) or tower.count("/") > 1):
         raise UserError(f"there is no model folder {tower}; give one, or a hub id like openai/clip-vit-large-patch14")
-    try:
-        with _quiet():
-            yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load a vision tower from {tower}: {reason}") from error
+    with told(f"cannot load a vision tower from {tower}"), _quiet():
+        yield
 
 
 @contextmanager

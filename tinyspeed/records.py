@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from . import disk
 from .errors import UserError, counted, unknown
+from .folders import NO_NAME
 
 IMAGE = None  # the part of a turn where a picture stands; the other parts are text
 MARKER = "<image>"
@@ -44,7 +45,6 @@ UNREAD = {"audio", "audios", "system", "tools", "video", "videos"}
 UNREAD_INSIDE = {"content", "image", "image_url", "images", "path", "text", "tool_calls", "url", "value"}
 _BLANK = b" \t\r\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _file_name(name: object, where: str) -> str:
 def _text(text: object, where: str) -> str:
     if not isinstance(text, str):
         _refuse(where, f"{short(text)} stands where text must be")
-    if bad := _NO_TEXT.search(text):
+    if bad := NO_NAME.search(text):
         _refuse(where, f"there is {bad[0]!r} in {short(text)}, which no tokeniser can read; delete it")
     return text
 

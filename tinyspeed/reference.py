@@ -84,6 +84,7 @@ class Reference:
             with safe_open(file, framework="pt") as opened:
                 losses, of = opened.get_tensor("losses").numpy(), opened.metadata()
             fits = of == {"key": self.key} and len(losses) == sum(self.source.lengths(i)[2] for i in part)
+            fits = fits and np.isfinite(losses).all()
         except (OSError, SafetensorError):
             fits = False
         if not fits:
@@ -96,10 +97,8 @@ class Reference:
             temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, {"key": self.key}))
 
     def _check_context(self) -> None:
-        try:
+        with loading.told(f"regate.reference: cannot load {self.path}"):
             context = AutoConfig.from_pretrained(self.files, trust_remote_code=False).max_position_embeddings
-        except Exception as error:  # of a broken folder transformers raises nearly anything
-            raise UserError(f"regate.reference: cannot load {self.path}: {loading.reason(error)}") from error
         longest = max(text + sum(visual) for text, visual, _ in map(self.source.lengths, self.samples))
         if longest > context:
             raise UserError(
@@ -110,10 +109,8 @@ class Reference:
     def _load(self, device: torch.device) -> nn.Module:
         loading.only_safetensors(self.files)
         how = {"dtype": DTYPES[self.precision], "use_safetensors": True}
-        try:
+        with loading.told(f"regate.reference: cannot load {self.path}"):
             model = AutoModelForCausalLM.from_pretrained(self.files, **how, trust_remote_code=False)
-        except Exception as error:
-            raise UserError(f"regate.reference: cannot load {self.path}: {loading.reason(error)}") from error
         return model.to(device).eval()
 
     @torch.no_grad()
@@ -135,6 +132,11 @@ class Reference:
             hidden = out.last_hidden_state[:, :-1][answers]
             each = answer_loss(model.get_output_embeddings(), hidden, target[answers])[2]
             for i, of in zip(now, each.cpu().split(answers.sum(1).tolist()), strict=True):
+                if not of.isfinite().all():
+                    raise UserError(
+                        f"regate.reference: {self.path} has a loss that is not finite on {self.source.where(part[i])}: "
+                        f"try another model.precision, or another reference"
+                    )
                 losses[i] = of
         return torch.cat(losses).numpy()
 
@@ -144,10 +146,8 @@ def _files(path: str) -> str:
     found = folders.model(path)
     if isinstance(found, Path):
         return str(found)
-    try:
+    with loading.told(f"regate.reference: cannot download {path}"):
         return snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"])
-    except (OSError, ValueError) as error:
-        raise UserError(f"regate.reference: cannot download {path}: {error}") from error
 
 
 @cache
@@ -161,10 +161,8 @@ def _content(folder: str) -> str:
 
 def _tokens(path: str, files: str, processor) -> Tensor:
     """(V,) the reference's id of each of the student's tokens: its own, or pad."""
-    try:
+    with loading.told(f"regate.reference: {path} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"regate.reference: {path} has no usable tokenizer: {loading.reason(error)}") from error
     ours, its = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
     special = {*processor.tokenizer.all_special_tokens, *processor.tokenizer.get_added_vocab()}
     if wrong := [token for token, i in ours.items() if its.get(token) != i and token not in special]:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from . import disk, folders
 from .errors import UserError
 from .recipe import Recipe, read
 
+LOG = "metrics.jsonl"
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
 # What a resumed run may change: where things are kept, and how a step fits into memory. No sample, no weight of it and
 # no schedule depends on these (dropout draws differently for micro-batches that are cut differently).
@@ -28,8 +30,7 @@ FREE = {
     "train": ("row_budget", "checkpointing"),
     "scale": ("shard", "reshard", "offload", "check_every", "timeout"),
 }
-
-
+# Where what a run is made of, or made in, is.
 PLACES = {
     "run": ("name", "folder", "device"),
     "model": ("path", "tower", "llm"),
@@ -56,9 +57,10 @@ def check(recipe: Recipe, resume: bool) -> None:
     folder = recipe.folder
     if resume and not folder.is_dir():
         raise UserError(f"there is no run to resume in {folder}")
-    if begun(folder) and not resume:
+    there = begun(folder)
+    if there and not resume:
         raise UserError(f"{folder} holds a run already: --resume continues it, and --set run.name=NAME begins another")
-    if begun(folder) and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
+    if there and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
         raise UserError(
             f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} "
             f"{'differs' if len(changed) == 1 else 'differ'}. Resume with that one, or choose another run.name"
@@ -71,7 +73,8 @@ def begun(folder: Path) -> bool:
     """Whether a run in this folder has taken a step: then it can go on, and nothing else can begin there."""
     from . import checkpoint  # here, for it imports torch
 
-    return bool(checkpoint.newest(folder / "checkpoints") or metrics(folder))
+    log = folder / LOG
+    return bool(checkpoint.newest(folder / "checkpoints") or (log.is_file() and log.stat().st_size))
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
@@ -85,40 +88,30 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
     ]
 
 
-def metrics(folder: Path) -> list[str]:
-    """The lines of a run's log."""
-    file = folder / "metrics.jsonl"
-    # Bytes that are no text stay what they are: only the lines that are used have to be sound.
-    return (
-        file.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True) if file.is_file() else []
-    )
-
-
-def metrics_until(folder: Path, steps: int) -> list[str]:
-    """The log of so many steps, of which none may be missing or wrong; or nothing, where it has been deleted."""
-    lines, file = metrics(folder)[:steps], folder / "metrics.jsonl"
-    if steps and not file.is_file():
-        print(f"{file} is gone: the log begins at step {steps + 1}", file=sys.stderr)
-        return []
-    for step in range(1, steps + 1):
-        try:
-            if json.loads(lines[step - 1])["step"] != step:
-                raise ValueError("it is another step's")
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{file} is damaged: line {step} is not the log of step {step} ({error}); delete it to go on with a "
-                f"log that begins at step {steps + 1}"
-            ) from error
+def log_until(folder: Path, state: dict) -> bytes:
+    """The log as it was when the checkpoint with this state was written; or nothing, where it has been deleted."""
+    file, (size, crc), step = folder / LOG, state["log"], state["step"]
+    if not file.is_file():
+        print(f"{file} is gone: the log begins at step {step + 1}", file=sys.stderr)
+        return b""
+    lines = file.read_bytes()[:size]
+    if (len(lines), zlib.crc32(lines)) != (size, crc):
+        raise UserError(
+            f"{file} is damaged: its first {size:,} bytes are not what was written until step {step}; delete it to go "
+            f"on with a log that begins at step {step + 1}"
+        )
     return lines
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Of all that a run's numbers follow from. Not of where things are: a run may be moved, and what it reads too."""
-    tables = dataclasses.asdict(recipe)
-    for section, keys in (*FREE.items(), *PLACES.items()):
-        for key in keys:
-            del tables[section][key]
-    return hashlib.blake2b(json.dumps(tables, sort_keys=True).encode(), digest_size=8).hexdigest()
+    """Of all that a run's numbers follow from. Not of where things are: a run may be moved, and what it reads too. Nor
+    of what is as it always was: a later version may have more keys."""
+    told = []
+    for section, asked in dataclasses.asdict(recipe).items():
+        usual = dataclasses.asdict(type(getattr(recipe, section))())
+        free = (*FREE.get(section, ()), *PLACES.get(section, ()))
+        told += [(section, key, asked[key]) for key in sorted(asked) if key not in free and asked[key] != usual[key]]
+    return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
 
 
 @contextmanager
@@ -129,16 +122,16 @@ def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
 
     folder = recipe.folder
     new = not folder.is_dir()
-    try:
-        with disk.to(folder):
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        with checkpoint.only_one(folder):
+    with disk.to(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with checkpoint.only_one(folder):
+        try:
             checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
             yield folder
-    except BaseException:
-        if new:
-            _leave(folder)
-        raise
+        except BaseException:
+            if new:
+                _leave(folder)
+            raise
 
 
 def _leave(folder: Path) -> None:

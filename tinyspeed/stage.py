@@ -33,7 +33,7 @@ from .dualspeed import DualSpeed, Output
 from .errors import NotFinite, UserError, counted
 from .recipe import Recipe, Stage
 from .regate import Gate
-from .runs import fingerprint
+from .runs import LOG, fingerprint
 from .scheduler import Plan
 from .schedules import schedule_of
 
@@ -115,14 +115,15 @@ class StageRun:
             return
         self._announce()
         full_seconds_per_row = self._probe()
-        on_cuda = self.model.device.type == "cuda"
         # What a worker has ready is a micro-batch: of a step of its own, at the most.
         workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
-        batches = loader.load(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
+        batches = loader.load(
+            self.source, self._ahead(), self.pad, workers=workers, pin=self.model.device.type == "cuda"
+        )
         with (
             loader.watched(),
             closing(batches),
-            disk.lines(folder / "metrics.jsonl" if self.lead else Path(os.devnull)) as log,
+            disk.lines(folder / LOG if self.lead else Path(os.devnull)) as log,
             tqdm(
                 total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
             ) as line,
@@ -141,7 +142,7 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once: a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # no checkpoint of steps that a power cut takes from the log
-                        disk.flush(folder / "metrics.jsonl")
+                        disk.flush(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
                     return
@@ -374,14 +375,13 @@ class StageRun:
             "recipe": fingerprint(self.recipe),
             "data": self.source.fingerprint,
             "threads": torch.get_num_threads(),
+            "log": checkpoint.fingerprint(self.recipe.folder / LOG) if self.lead else (0, 0),
         }
 
     def restore(self, saved: checkpoint.Saved, state: dict) -> None:
         if state["data"] != self.source.fingerprint:
-            raise UserError(
-                f"the data has changed since the run was stopped: it was {state['data']}, and now it is "
-                f"{self.source.fingerprint}"
-            )
+            was, now = state["data"], self.source.fingerprint
+            raise UserError(f"the data has changed since the run was stopped: it was {was}, and now it is {now}")
         checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
         checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
         checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)

@@ -132,8 +132,8 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
             f"its weights will be right, but not bit-identical to an uninterrupted run",
             file=sys.stderr,
         )
-    lines = runs.metrics_until(folder, state["step"] if state else 0)
-    checkpoint.write_atomically(folder / "metrics.jsonl", "".join(lines))
+    with disk.whole(folder / runs.LOG) as temporary:
+        temporary.write_bytes(runs.log_until(folder, state) if state else b"")
     model = base(recipe)
     known = {"seed": recipe.run.seed, "base": model, "revision": loading.revision(model)}
     record.write(folder / "record.json", device=device, **known, **more)
@@ -256,7 +256,9 @@ def check_state(recipe: Recipe, path: Path, state: dict) -> None:
     """That a checkpoint is of this run, and says where in it."""
     with checkpoint.sound(path):
         totals = Totals(**state["totals"])
-        whole = [totals.steps, totals.rows, totals.rows_full, state["stage"], state["stage_step"], state["threads"]]
+        size, crc = state["log"]
+        whole = [totals.steps, totals.rows, totals.rows_full, size, crc]
+        whole += [state["stage"], state["stage_step"], state["threads"]]
         times = [totals.seconds, totals.full_seconds]
         if not all(type(n) is int and n >= 0 for n in whole) or not all(
             type(t) in (int, float) and t >= 0 for t in times

@@ -217,12 +217,12 @@ def extension_types(file: Path, rows: list[dict], code: Code) -> None:
 
 def checkpoint(folder: Path, code: Code, name: str) -> None:
     """Into a checkpoint, with its checksums put right."""
-    from tinyspeed.checkpoint import STATE, _crc, _fingerprint  # a forger knows them too
+    from tinyspeed.checkpoint import STATE, _crc, fingerprint  # a forger knows them too
 
     (folder / name).write_bytes(code.torch_pickle)
     if name != STATE:
         state = json.loads((folder / STATE).read_text())["state"]
-        state["files"][name] = [*_fingerprint(folder / name)]
+        state["files"][name] = [*fingerprint(folder / name)]
         (folder / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}))
 
 

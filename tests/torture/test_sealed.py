@@ -47,7 +47,7 @@ FAULTS = {  # what a process does, and what is seen of it
     "__import__('subprocess').run(['true'])": "starts",
     # Not of Python, or not of this process:
     "__import__('ctypes').CDLL(None).mkdir(b'stray', 0o777)": "cwd/stray is new",
-    "__import__('ctypes').CDLL(None).open((tmp + '/left').encode(), 0o101, 0o600)": "tmp/left was left behind",
+    "__import__('ctypes').CDLL(None).open((tmp + '/leftover').encode(), 0o101, 0o600)": "tmp/leftover was left behind",
     "__import__('subprocess').run([__import__('sys').executable, '-c', 'open(\"/tmp/stray\", \"w\")'])": "writes open",
     "__import__('multiprocessing').Process(target=open, args=('/tmp/stray', 'w')).start()": "writes open",
 }
@@ -61,7 +61,7 @@ def test_the_baits_are_real_and_the_witnesses_awake(world):
         world.run(["-c", f"{names}\n{fault}"])
         found = [*world.wrong(), *world.strays(before)]
         assert any(told in line for line in found), (fault, found)
-        for stray in (world.cwd / "stray", world.tmp / "left"):
+        for stray in (world.cwd / "stray", world.tmp / "leftover"):
             subprocess.run(["rm", "-rf", stray], check=True)
     Path("/tmp/stray").unlink()
 

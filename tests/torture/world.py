@@ -59,7 +59,6 @@ LIBRARIES = (  # what others write, of what is in `home` and `tmp`
     r"tmp/torchinductor_\w+",  # an empty folder, where torch would keep what it compiles
     r"tmp/pymp-\w+(/listener-\w+)?",  # where worker processes meet; gone when they are
     r"tmp/\w{8}",  # whether a file can be made there; gone at once
-    r"tmp/\w+",
 )
 OURS = (r"cwd/runs(/.*)?", r"home/\.cache/tinyspeed(/.*)?")
 KERNELS_OWN = (r"/dev/null", r"/dev/shm/.*", r"/proc/.*")
