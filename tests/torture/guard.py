@@ -72,7 +72,7 @@ def _watch(event: str, given: tuple) -> None:
     elif event in STARTS:
         _write("start", given[STARTS[event]])
     elif event == "pickle.find_class":  # workers hand over their batches with it
-        if not any("/multiprocessing/" in file for file in _callers()):
+        if "/multiprocessing/" not in _callers()[0]:
             _write("pickle", *given)
     elif event in ("marshal.load", "marshal.loads"):
         if not _callers()[0].startswith("<frozen importlib"):

@@ -225,6 +225,7 @@ def on_two_ranks(home: Path, count: int, starts: int, seed: int, say=print) -> t
     for number in range(starts):
         kind, value = UNSHARED[number % len(UNSHARED)], VALUES[number % len(VALUES)]
         shutil.rmtree(made.folder, ignore_errors=True)
+        (home / "one.json").unlink(missing_ok=True)
         began = time.monotonic()
         code, log = torchrun(home, "one", home, home / "one.json", kind, value, seed + number)
         took, told = time.monotonic() - began, json.loads((home / "one.json").read_text())

@@ -108,11 +108,12 @@ def commands(world: World) -> dict[str, list[str]]:
         "train digits": ["train", "digits", *DIGITS, "--set=run.name=digits"],
         "eval digits": ["eval", "runs/digits"],
         "compare": ["compare", "digits", *DIGITS, "--set=run.name=both", "--only", "full,dualspeed"],
+        "bench": ["bench", "savings", "--layers", "4", "--width", "32", "--out", "bench.json", "--png", "bench.png"],
         "demo": ["demo", "digits", *DIGITS, "--set=run.name=demo"],
     }  # fmt: skip
 
 
-OUTPUTS = (r"cwd", r"cwd/\.?(out|adapter)(\.tmp)?(/.*)?", r"cwd/\.?(look|tower)\.png(\.tmp)?")
+OUTPUTS = (r"cwd", r"cwd/\.?(out|adapter)(\.tmp)?(/.*)?", r"cwd/\.?(look|tower|bench)\.(png|json)(\.tmp)?")
 SCALE = ["scale", "mine.toml", "--set=run.name=scaled", "--set=data.feature_cache_gb=0"]
 
 

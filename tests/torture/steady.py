@@ -56,7 +56,10 @@ VARIANTS = {
     "layers at random": ("sts.skip=0.34", "dualspeed.isolator=0"),
     "LoRA, workers": ("lora.rank=2", "data.workers=1", "dualspeed.plugin=tokenlearner"),
 }  # fmt: skip
-LEAKS = ("python", "heap", "files", "threads", "slower", "log")
+
+
+# Leaks on purpose, and as what each must be seen.
+LEAKS = {"python": "python", "heap": "c", "files": "files", "threads": "threads", "slower": "slower", "log": "log"}
 
 
 class MallInfo(ctypes.Structure):
@@ -77,12 +80,13 @@ def of_c() -> int | None:
     return told.used + told.mapped
 
 
-def made(home: Path, variant: str, steps: int) -> Recipe:
+def made(home: Path, variant: str, steps: int, seed: int = 0) -> Recipe:
     return recipe.read(
         "digits",
         [
             *COMMON,
             *VARIANTS[variant],
+            f"run.seed={seed}",
             f"train.steps={steps}",
             f"run.save_every={max(20, steps // 25)}",
             f"model.path={home / 'base'}",
@@ -195,13 +199,10 @@ def grew(samples: list[dict]) -> list[str]:
     return found
 
 
-SEEN_AS = {"python": "python", "heap": "c", "files": "files", "threads": "threads", "slower": "slower", "log": "log"}
-
-
-def child(home: Path, variant: str, steps: int, leaks: list[str]) -> dict[str, list[dict]]:
+def child(home: Path, variant: str, steps: int, leaks: list[str], seed: int) -> dict[str, list[dict]]:
     """What was measured of a variant, or of it with each of these leaks, in one fresh process."""
     words = [sys.executable, "-m", "torture.steady", "--measure", variant, "--count", str(steps), "--home", str(home)]
-    words += ["--leaks", ",".join(leaks)]
+    words += ["--leaks", ",".join(leaks), "--seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -213,15 +214,15 @@ def child(home: Path, variant: str, steps: int, leaks: list[str]) -> dict[str, l
 def seen(leak: str, samples: list[dict]) -> list[str]:
     """That a leak on purpose was seen, as what it is."""
     found = grew(samples)
-    named = any(line.startswith(SEEN_AS[leak]) for line in found)
+    named = any(line.startswith(LEAKS[leak]) for line in found)
     return [] if named else [f"a leak of {leak} was not seen: {found}"]
 
 
-def _measure(home: Path, variant: str, steps: int, leaks: list[str]) -> None:
+def _measure(home: Path, variant: str, steps: int, leaks: list[str], seed: int) -> None:
     samples, seconds = {}, []
     for leak in leaks or [""]:
-        chosen = made(home / leak, variant, steps)
-        digits.prepare(home / leak / "base", 0, tower_steps=2, **chosen.digits.sizes, bar=False)
+        chosen = made(home / leak, variant, steps, seed)
+        digits.prepare(home / leak / "base", seed, tower_steps=2, **chosen.digits.sizes, bar=False)
         began = time.monotonic()
         samples[leak] = measure(chosen, leak or None)
         seconds.append(time.monotonic() - began)
@@ -229,22 +230,23 @@ def _measure(home: Path, variant: str, steps: int, leaks: list[str]) -> None:
 
 
 def torture(
-    home: Path, jobs: dict[str, int], leaks: list[str], steps: int, say=print
+    home: Path, jobs: dict[str, int], leaks: list[str], steps: int, seed: int = 0, say=print
 ) -> tuple[dict[str, int], list[str]]:
     """So many steps of each of these variants; and so many of the first one with each of these leaks."""
     tried, lost = {}, []
     for variant, many in jobs.items():
-        samples = child(home, variant, many, [])[""]
-        chosen = made(home, variant, many)
+        samples = child(home, variant, many, [], seed)[""]
+        chosen = made(home, variant, many, seed)
         found = grew(samples) + wrong_lines(chosen)
         checked, wrong = wrong_losses(chosen)
+        wrong += [] if checked else ["no loss could be found anew"]
         tried |= {f"steps, {variant}": many} | {f"losses {how}, {variant}": count for how, count in checked.items()}
         grown = ", ".join(f"{name} {slope(samples, name):+.1f}" for name in ("python", "c", "resident"))
         fast = statistics.median(sample["fast"] for sample in samples if sample["fast"])
         say(f"{variant}: bytes a step: {grown}; a fast step takes {1000 * fast:.1f} ms")
         lost += [f"{variant}: {line}" for line in found + wrong]
     if leaks:
-        samples = child(home, next(iter(jobs)), steps, leaks)
+        samples = child(home, next(iter(jobs)), steps, leaks, seed)
         lost += [line for leak in leaks for line in seen(leak, samples[leak])]
         say(f"leaks: {', '.join(f'{leak}: {grew(samples[leak])}' for leak in leaks)}")
         tried |= {f"steps that leak, {leak}": steps for leak in leaks}
@@ -258,10 +260,10 @@ if __name__ == "__main__":
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
-        _measure(asked.home, asked.measure, asked.count, [leak for leak in asked.leaks.split(",") if leak])
+        _measure(asked.home, asked.measure, asked.count, [leak for leak in asked.leaks.split(",") if leak], asked.seed)
         sys.exit()
-    jobs = {name: asked.count // (1 if name == "all of it" else 10) for name in VARIANTS}
+    jobs = {name: max(100, asked.count // (1 if name == "all of it" else 10)) for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         say = lambda line: print(line, flush=True)
-        tried, lost = torture(Path(folder), jobs, [*LEAKS], asked.count // 20, say)
+        tried, lost = torture(Path(folder), jobs, [*LEAKS], max(50, asked.count // 20), asked.seed, say)
     sys.exit(outcome.write(asked.out, tried, lost))

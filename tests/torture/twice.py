@@ -33,11 +33,11 @@ import tiny
 import torch
 from album import album
 from torture import outcome
+from torture.kills import timeless
 
 from tinyspeed import checkpoint, digits, folders, recipe, train
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("seconds", "rows_per_second", "speedup", "memory_mib")
 # Lists every folder in another order, as another file system would.
 SHUFFLED = """
 import os, random
@@ -158,9 +158,7 @@ def furnish(home: Path) -> None:
         (home / name / "config.json").write_text(json.dumps(config))
     sizes = recipe.read("digits", [part.format(home=home) for part in DIGITS]).digits.sizes
     digits.prepare(home / "digits", 0, tower_steps=2, **sizes, bar=False)
-    torch.manual_seed(1)
-    tiny.LlamaForCausalLM(tiny.config("llava").text_config).save_pretrained(home / "llm")
-    tiny.tokenizer().save_pretrained(home / "llm")
+    tiny.llm(home / "llm")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -168,8 +166,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def numbers(folder: Path) -> list[dict]:
-    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
+    return timeless((folder / "metrics.jsonl").read_bytes())
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -96,6 +96,7 @@ class World:
         """One process, watched."""
         log, kernel = self.watch / "log", self.watch / "kernel"
         log.write_text("")
+        kernel.unlink(missing_ok=True)
         # Nothing of the caller's environment but what finds its programs.
         environment = {
             "PATH": os.environ["PATH"], "PYTHONPATH": f"{self.at / 'watch'}:{ROOT}", "OMP_NUM_THREADS": "1",

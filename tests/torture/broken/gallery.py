@@ -1,8 +1,6 @@
 """Pictures of every format and colour, headers that lie, and files that are no pictures."""
 
 import io
-import os
-import pickle
 import struct
 import zipfile
 import zlib
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torture.bait import Code
 
 ORIENTATION = 0x0112  # in EXIF
 
@@ -101,16 +100,6 @@ def lie(kind: str, content: bytes, width: int, height: int) -> bytes:
     return bytes(made)
 
 
-class Evil:
-    """A pickle that leaves a file where it is opened."""
-
-    def __init__(self, file: Path):
-        self.file = str(file)
-
-    def __reduce__(self):
-        return os.mkdir, (self.file,)
-
-
 def zipped() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as made:
@@ -123,7 +112,7 @@ NONE = {
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%id) (r) file\n%%EOF\n",
     "PDF": b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF",
     "HTML": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
-    "pickle": pickle.dumps(Evil(Path("/nowhere/evil"))),
+    "pickle": Code(Path("/nowhere/evil")).pickle,
     "zip": zipped(),
     "gzip": b"\x1f\x8b\x08\0\0\0\0\0\0\3" + bytes(40),
     "ELF": b"\x7fELF\2\1\1" + bytes(60),

@@ -5,7 +5,6 @@ piece would leave a file behind, and every pickle too. What is untouched in subs
 """
 
 import json
-import pickle
 import random
 import shutil
 import struct
@@ -15,8 +14,8 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torture.bait import Code
 from torture.broken import mangle
-from torture.broken.gallery import Evil
 from torture.broken.trial import Case
 
 from tinyspeed import UserError, ask, loading
@@ -39,7 +38,6 @@ TEMPLATES = (
     "{% generation %}", "{{ undefined.x.y }}", "{{ messages[0]['content'][0]['text'] }}",
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
 )  # fmt: skip
-CODE = "import pathlib\npathlib.Path({!r}).touch()\nclass Evil:\n    pass\n"
 
 
 class Part:
@@ -180,7 +178,7 @@ class Part:
 
     def code(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         """Files that promise a class of their own, as the hub allows it to those who trust."""
-        (folder / "evil.py").write_text(CODE.format(str(self.ran)))
+        (folder / "evil.py").write_text(Code(self.ran).python + "class Evil:\n    pass\n")
         name = draw.choice(TEXTS[1:4])
         told = json.loads((folder / name).read_text())
         kinds = (
@@ -212,5 +210,5 @@ class Part:
         name, alone = draw.choice(names), draw.random() < 0.6
         if alone:
             (folder / "model.safetensors").unlink()
-        (folder / name).write_bytes(pickle.dumps(Evil(self.ran)))
+        (folder / name).write_bytes(Code(self.ran).pickle)
         return f"pickle {name}, alone {alone}", not alone and name != "model.safetensors"

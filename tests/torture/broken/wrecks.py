@@ -1,6 +1,7 @@
 """Runs with something broken in their folder: gone on with, exported, opened, and asked for their isolator.
 
-The oracle is a run that nobody touched. Damage is named, or it cannot matter: then the run ends with the very bits.
+The oracle is a run that nobody touched. Damage is named, or it cannot matter: then the run ends with the very bits. Of
+a state that was forged, checksums and all, only a decent end is asked.
 """
 
 import contextlib
