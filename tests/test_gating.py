@@ -64,9 +64,6 @@ def test_a_difficulty_that_is_not_finite_decides_nothing(poison):
     assert memory.keep(0, 0.5).sum() == 1
     with pytest.raises(NotFinite, match="remembers of sample 7"):
         memory.keep(7, 0.5)
-    memory.difficulty[3], memory.reference[1] = 0.0, poison
-    with pytest.raises(NotFinite, match="reference's losses on sample 0"):
-        memory.keep(0, 0.5)
 
 
 def test_a_sample_that_nothing_is_known_of_keeps_all_or_what_the_reference_finds_hard():

@@ -88,6 +88,14 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
     ]
 
 
+def logged(folder: Path) -> tuple[int, int]:
+    """Size and CRC-32 of the log so far; of one that somebody has deleted, of nothing."""
+    from . import checkpoint
+
+    file = folder / LOG
+    return checkpoint.fingerprint(file) if file.is_file() else (0, 0)
+
+
 def log_until(folder: Path, state: dict) -> bytes:
     """The log as it was when the checkpoint with this state was written; or nothing, where it has been deleted."""
     file, (size, crc), step = folder / LOG, state["log"], state["step"]

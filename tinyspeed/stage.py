@@ -33,7 +33,7 @@ from .dualspeed import DualSpeed, Output
 from .errors import NotFinite, UserError, counted
 from .recipe import Recipe, Stage
 from .regate import Gate
-from .runs import LOG, fingerprint
+from .runs import LOG, fingerprint, logged
 from .scheduler import Plan
 from .schedules import schedule_of
 
@@ -375,7 +375,7 @@ class StageRun:
             "recipe": fingerprint(self.recipe),
             "data": self.source.fingerprint,
             "threads": torch.get_num_threads(),
-            "log": checkpoint.fingerprint(self.recipe.folder / LOG) if self.lead else (0, 0),
+            "log": logged(self.recipe.folder) if self.lead else (0, 0),
         }
 
     def restore(self, saved: checkpoint.Saved, state: dict) -> None:
