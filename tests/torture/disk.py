@@ -80,7 +80,7 @@ class Torture:
             deed.files = {name: path.read_bytes() for name, path in self.volume.files().items()}
 
     def go(self, count: int, say=print) -> None:
-        """So many troubles, dealt out over the deeds; fewer, if commands no longer meet them."""
+        """So many troubles, dealt out over the deeds."""
         for turn in range(10 * count):
             for deed in self.deeds:
                 if sum(self.tried.values()) >= count:
@@ -90,6 +90,7 @@ class Torture:
                 if lost := self.through(deed):
                     say(lost)
                     self.lost.append(lost)
+        self.lost.append(f"only {sum(self.tried.values())} of {count} met a command")
 
     def through(self, deed: Deed) -> str | None:
         """From an empty disk to the end, through one trouble or two; what was lost."""
