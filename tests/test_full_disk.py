@@ -127,6 +127,25 @@ def test_lines_are_whole_or_cut_off(tmp_path, small_files):
     assert path.read_bytes() == content + b"y\n"
 
 
+def test_a_log_that_cannot_be_flushed_is_named(tmp_path, monkeypatch):
+    """Where a disk turns read-only between a step and its checkpoint."""
+    values = (
+        f"run.folder={tmp_path}", "run.name=one", "run.threads=1", "digits.pictures=4", "digits.side=6",
+        "digits.tower_steps=1", "align.steps=1", "train.steps=1", "align.batch=1", "train.batch=1",
+    )  # fmt: skip
+    made = recipe.read("digits", [*values])
+    flush = disk.flush
+
+    def read_only(path):
+        if path.name == runs.LOG:
+            raise OSError(errno.EROFS, "read-only", str(path))
+        flush(path)
+
+    monkeypatch.setattr(disk, "flush", read_only)
+    with pytest.raises(disk.DiskError, match=r"cannot write .*metrics\.jsonl"):
+        train.train(made, bar=False)
+
+
 def test_an_error_between_two_lines_is_not_about_the_file(tmp_path):
     with pytest.raises(OSError, match="another disk") as found, disk.lines(tmp_path / "metrics.jsonl"):
         raise OSError(errno.ENOSPC, "another disk")

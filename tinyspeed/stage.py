@@ -142,7 +142,7 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once: a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # no checkpoint of steps that a power cut takes from the log
-                        disk.flush(folder / LOG)
+                        disk.settle(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
                     return
