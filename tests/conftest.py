@@ -16,8 +16,8 @@ from tinyspeed import shapes
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# No deadline: the first example of a test pays for torch's warm-up. `ci` repeats itself, so a red run can be rerun; `long`
-# looks harder (HYPOTHESIS_PROFILE=long make test).
+# No deadline: the first example of a test pays for torch's warm-up. `ci` repeats itself, so a red run can be rerun;
+# `long` looks harder (HYPOTHESIS_PROFILE=long make test).
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", deadline=None, suppress_health_check=QUIET, max_examples=40)
 settings.register_profile("long", deadline=None, suppress_health_check=QUIET, max_examples=1000)
