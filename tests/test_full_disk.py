@@ -172,6 +172,41 @@ def test_a_picture_that_cannot_be_written_is_a_matter_of_the_disk(tmp_path, smal
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.fixture
+def nothing_goes(monkeypatch):
+    """A disk that has turned read-only under a folder that is to be deleted: a part of it is gone."""
+
+    def rmtree(path):
+        next(file for file in sorted(Path(path).rglob("*")) if file.is_file()).unlink()
+        raise OSError(errno.EROFS, "read-only", str(path))
+
+    monkeypatch.setattr(disk.shutil, "rmtree", rmtree)
+
+
+def test_half_of_an_old_checkpoint_is_none(tmp_path, nothing_goes):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"a": torch.zeros(9)}, {}, keep=2)
+    assert [path.name for path in checkpoint.unfinished(tmp_path)] == [".tmp-step-00000001"]
+    for path in sorted(tmp_path.glob("step-*")):
+        checkpoint.load(path)
+
+
+def test_what_is_in_the_way_and_stays_is_a_matter_of_the_disk(tmp_path, nothing_goes):
+    left = tmp_path / ".model.tmp"
+    left.mkdir()
+    (left / "half").touch()
+    with (
+        pytest.raises(disk.DiskError, match=r"cannot write .*/model: .*make it writable"),
+        disk.whole(left.with_name("model")),
+    ):
+        pass
+    half = checkpoint.unnamed(tmp_path, 1)
+    half.mkdir()
+    (half / "half").touch()
+    with pytest.raises(disk.DiskError, match=r"step-00000001.*make it writable"):
+        checkpoint.save(tmp_path, 1, {"a": torch.zeros(9)}, {}, keep=2)
+
+
 def test_advice_is_to_resume_only_what_has_begun(tmp_path, capsys, monkeypatch):
     words = ["train", "digits", "--set", f"run.folder={tmp_path}", "--set", "run.name=one"]
 

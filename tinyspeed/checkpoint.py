@@ -14,11 +14,10 @@ processes, and one process can read what many wrote.
 
 import json
 import re
-import shutil
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,8 +75,8 @@ def unnamed(folder: Path, step: int) -> Path:
 def begin(folder: Path, step: int) -> Path:
     """An empty folder for the checkpoint of `step`, under its temporary name."""
     temporary = unnamed(folder, step)
-    disk.remove(temporary)
     with disk.to(named(folder, step)):
+        disk.clear(temporary)
         temporary.mkdir(parents=True)
     return temporary
 
@@ -110,9 +109,10 @@ def finish(temporary: Path, state: dict, files: dict[str, list[int]], keep: int)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`."""
+    """Delete all but the newest `keep`. Each loses its name first: a part of one must not look like a whole one."""
     for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)  # what cannot be deleted must not end the run
+        with suppress(OSError):  # what cannot be deleted must not end the run
+            disk.clear(old.rename(old.with_name(f".tmp-{old.name}")))
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What a killed run left half-written. Harmless; the caller may name it."""
+    """What a killed run left half-written, or half-deleted. Harmless; the caller may name it."""
     return sorted(folder.glob(".tmp-step-*"))
 
 

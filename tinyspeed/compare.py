@@ -11,7 +11,6 @@ was, and one folder may collect the arms of several files, each with the record 
 
 import dataclasses
 import json
-import shutil
 import statistics
 import tomllib
 from pathlib import Path
@@ -108,7 +107,8 @@ def _measured(recipe: Recipe) -> bool:
 
 def _run(recipe: Recipe, arm: str, bar: bool) -> int | None:
     """Measure one arm; the signal that ended it early, if one did."""
-    shutil.rmtree(recipe.folder, ignore_errors=True)  # of an arm that was cut off: its seconds would not be whole
+    with disk.to(recipe.folder):
+        disk.clear(recipe.folder)  # of an arm that was cut off: its seconds would not be whole
     trained = train(recipe, bar=bar)
     if trained.stopped_by is not None:
         return trained.stopped_by

@@ -72,7 +72,7 @@ def whole(path: Path, *, cached: bool = False) -> Iterator[Path]:
         if target.exists() and not (target.is_file() or target.is_dir()):  # /dev/null must not become a file
             yield target
             return
-        remove(temporary)  # of a killed process
+        clear(temporary)  # of a killed process
         try:
             yield temporary
             if not cached:
@@ -125,11 +125,16 @@ def sweep(halves: Iterable[Path]) -> None:
 
 def remove(path: Path) -> None:
     """A file or a folder, if it is there and can be taken away."""
+    with suppress(OSError):
+        clear(path)
+
+
+def clear(path: Path) -> None:
+    """The same of what is in the way: where it cannot be taken away, the disk says why."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
     else:
-        with suppress(OSError):
-            path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def flush_all(paths: list[Path]) -> None:

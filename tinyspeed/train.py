@@ -123,7 +123,7 @@ def set_threads(recipe: Recipe) -> None:
 def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None, **more) -> None:
     """The run's log, cut off where the newest checkpoint, whose state this is, was written."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
-        print(f"removing {half}: it was being written when the run was killed", file=sys.stderr)
+        print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
         disk.remove(half)
     checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # it may have ended between new and old
     if state and state["threads"] != torch.get_num_threads():

@@ -31,6 +31,7 @@ class Deed:
     name: str
     words: list[str]
     ranks: int = 1  # more than one: a command of `scale`
+    anew: bool = False  # cut off, it does what it was at from the beginning
     moments: list[str] = field(default_factory=list)  # of its first rank
     pages: int = 0
     files: dict[str, bytes] = field(default_factory=dict)
@@ -61,7 +62,7 @@ def all_of_them(home: Path, out: Path) -> tuple[list[Deed], list[str]]:
         Deed("parts", ["train", "digits", *run(*parts, f"data.images={home / 'images'}", "train.steps=2")]),
         Deed("scale", ["digits", *run(*ALL)], ranks=2),
         Deed("demo", ["demo", "digits", *run()]),
-        Deed("compare", ["compare", "digits", *run("train.steps=4"), "--only", "full"]),
+        Deed("compare", ["compare", "digits", *run("train.steps=4"), "--only", "full"], anew=True),
         Deed("export", ["export", str(trained), str(out / "model")]),
         Deed("adapter", ["export", str(trained), str(out / "adapter"), "--adapter"]),
         Deed("eval", [

@@ -26,7 +26,7 @@ from torture.deeds import Deed, all_of_them
 from torture.kills import timeless
 from torture.volume import Volume, refused
 
-from tinyspeed import checkpoint, cli
+from tinyspeed import UserError, checkpoint, cli
 
 KINDS = ("full", "nearly full", "no files", "read-only")
 TIMED = ("record.json", "state.json", "result.json", "compare.json")
@@ -115,7 +115,7 @@ class Torture:
                         raise Lost(f"does not go on: {codes}\n{said[-2000:]}")
                 if wrong := unlike(self.volume.files(), deed.files):
                     raise Lost(f"ends otherwise: {wrong[:10]}")
-        except Lost as lost:
+        except (Lost, UserError) as lost:
             return f"{deed.name}: {', then '.join(map(str, story))}: {lost}"
 
     def drawn(self, deed: Deed, draw: random.Random) -> Trouble:
@@ -135,7 +135,7 @@ class Torture:
             raise Lost(f"names no file, or no way to go on: {lines[0]}")
         self.named[f"{deed.name}: {re.sub(r'[0-9a-f]{8,}', 'N', named[1])}"] += 1
         after = self.checkpoints()
-        if after[-1:] < before[-1:]:
+        if after[-1:] < before[-1:] and not deed.anew:
             raise Lost(f"{before[-1]} is gone")
         for name in after:
             checkpoint.load(self.volume.at / name)
