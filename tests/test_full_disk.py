@@ -177,7 +177,8 @@ def nothing_goes(monkeypatch):
     """A disk that has turned read-only under a folder that is to be deleted: a part of it is gone."""
 
     def rmtree(path):
-        next(file for file in sorted(Path(path).rglob("*")) if file.is_file()).unlink()
+        for file in sorted(file for file in Path(path).rglob("*") if file.is_file())[:1]:
+            file.unlink()
         raise OSError(errno.EROFS, "read-only", str(path))
 
     monkeypatch.setattr(disk.shutil, "rmtree", rmtree)
