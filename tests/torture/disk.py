@@ -99,7 +99,7 @@ class Torture:
             with self.volume:
                 for _ in range(draw.choice((1, 2))):
                     story.append(trouble := self.drawn(deed, draw))
-                    before = self.checkpoints()
+                    before, half = self.checkpoints(), self.half_written()
                     codes, said = self.run(deed, words, trouble)
                     came = self.moments(trouble.rank)[trouble.moment :][:1]
                     story[-1] = f"{trouble} ({came[0] if came else 'after its end'})"
@@ -107,7 +107,7 @@ class Torture:
                         self.volume.relieve()
                         break
                     self.tried[f"{deed.name}, {trouble.kind}"] += 1
-                    words = [*deed.words, *self.judged(deed, codes, said, trouble, before)]
+                    words = [*deed.words, *self.judged(deed, codes, said, trouble, before, half)]
                     self.volume.relieve()
                 else:
                     codes, said = self.run(deed, words)
@@ -123,8 +123,11 @@ class Torture:
         pages = draw.randrange(1, 1 + deed.pages // 2) if kind == "nearly full" else 0
         return Trouble(kind, draw.randrange(len(deed.moments)), pages, draw.randrange(deed.ranks))
 
-    def judged(self, deed: Deed, codes: list[int], said: str, trouble: Trouble, before: list[str]) -> list[str]:
-        """Of a command that a disk has ended; what it advises to add to it."""
+    def judged(
+        self, deed: Deed, codes: list[int], said: str, trouble: Trouble, before: list[str], half: set[str]
+    ) -> list[str]:
+        """Of a command that a disk has ended; what it advises to add to it. Before it there were these checkpoints, and
+        what an earlier trouble had left."""
         if not {2} <= {*codes} <= {0, 2}:  # a rank may have done its part before
             raise Lost(f"exit codes {codes}\n{said[-3000:]}")
         lines = [line for line in re.split("[\r\n]", said) if line.startswith("tinyspeed: ")]
@@ -140,10 +143,13 @@ class Torture:
         for name in after:
             checkpoint.load(self.volume.at / name)
         # One rank does not take away what another may still be writing: the next start does.
-        half = [str(path) for path in self.volume.at.rglob("*") if ".tmp" in path.name and deed.ranks == 1]
-        if half and trouble.kind != "read-only":
-            raise Lost(f"left half-written: {half}")
+        left = self.half_written() - half
+        if left and deed.ranks == 1 and trouble.kind != "read-only":
+            raise Lost(f"left half-written: {left}")
         return ["--resume"] if "--resume" in lines[0] else []
+
+    def half_written(self) -> set[str]:
+        return {str(path) for path in self.volume.at.rglob("*") if ".tmp" in path.name}
 
     def checkpoints(self) -> list[str]:
         every = self.volume.at.rglob("checkpoints/step-*")

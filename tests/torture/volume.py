@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -53,15 +54,24 @@ class Volume:
 
     def trouble(self, kind: str, pages: int = 0) -> None:
         """From now on. `pages`: how many are left."""
-        now = os.statvfs(self.at)
         if kind.endswith("full"):
-            size = max(1, now.f_blocks - now.f_bfree + pages) * now.f_frsize  # 0 would be without limit
-            _mount("-o", f"remount,size={size}", self.at)
+            self._limit(
+                lambda now: f"size={max(1, now.f_blocks - now.f_bfree + pages) * now.f_frsize}"
+            )  # 0 is no limit
         elif kind == "no files":
-            _mount("-o", f"remount,nr_inodes={now.f_files - now.f_ffree}", self.at)
+            self._limit(lambda now: f"nr_inodes={now.f_files - now.f_ffree}")
         else:  # over itself: a file that is open for writing keeps the one below from being changed
             _mount("--bind", self.at, self.at)
             _mount("-o", "remount,bind,ro", self.at)
+
+    def _limit(self, of: Callable[[os.statvfs_result], str]) -> None:
+        """To what is taken now; another thread may take more in between, which the kernel does not accept."""
+        for attempt in range(20):
+            try:
+                return _mount("-o", f"remount,{of(os.statvfs(self.at))}", self.at)
+            except subprocess.CalledProcessError:
+                if attempt == 19:
+                    raise
 
     def relieve(self) -> None:
         """Space is made, and it can be written to."""
