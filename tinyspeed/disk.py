@@ -109,12 +109,6 @@ def lines(path: Path) -> Iterator[Callable[[bytes], None]]:
             file.close()
 
 
-def settle(path: Path) -> None:
-    """Flush a file that has its own name."""
-    with to(path):
-        flush(path)
-
-
 def sweep(halves: Iterable[Path]) -> None:
     """Take away what killed processes have left half-written in a cache; a living one's is seconds old."""
     for half in halves:

@@ -115,11 +115,10 @@ class StageRun:
             return
         self._announce()
         full_seconds_per_row = self._probe()
+        on_cuda = self.model.device.type == "cuda"
         # What a worker has ready is a micro-batch: of a step of its own, at the most.
         workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
-        batches = loader.load(
-            self.source, self._ahead(), self.pad, workers=workers, pin=self.model.device.type == "cuda"
-        )
+        batches = loader.load(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
         with (
             loader.watched(),
             closing(batches),
@@ -142,7 +141,8 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once: a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # no checkpoint of steps that a power cut takes from the log
-                        disk.settle(folder / LOG)
+                        with disk.to(folder / LOG):
+                            disk.flush(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
                     return
