@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -46,6 +46,9 @@ from . import checkpoint, disk, folders, shapes
 from .errors import UserError, unknown
 from .precision import DTYPES
 from .vlm import FAMILIES, family
+
+if TYPE_CHECKING:  # peft brings bitsandbytes and torch's compiler along: two seconds, for those who want adapters
+    from peft import LoraConfig
 
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
@@ -242,7 +245,9 @@ def linear_layers(model: nn.Module) -> str:
     return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\..*\.({'|'.join(leaves)})"
 
 
-def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> LoraConfig:
+def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> "LoraConfig":
+    from peft import LoraConfig
+
     return LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout)
 
 
@@ -251,6 +256,8 @@ def add_lora(
 ) -> nn.Module:
     """The model in peft's wrapper, with adapters (fp32) on the LLM's linear layers. `views`: two of them, "slow" and
     "fast", drawn alike."""
+    from peft import get_peft_model
+
     how = lora_config(rank, alpha, dropout)
     how.target_modules = linear_layers(model)
     with torch.random.fork_rng(devices=_cuda(model)):

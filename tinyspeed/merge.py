@@ -12,15 +12,18 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
-from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from . import finite, folders
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # Beside the weights: what transformers needs to load them, and nothing that belongs to whoever made the base.
 KEPT = ("config.json", "generation_config.json", folders.INDEX)
@@ -99,7 +102,7 @@ def _plain(name: str) -> str:
     return owner + ".".join(parts)
 
 
-def save_adapter(saved: Mapping[str, Tensor], how: LoraConfig, base: str, out: Path) -> None:
+def save_adapter(saved: Mapping[str, Tensor], how: "LoraConfig", base: str, out: Path) -> None:
     """A peft adapter that carries the projector too: PeftModel.from_pretrained(the base, out) is the trained model."""
     learned = {inner: saved[name] for inner, name in plain(saved).items()}
     if not any(".lora_" in name for name in learned):
