@@ -22,7 +22,6 @@ import tempfile
 import threading
 import time
 import tracemalloc
-from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -39,6 +38,7 @@ SETTLED = 0.4  # of the steps; from here on nothing may grow
 # Bytes a step that may grow (`adaptive` remembers two numbers for every 64 steps, which is 3), and bytes that come and
 # go however many steps there are: the fewer, the larger a leak that is not seen. What is resident comes in pages.
 GROWTH = {"python": (25, 24_000), "c": (25, 40_000), "resident": (100, 2_000_000)}
+MODES = ("fast", "slow")
 SLOWER = 1.3  # of the last third against the first, in the time of their fastest fast step: others share the machine
 COMMON = (
     "run.threads=1", "run.device=cpu", "run.keep_checkpoints=1000", "data.workers=0", "data.turns=2", "digits.side=4",
@@ -120,7 +120,6 @@ def measure(made: Recipe, leak: str | None = None) -> list[dict]:
                 "files": process.num_fds(),
                 "threads": process.num_threads(),
                 "children": len(process.children()),
-                "log": (made.folder / "metrics.jsonl").stat().st_size,
                 "fast": min(spent, default=None),
             }
             with open(file, "a") as kept:
@@ -136,7 +135,13 @@ def measure(made: Recipe, leak: str | None = None) -> list[dict]:
         StageRun._step = original
         tracemalloc.stop()
         lost.mend()
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = (made.folder / "metrics.jsonl").read_text().splitlines()
+    for number, sample in enumerate(samples):
+        since = lines[number * every : (number + 1) * every]
+        # By mode: a slow step has more to say, and `adaptive` changes how many there are.
+        sample["log"] = {mode: [len(line) for line in since if json.loads(line)["mode"] == mode] for mode in MODES}
+    return samples
 
 
 class Leak:
@@ -192,10 +197,11 @@ def grew(samples: list[dict]) -> list[str]:
     first, last = (min(sample["fast"] for sample in part if sample["fast"]) for part in parts)
     if last > SLOWER * first:
         found.append(f"slower: a fast step took {1000 * first:.2f} ms, and {1000 * last:.2f} in the end")
-    lines = [(b["log"] - a["log"]) / (b["step"] - a["step"]) for a, b in pairwise(samples)]
-    first, last = statistics.mean(lines[:third]), statistics.mean(lines[-third:])
-    if not 0.95 < last / first < 1.05:
-        found.append(f"log: {first:.1f} bytes a step, and {last:.1f} in the end")
+    for mode in MODES:
+        first, last = ([length for sample in part for length in sample["log"][mode]] for part in parts)
+        if first and last and not 0.95 < statistics.mean(last) / statistics.mean(first) < 1.05:
+            means = f"{statistics.mean(first):.1f} bytes a {mode} step, and {statistics.mean(last):.1f}"
+            found.append(f"log: {means} in the end")
     return found
 
 
