@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 from tinyspeed import UserError, digits, evaluate, recipe, train
 from tinyspeed.rows import IGNORE
@@ -82,6 +83,20 @@ def test_questions_come_to_an_end_where_every_digit_is_there():
     asked = dict(digits.questions(np.random.default_rng(0), cells, 26, digits.Canvas(4, 4)))
     assert len(asked) == 26
     assert {asked[f"any {number}"] for number in digits.NUMBERS} == {"yes"}
+
+
+def test_scans_are_scikit_learns_own_and_every_fifth_is_held_out():
+    whole = load_digits()
+    for split, mine in ("eval", np.arange(1797) % 5 == 0), ("train", np.arange(1797) % 5 != 0):
+        images, labels = digits.scans(split)
+        assert np.array_equal(images, np.floor(whole.images[mine] * 255 / 16))
+        assert np.array_equal(labels, whole.target[mine])
+
+
+def test_without_scikit_learn_what_to_install_is_said(monkeypatch):
+    monkeypatch.setattr(digits, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'tinyspeed\[demo\]'"):
+        digits.scans.__wrapped__("train")
 
 
 def test_no_evaluation_scan_is_ever_trained_on():

@@ -34,7 +34,7 @@ PATIENCE = 120.0  # seconds, after which a command hangs
 # What commands import, so that each begins in no time.
 WARM = (
     "torture.deeds", "tinyspeed.demo", "tinyspeed.compare", "tinyspeed.benchmarks", "tinyspeed.look", "scale.__main__",
-    "scale.run", "sklearn.datasets", "matplotlib.backends.backend_agg", "transformers.models.llava.processing_llava",
+    "scale.run", "peft", "matplotlib.backends.backend_agg", "transformers.models.llava.processing_llava",
     "transformers.models.clip.image_processing_pil_clip", "bitsandbytes",
 )  # fmt: skip
 
