@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import peft  # noqa: F401 (tinyspeed imports it in the middle of a case, and it asks much of the system)
+
 import tinyspeed
 
 PATHS = {
@@ -30,19 +32,21 @@ SYSTEM = (
 )  # fmt: skip
 
 _allowed: tuple[str, ...] | None = None
-_seen: list[str] = []
-
-
+_holders: set[str] = set()
 _programs: tuple[str, ...] = ()
+_seen: list[str] = []
 
 
 @contextmanager
 def only(allowed: Iterable[str | Path], programs: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    """The list of what else was touched: these files and folders, what is in the folders, and these programs may be."""
-    global _allowed, _programs
+    """The list of what else was touched: these files and folders, what is in the folders, and these programs may be.
+    A folder that holds one of them may be opened, as a flush of its entries does, and nothing of it be read."""
+    global _allowed, _holders, _programs
     _seen.clear()
     _programs = programs
-    _allowed = tuple(os.path.realpath(path) for path in (*CODE, *SYSTEM, *allowed))
+    given = [os.path.realpath(path) for path in allowed]
+    _holders = {os.path.dirname(path) for path in given}
+    _allowed = tuple(os.path.realpath(path) for path in (*CODE, *SYSTEM, *given))
     try:
         yield _seen
     finally:
@@ -76,6 +80,8 @@ def _hook(event: str, arguments: tuple) -> None:
         try:
             path = os.path.realpath(os.fsdecode(arguments[0]))
         except ValueError:  # no path at all, and so nothing will be opened
+            return
+        if event == "open" and path in _holders:
             return
         if not any(path == one or path.startswith(one + os.sep) for one in _allowed):
             _seen.append(f"{event} {path!r:.300}")
