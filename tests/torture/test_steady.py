@@ -5,6 +5,8 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binom
 from torture import steady
 from torture.logbook import UNLIKELY, wrong_lines
@@ -32,6 +34,16 @@ def assert_lies_are_found(made):
         assert wrong_lines(made), key
     file.write_text(true)
     assert not wrong_lines(made)
+
+
+@given(
+    many=st.integers(20, 200), every=st.integers(1, 50), grows=st.integers(-50, 500), jump=st.integers(0, 10**8),
+    at=st.floats(0, 1),
+)  # fmt: skip
+def test_what_comes_once_is_no_growth_and_what_grows_is(many, every, grows, jump, at):
+    steps = [every * (number + 1) for number in range(many)]
+    samples = [{"step": step, "c": grows * step + jump * (step > at * steps[-1])} for step in steps]
+    assert steady.slope(samples, "c") == pytest.approx(grows)
 
 
 def slow_steps(tmp_path, kind: str, share: float, seed: int) -> int:
