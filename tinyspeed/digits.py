@@ -85,7 +85,7 @@ def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     found = find_spec("sklearn")
     if found is None:
         raise UserError("the digits come with scikit-learn: pip install 'tinyspeed[demo]'")
-    # Its file without itself: importing scikit-learn takes as long as fifty steps.
+    # Its file without itself: importing scikit-learn takes a second.
     digits = np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     held_out = np.arange(len(digits)) % 5 == 0
     chosen = digits[held_out if split == "eval" else ~held_out]
