@@ -62,11 +62,12 @@ def train(made: Recipe, world: World) -> int | None:
 
 def dry_run(made: Recipe, world: World) -> list[dict]:
     """One step of every mode of every stage on the longest example, the same on every rank: what it takes."""
-    mesh = _prepare(made, world)
-    source, found = _source(made, world), []
-    for number, (name, stage) in enumerate(made.stages()):
-        model = build(made, name, world, mesh, None)
-        found += core.rehearsed(ShardedStage(world, mesh, made, model, source, name, number, stage, Totals()))
+    mesh, every = _prepare(made, world), core.of_all_answers(made)
+    source, found = _source(every, world), []
+    regate.check(made, len(source))
+    for number, (name, stage) in enumerate(every.stages()):
+        model = build(every, name, world, mesh, None)
+        found += core.rehearsed(ShardedStage(world, mesh, every, model, source, name, number, stage, Totals()))
         del model
         gc.collect()
     return found
@@ -102,11 +103,14 @@ def _source(made: Recipe, world: World) -> Source:
         core.base(made)  # puts it together, if it is not there yet
     world.wait()
     source = digits.of(made) if made.data.kind == "digits" else _conversations(made, world)
+    regate.check(made, len(source))
     if made.regate.reference:
         world.at("computing the reference's losses", patient=True)
-        if world.leads:  # the others read them
-            regate.Gate(made, source, world.device, core.base(made))
-        world.wait()
+        # The others read them: from one `run.cache` for all, or else from their machine's own.
+        for computes in (world.leads, world.first_here):
+            if computes:
+                regate.Gate(made, source, world.device, core.base(made))
+            world.wait()
     return source
 
 

@@ -44,6 +44,7 @@ class World:
     size: int
     device: torch.device
     board: dist.Store
+    local: int = 0  # which of its machine's processes this is
     timeout: float = 600.0  # seconds without progress
     where: str = "starting"
     moved: float = math.inf  # when it last made progress
@@ -53,6 +54,11 @@ class World:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def first_here(self) -> bool:
+        """Whether this rank does what is done once a machine."""
+        return self.local == 0
 
     def at(self, where: str, *, patient: bool = False) -> None:
         """Progress: what this rank does now. `patient`: that may take as long as it takes."""
@@ -178,7 +184,7 @@ def join() -> Iterator[World]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    world = World(rank, size, device, meet(_store(rank, size), rank, size))
+    world = World(rank, size, device, meet(_store(rank, size), rank, size), local)
     world.watch()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # The watch is better at noticing than the group's own timeout.

@@ -132,6 +132,7 @@ def test_influence_skips_the_layers_that_changed_least(how, data):
     ("wrong", "says"),
     [
         ({"layers": 2, "skip": 0.25}, r"none or all; give at least 0\.5"),
+        ({"layers": 32, "skip": 0.031}, r"none or all; give at least 0\.032"),
         ({"layers": 4, "skip": 0.75}, "3 layers of 4, but beside the first 1 and the last 1, .*there are 2"),
         ({"layers": 4, "skip": 1.0}, "none or all"),
         ({"layers": 4, "skip": 0.5, "protect_first": -1}, "there are"),

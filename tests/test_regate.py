@@ -1,12 +1,15 @@
 """ReGATE in whole runs: the reference's losses and their cache, killed and resumed, what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from album import album
+from hypothesis import given
+from hypothesis import strategies as st
 from test_cli import fails
 from test_sharding import log, torchrun
 from test_train import Killed, die_before, unlike
@@ -15,7 +18,7 @@ from torture import bait
 from transformers import LlamaForCausalLM
 
 from scale.__main__ import main as scaled
-from tinyspeed import UserError, checkpoint, cli, conversations, digits, recipe, reference, regate, train
+from tinyspeed import UserError, checkpoint, cli, conversations, digits, recipe, reference, regate, schedules, train
 from tinyspeed.gating import NEVER, kept
 from tinyspeed.reference import Reference
 from tinyspeed.rows import IGNORE
@@ -106,11 +109,15 @@ def test_how_a_step_is_cut_changes_neither_loss_nor_memory(home, tmp_path):
     for a, b in zip(lines(cut), lines(at_once), strict=True):
         assert (a["answers"], a["rows_kept"]) == (b["answers"], b["rows_kept"])
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    torch.testing.assert_close(remembered(cut), remembered(at_once), rtol=1e-2, atol=1e-3)
 
 
 def test_a_dry_run_takes_its_steps_with_all_answers(home, tmp_path):
-    _, found = train.dry_run(settings(home, tmp_path, "dry"))
+    """And asks no reference, which may take hours."""
+    made = settings(home, tmp_path, "dry", f"regate.reference={home / 'llm'}")
+    _, found = train.dry_run(made)
     assert {step["mode"] for step in found} == {"fast", "slow"}
+    assert not (tmp_path / "cache").exists()
 
 
 def test_nothing_is_learned_of_a_sample_that_lost_its_labels(home, tmp_path):
@@ -233,7 +240,7 @@ def test_losses_are_made_once_and_never_taken_for_those_of_other_data_or_another
     assert len(set(loaded)) == 3
 
 
-@pytest.mark.parametrize("how", ["cut", "other", "not finite"])
+@pytest.mark.parametrize("how", ["cut", "other", "not finite", "a byte"])
 def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path, capsys, how):
     made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
     mine = reference_of(made)
@@ -241,6 +248,8 @@ def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path
     file = mine._file(0)
     if how == "cut":
         file.write_bytes(file.read_bytes()[:-5])
+    elif how == "a byte":
+        file.write_bytes(file.read_bytes()[:-4] + b"\0" + file.read_bytes()[-3:])
     elif how == "not finite":
         mine._write(0, np.full_like(first, np.nan))
     else:
@@ -315,6 +324,65 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
         capsys, "train", file, "--set", "regate.keep=1.0", "--set", f"regate.reference={home / 'llm'}"
     )
     assert "no sample is seen twice" in fails(capsys, "train", file, "--set", "train.steps=2")
+
+
+@given(
+    samples=st.integers(1, 60), batch=st.integers(1, 20), epochs=st.integers(1, 4), warmup=st.integers(0, 40),
+    cycle=st.integers(2, 12), known=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_a_run_is_refused_exactly_if_no_step_would_skip(home, samples, batch, epochs, warmup, cycle, known, data):
+    """By the plans of its steps, and what has been seen before each. (An epoch's last step, of which a few samples may
+    have been seen, does not count.)"""
+    refresh = data.draw(st.integers(1, cycle - 1))
+    made = settings(
+        home, home, "asked", "train.steps=0", f"train.epochs={epochs}", f"train.batch={batch}", "dualspeed.slow=0.0",
+        f"regate.warmup={warmup}", f"regate.cycle={cycle}", f"regate.refresh={refresh}",
+        *([f"regate.reference={home / 'llm'}"] if known else []),
+    )  # fmt: skip
+    schedule, steps = schedules.schedule_of(made, "train", 2), made.train.total(samples)
+    skipping = [
+        step
+        for step in range(steps)
+        if schedule.plan(step).answer_keep < 1 and (known or step * batch >= samples)  # of their second epoch
+    ]
+    if skipping:
+        regate.check(made, samples)
+    else:
+        with pytest.raises(UserError, match=r"would (be skipped|skip)"):
+            regate.check(made, samples)
+
+
+def test_what_would_skip_nothing_is_said_before_the_first_stage(home, tmp_path):
+    for more in ("train.steps=2", "regate.warmup=9"):
+        made = settings(home, tmp_path, "run", "align.steps=2", more)
+        with pytest.raises(UserError, match=r"regate\.keep: .*would (be skipped|skip)"):
+            train.train(made, bar=False)
+        assert not made.folder.exists()
+
+
+def test_a_run_does_not_go_on_with_another_reference(home, tmp_path, monkeypatch):
+    tiny.llm(tmp_path / "llm", 1)
+    made = settings(home, tmp_path, "run", f"regate.reference={tmp_path / 'llm'}")
+    with monkeypatch.context() as patch:
+        die_before(patch, 5)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
+    shutil.rmtree(tmp_path / "llm")
+    tiny.llm(tmp_path / "llm", 2)
+    with pytest.raises(UserError, match="the reference has changed since the run was stopped"):
+        train.train(made, resume=True, bar=False)
+
+
+def test_a_reference_that_ends_its_answers_otherwise_is_refused(home, tmp_path):
+    """Special tokens may differ, but not one that is learned."""
+    tiny.llm(tmp_path / "other", 1)
+    file = tmp_path / "other" / "tokenizer.json"
+    tokens, config = file.read_text(), (tmp_path / "other" / "tokenizer_config.json").read_text()
+    file.write_text(tokens.replace('"</s>"', '"<end>"'))
+    (tmp_path / "other" / "tokenizer_config.json").write_text(config.replace('"</s>"', '"<end>"'))
+    made = settings(home, tmp_path, "run", f"regate.reference={tmp_path / 'other'}")
+    with pytest.raises(UserError, match=f"does not know the token {tiny.EOS}, which answers are made of"):
+        reference_of(made).losses(CPU, bar=False)
 
 
 def test_a_reference_that_cannot_read_so_far_is_refused(home, tmp_path):

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from test_train import train_through, unlike
 from test_tuning import settings
 
-from tinyspeed import UserError, adaptive, checkpoint, train
+from tinyspeed import UserError, adaptive, checkpoint, conversations, train
+from tinyspeed.batching import Order
 
 TOGETHER = (
     "lora.rank=4", "train.steps=12", "sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0",
@@ -16,22 +17,31 @@ TOGETHER = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("schedule", "slow"), [("periodic", 0.25), ("adaptive", 0.7)])
+@pytest.mark.parametrize(
+    ("schedule", "slow", "views"), [("periodic", 0.25, "false"), ("periodic", 0.25, "true"), ("adaptive", 0.7, "false")]
+)
 def test_one_recipe_asks_for_all_three_and_is_never_the_wiser_for_being_killed(
-    home, tmp_path, monkeypatch, schedule, slow
+    home, tmp_path, monkeypatch, schedule, slow, views
 ):
     monkeypatch.setattr(adaptive, "BLOCK", 2)
-    together = (*TOGETHER, f"dualspeed.schedule={schedule}", f"dualspeed.slow={slow}")
+    together = (*TOGETHER, f"dualspeed.schedule={schedule}", f"dualspeed.slow={slow}", f"dualspeed.views={views}")
     whole = settings(home, tmp_path, "whole", *together)
     train.train(whole, bar=False)
     steps = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
-    # What each leaves out: with rows pruned and answers gone a fast step has fewer rows than half of a full one's.
     fast = [step for step in steps if step["mode"] == "fast"]
     layers = [step["layers"] for step in steps if step["mode"] == "slow"]
     assert layers == [None] * len(layers)
     assert len(layers) >= 3
     assert any(step["layers"] for step in fast)
     assert all(step["rows_kept"] < step["rows_full"] for step in fast)
+    # Once all have been seen (in one step of three, some). Slow steps learn every answer, and so does the first step of
+    # each cycle of six.
+    source = conversations.of(whole, whole.model.path, bar=False)
+    order = Order(len(source), whole.run.seed)
+    every = [sum(source.lengths(i)[2] for i in order.batch(at, whole.train.batch)) for at in range(len(steps))]
+    for at, (step, answers) in enumerate(zip(steps, every, strict=True)):
+        skips = step["mode"] == "fast" and at % 6 >= 1 and (at + 1) * whole.train.batch > len(source)
+        assert (step["answers"] < answers) == skips
     made = settings(home, tmp_path, "run", *together)
     train_through(monkeypatch, made, 3, 7)
     assert not unlike(made, whole)

@@ -14,10 +14,12 @@ all answers too. They keep the model good at whole sequences, their teacher and 
 they are the steps that cost what they cost: a refresh more comes for nothing.
 
 The paper is known from its site and from notes, and no code is public. "sum" is the formula of the notes; their
-ablation (lambda = 1 is "reference only") fits "mix", so both are here. Ours, where nothing is known: the cycle counts
-from step 0, warm-up included; a token's first loss is its m; until then l_ref stands for m, so that both kinds can be
-compared. Without a reference (lambda = 0) a sample that was never seen keeps all its answers: nothing is known of it,
-so in a single epoch nothing is skipped. Tokens that are skipped keep their m, and come back only with a refresh.
+ablation (lambda = 1 is "reference only") fits "mix", so both are here. (A figure of the site draws a product sign
+between the losses, to which no weight lambda and no "reference only" would fit: that reading is not.) Ours, where
+nothing is known: the cycle counts from step 0, warm-up included; a token's first loss is its m; until then l_ref stands
+for m, so that both kinds can be compared. Without a reference (lambda = 0) a sample that was never seen keeps all its
+answers: nothing is known of it, so in a single epoch nothing is skipped. Tokens that are skipped keep their m, and come
+back only with a refresh.
 """
 
 import math
@@ -55,6 +57,10 @@ class Settings:
             (0 <= self.beta < 1, f"regate.beta = {self.beta}: must be at least 0 and below 1"),
             (self.warmup >= 0, f"regate.warmup = {self.warmup}: must not be negative"),
             (0 < self.refresh <= self.cycle, f"regate.refresh = {self.refresh}: between 1 and regate.cycle"),
+            (
+                self.keep == 1 or self.refresh < self.cycle,
+                f"regate.refresh = {self.refresh}: of regate.cycle as many, none would skip anything",
+            ),
         ):
             if not good:
                 raise UserError(what)
@@ -68,11 +74,12 @@ class Cycle:
     def __init__(self, settings: Settings):
         self.settings = settings
 
+    def skips(self, step: int) -> bool:
+        """Whether a step skips answers, if it is not slow."""
+        return step >= self.settings.warmup and step % self.settings.cycle >= self.settings.refresh
+
     def change(self, plan: Plan, step: int) -> Plan:
-        s = self.settings
-        if plan.mode == "slow" or step < s.warmup or step % s.cycle < s.refresh:
-            return plan
-        return replace(plan, answer_keep=s.keep)
+        return replace(plan, answer_keep=self.settings.keep) if plan.mode != "slow" and self.skips(step) else plan
 
     def observe(self, plan: Plan, seen: dict) -> None:
         """Nothing: which answers are hard is the `Memory`'s."""

@@ -27,6 +27,7 @@ skips some that matter.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,9 +60,10 @@ class LayerSkipper:
             raise unknown("way to choose layers", choose, CHOICES)
         free, count = layers - protect_first - protect_last, int(skip * layers + 1e-6)
         if not 0 < skip < 1 or not count:
+            least = math.ceil(1000 / layers) / 1000  # as printed, it must be enough
             raise UserError(
-                f"skip = {skip}: of {counted(layers, 'layer')} that is none or all; give at least {1 / layers:.2g} and "
-                f"less than 1"
+                f"skip = {skip}: of {counted(layers, 'layer')} that is none or all; give at least {least:g} and less "
+                f"than 1"
             )
         if min(protect_first, protect_last) < 0 or count > free or count == layers:
             raise UserError(

@@ -227,19 +227,19 @@ class Recipe:
     scale: Scale = field(default_factory=Scale)
 
     def __post_init__(self):
-        some = self.train.steps or self.train.epochs or self.align.steps or self.align.epochs
-        _check(bool(some), "the recipe trains nothing: set train.steps or train.epochs")
         tunes = self.train.steps or self.train.epochs
         aligns = self.align.steps or self.align.epochs
+        _check(bool(tunes or aligns), "the recipe trains nothing: set train.steps or train.epochs")
         _check(bool(aligns) or not self.sts.compress, "sts.compress is for aligning: set align.steps or align.epochs")
         _check(bool(tunes) or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
+        slow = self.dualspeed.slow if self.dualspeed.schedule not in ("fast", "full") else 0
+        once = self.sts.skip and self.sts.layers == "influence" and not (self.sts.every or slow)
+        _check(not once, "sts.every = 0: without slow steps influence is measured in step 1 alone; set it above 0")
         if self.model.quantise != "none" and tunes:
             _check(self.lora.rank > 0, '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"')
         needs_lora = "dualspeed.views is a LoRA for each mode: set lora.rank, or dualspeed.views = false"
         _check(self.lora.rank > 0 or not self.dualspeed.views, needs_lora)
         _check(self.regate.keep == 1 or bool(tunes), "regate.keep: answers are skipped in tuning; set train.steps")
-        idle = self.regate.keep < 1 and self.regate.refresh == self.regate.cycle
-        _check(not idle, f"regate.refresh = {self.regate.refresh}: of regate.cycle as many, none would skip anything")
         plugins = sorted({self.pruning(name)[0] for name, _ in self.stages()})
         if plugins != [DualSpeed.plugin]:
             from . import pruning

@@ -5,16 +5,20 @@
 
 The reference is frozen and sees no picture (its rows are the pad token, or the unknown one, so that the text stands
 where it stands for the student), so its losses never change. They are found by everything that they depend on: what
-was made for other data or by another model is never read. Each file also says what it is of, and one that is damaged
-or of something else is made anew. Files are written under a temporary name and then renamed: an interruption loses one
-at most. The newest few folders are kept.
+was made for other data or by another model is never read. Each file also says what it is of, with a checksum, and one
+that is damaged or of something else is made anew. Files are written under a temporary name and then renamed: an
+interruption loses one at most. The few folders that were used last are kept.
 
-Its tokens must be the student's. Special ones that it does not know, such as the placeholder of a picture, become pad.
+Its tokens must be the student's. Special ones that it does not know, such as the placeholder of a picture, become pad;
+but not those that an answer has, such as its end: of these it would say how likely a pad is.
 """
 
 import hashlib
+import os
 import shutil
 import sys
+import zlib
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -48,8 +52,9 @@ class Reference:
         self.files = _files(path)
         processor = loading.load_processor(base)
         self.tokens = _tokens(path, self.files, processor)
+        self.content = _content(self.files)
         made = hashlib.blake2b(digest_size=16)
-        for part in (_content(self.files), source.fingerprint, repr(samples), repr(self.tokens.tolist()), precision):
+        for part in (self.content, source.fingerprint, repr(samples), repr(self.tokens.tolist()), precision):
             made.update(part.encode() + b"\0")
         self.key = made.hexdigest()
         self.folder = folder / self.key
@@ -71,6 +76,9 @@ class Reference:
             every = sorted((f for f in self.folder.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
             for old in every[:-FOLDERS]:
                 shutil.rmtree(old, ignore_errors=True)
+        else:
+            with suppress(OSError):  # somebody else's folder, or one that cannot be written
+                os.utime(self.folder)
         return np.concatenate(found)
 
     def _file(self, number: int) -> Path:
@@ -83,7 +91,7 @@ class Reference:
         try:
             with safe_open(file, framework="pt") as opened:
                 losses, of = opened.get_tensor("losses").numpy(), opened.metadata()
-            fits = of == {"key": self.key} and len(losses) == sum(self.source.lengths(i)[2] for i in part)
+            fits = of == self._label(losses) and len(losses) == sum(self.source.lengths(i)[2] for i in part)
             fits = fits and np.isfinite(losses).all()
         except (OSError, SafetensorError):
             fits = False
@@ -94,7 +102,10 @@ class Reference:
 
     def _write(self, number: int, losses: np.ndarray) -> None:
         with disk.whole(self._file(number), cached=True) as temporary:
-            temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, {"key": self.key}))
+            temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, self._label(losses)))
+
+    def _label(self, losses: np.ndarray) -> dict[str, str]:
+        return {"key": self.key, "crc32": f"{zlib.crc32(losses.tobytes()):08x}"}
 
     def _check_context(self) -> None:
         with loading.told(f"regate.reference: cannot load {self.path}"):
@@ -116,6 +127,13 @@ class Reference:
     @torch.no_grad()
     def _make(self, model: nn.Module, part: list[int]) -> np.ndarray:
         texts = [self.source.text(i) for i in part]
+        for ids, labels in texts:
+            learned = ids[labels != IGNORE]
+            if len(other := learned[self.tokens[learned] != learned]):
+                raise UserError(
+                    f"regate.reference: {self.path} has another tokenizer than the model: it does not know the token "
+                    f"{int(other[0])}, which answers are made of; give the LLM that the model was made of"
+                )
         order = sorted(range(len(part)), key=lambda i: -len(texts[i][0]))
         losses: list[Tensor] = [None] * len(part)
         while order:
@@ -150,10 +168,15 @@ def _files(path: str) -> str:
         return snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"])
 
 
-@cache
 def _content(folder: str) -> str:
+    files = sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")])
+    return _hash(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@cache  # two gates of a run ask for it, of a file of 13 GB
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
     made = hashlib.blake2b(digest_size=16)
-    for file in sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")]):
+    for file, *_ in files:
         with open(file, "rb") as opened:
             made.update(hashlib.file_digest(opened, "blake2b").digest())
     return made.hexdigest()

@@ -9,26 +9,39 @@ that all remember the same and decide the same. Every step teaches the memory, w
 in both modes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from . import folders, precision
 from .batching import Order
 from .data import Source
-from .errors import UserError
-from .gating import Memory
+from .errors import UserError, counted
+from .gating import Cycle, Memory
 from .recipe import Recipe
 from .reference import Reference
 from .rows import IGNORE
 
 
 def check(recipe: Recipe, samples: int) -> None:
-    """That something will be known of these samples, if answers are to be skipped."""
+    """That some step will skip answers, if they are to be skipped."""
     settings, stage = recipe.regate, recipe.train
-    if settings.keep < 1 and not settings.reference and stage.total(samples) * stage.batch <= samples:
+    if settings.keep == 1:
+        return
+    steps = stage.total(samples)
+    known = 0 if settings.reference else math.ceil(samples / stage.batch)  # from here on all have been seen before
+    if known >= steps:
         raise UserError(
             "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
             "regate.reference, or train for several epochs"
+        )
+    first, cycle = max(known, settings.warmup), Cycle(settings)
+    if not any(map(cycle.skips, range(first, min(steps, first + settings.cycle)))):
+        raise UserError(
+            f"regate.keep: none of the run's {counted(steps, 'step')} would skip an answer: the first regate.warmup = "
+            f"{settings.warmup} see all, and so do regate.refresh = {settings.refresh} of every regate.cycle = "
+            f"{settings.cycle}; set these lower (warmup to a tenth of the steps), or train for more"
         )
 
 
@@ -36,16 +49,16 @@ class Gate:
     """Whose answers a step of `train` skips."""
 
     def __init__(self, recipe: Recipe, source: Source, device: torch.device, base: str):
-        check(recipe, len(source))
         number, stage = next((n, stage) for n, (name, stage) in enumerate(recipe.stages()) if name == "train")
         order, drawn = Order(len(source), recipe.run.seed + number), stage.total(len(source)) * stage.batch
         window = stage.batch * recipe.scale.window  # within which `scale` may draw in another order
         seen = sorted({order[position] for position in range(-(-drawn // window) * window)})
-        settings, losses = recipe.regate, None
+        settings, losses, self.reference = recipe.regate, None, ""  # what the losses are of
         if settings.reference:
             name = precision.choose(recipe.model.precision, device)
             folder = folders.expanded(recipe.run.cache) / "reference"
-            losses = Reference(settings.reference, base, source, seen, name, folder).losses(device)
+            reference = Reference(settings.reference, base, source, seen, name, folder)
+            losses, self.reference = reference.losses(device), reference.content
         self.memory = Memory(settings, seen, [source.lengths(i)[2] for i in seen], losses)
 
     def begin(self, samples: list[int], share: float) -> int:

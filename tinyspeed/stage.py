@@ -83,11 +83,8 @@ class StageRun:
         model.activation_checkpointing_enable()  # each micro-batch then says whether it needs it
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         connector = {id(p) for p in [*model.vlm.connector(), *model.only_training.values()]}
-        self.optimizer = optimizer.build(
-            stage,
-            [p for p in self.names if id(p) in connector],
-            [p for p in self.names if id(p) not in connector],
-        )
+        its, others = ([p for p in self.names if (id(p) in connector) == among] for among in (True, False))
+        self.optimizer = optimizer.build(stage, its, others)
         self.order = Order(len(source), recipe.run.seed + number)
         self.precision = precision.choose(recipe.model.precision, model.device)
         self.scale = precision.LossScale.of(self.precision)
@@ -374,14 +371,16 @@ class StageRun:
             "scale": self.scale.state_dict(),
             "recipe": fingerprint(self.recipe),
             "data": self.source.fingerprint,
+            "reference": self.gate.reference if self.gate else "",
             "threads": torch.get_num_threads(),
             "log": logged(self.recipe.folder) if self.lead else (0, 0),
         }
 
     def restore(self, saved: checkpoint.Saved, state: dict) -> None:
-        if state["data"] != self.source.fingerprint:
-            was, now = state["data"], self.source.fingerprint
-            raise UserError(f"the data has changed since the run was stopped: it was {was}, and now it is {now}")
+        mine = self._state(state["stage_step"])
+        for what in ("data", "reference"):
+            if (was := state.get(what, "")) != (now := mine[what]):
+                raise UserError(f"the {what} has changed since the run was stopped: it was {was}, and now it is {now}")
         checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
         checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
         checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)

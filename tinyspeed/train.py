@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from . import (
     disk,
     features,
     folders,
+    gating,
     isolator,
     loading,
     merge,
@@ -96,8 +97,14 @@ def dry_run(recipe: Recipe) -> tuple[Source, list[dict]]:
     Slow steps are rare and long: without this, a run that cannot fit ends after an hour instead of a minute.
     """
     set_threads(recipe)
-    model, source = build(recipe)
-    return source, list(rehearsals(recipe, model, source))
+    model, source = build(of_all_answers(recipe))
+    regate.check(recipe, len(source))
+    return source, list(rehearsals(of_all_answers(recipe), model, source))
+
+
+def of_all_answers(recipe: Recipe) -> Recipe:
+    """Its largest steps: no answer is skipped, and no reference is asked which."""
+    return replace(recipe, regate=gating.Settings())
 
 
 def rehearsals(recipe: Recipe, model: DualSpeed, source: Source) -> Iterator[dict]:
@@ -146,6 +153,8 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     place(recipe)
     if recipe.data.kind == "chat":  # first: its mistakes show before a large model is loaded
         source = _conversations(recipe)
+    if recipe.regate.keep < 1:
+        regate.check(recipe, len(source or digits.of(recipe)))
     if recipe.regate.reference:  # also first: two models need not fit side by side
         regate.Gate(recipe, source or digits.of(recipe), place(recipe)[0], base(recipe))
     model = build_model(recipe)

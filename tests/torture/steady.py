@@ -54,7 +54,7 @@ VARIANTS = {
     "adaptive": ("dualspeed.schedule=adaptive", "dualspeed.slow=0.1"),
     "all of it": (
         "dualspeed.schedule=adaptive", "dualspeed.slow=0.5", "sts.skip=0.34", "sts.layers=influence",
-        "regate.keep=0.5", "regate.warmup=50", "regate.cycle=32", "regate.refresh=4", "train.optimizer=adamw8bit",
+        "regate.keep=0.5", "regate.warmup=40", "regate.cycle=32", "regate.refresh=4", "train.optimizer=adamw8bit",
     ),
     "layers at random": ("sts.skip=0.34", "dualspeed.isolator=0"),
     "LoRA, workers": ("lora.rank=2", "data.workers=1", "dualspeed.plugin=tokenlearner"),

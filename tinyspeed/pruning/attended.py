@@ -66,4 +66,4 @@ def vispruner(
 
 def ranked(attention: Tensor, valid: Tensor) -> Tensor:
     """(B, N) row numbers by falling attention, in raster order among equals; rows that may not be kept come last."""
-    return attention.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True)
+    return attention.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
