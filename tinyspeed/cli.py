@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("words", nargs="+", metavar="[IMAGE ...] QUESTION")
     made.add_argument("--max-new-tokens", type=int, default=256)
 
-    made = command("compare", _compare, "full training, DualSpeed, and arms of your own, side by side")
+    made = command("compare", _compare, "full training, DualSpeed, and arms of your own, side by side, on digits")
     takes_recipe(made, "digits")
     made.add_argument("--seeds", type=int, default=1)
     arms = made.add_mutually_exclusive_group()
