@@ -487,7 +487,7 @@ def test_a_tower_that_trains_learns_from_melted_rows(llava):
 
 def test_a_learned_plugin_refuses_more_rows_than_it_was_made_for_and_a_change_of_plugin(llava):
     model = DualSpeed(llava, plugin="tokenlearner", keep=0.2).train()
-    with pytest.raises(UserError, match="was made for 1 glances"):
+    with pytest.raises(UserError, match="was made for 1 rows"):
         model(**tiny.batch("llava"), plan=Plan("fast", keep=0.9))
     with pytest.raises(UserError, match="the same in all stages"):
         model.chooser.switch("divprune")

@@ -148,7 +148,7 @@ def test_dpp_never_takes_what_lies_in_the_span_of_what_it_has_while_there_is_mor
 def test_relevance_decides_first_and_a_row_without_any_is_last(seed, n):
     features = distinct(seed, 2, n, 32)
     relevance = torch.rand(2, n, generator=torch.Generator().manual_seed(seed)) + 0.1
-    relevance[:, 2] = 0
+    relevance[:, 2] = 0 if seed % 2 else -5.0  # less than none is none
     assert (select("dpp", features, count=n - 1, signals={"relevance": relevance}) != 2).all()
     # Of the centred plugin's rows the least distinctive has no weight either.
     assert (select("dpp_centred", features, count=n - 2, signals={"relevance": relevance}) != 2).all()
@@ -161,7 +161,7 @@ def test_centred_plugins_take_the_least_distinctive_row_last(name, seed, n):
     features = distinct(seed, 1, n, 12)
     weights = distinctiveness(features[0])
     least = weights.index(min(weights))
-    assume(sorted(weights)[1] > 1e-4)
+    assume(sorted(weights)[1] > 1e-3)
     kept = select(name, features, count=n - 1)[0].tolist()
     assert least not in kept or (name == "divprune_centred" and least == int(select("divprune", features, count=1)))
 

@@ -50,9 +50,9 @@ def vispruner(
         longest, evens, odds = int(left.max()), (left + 1) // 2, left // 2
         dropped = (left - wanted).clamp(max=ROUND).minimum(evens)
         left = left - dropped
-        evens, odds, dropped = (count[:, None].to(rest.device) for count in (evens, odds, dropped))
+        evens, odds, dropped = (count[:, None].to(rest.device, non_blocking=True) for count in (evens, odds, dropped))
         even, odd = rest[:, :longest:2], rest[:, 1:longest:2]
-        likeness = similarity[batch, even[:, :, None], odd[:, None, :]]
+        likeness = similarity[batch, even[:, :, None], odd[:, None, :]].round(decimals=5)  # duplicates are equal
         likeness = likeness.masked_fill_((columns[: odd.shape[1]] >= odds)[:, None, :], -2).amax(2)
         likeness = likeness.masked_fill_(columns[: even.shape[1]] >= evens, -3)  # a place behind the image's last row
         even = even.gather(1, likeness.argsort(dim=1, descending=True, stable=True))

@@ -1,7 +1,6 @@
 """The controls: random rows and evenly spread rows. A plugin that does not beat them is not worth its price."""
 
-import functools
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,23 +31,48 @@ def noise(x: Tensor, seed: int) -> Tensor:
 @register("grid", pairs=0)
 def grid(features: Tensor, *, most: int, valid: Tensor, sizes: list[tuple[int, int]], square: bool, **_) -> Tensor:
     """K rows spread evenly over the picture, whatever is in it: blind down-sampling, the other control."""
-    ranks = [[*lattice(n, k, square), *(0 for _ in range(most - k))] for n, k in sizes]
     order = torch.argsort(~valid, dim=1, stable=True)  # the candidates' positions, in raster order
-    return order.gather(1, torch.tensor(ranks, device=features.device))
+    return order.gather(1, Cells(sizes, most, square, valid.device).centres)
 
 
-@functools.cache
-def lattice(n: int, k: int, square: bool) -> list[int]:
-    """k of the numbers 0 .. n-1. A square n (24 x 24) is a picture: about sqrt(k) lines, evenly spaced, the k rows
-    dealt evenly to the lines. Any other n, and several pictures in one list (anyres), is sampled evenly along its
-    raster order."""
-    side = math.isqrt(n)
-    if not square or side * side != n:
-        return [(2 * i + 1) * n // (2 * k) for i in range(k)]
-    lines = max(1, round(math.sqrt(k)))
-    picks = []
-    for line in range(lines):
-        row = (2 * line + 1) * side // (2 * lines)
-        columns = (line + 1) * k // lines - line * k // lines
-        picks += [row * side + (2 * column + 1) * side // (2 * columns) for column in range(columns)]
-    return picks
+class Cells:
+    """A picture of K cells laid over one of N rows, for every image of a batch, from its `sizes` = (N, K).
+
+    A square N (24 x 24) is a picture: about sqrt(K) lines, evenly spaced, the K cells dealt evenly to them. Any other
+    N, and several pictures in one list (anyres), is one line in raster order. Cells beyond an image's K lie where its
+    last one does.
+    """
+
+    def __init__(self, sizes: list[tuple[int, int]], most: int, square: bool, device: torch.device):
+        n, k = torch.tensor(sizes).T[:, :, None]  # on the host: what is taken from there is ready when it is needed
+        side = n.float().sqrt().round().long()
+        picture = (side * side == n) & square
+        lines = k.float().sqrt().round().long().where(picture, 1)
+        i = torch.arange(most).minimum(k - 1)
+        line = -(-(i + 1) * lines // k) - 1  # whose cells are line * k // lines .. (line + 1) * k // lines - 1
+        first = line * k // lines
+        columns, height, width = (line + 1) * k // lines - first, side.where(picture, 1), side.where(picture, n)
+        self.down = Axis(line, lines, height).to(device)
+        self.across = Axis(i - first, columns, width).to(device)
+        self.width = width.to(device, non_blocking=True)
+
+    @property
+    def centres(self) -> Tensor:
+        """(B, K): the row of the picture in the middle of each cell."""
+        return self.down.centre * self.width + self.across.centre
+
+
+@dataclass
+class Axis:
+    """Cell i of k along a line of n, all of them (B, K) or (B, 1)."""
+
+    i: Tensor
+    k: Tensor
+    n: Tensor
+
+    def to(self, device: torch.device) -> "Axis":
+        return Axis(*(x.to(device, non_blocking=True) for x in (self.i, self.k, self.n)))
+
+    @property
+    def centre(self) -> Tensor:
+        return (2 * self.i + 1) * self.n // (2 * self.k)

@@ -6,7 +6,7 @@ Licence: MMTok's code is Apache-2.0; this is written from its description.
 import torch
 from torch import Tensor
 
-from .cosine import cosines
+from .cosine import best, cosines
 from .registry import register
 
 TEMPERATURE = 0.2  # MMTok's, for likeness of picture rows
@@ -34,7 +34,7 @@ def coverage(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     taken = ~valid
     picks = []
     for _ in range(most):
-        pick = gain.sum(1).masked_fill_(taken, -1).argmax(1)
+        pick = best(gain.sum(1).masked_fill_(taken, -1))
         picks.append(pick)
         taken = taken.scatter(1, pick[:, None], True)
         gain.sub_(gain[batch, :, pick][:, :, None]).clamp_(min=0)

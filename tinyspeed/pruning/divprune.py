@@ -9,7 +9,7 @@ Licence: written from the paper's description; the authors' code is for non-comm
 import torch
 from torch import Tensor
 
-from .cosine import centred, cosines, distinctive
+from .cosine import best, centred, cosines, distinctive
 from .registry import register
 
 INF = float("inf")
@@ -35,7 +35,7 @@ def divprune(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     for _ in range(most):
         picks.append(pick)
         closest = torch.maximum(closest, similarity[batch, pick]).scatter_(1, pick[:, None], INF)
-        pick = closest.argmin(1)
+        pick = best(-closest)
     return torch.stack(picks, dim=1)
 
 
@@ -57,7 +57,7 @@ def divprune_centred(features: Tensor, *, most: int, valid: Tensor, **_) -> Tens
         picks.append(pick)
         farthest = torch.minimum(farthest, distance[batch, pick]).scatter_(1, pick[:, None], -INF)
         # A distance that rounding has made negative would turn the order of the weights around.
-        pick = (weight * farthest.clamp(min=0)).masked_fill_(farthest == -INF, -INF).argmax(1)
+        pick = best((weight * farthest.clamp(min=0)).masked_fill_(farthest == -INF, -INF))
     return torch.stack(picks, dim=1)
 
 
@@ -68,4 +68,4 @@ def _loneliest(similarity: Tensor, valid: Tensor) -> Tensor:
     similarity.diagonal(dim1=1, dim2=2).fill_(-INF)  # nor is a row its own
     # Two rows that are each other's nearest must tie, though a product's two halves may round differently.
     nearest = torch.maximum(similarity.amax(2), similarity.amax(1))
-    return nearest.masked_fill_(~valid, INF).argmin(1)
+    return best(-nearest.masked_fill_(~valid, INF))

@@ -8,7 +8,7 @@ Licence: CDPruner's code is Apache-2.0; this is written from its description.
 import torch
 from torch import Tensor
 
-from .cosine import centred, cosines, distinctive
+from .cosine import ROUNDING, best, centred, cosines, distinctive
 from .registry import register
 
 # The square of a row's distance from the span of the chosen rows, below which it has nothing new: a hundredth of the
@@ -22,14 +22,15 @@ def dpp(features: Tensor, *, most: int, valid: Tensor, relevance: Tensor | None 
     makes det(L of the chosen rows) largest. That is r_j times its distance from the span of the chosen rows, where
     DivPrune takes the distance from the nearest of them.
 
-    r is the `relevance` of each row to the question, a signal (B, N) that need not be given: CDPruner takes it from
-    CLIP's text tower, which is ill-defined for training samples of many turns. Without it r = 1, and the first pick,
-    for which all rows are then equal, is the first row of the picture.
+    r is the `relevance` of each row to the question, a signal (B, N) that need not be given and counts as 0 where it is
+    negative: CDPruner takes it from CLIP's text tower, which is ill-defined for training samples of many turns. Without
+    it r = 1, and the first pick, for which all rows are then equal, is the first row of the picture.
 
     Cost: O(K^2 N) an image, by an incremental Cholesky factor (the fast greedy MAP of Chen et al., 2018). Traps of the
     official code that are not here: beyond the rank of S it divides by zero and keeps 61 rows of 64 (here d^2 has a
-    floor, and the rest come by relevance, else in raster order), and it stretches r over the whole batch, so that an
-    image's picks depend on its neighbours (here an image's r is only ever compared with itself).
+    floor, and the rest come by relevance, else in raster order), and it stretches r
+    over the whole batch, so that an image's picks depend on its neighbours (here an image's r is only ever compared
+    with itself).
     """
     similarity = cosines(features)
     return _greedy(similarity, torch.ones_like(similarity[:, 0]) if relevance is None else relevance, most, valid)
@@ -46,15 +47,15 @@ def dpp_centred(features: Tensor, *, most: int, valid: Tensor, relevance: Tensor
 def _greedy(similarity: Tensor, weight: Tensor, most: int, valid: Tensor) -> Tensor:
     """det(L) of a set is det(S) times its weights squared. So the Cholesky factor is of S: with c its rows so far and
     d^2_j what is left of S_jj, pick j = argmax weight^2 d^2; then e = (S_j - sum_t c_t[j] c_t) / d_j, d^2 -= e^2."""
-    weight = weight.masked_fill(~valid, 0)
-    weight = (weight / weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)).square()
+    weight = weight.clamp(min=0).masked_fill(~valid, 0)
+    weight = (weight / weight.amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)).square()
     left = similarity.diagonal(dim1=1, dim2=2).sign().clamp(min=NOTHING)  # cos(x, x) is 1, or 0 for a zero row
     factor = similarity.new_zeros(len(similarity), most, similarity.shape[1])
     batch = torch.arange(len(similarity), device=similarity.device)
     taken = ~valid
     picks = []
     for turn in range(most):
-        pick = (weight * left).masked_fill_(taken, -1).argmax(1)
+        pick = best((weight * left).masked_fill_(taken, -1), weight.sqrt() * ROUNDING)
         picks.append(pick)
         taken = taken.scatter(1, pick[:, None], True)
         before, rest = factor[:, :turn], left[batch, pick][:, None]

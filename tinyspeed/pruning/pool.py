@@ -16,13 +16,10 @@ What the LLM sees are mixtures of patches, which a full step never shows it. Tha
 of everything.
 """
 
-import functools
-import math
-
 import torch
 from torch import Tensor
 
-from .controls import lattice
+from .controls import Axis, Cells
 from .registry import register
 
 
@@ -39,51 +36,24 @@ def pool_bilinear(features: Tensor, *, most: int, valid: Tensor, **how) -> tuple
 
 
 def _pooled(
-    axis, valid: Tensor, most: int, sizes: list[tuple[int, int]], square: bool, **_
+    weigh, valid: Tensor, most: int, sizes: list[tuple[int, int]], square: bool, **_
 ) -> tuple[Tensor, Tensor, None]:
-    kinds = [*dict.fromkeys(sizes)]  # LLaVA-1.5's images are all of one
-    maps = torch.zeros(len(kinds), most, valid.shape[1])
-    for kind, (n, k) in zip(maps, kinds, strict=True):
-        kind[:k, :n] = _windows(axis, n, k, square)
-    ranks = torch.tensor(
-        [[*lattice(n, k, square), *(0 for _ in range(most - k))] for n, k in sizes], device=valid.device
-    )
-    # The maps count candidates; `order` says where in the features each of them is.
+    cells = Cells(sizes, most, square, valid.device)
+    place = (valid.cumsum(1) - 1).clamp(min=0)[:, None, :]  # of each row among those that may be kept
+    width = cells.width[:, :, None]
+    weight = weigh(cells.down, place // width) * weigh(cells.across, place % width)
     order = torch.argsort(~valid, dim=1, stable=True)
-    maps = maps.to(valid.device)[[kinds.index(size) for size in sizes]]
-    weight = torch.zeros_like(maps).scatter_(2, order[:, None, :].expand_as(maps), maps)
-    return order.gather(1, ranks), weight, None
+    return order.gather(1, cells.centres), weight.masked_fill_(~valid[:, None, :], 0), None
 
 
-@functools.lru_cache(maxsize=64)
-def _windows(axis, n: int, k: int, square: bool) -> Tensor:
-    """(k, n) in the order of `lattice`."""
-    side = math.isqrt(n)
-    if not square or side * side != n:
-        return axis(n, k)
-    lines = max(1, round(math.sqrt(k)))
-    down, across = axis(side, lines), []
-    for line in range(lines):
-        columns = (line + 1) * k // lines - line * k // lines
-        across.append(torch.einsum("r,kc->krc", down[line], axis(side, columns)).flatten(1))
-    return torch.cat(across)
+def _covered(axis: Axis, at: Tensor) -> Tensor:
+    """(B, K, N): window i is the mean of floor(i n / k) .. ceil((i + 1) n / k) - 1 of a line of n."""
+    first, end = axis.i * axis.n // axis.k, -(-(axis.i + 1) * axis.n // axis.k)
+    within = (at >= first[:, :, None]) & (at < end[:, :, None])
+    return within / (end - first)[:, :, None]
 
 
-def _covered(n: int, k: int) -> Tensor:
-    """(k, n): window i is the mean of patches floor(i n / k) .. ceil((i + 1) n / k) - 1 of a line of n."""
-    weight = torch.zeros(k, n)
-    for i in range(k):
-        first, end = i * n // k, -(-(i + 1) * n // k)
-        weight[i, first:end] = 1 / (end - first)
-    return weight
-
-
-def _between(n: int, k: int) -> Tensor:
-    """(k, n): sample i lies at (i + 1/2) n / k - 1/2, between two patches."""
-    weight = torch.zeros(k, n)
-    for i in range(k):
-        at = min(max((i + 0.5) * n / k - 0.5, 0), n - 1)
-        low = min(int(at), max(n - 2, 0))
-        weight[i, low] += 1 - (at - low)
-        weight[i, min(low + 1, n - 1)] += at - low
-    return weight
+def _between(axis: Axis, at: Tensor) -> Tensor:
+    """(B, K, N): sample i lies at (i + 1/2) n / k - 1/2, between two of a line of n."""
+    centre = ((axis.i + 0.5) * axis.n / axis.k - 0.5).clamp(min=0).minimum(axis.n - 1)
+    return (1 - (at - centre[:, :, None]).abs()).clamp(min=0)

@@ -37,7 +37,10 @@ class TokenLearner(nn.Module):
 
     def forward(self, features: Tensor, *, most: int, valid: Tensor, **how) -> tuple[Tensor, Tensor, None]:
         if most > self.glances.out_features:
-            raise UserError(f"tokenlearner was made for {self.glances.out_features} glances, and {most} are asked for")
+            raise UserError(
+                f"tokenlearner was made for {self.glances.out_features} rows of an image, which is the share of its "
+                f"largest picture, and {most} are asked for: videos have more, and need another plugin"
+            )
         x = F.normalize(features, dim=2) * features.shape[2] ** 0.5
         maps = self.glances(F.gelu(self.hidden(x)))[:, :, :most].mT
         return (

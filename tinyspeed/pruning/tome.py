@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .registry import register
 
+DECIMALS = 5  # of a likeness: beyond them is rounding, and pairs that are as good come in raster order
+
 
 @register("tome", merges="features", pairs=9)
 def tome(
@@ -36,14 +38,15 @@ def tome(
     gram = features @ features.mT  # x_i x_j; from the first round on, of clusters' sums
     while (left > wanted).any():
         merges, longest = (left - wanted).minimum((left + 1) // 2), int(left.max())
-        here = torch.arange(longest, device=valid.device) < left[:, None].to(valid.device)
+        here = torch.arange(longest, device=valid.device) < left[:, None].to(valid.device, non_blocking=True)
         left = left - merges
         norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # rows that cancel each other: 0, give or take
         norm = norm.masked_fill(norm == 0, 1)
         likeness = gram[:, ::2, 1::2] / norm[:, ::2, None] / norm[:, None, 1::2]
+        likeness = likeness.round(decimals=DECIMALS)
         best, match = likeness.masked_fill_(~here[:, None, 1::2], -2).max(2)
         rank = best.masked_fill(~here[:, ::2], -3).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        gone = rank < merges[:, None].to(rank.device)
+        gone = rank < merges[:, None].to(rank.device, non_blocking=True)
         joins = torch.zeros_like(likeness).scatter_(2, match[:, :, None], gone[:, :, None].to(likeness.dtype))
         gram[:, 1::2] += joins.mT @ gram[:, ::2]
         gram[:, :, 1::2] += gram[:, :, ::2] @ joins
