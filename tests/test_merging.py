@@ -118,6 +118,17 @@ def test_a_learned_plugin_kept_in_half_precision_learns_and_chooses_in_fp32(name
         torch.testing.assert_close(rounded.grad.float(), exact.grad, rtol=0.01, atol=1e-6)
 
 
+def test_making_a_learned_plugin_shifts_nobodys_random_numbers(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    first, again, other = (pruning.make("dynamicvit", 6, 5, seed).within.weight for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
 # Pooling, against torch's
 
 

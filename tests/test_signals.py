@@ -70,6 +70,25 @@ def test_what_is_heard_is_what_eager_attention_says(family, layer):
         torch.testing.assert_close(vlm.projector(tower[places]), image[places], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [-2, 1])
+def test_the_keys_are_those_of_the_block_that_the_projector_reads(layer, llava):
+    """By the block's own layers, from its input as transformers says it."""
+    llava.eval().config.vision_feature_layer = layer
+    vlm, batch = adapter(llava), tiny.batch("llava")
+    with torch.no_grad(), signals.heard(vlm, batch, ("keys",)) as heard:
+        vlm.features(batch, "fast")
+        into = layer + 3 if layer < 0 else layer - 1
+        hidden = vlm.tower(batch["pixel_values"], output_hidden_states=True).hidden_states[into]
+        block = getattr(vlm.tower, "vision_model", vlm.tower).encoder.layers[into]
+        keys = torch.nn.functional.linear(
+            block.layer_norm1(hidden), block.self_attn.k_proj.weight, block.self_attn.k_proj.bias
+        )
+    heads = keys.chunk(block.self_attn.num_heads, dim=-1)
+    wanted = (sum(head.double() for head in heads) / len(heads))[:, 1:]  # without [CLS]
+    assert len(heads) > 1
+    torch.testing.assert_close(torch.stack(heard["keys"]).double(), wanted, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("plan", [FAST, SLOW], ids=lambda plan: plan.mode)
 def test_a_step_keeps_the_rows_with_most_attention(family, plan):
     """The same loss and gradients as with a plugin that knows beforehand which rows they are."""

@@ -245,7 +245,7 @@ def build_model(
         vision_feature_select_strategy="default",
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     # At the start attention brings every word the average of 144 mostly blank cells. The word must be louder than that,
     # or training on full sequences spends hundreds of steps telling questions apart (on pruned ones, far fewer).
@@ -278,7 +278,7 @@ def train_tower(
     The place (line and column) is asked for because CLIP's tokens know theirs too.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         side, blank = canvas.side, 1.8 * canvas.regions**2 / canvas.cells
         device = next(tower.parameters()).device
         head = nn.Linear(tower.config.hidden_size, BLANK + 1 + 2 * side).to(device)

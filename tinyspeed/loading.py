@@ -352,7 +352,7 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(shape)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
         for layer in projector.modules():
             if isinstance(layer, nn.Linear):

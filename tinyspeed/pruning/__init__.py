@@ -131,8 +131,8 @@ def make(name: str, width: int, most: int, seed: int = 0) -> nn.Module | None:
     stay; None for a plugin that has none."""
     if not learned(name):
         return None
-    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers are shifted
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers are shifted ...
+        torch.default_generator.manual_seed(seed)  # ... nor a GPU's, which `torch.manual_seed` would seed too
         return entry(name).plugin(width, most)
 
 
