@@ -9,7 +9,7 @@ Licence: the authors' codes of both are Apache-2.0; this is written from their d
 import torch
 from torch import Tensor
 
-from .cosine import cosines
+from .cosine import DECIMALS, cosines
 from .registry import register
 
 IMPORTANT = 0.5  # VisPruner's share of rows that are kept for their attention; at 1 it would be FasterVLM
@@ -40,7 +40,7 @@ def vispruner(
     Traps: the places are those of the attention ranking, not of the picture; and the order changes with every round.
     Cost: one (N, N) product an image, and about (N - K) / 8 rounds, each a sort and N^2 / 4 cosines looked up.
     """
-    similarity = cosines(tower)
+    similarity = cosines(tower).round_(decimals=DECIMALS)
     order, n = ranked(cls_attention, valid), valid.shape[1]
     columns, batch = torch.arange(n, device=valid.device), torch.arange(len(valid), device=valid.device)[:, None, None]
     important = (IMPORTANT * counts).long()[:, None]
@@ -52,7 +52,7 @@ def vispruner(
         left = left - dropped
         evens, odds, dropped = (count[:, None].to(rest.device, non_blocking=True) for count in (evens, odds, dropped))
         even, odd = rest[:, :longest:2], rest[:, 1:longest:2]
-        likeness = similarity[batch, even[:, :, None], odd[:, None, :]].round(decimals=5)  # duplicates are equal
+        likeness = similarity[batch, even[:, :, None], odd[:, None, :]]
         likeness = likeness.masked_fill_((columns[: odd.shape[1]] >= odds)[:, None, :], -2).amax(2)
         likeness = likeness.masked_fill_(columns[: even.shape[1]] >= evens, -3)  # a place behind the image's last row
         even = even.gather(1, likeness.argsort(dim=1, descending=True, stable=True))

@@ -6,9 +6,8 @@ Licence: the authors' code is non-commercial; this is written from the paper's d
 import torch
 from torch import Tensor
 
+from .cosine import DECIMALS
 from .registry import register
-
-DECIMALS = 5  # of a likeness: beyond them is rounding, and pairs that are as good come in raster order
 
 
 @register("tome", merges="features", pairs=9)
