@@ -141,11 +141,12 @@ def test_a_ragged_batch_equals_its_images_alone(name, seed, sizes, padding, keep
         assert torch.equal(index[b, : counts[b]], places[b][alone])
 
 
-@pytest.mark.parametrize("name", [name for name in pruning.names() if name != "random"])
+@pytest.mark.parametrize("name", [name for name in pruning.names() if name not in ("random", "divprune")])
 @pytest.mark.parametrize("kinds", [1, 3, 6])
 def test_equal_rows_are_equally_good_whatever_is_beside_their_image(name, kinds):
     """A ragged batch rounds a product otherwise than an image alone does, and equal rows differ by that. (Of seeds that
-    are fixed: a tie within rounding of where ties begin is rare, and no float arithmetic could rule it out.)"""
+    are fixed: a tie within rounding of where ties begin is rare, and no float arithmetic could rule it out. DivPrune
+    takes the farthest row however near the next is, so which of several copies it takes is left to rounding.)"""
     for seed in range(60):
         images = []
         for i, n in enumerate((23, 9, 14)):
