@@ -460,6 +460,18 @@ def test_a_plugin_that_draws_draws_anew_each_step_and_the_same_again(llava):
     assert losses[0] == losses[2] != losses[1]
 
 
+@pytest.mark.parametrize("plugin", pruning.names())
+def test_a_plugin_that_draws_asks_which_step_it_is_and_no_other_does(llava, plugin):
+    """`step` reaches a plugin as its seed: one that draws must not draw the same in each step of a loop with plans."""
+    model, batch = wrap(llava, plugin=plugin), tiny.batch("llava")
+    if plugin in ("random", "dynamicvit"):
+        with pytest.raises(UserError, match=f"'{plugin}' draws anew in each step.*model.step"):
+            model(**batch, plan=FAST)
+        model.eval()(**batch, plan=FAST)  # one draw for all: who measures wants to measure the same
+    else:
+        model(**batch, plan=FAST)
+
+
 # Activation checkpointing
 
 

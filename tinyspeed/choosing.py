@@ -55,14 +55,16 @@ class Chooser(nn.Module):
         return projector and not tower and self.vlm.rowwise and pruning.merges(self.name) != "features"
 
     def forward(
-        self, images: list[Tensor], keep: float, heard: Mapping[str, list[Tensor]], step: int
+        self, images: list[Tensor], keep: float, heard: Mapping[str, list[Tensor]], step: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of at least one image: (V,) bool, which feature rows of all of them stay; what is in their places; and a
         learned plugin's loss of each image. K counts pictures, never structural rows."""
+        if step is None and self.training and pruning.draws(self.name):
+            raise UserError(f"the plugin {self.name!r} draws anew in each step: which is it? Set model.step")
         pad = functools.partial(pad_sequence, batch_first=True)
         mask = pad([self.vlm.prunable(image) for image in images])
         told = {name: pad(heard[name]) for name in pruning.signals_of(self.name) if name in heard}
-        every, how = pad(images), {"square": self.vlm.square, "seed": self.seed + step, "module": self.learned}
+        every, how = pad(images), {"square": self.vlm.square, "seed": self.seed + (step or 0), "module": self.learned}
         found = pruning.choose(self.name, every, keep=keep, mask=mask, signals=told, **how)
         places, width = mask.shape
         kept = torch.zeros(places, width + 1, dtype=torch.bool, device=mask.device)

@@ -206,7 +206,7 @@ class DualSpeed(DropIn):
         """The table behind the words and the rows of a fast forward, and a learned plugin's part of the loss."""
         kept, visual, loss, extra = ids.new_zeros(0, dtype=torch.bool), [], None, self.chooser.idle()
         if images:
-            kept, *visual, loss = self.chooser(images, keep, heard, self.step or 0)
+            kept, *visual, loss = self.chooser(images, keep, heard, self.step)
         run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions)
         if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
             extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()

@@ -288,7 +288,7 @@ class Step:
         tower = self.crops * (shape.patches + 1) * (3 * shape.tower_inner * b + 4 * shape.tower * 4)
         # Features, twice; an fp32 copy; and what the plugin holds of each pair.
         pruning = batch.visual * h * (2 * b + 4 * s.half)
-        pruning += pairs(s.plugin) * batch.visual**2 // max(batch.images, 1)
+        pruning += int(pairs(s.plugin, s.keep) * batch.visual**2) // max(batch.images, 1)
         chosen = self.crops * shape.patches * shape.read * b if self.twice else self._projector
         features, gathered = self.seen * h * b, rows * h * s.stream
         table = (2 * self.text + self.seen) * h * s.stream  # words, and with the features behind them

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from ..errors import NotFinite, UserError
 from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
-from .registry import entry, learned, merges, names, needs, pairs, register, signals_of, works_with
+from .registry import draws, entry, learned, merges, names, needs, pairs, register, signals_of, works_with
 
-__all__ = ["Kept", "choose", "keep_count", "learned", "make", "merges", "names", "needs", "pairs"]
+__all__ = ["Kept", "choose", "draws", "keep_count", "learned", "make", "merges", "names", "needs", "pairs"]
 __all__ += ["register", "select", "signals_of", "works_with"]
 
 

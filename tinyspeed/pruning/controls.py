@@ -8,7 +8,7 @@ from torch import Tensor
 from .registry import register
 
 
-@register("random", pairs=0)
+@register("random", draws=True, pairs=0)
 def random(features: Tensor, *, most: int, valid: Tensor, seed: int, **_) -> Tensor:
     """K rows at random: the control that every cleverer plugin has to beat.
 

@@ -16,7 +16,7 @@ from .registry import register
 NOTHING = 1e-4
 
 
-@register("dpp", takes=("relevance",))
+@register("dpp", takes=("relevance",), pairs=8)
 def dpp(features: Tensor, *, most: int, valid: Tensor, relevance: Tensor | None = None, **_) -> Tensor:
     """Greedy MAP of a determinantal point process: L = diag(r) S diag(r), S the cosines; pick after pick, the row that
     makes det(L of the chosen rows) largest. That is r_j times its distance from the span of the chosen rows, where

@@ -14,7 +14,7 @@ HIDDEN = 384  # the authors' width; at an LLM's 4096 the same network would have
 RATIO = 2.0  # the authors' weight of the ratio loss
 
 
-@register("dynamicvit", merges="features", learned=True, pairs=1)
+@register("dynamicvit", merges="features", learned=True, draws=True, pairs=0)
 class DynamicViT(nn.Module):
     """p_i, the chance that row i is kept, from a row's own features and the mean of all; the K best stay.
 

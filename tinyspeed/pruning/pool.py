@@ -23,13 +23,13 @@ from .controls import Axis, Cells
 from .registry import register
 
 
-@register("pool", merges="features", pairs=2)
+@register("pool", merges="features", pairs=0)
 def pool(features: Tensor, *, most: int, valid: Tensor, **how) -> tuple[Tensor, Tensor, None]:
     """Means of K windows."""
     return _pooled(_covered, valid, most, **how)
 
 
-@register("pool_bilinear", merges="features", pairs=2)
+@register("pool_bilinear", merges="features", pairs=0)
 def pool_bilinear(features: Tensor, *, most: int, valid: Tensor, **how) -> tuple[Tensor, Tensor, None]:
     """Bilinear samples at the centres of K windows."""
     return _pooled(_between, valid, most, **how)

@@ -11,8 +11,8 @@ A plugin that selects returns which rows it keeps. One that `merges` returns a w
 of each row that it keeps is a sum over all rows. A `learned` plugin is a class of nn.Module instead of a function,
 made once with (width of the features, most rows that it will ever keep) and trained with the model.
 
-A plugin that compares rows holds `pairs` bytes for each pair of an image's rows: that is what it costs in memory, and
-`memory.py` counts with it.
+A plugin that compares rows holds `pairs` bytes for each pair of an image's rows, and one that merges a weight for each
+row and each sum: that is what it costs in memory, and `memory.py` counts with it.
 """
 
 from collections.abc import Callable
@@ -36,12 +36,14 @@ class Entry:
     takes: tuple[str, ...]
     merges: str
     learned: bool
+    draws: bool
     pairs: int
 
 
 PLUGINS: dict[str, Entry] = {}
 MERGES = ("", "features", "tower")
 PAIRS = 6  # bytes of a pair: an fp32 matrix of cosines, and two masks
+WEIGHT = 14  # bytes of a weight: fp32 while it is made, sorted and masked
 
 
 def register(
@@ -51,11 +53,13 @@ def register(
     takes: tuple[str, ...] = (),
     merges: str = "",
     learned: bool = False,
+    draws: bool = False,
     pairs: int = PAIRS,
 ) -> Callable[[Plugin], Plugin]:
     """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence.
 
-    `merges`: "features", or "tower" for what the projector reads, which is projected once it is merged."""
+    `merges`: "features", or "tower" for what the projector reads, which is projected once it is merged.
+    `draws`: it draws anew in each training step, and so has to know which step it is."""
     if isinstance(needs, str) or isinstance(takes, str):  # else its letters would be the signals
         raise UserError(f"the signals of {name!r} must be a tuple, as needs=('cls_attention',)")
     if merges not in MERGES:
@@ -66,7 +70,7 @@ def register(
     def add(plugin: Plugin) -> Plugin:
         if name in PLUGINS:
             raise UserError(f"a pruning plugin named {name!r} is registered already; choose another name")
-        PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), merges, learned, pairs)
+        PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), merges, learned, draws, pairs)
         return plugin
 
     return add
@@ -87,9 +91,9 @@ def needs(name: str) -> tuple[str, ...]:
     return entry(name).needs
 
 
-def pairs(name: str) -> int:
-    """Bytes that a plugin holds for each pair of an image's rows."""
-    return entry(name).pairs
+def pairs(name: str, keep: float) -> float:
+    """Bytes that a plugin holds for each pair of an image's rows when it keeps this share of them."""
+    return max(entry(name).pairs, WEIGHT * keep if merges(name) else 0)
 
 
 def signals_of(name: str) -> tuple[str, ...]:
@@ -100,6 +104,11 @@ def signals_of(name: str) -> tuple[str, ...]:
 def learned(name: str) -> bool:
     """Whether a plugin has parameters, which train with the model."""
     return entry(name).learned
+
+
+def draws(name: str) -> bool:
+    """Whether a plugin draws other rows in each training step."""
+    return entry(name).draws
 
 
 def works_with(signals) -> list[str]:

@@ -14,7 +14,7 @@ from .registry import register
 HIDDEN = 64  # the authors'
 
 
-@register("tokenlearner", merges="features", learned=True, pairs=2)
+@register("tokenlearner", merges="features", learned=True, pairs=0)
 class TokenLearner(nn.Module):
     """Version 1.1, the one its authors prefer: glance k is a softmax over the rows, and its row their weighted mean,
 
