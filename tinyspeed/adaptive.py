@@ -52,9 +52,7 @@ class AdaptiveSchedule(DualSpeedSchedule):
         if not 0 < gap < math.inf:
             raise UserError(f"gap = {gap}: the nats a token that are fine must be above 0")
         self.gap, self.block = gap, BLOCK
-        self.sums: list[
-            list[float]
-        ] = []  # of each block: CE_full - CE_fast over the answers of its slow steps, and these
+        self.sums: list[list[float]] = []  # of each block's slow steps: CE_full - CE_fast of all answers, and how many
         self.shares = [slow, slow]  # of each block that is known
 
     @property

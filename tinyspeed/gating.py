@@ -38,9 +38,7 @@ NEVER = -1.0  # in place of the m of a token that was not visited yet; no loss i
 @dataclass(frozen=True)
 class Settings:
     keep: float = 1.0  # share of a sample's answer tokens that a step learns when it skips; 1 = ReGATE is off
-    reference: str = (
-        ""  # folder or hub id of a text-only LLM with the same tokenizer; empty: the student's losses alone
-    )
+    reference: str = ""  # a text-only LLM with the same tokenizer, folder or hub id; empty: the student's losses alone
     fusion: str = "sum"  # "sum" or "mix"
     weight: float = 0.5  # lambda
     beta: float = 0.9

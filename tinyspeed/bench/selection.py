@@ -2,16 +2,17 @@
 
 Floor: the batched product x @ x.mT, which every similarity plugin has to make; no speed-up over the loop can be above
 the floor's own. Loop: DivPrune image by image, as its official codes run it; and the same loop mended, which tells how
-much of our speed is arithmetic saved and how much is doing all images at once. What a plugin is of a fast step: its
-time beside that of a 7B model's LoRA step on as many images, whose arithmetic is counted, at the rate of an LLM-sized
-product timed in the same run (bf16 on a GPU). Real steps are slower than that, so the true share is smaller.
+much of our speed is arithmetic saved and how much is doing all images at once. Learned plugins are timed with their
+sums and their backward, the others with the choice alone. What a plugin is of a fast step: its time beside that of a 7B
+model's LoRA step on as many images of as many rows, whose arithmetic is counted, at the rate of an LLM-sized product
+timed in the same run (bf16 on a GPU). Real steps are slower than that, so the true share is smaller.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import estimate, pruning, shapes
 from ..errors import UserError
@@ -33,7 +34,7 @@ def bench_pruning(
     out: Path | str | None = None,
     png: Path | str | None = None,
 ) -> dict:
-    """Time `pruning.select` of every plugin on `shape` = (images, rows, width) random float32 features.
+    """Time every plugin on `shape` = (images, rows, width) random float32 features.
 
     Whether DivPrune's picks are the loop's is checked in the same run: "same_rows" is the share of its rows that the
     loop kept too (1.0, but for float ties). Prints a table, returns everything, and writes it as JSON to `out` and as a
@@ -53,11 +54,13 @@ def bench_pruning(
     contestants[RATE], flops = product(where, torch.float32 if where.type == "cpu" else torch.bfloat16)
     signals = {"cls_attention": x[:, :, 0].abs(), "keys": x[:, :, :64], "tower": x}
     for name in pruning.works_with(signals):
-        made = pruning.make(name, width, count)
-        how = {"keep": keep, "signals": signals, "module": made and made.to(where).eval()}
-        contestants[name] = lambda name=name, how=how: pruning.select(name, x, **how)
+        if module := pruning.make(name, width, count):
+            module.to(where)
+            contestants[name] = lambda name=name, module=module: learn(name, x, keep, module)
+        else:
+            contestants[name] = lambda name=name: pruning.select(name, x, keep=keep, signals=signals)
     times = timed(contestants, repeats, where)
-    step_ms = fast_step(images) / flops * times[RATE]["median_ms"]
+    step_ms = fast_step(images, n, keep) / flops * times[RATE]["median_ms"]
     picks = contestants["divprune"]()
     result = described(
         where,
@@ -111,11 +114,16 @@ def _line(name: str, t: dict) -> list[str]:
     ]
 
 
-def fast_step(images: int) -> float:
+def learn(name: str, x: Tensor, keep: float, module: nn.Module) -> None:
+    """What a learned plugin takes of a training step."""
+    found = pruning.choose(name, x, keep=keep, module=module)
+    ((found.weight @ x).sum() + (0 if found.loss is None else found.loss.sum())).backward()
+
+
+def fast_step(images: int, rows: int, keep: float) -> float:
     """FLOPs of a fast step of LLaVA-1.5-7B, forward and backward, LoRA without recompute, with an image a sample."""
-    shape = Shape(shapes.KNOWN[MODEL]())
-    sample = estimate.TEXT, [shape.patches], estimate.ANSWERS
-    return images * estimate.flops(shape, Settings("bf16", rank=64), "fast", sample, False)
+    settings, sample = Settings("bf16", rank=64, keep=keep), (estimate.TEXT, [rows], estimate.ANSWERS)
+    return images * estimate.flops(Shape(shapes.KNOWN[MODEL]()), settings, "fast", sample, False)
 
 
 def divprune_loop(features: Tensor, count: int, mended: bool = False) -> Tensor:
