@@ -25,6 +25,10 @@ from tinyspeed.rows import IGNORE
 
 CPU = torch.device("cpu")
 STEPS = 9
+EVERYTHING = (
+    "dualspeed.schedule=periodic", "dualspeed.slow=0.25", "dualspeed.plugin=tome", "lora.rank=4", "lora.dropout=0",
+    "dualspeed.views=true", "sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0", "sts.protect_last=0",
+)  # fmt: skip
 SKIPS = ("regate.keep=0.4", "regate.cycle=4", "regate.refresh=1", "regate.warmup=2")
 
 
@@ -152,9 +156,11 @@ def test_one_rank_is_the_core_bit_for_bit(home, tmp_path):
     assert not unlike(made, alone)
 
 
-def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_path, monkeypatch):
+@pytest.mark.parametrize("together", [False, True], ids=["answers", "answers, rows, layers and views"])
+def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_path, monkeypatch, together):
     """Also where a rank has nothing to learn: three samples a step, a forward each."""
     more = (f"regate.reference={home / 'llm'}", "train.batch=3", "train.row_budget=1", "train.lr=0.001")
+    more += EVERYTHING if together else ()
     alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
     train.train(alone, bar=False)
     with monkeypatch.context() as patch:
@@ -164,8 +170,9 @@ def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_
     (tmp_path / "scaled.toml").write_text(made.to_toml())
     assert torchrun(tmp_path, "-m", "scale", "scaled.toml").wait(120) == 0, log(tmp_path)
     for a, b in zip(lines(alone), lines(made), strict=True):
-        assert (a["mode"], a["answers"], a["rows_kept"]) == (b["mode"], b["answers"], b["rows_kept"])
+        assert all(a[of] == b[of] for of in ("mode", "answers", "rows_kept", "layers"))
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert any(line["layers"] for line in lines(made)) == together
     assert "going on behind step 2" in log(tmp_path)
     torch.testing.assert_close(remembered(made), remembered(alone), rtol=1e-3, atol=1e-4)
 
