@@ -74,7 +74,8 @@ def test_a_llava_is_looked_at_through_tower_and_projector(photo, tmp_path):
     assert torch.equal(features, full[0])
     mean, std = (np.array(getattr(tiny.processor("llava").image_processor, f"image_{k}")) for k in ("mean", "std"))
     np.testing.assert_allclose((shown - mean) / std, batch["pixel_values"][0].permute(1, 2, 0), atol=1e-3)
-    assert look(photo, tmp_path / "out.png", tower=str(folder), keep=0.4) == expected(full, 0.4)
+    kept = look(photo, tmp_path / "out.png", tower=str(folder), keep=0.4)
+    assert {name: kept[name] for name in LOOKED} == expected(full, 0.4)
 
 
 def test_of_llava_next_the_base_view_is_looked_at(photo, tmp_path):
@@ -90,7 +91,8 @@ def test_of_llava_next_the_base_view_is_looked_at(photo, tmp_path):
     assert grid == (3, 3)
     assert shown.shape == (24, 24, 3)
     torch.testing.assert_close(features, base[0], atol=1e-5, rtol=1e-5)
-    assert look(photo, tmp_path / "out.png", tower=folder, keep=0.4) == expected(base, 0.4)
+    kept = look(photo, tmp_path / "out.png", tower=folder, keep=0.4)
+    assert {name: kept[name] for name in LOOKED} == expected(base, 0.4)
 
 
 def test_the_digits_model_works_with_and_without_an_image_processor(tmp_path):
@@ -107,7 +109,7 @@ def test_the_digits_model_works_with_and_without_an_image_processor(tmp_path):
 
     for_clip = (torch.from_numpy(canvas).float() / 255 - CLIP_MEAN[:, None, None]) / CLIP_STD[:, None, None]
     bare = look(tmp_path / "canvas.png", tmp_path / "out.png", tower=tmp_path / "model")
-    assert bare == expected(features(for_clip), 0.1)
+    assert {name: bare[name] for name in LOOKED} == expected(features(for_clip), 0.1)
     assert len(bare["divprune"]) == 14
 
     images = type(tiny.processor("llava").image_processor)
@@ -116,7 +118,7 @@ def test_the_digits_model_works_with_and_without_an_image_processor(tmp_path):
         tmp_path / "model"
     )
     kept = look(tmp_path / "canvas.png", tmp_path / "out.png", tower=tmp_path / "model")
-    assert kept == expected(features(digits.pixel_values(canvas)), 0.1)
+    assert {name: kept[name] for name in LOOKED} == expected(features(digits.pixel_values(canvas)), 0.1)
     assert kept["divprune"] != bare["divprune"]
 
 
@@ -157,7 +159,10 @@ def test_plugins_that_need_signals_are_looked_at_through_a_llava(kind, photo, tm
     with torch.no_grad():
         base = pixels if kind == "llava" else pixels[:, 0]
         attention = inner.vision_tower(base, output_attentions=True).attentions[1].mean(1)[0, 0, 1:]
+    every = look(photo, tmp_path / "every.png", tower=folder, keep=0.4)
+    assert set(every) == {name for name in pruning.names() if not pruning.learned(name)}
     kept = look(photo, tmp_path / "out.png", plugins=["cls_topk", "vispruner"], tower=folder, keep=0.4)
+    assert kept == {name: every[name] for name in kept}
     assert kept["cls_topk"] == sorted(attention.topk(3).indices.tolist())
     assert len(kept["vispruner"]) == 3
     assert int(attention.argmax()) in kept["vispruner"]
@@ -168,6 +173,14 @@ def test_a_plugin_that_needs_signals_needs_a_llava(photo, tmp_path):
     assert "'cls_topk' needs cls_attention" in refused(photo, out, plugins=["cls_topk"])
     rough(TOWERS["CLIPVisionModel"][0]()).save_pretrained(tmp_path / "tower")
     assert "give a LLaVA" in refused(photo, out, plugins=["cls_topk"], tower=str(tmp_path / "tower"))
+
+
+def test_of_a_llava_without_cls_those_are_drawn_that_need_none(photo, tmp_path):
+    folder = tiny.checkpoint("llava_onevision", tmp_path / "model")
+    assert set(look(photo, tmp_path / "out.png", tower=folder, keep=0.4)) == {*LOOKED}
+    said = refused(photo, tmp_path / "out.png", plugins=["visionzip"], tower=folder)
+    assert said.startswith("the plugin 'visionzip' needs cls_attention")
+    assert said.endswith(", ".join(pruning.works_with(())))
 
 
 def test_seed_reaches_the_plugins_that_draw(plain, tmp_path):

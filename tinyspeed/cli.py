@@ -149,12 +149,8 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
     made.add_argument("image")
-    made.add_argument(
-        "--plugin",
-        action="append",
-        metavar="NAME",
-        help="repeat for several; default: all that need no more than features",
-    )
+    said = "repeat for several; default: all that need not learn and whose signals the tower has"
+    made.add_argument("--plugin", action="append", metavar="NAME", help=said)
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
     made.add_argument("--seed", type=int, default=0, help="for plugins that draw")

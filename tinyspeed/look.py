@@ -10,7 +10,7 @@ What the plugins see is decided by `tower`:
 - a LLaVA (folder or hub id): its projected features, what they see in training. Of LLaVA-NeXT the base view only, where
   a cell is a patch of the whole picture; training prunes over the base view and its crops together. The LLM is built
   without layers, so a 7B model needs 2.4 GB here instead of 28. Plugins that ask what [CLS] attends to, `cls_topk`,
-  `vispruner` and `visionzip`, are drawn when they are named, and only of a LLaVA.
+  `vispruner` and `visionzip`, are drawn of a LLaVA alone.
 - a CLIP, SigLIP or a tower like them: the patch tokens of its last layer but one, where LLaVA takes them, unprojected.
 - none: the pixels of a 24 x 24 grid of patches, less their mean. No download, and honest plugins, but what they call
   different is colour and not content: good for learning what a plugin does, not for judging it.
@@ -46,9 +46,9 @@ def look(
     tower: str | None = None,
     seed: int = 0,
 ) -> dict[str, list[int]]:
-    """Draw to `out` which cells of `image` each plugin keeps; returns them, numbered in raster order."""
-    every = [name for name in pruning.works_with(()) if not pruning.learned(name)]
-    plugins = list(dict.fromkeys(every if plugins is None else plugins))
+    """Draw to `out` which cells of `image` each plugin keeps; returns them, numbered in raster order.
+    Without `plugins`: of all that choose without having learned, and whose signals are there."""
+    every, plugins = plugins is None, list(dict.fromkeys(_untaught(()) if plugins is None else plugins))
     for name in plugins:
         if pruning.learned(name):
             raise UserError(f"{name!r} learns what to keep while it trains: before that there is nothing to look at")
@@ -65,7 +65,8 @@ def look(
     if tower is None:
         features, shown, (rows, columns) = patches(picture)
     else:
-        features, shown, (rows, columns), given = encode(picture, str(tower), plugins)
+        features, shown, (rows, columns), given = encode(picture, str(tower), None if every else plugins)
+    plugins = _untaught(given) if every else plugins
     how = {"keep": keep, "seed": seed, "signals": {signal: values[None] for signal, values in given.items()}}
     found = {name: pruning.choose(name, features[None], **how) for name in plugins}
     kept = {name: of.index[0].tolist() for name, of in found.items()}
@@ -96,6 +97,10 @@ def look(
             _outline(ax, kept[plugins[i - 1]], rows, columns, pixels.shape)
     save(fig, out)
     return kept
+
+
+def _untaught(signals) -> list[str]:
+    return [name for name in pruning.works_with(signals) if not pruning.learned(name)]
 
 
 def shade(picture: np.ndarray, kept: Sequence[int], rows: int, columns: int) -> np.ndarray:
@@ -174,10 +179,10 @@ def patches(picture: Image.Image) -> tuple[Tensor, np.ndarray, tuple[int, int]]:
 
 @torch.no_grad()
 def encode(
-    picture: Image.Image, tower: str, plugins: Sequence[str] = ()
+    picture: Image.Image, tower: str, plugins: Sequence[str] | None = ()
 ) -> tuple[Tensor, np.ndarray, tuple[int, int], dict[str, Tensor]]:
     """Features (cells, width) of the model at `tower`, the picture that it was shown (H, W, 3) in 0 .. 1, the lines and
-    columns of its cells, and the signals that the plugins need."""
+    columns of its cells, and the signals that the plugins need; without plugins, all that there are."""
     # Here, since transformers takes seconds to import and a look without a tower needs none of it.
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
@@ -210,16 +215,18 @@ def encode(
     pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     cells = rows * columns
-    asking = [name for name in plugins if pruning.needs(name)]
+    asking = [name for name in plugins or () if pruning.needs(name)]
     if asking and not llava:
         raise UserError(f"the plugin {asking[0]!r} needs what a LLaVA's projector reads: give a LLaVA as tower")
-    heard = {}
+    heard, family = {}, vlm.family(model) if llava else None
+    for name in asking:
+        signals.check(family, name)
+    needs = {signal for name in asking for signal in pruning.needs(name)}
+    if llava and plugins is None and not signals.lacks(family):
+        needs = {*signals.KNOWN}
     try:
         if llava:
-            family = vlm.family(model)
-            for name in asking:
-                signals.check(family, name)
-            with signals.heard(family, batch, sorted({s for name in asking for s in pruning.needs(name)})) as heard:
+            with signals.heard(family, batch, sorted(needs)) as heard:
                 features = family.encode(pixels, sizes, "full")[0]
         else:
             features = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states[-2][0]

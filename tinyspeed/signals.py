@@ -33,14 +33,15 @@ def check(vlm: Family, plugin: str) -> None:
     if unknown:
         raise UserError(f"the plugin {plugin!r} needs {unknown[0]}, which is no signal of a vision tower")
     if pruning.needs(plugin):
-        reason = _lacks(vlm)
+        reason = lacks(vlm)
         if reason:
             others = ", ".join(pruning.works_with(()))
             needs = " and ".join(pruning.needs(plugin))
             raise UserError(f"the plugin {plugin!r} needs {needs}, and {reason}; plugins that need none: {others}")
 
 
-def _lacks(vlm: Family) -> str:
+def lacks(vlm: Family) -> str:
+    """Why this model gives no signals; "" if it does."""
     layer, strategy = vlm.looks_at
     kind = vlm.config.vision_config.model_type
     if kind != "clip_vision_model":
