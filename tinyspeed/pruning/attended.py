@@ -9,11 +9,12 @@ Licence: the authors' codes of both are Apache-2.0; this is written from their d
 import torch
 from torch import Tensor
 
-from .cosine import DECIMALS, cosines
+from .cosine import cosines
 from .registry import register
 
 IMPORTANT = 0.5  # VisPruner's share of rows that are kept for their attention; at 1 it would be FasterVLM
 ROUND = 8  # rows that VisPruner drops at a time
+DIGITS = 9  # of its cosines
 
 
 @register("cls_topk", needs=("cls_attention",), pairs=0)
@@ -26,7 +27,7 @@ def cls_topk(features: Tensor, *, most: int, valid: Tensor, cls_attention: Tenso
     return ranked(cls_attention, valid)[:, :most]
 
 
-@register("vispruner", needs=("cls_attention", "tower"))
+@register("vispruner", needs=("cls_attention", "tower"), pairs=10)
 def vispruner(
     features: Tensor, *, most: int, valid: Tensor, counts: Tensor, cls_attention: Tensor, tower: Tensor, **_
 ) -> Tensor:
@@ -37,10 +38,12 @@ def vispruner(
     rows that survive come first in the next round, the most similar first, the odd ones behind them. Cosines are of
     the features before the projector.
 
-    Traps: the places are those of the attention ranking, not of the picture; and the order changes with every round.
+    Traps: the places are those of the attention ranking, not of the picture; and the order changes with every round,
+    so that one cosine out of place changes all later ones. In fp32 most pictures of 576 patches have such a one: these
+    are float64, of which so many digits are compared that equal rows tie.
     Cost: one (N, N) product an image, and about (N - K) / 8 rounds, each a sort and N^2 / 4 cosines looked up.
     """
-    similarity = cosines(tower).round_(decimals=DECIMALS)
+    similarity = cosines(tower.double()).round_(decimals=DIGITS)
     order, n = ranked(cls_attention, valid), valid.shape[1]
     columns, batch = torch.arange(n, device=valid.device), torch.arange(len(valid), device=valid.device)[:, None, None]
     important = (IMPORTANT * counts).long()[:, None]

@@ -6,15 +6,14 @@ of the rows as they were, stretched to 0 .. 1 within the image. By its report ce
 the two go together here. No official code was found: `divprune_centred` and `dpp_centred` follow the description.
 
 Equal rows are equally good, and their values differ by rounding, which depends on what else is in the batch. Where
-such a difference could decide what is kept, `best` takes the first row in the picture; plugins that sort do so by
-values of so many `DECIMALS`.
+such a difference could decide what is kept, `best` takes the first row in the picture. Rows that do differ, by less than
+`ROUNDING`, are then taken as equal too: so far and no further do plugins that use it follow their definitions.
 """
 
 from torch import Tensor
 from torch.nn.functional import threshold
 
 ROUNDING = 5e-6  # what values may differ by that ought to be equal
-DECIMALS = 5
 NONE = 1e-4  # a distinctiveness below this is none: stretching stretches rounding too
 
 

@@ -55,7 +55,9 @@ def _greedy(similarity: Tensor, weight: Tensor, most: int, valid: Tensor) -> Ten
     taken = ~valid
     picks = []
     for turn in range(most):
-        pick = best((weight * left).masked_fill_(taken, -1), weight.sqrt() * ROUNDING)
+        # Rows without anything new differ by their weights alone, which are rounded as finely as they are small.
+        uncertain = weight.sqrt() * ROUNDING * left.masked_fill(left > NOTHING, 1)
+        pick = best((weight * left).masked_fill_(taken, -1), uncertain)
         picks.append(pick)
         taken = taken.scatter(1, pick[:, None], True)
         before, rest = factor[:, :turn], left[batch, pick][:, None]
