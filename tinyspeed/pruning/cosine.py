@@ -6,8 +6,8 @@ of the rows as they were, stretched to 0 .. 1 within the image. By its report ce
 the two go together here. No official code was found: `divprune_centred` and `dpp_centred` follow the description.
 
 Equal rows are equally good, and their values differ by rounding, which depends on what else is in the batch. Where
-such a difference could decide what is kept, `best` takes the first row in the picture. Rows that do differ, by less than
-`ROUNDING`, are then taken as equal too: so far and no further do plugins that use it follow their definitions.
+such a difference could decide what is kept, `best` takes the first row in the picture. Rows that do differ, but by less
+than `ROUNDING`, are then taken as equal too: so far and no further do plugins that use it follow their definitions.
 """
 
 from torch import Tensor
