@@ -29,7 +29,7 @@ fusions = st.sampled_from(gating.FUSIONS)
 def test_the_hardest_stay_exactly_as_many_as_asked(reference, share, fusion, weight, seed):
     n = len(reference)
     m = np.random.default_rng(seed).exponential(size=n).round(1).astype(np.float32)  # some are equal
-    settings = gating.Settings(fusion=fusion, weight=weight)
+    settings = gating.Settings(keep=0.5, reference="llm", fusion=fusion, weight=weight)
     memory = gating.Memory(settings, [7], [n], np.array(reference, np.float32))
     memory.update(7, np.ones(n, bool), m)
     stays = memory.keep(7, share)
@@ -70,7 +70,8 @@ def test_a_sample_that_nothing_is_known_of_keeps_all_or_what_the_reference_finds
     alone = gating.Memory(gating.Settings(), [0], [3])
     assert alone.keep(0, 0.3).tolist() == [True, True, True]
     for fusion in gating.FUSIONS:
-        beside = gating.Memory(gating.Settings(fusion=fusion), [0], [3], np.array([1.0, 3.0, 2.0], np.float32))
+        fused = gating.Settings(keep=0.5, reference="llm", fusion=fusion)
+        beside = gating.Memory(fused, [0], [3], np.array([1.0, 3.0, 2.0], np.float32))
         assert beside.keep(0, 0.3).tolist() == [False, True, False]
 
 

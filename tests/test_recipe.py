@@ -121,6 +121,11 @@ def test_mistakes_are_named(change, says):
     [
         (["sts.skip=0.5", "sts.every=1"], "skip none"),
         (["regate.keep=0.5", "regate.cycle=8", "regate.refresh=8"], "none would skip"),
+        (["lora.rank=4", "dualspeed.views=true", "dualspeed.slow=0.0"], "there are none"),
+        (["lora.rank=4", "dualspeed.views=true", "dualspeed.schedule=fast"], "there are none"),
+        (["sts.skip=0.34", "dualspeed.slow=1.0"], "every step runs every layer"),
+        (["regate.keep=0.5", "regate.fusion=mix"], "set regate.reference"),
+        (["regate.keep=0.5", "regate.weight=0.9"], "set regate.reference"),
     ],
 )
 def test_what_would_do_nothing_is_refused(changes, says):

@@ -340,9 +340,10 @@ def test_mistakes_are_one_line(home, tmp_path, capsys):
 def test_a_run_is_refused_exactly_if_no_step_would_skip(home, samples, batch, epochs, warmup, cycle, known, data):
     """By the plans of its steps, and what has been seen before each. (An epoch's last step, of which a few samples may
     have been seen, does not count.)"""
-    refresh = data.draw(st.integers(1, cycle - 1))
+    refresh, slow = data.draw(st.integers(1, cycle - 1)), data.draw(st.sampled_from([0.0, 0.3, 0.5, 0.9]))
     made = settings(
-        home, home, "asked", "train.steps=0", f"train.epochs={epochs}", f"train.batch={batch}", "dualspeed.slow=0.0",
+        home, home, "asked", "train.steps=0", f"train.epochs={epochs}", f"train.batch={batch}",
+        f"dualspeed.slow={slow}", "dualspeed.schedule=periodic",
         f"regate.warmup={warmup}", f"regate.cycle={cycle}", f"regate.refresh={refresh}",
         *([f"regate.reference={home / 'llm'}"] if known else []),
     )  # fmt: skip

@@ -64,6 +64,8 @@ class Settings:
                 raise UserError(what)
         if self.fusion not in FUSIONS:
             raise unknown("regate.fusion", self.fusion, FUSIONS)
+        if not self.reference and (self.fusion, self.weight) != (Settings.fusion, Settings.weight):
+            raise UserError("regate.fusion and regate.weight weigh a reference's losses: set regate.reference too")
 
 
 class Cycle:

@@ -227,19 +227,22 @@ class Recipe:
     scale: Scale = field(default_factory=Scale)
 
     def __post_init__(self):
-        tunes = self.train.steps or self.train.epochs
-        aligns = self.align.steps or self.align.epochs
-        _check(bool(tunes or aligns), "the recipe trains nothing: set train.steps or train.epochs")
-        _check(bool(aligns) or not self.sts.compress, "sts.compress is for aligning: set align.steps or align.epochs")
-        _check(bool(tunes) or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
+        tunes, aligns = (bool(stage.steps or stage.epochs) for stage in (self.train, self.align))
+        _check(tunes or aligns, "the recipe trains nothing: set train.steps or train.epochs")
+        _check(aligns or not self.sts.compress, "sts.compress is for aligning: set align.steps or align.epochs")
+        _check(tunes or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
         slow = self.dualspeed.slow if self.dualspeed.schedule not in ("fast", "full") else 0
         once = self.sts.skip and self.sts.layers == "influence" and not (self.sts.every or slow)
         _check(not once, "sts.every = 0: without slow steps influence is measured in step 1 alone; set it above 0")
-        if self.model.quantise != "none" and tunes:
-            _check(self.lora.rank > 0, '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"')
-        needs_lora = "dualspeed.views is a LoRA for each mode: set lora.rank, or dualspeed.views = false"
-        _check(self.lora.rank > 0 or not self.dualspeed.views, needs_lora)
-        _check(self.regate.keep == 1 or bool(tunes), "regate.keep: answers are skipped in tuning; set train.steps")
+        frozen = '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"'
+        _check(self.lora.rank > 0 or self.model.quantise == "none" or not tunes, frozen)
+        views, kind = self.dualspeed.views, self.dualspeed.schedule
+        _check(self.lora.rank > 0 or not views, "dualspeed.views is a LoRA for each mode: set lora.rank too")
+        _check(
+            not views or slow or kind == "full", "dualspeed.views: slow steps train what is exported; there are none"
+        )
+        _check(slow < 1 or not self.sts.skip, "sts.skip: with dualspeed.slow = 1 every step runs every layer")
+        _check(self.regate.keep == 1 or tunes, "regate.keep: answers are skipped in tuning; set train.steps")
         plugins = sorted({self.pruning(name)[0] for name, _ in self.stages()})
         if plugins != [DualSpeed.plugin]:
             from . import pruning
@@ -249,11 +252,10 @@ class Recipe:
             _check(not (asking and self.data.feature_cache_gb), uncached)
             apart = len(plugins) > 1 and any(map(pruning.learned, plugins))
             _check(not apart, f"sts.compressor: of {plugins} one learns, and is then the same in all stages")
-        if self.data.kind == "digits":
-            most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
-            _check(self.data.turns <= most, f"data.turns = {self.data.turns}: a picture has {most} questions")
-        if self.data.kind == "chat":
-            _check(bool(self.model.path or self.model.llm), 'model.path: data.kind = "chat" needs a model')
+        most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
+        _check(self.data.kind != "digits" or self.data.turns <= most, f"data.turns: a picture has {most} questions")
+        named = self.data.kind != "chat" or bool(self.model.path or self.model.llm)
+        _check(named, 'model.path: data.kind = "chat" needs a model')
 
     @property
     def folder(self) -> Path:
@@ -261,8 +263,7 @@ class Recipe:
 
     def stages(self) -> list[tuple[str, Stage]]:
         """The stages that run, with the name under which `loading.set_trainable` knows them."""
-        every = [("align", self.align), ("train", self.train)]
-        return [(name, stage) for name, stage in every if stage.steps or stage.epochs]
+        return [(name, s) for name, s in (("align", self.align), ("train", self.train)) if s.steps or s.epochs]
 
     def pruning(self, stage: str) -> tuple[str, float]:
         """The plugin of a stage's fast steps, and the share of visual rows that it keeps."""
@@ -341,7 +342,6 @@ def value_of(section: str, key: str, text: str):
 def _absolute(recipe: Recipe) -> Recipe:
     """Files and folders by their whole path: a run is exported and asked from anywhere, and a folder that is not where
     it was must not be taken for a model of that name on the hub."""
-
     for path in (recipe.run.folder, recipe.run.cache):
         folders.expanded(path)
     model = {name: folders.whole(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}

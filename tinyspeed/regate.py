@@ -22,6 +22,7 @@ from .gating import Cycle, Memory
 from .recipe import Recipe
 from .reference import Reference
 from .rows import IGNORE
+from .schedules import rows_schedule
 
 
 def check(recipe: Recipe, samples: int) -> None:
@@ -36,12 +37,12 @@ def check(recipe: Recipe, samples: int) -> None:
             "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
             "regate.reference, or train for several epochs"
         )
-    first, cycle = max(known, settings.warmup), Cycle(settings)
-    if not any(map(cycle.skips, range(first, min(steps, first + settings.cycle)))):
+    rows, cycle = rows_schedule(recipe, "train"), Cycle(settings)
+    if not any(cycle.change(rows.plan(step), step).answer_keep < 1 for step in range(known, steps)):
         raise UserError(
             f"regate.keep: none of the run's {counted(steps, 'step')} would skip an answer: the first regate.warmup = "
             f"{settings.warmup} see all, and so do regate.refresh = {settings.refresh} of every regate.cycle = "
-            f"{settings.cycle}; set these lower (warmup to a tenth of the steps), or train for more"
+            f"{settings.cycle}, and slow ones; set these lower (warmup to a tenth of the steps), or train for more"
         )
 
 
