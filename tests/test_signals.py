@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from transformers import SiglipVisionModel
 
 from tinyspeed import DualSpeed, UserError, pruning, recipe, signals
 from tinyspeed.scheduler import Plan
@@ -199,3 +200,36 @@ def test_a_users_signal_that_no_tower_gives_is_refused(llava):
         assert "the_answer" in refusal(lambda: DualSpeed(llava, plugin="psychic"))
     finally:
         del pruning.registry.PLUGINS["psychic"]
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava without CLS"])
+def test_what_the_projector_reads_can_be_heard_without_cls_and_by_both_modes(kind):
+    """By a plugin of a user's: the rows that a projector makes of what it is given are the features."""
+    net, batch, heard = tiny.model(kind.split()[0]), tiny.batch(kind.split()[0]), []
+    if "without" in kind:
+        vision = tiny.config("llava_onevision").vision_config
+        net.config.vision_config, net.config.vision_feature_select_strategy = vision, "full"
+        net.model.vision_tower = SiglipVisionModel(vision).requires_grad_(False)
+
+    def reads(features, *, most, tower, **others):
+        assert "cls_attention" not in others
+        heard.append((features, tower))
+        return torch.arange(most, device=features.device).expand(len(features), -1)
+
+    pruning.register("reads", needs=("tower",), takes=("cls_attention",))(reads)
+    try:
+        model = DualSpeed(net, plugin="reads", keep=KEEP).train()
+        for plan in (FAST, SLOW):
+            assert model(**batch, plan=plan).loss.isfinite()
+        other = tiny.model("llava_onevision")  # which pools behind the projector
+        assert "not projected row by row; plugins that do without: coverage" in refusal(
+            lambda: DualSpeed(other, plugin="reads")
+        )
+    finally:
+        del pruning.registry.PLUGINS["reads"]
+    assert len(heard) == 2
+    for features, tower in heard:
+        assert features.shape[:2] == tower.shape[:2]
+        if kind != "llava_next":  # whose packing adds rows that no projector made
+            torch.testing.assert_close(model.vlm.projector(tower), features, atol=1e-4, rtol=1e-4)
+    assert torch.equal(heard[0][1], heard[1][1])

@@ -63,7 +63,7 @@ class Chooser(nn.Module):
             raise UserError(f"the plugin {self.name!r} draws anew in each step: which is it? Set model.step")
         pad = functools.partial(pad_sequence, batch_first=True)
         mask = pad([self.vlm.prunable(image) for image in images])
-        told = {name: pad(heard[name]) for name in pruning.signals_of(self.name) if name in heard}
+        told = {name: pad(heard[name]) for name in self.needs}
         every, how = pad(images), {"square": self.vlm.square, "seed": self.seed + (step or 0), "module": self.learned}
         found = pruning.choose(self.name, every, keep=keep, mask=mask, signals=told, **how)
         places, width = mask.shape

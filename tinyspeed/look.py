@@ -222,8 +222,8 @@ def encode(
     for name in asking:
         signals.check(family, name)
     needs = {signal for name in asking for signal in pruning.needs(name)}
-    if llava and plugins is None and not signals.lacks(family):
-        needs = {*signals.KNOWN}
+    if llava and plugins is None:
+        needs = {*signals.gives(family)}
     try:
         if llava:
             with signals.heard(family, batch, sorted(needs)) as heard:

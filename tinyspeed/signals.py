@@ -29,19 +29,24 @@ ATTENDED = ("cls_attention", "keys")  # which need the tower to run
 
 def check(vlm: Family, plugin: str) -> None:
     """Refuse a plugin whose signals this model cannot give."""
-    unknown = [signal for signal in pruning.needs(plugin) if signal not in KNOWN]
+    given = gives(vlm)
+    missing = [signal for signal in pruning.needs(plugin) if signal not in given]
+    unknown = [signal for signal in missing if signal not in KNOWN]
     if unknown:
         raise UserError(f"the plugin {plugin!r} needs {unknown[0]}, which is no signal of a vision tower")
-    if pruning.needs(plugin):
-        reason = lacks(vlm)
-        if reason:
-            others = ", ".join(pruning.works_with(()))
-            needs = " and ".join(pruning.needs(plugin))
-            raise UserError(f"the plugin {plugin!r} needs {needs}, and {reason}; plugins that need none: {others}")
+    if missing:
+        needs, others = " and ".join(missing), ", ".join(pruning.works_with(given))
+        reason = "this model's features are not projected row by row" if missing == ["tower"] else _lacks(vlm)
+        raise UserError(f"the plugin {plugin!r} needs {needs}, and {reason}; plugins that do without: {others}")
 
 
-def lacks(vlm: Family) -> str:
-    """Why this model gives no signals; "" if it does."""
+def gives(vlm: Family) -> tuple[str, ...]:
+    """The signals of this model."""
+    return ("tower",) * vlm.rowwise if _lacks(vlm) else KNOWN
+
+
+def _lacks(vlm: Family) -> str:
+    """Why nobody can be heard attending in this model; "" if they can."""
     layer, strategy = vlm.looks_at
     kind = vlm.config.vision_config.model_type
     if kind != "clip_vision_model":
@@ -69,7 +74,7 @@ def heard(vlm: Family, visual: dict[str, Tensor], needs: Sequence[str]) -> Itera
     if attended and "tower_features" in visual:
         raise UserError(
             f"the plugin needs {' and '.join(attended)}, and features kept on disk come without: set "
-            "data.feature_cache_gb = 0, or dualspeed.plugin to one of: " + ", ".join(pruning.works_with(()))
+            "data.feature_cache_gb = 0, or dualspeed.plugin to one of: " + ", ".join(pruning.works_with(("tower",)))
         )
     if len(visual.get("pixel_values_videos", ())):
         raise UserError(

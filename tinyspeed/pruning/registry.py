@@ -1,11 +1,14 @@
 """The plugins by name, and what each must be told beside the features.
 
-A plugin works from features alone, or declares the signals that it `needs` or, if they are there, `takes`: tensors
-(B, N) or (B, N, C) that it is called with by name. Known ones, which `signals.py` hears in a vision tower:
+A plugin works from features alone, or declares the signals that it `needs`: tensors (B, N) or (B, N, C) that it is
+called with by name. Known ones, which `signals.py` hears in a vision tower:
 
     cls_attention  (B, N)     how much [CLS] looks at each patch
     keys           (B, N, d)  what the patches offer to attention: the keys of that layer, averaged over its heads
     tower          (B, N, C)  the features before the projector
+
+A signal that it `takes` it can do without. Only callers of `choose` give such: training hears what a plugin needs. So
+`relevance` to a question (dpp) is for them alone: a training sample has many questions, and no text tower.
 
 A plugin that selects returns which rows it keeps. One that `merges` returns a weight map too: what stands in the place
 of each row that it keeps is a sum over all rows. A `learned` plugin is a class of nn.Module instead of a function,
