@@ -1,6 +1,8 @@
 """All three systems in one recipe: rows that DualSpeed prunes, layers that STS skips, answers that ReGATE skips."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file
 from test_train import train_through, unlike
 from test_tuning import settings
 
-from tinyspeed import UserError, adaptive, checkpoint, conversations, train
+from tinyspeed import UserError, adaptive, checkpoint, conversations, pruning, recipe, regate, schedules, train
 from tinyspeed.batching import Order
 
 TOGETHER = (
@@ -17,14 +19,31 @@ TOGETHER = (
 )  # fmt: skip
 
 
+def test_the_readmes_recipe_for_all_of_them_skips_rows_layers_and_answers():
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
+    (command,) = re.findall(r"`tinyspeed train digits ([^`]*regate[^`]*)`", readme)
+    made = recipe.read("digits", command.replace("--set ", "").split())
+    regate.check(made, made.digits.pictures)
+    plans = list(map(schedules.schedule_of(made, "train", made.digits.layers).plan, range(made.train.steps)))
+    assert any(plan.keep < 1 and plan.answer_keep < 1 for plan in plans)
+    skipper = schedules.skipper_of(made, "train", made.digits.layers)
+    assert skipper.on_average < made.digits.layers
+    assert pruning.needs(made.dualspeed.plugin)
+
+
 @pytest.mark.parametrize(
-    ("schedule", "slow", "views"), [("periodic", 0.25, "false"), ("periodic", 0.25, "true"), ("adaptive", 0.7, "false")]
-)
+    ("schedule", "slow", "views", "positions"),
+    [
+        ("periodic", 0.25, "false", "original"), ("periodic", 0.25, "true", "compact"),
+        ("adaptive", 0.7, "false", "compact"),
+    ],
+)  # fmt: skip
 def test_one_recipe_asks_for_all_three_and_is_never_the_wiser_for_being_killed(
-    home, tmp_path, monkeypatch, schedule, slow, views
+    home, tmp_path, monkeypatch, schedule, slow, views, positions
 ):
     monkeypatch.setattr(adaptive, "BLOCK", 2)
     together = (*TOGETHER, f"dualspeed.schedule={schedule}", f"dualspeed.slow={slow}", f"dualspeed.views={views}")
+    together += (f"dualspeed.positions={positions}",)
     whole = settings(home, tmp_path, "whole", *together)
     train.train(whole, bar=False)
     steps = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
