@@ -35,13 +35,11 @@ def touched(side: int, span: Span) -> list[int]:
     return [patch for patch in range(side) if span[0] < patch + 1 and patch < span[1]]
 
 
-def between(side: int, span: Span) -> dict[int, float]:
+def between(side: int, span: Span) -> list[tuple[int, float]]:
     """The patches whose centres the middle of a span lies between, and how much each counts; at a border the last."""
     middle = min(max(sum(span) / 2 - Fraction(1, 2), Fraction(0)), Fraction(side - 1))
     below = math.floor(middle)
-    return {below: 1 - float(middle - below), min(below + 1, side - 1): float(middle - below)} | (
-        {below: 1.0} if middle == below else {}
-    )
+    return [(below, 1 - float(middle - below)), (min(below + 1, side - 1), float(middle - below))]
 
 
 @given(st.integers(2, 14), st.floats(0, 1))
@@ -57,8 +55,8 @@ def test_cells_are_dealt_evenly_and_grid_and_pools_read_them(side, share):
         means.append(torch.stack(window).double().mean(0))
         around = [
             (wy * wx, features[0, y * side + x].double())
-            for y, wy in between(side, down).items()
-            for x, wx in between(side, across).items()
+            for y, wy in between(side, down)
+            for x, wx in between(side, across)
         ]
         samples.append(sum(weight * patch for weight, patch in around))
     assert select("grid", features, count=count)[0].tolist() == sorted(rows)

@@ -31,7 +31,7 @@ from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tok
 from .registry import draws, entry, learned, merges, names, needs, pairs, register, signals_of, works_with
 
 __all__ = ["Kept", "choose", "draws", "keep_count", "learned", "make", "merges", "names", "needs", "pairs"]
-__all__ += ["register", "select", "signals_of", "works_with"]
+__all__ += ["register", "select", "works_with"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .registry import register
 
-DECIMALS = 5  # of its cosines: equal rows tie, and so do pairs that are as near as that
+DIGITS = 5  # of its cosines: equal rows tie, and so do pairs that are as near as that
 
 
 @register("tome", merges="features", pairs=9)
@@ -43,7 +43,7 @@ def tome(
         norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # rows that cancel each other: 0, give or take
         norm = norm.masked_fill(norm == 0, 1)
         likeness = gram[:, ::2, 1::2] / norm[:, ::2, None] / norm[:, None, 1::2]
-        likeness = likeness.round(decimals=DECIMALS)
+        likeness = likeness.round(decimals=DIGITS)
         best, match = likeness.masked_fill_(~here[:, None, 1::2], -2).max(2)
         rank = best.masked_fill(~here[:, ::2], -3).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         gone = rank < merges[:, None].to(rank.device, non_blocking=True)
