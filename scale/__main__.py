@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.quiet()
     cli.alone()
     if argv[:1] == ["plan"]:
-        from .plan import main as plan
+        from .planner.plan import main as plan
 
         return plan(argv[1:])
     parser = _Parser(prog="python -m scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _taken(found: list[dict], ranks: int) -> str:
-    from tinyspeed.report import table
+    from tinyspeed.training.report import table
 
     rows = [
         [

@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tinyspeed.batching import Order, cut
+from tinyspeed.training.batching import Order, cut
 
 WINDOW = 64  # batches: more of them are more alike, and 64 of 128 samples are a hundredth of LLaVA's epoch
 

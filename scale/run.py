@@ -17,19 +17,22 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import logging
 
-from tinyspeed import DualSpeed, UserError, checkpoint, conversations, digits, loading, precision, regate, report, runs
-from tinyspeed import train as core
-from tinyspeed.data import Source
-from tinyspeed.errors import counted
+from tinyspeed import DualSpeed, UserError
+from tinyspeed.data import conversations, digits
+from tinyspeed.data.examples import Source
+from tinyspeed.models import loading, precision
 from tinyspeed.recipe import Recipe
-from tinyspeed.stage import Totals
+from tinyspeed.training import answer_gate, checkpoint, report, run_folder
+from tinyspeed.training import train as core
+from tinyspeed.training.loop import Totals
+from tinyspeed.util.errors import counted
 
 from .shard import shard
 from .stage import ShardedStage
 from .world import World
 
 # What may differ between nodes: where things are, on each.
-PLACES = {f"{section}.{key}" for section, keys in runs.PLACES.items() for key in keys}
+PLACES = {f"{section}.{key}" for section, keys in run_folder.PLACES.items() for key in keys}
 PLACES = PLACES - {"run.name", "run.device"} | {"run.cache"}
 
 
@@ -51,7 +54,7 @@ def train(made: Recipe, world: World) -> int | None:
     mesh = _prepare(made, world)
     with ExitStack() as stack:
         if world.leads:
-            stack.enter_context(runs.claimed(made, resume=made.folder.is_dir()))
+            stack.enter_context(run_folder.claimed(made, resume=made.folder.is_dir()))
         source = _source(made, world)
         stop = stack.enter_context(core.stop_requested(quiet=not world.leads))
         totals, stopped = _stages(made, world, mesh, source, stop)
@@ -64,7 +67,7 @@ def dry_run(made: Recipe, world: World) -> list[dict]:
     """One step of every mode of every stage on the longest example, the same on every rank: what it takes."""
     mesh, every = _prepare(made, world), core.of_all_answers(made)
     source, found = _source(every, world), []
-    regate.check(made, len(source))
+    answer_gate.check(made, len(source))
     for number, (name, stage) in enumerate(every.stages()):
         model = build(every, name, world, mesh, None)
         found += core.rehearsed(ShardedStage(world, mesh, every, model, source, name, number, stage, Totals()))
@@ -99,17 +102,17 @@ def _source(made: Recipe, world: World) -> Source:
     """The training examples. Each rank checks its share of the records, and all learn what all found."""
     world.at("looking for model and data", patient=True)
     if world.leads:
-        runs.check_sources(made)
+        run_folder.check_sources(made)
         core.base(made)  # puts it together, if it is not there yet
     world.wait()
     source = digits.of(made) if made.data.kind == "digits" else _conversations(made, world)
-    regate.check(made, len(source))
+    answer_gate.check(made, len(source))
     if made.regate.reference:
         world.at("computing the reference's losses", patient=True)
         # The others read them: from one `run.cache` for all, or else from their machine's own.
         for computes in (world.leads, world.first_here):
             if computes:
-                regate.Gate(made, source, world.device, core.base(made))
+                answer_gate.Gate(made, source, world.device, core.base(made))
             world.wait()
     return source
 

@@ -21,16 +21,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tinyspeed import UserError, blame, checkpoint, memory
-from tinyspeed.batching import plan_rows
+from tinyspeed import UserError
 from tinyspeed.dualspeed import Output
-from tinyspeed.regate import Gate
+from tinyspeed.models import memory
 from tinyspeed.rows import IGNORE
 from tinyspeed.scheduler import Plan
-from tinyspeed.stage import StageRun
+from tinyspeed.training import checkpoint, diagnosis
+from tinyspeed.training.answer_gate import Gate
+from tinyspeed.training.batching import plan_rows
+from tinyspeed.training.loop import StageRun
 
 from .dealing import Alike, deal
-from .model import Model
+from .planner.traffic import Model
 from .world import World
 
 SUMMED = ("loss", "ce", "kl", "ce_teacher", "rows_kept", "rows_taught", "rows_full")
@@ -151,7 +153,7 @@ class ShardedStage(StageRun):
         """With which rank it began, where that can be known: gradients are of all ranks."""
         place, *found = super()._whose()
         place, rank, said, mend = min(self.world.gather([(place, self.world.rank, *found)]))
-        return place, said if place >= blame.SHARED else f"on rank {rank} {said}", mend
+        return place, said if place >= diagnosis.SHARED else f"on rank {rank} {said}", mend
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
         try:

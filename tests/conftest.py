@@ -10,7 +10,7 @@ import torch
 from album import album
 from hypothesis import HealthCheck, settings
 
-from tinyspeed import shapes
+from tinyspeed.models import published
 
 # Tiny tensors gain nothing from more, and on a busy machine threads wait for each other: here, and in what tests start.
 torch.set_num_threads(1)
@@ -73,9 +73,11 @@ def models(tmp_path_factory):
 @pytest.fixture
 def dwarf(monkeypatch):
     """`--size dwarf`: a benchmark that takes a second."""
-    small = shapes.clip(
+    small = published.clip(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
     )
-    monkeypatch.setitem(shapes.SIZES, "dwarf", (lambda: shapes.vicuna(64, 96, 2, 2, vocab_size=300), lambda: small))
-    monkeypatch.setattr("tinyspeed.lengths.VISUAL", {"1.5": {16: 1.0}, "next": {40: 1.0}})
-    monkeypatch.setattr(shapes, "GRIDS", [[56, 112], [112, 56]])
+    monkeypatch.setitem(
+        published.SIZES, "dwarf", (lambda: published.vicuna(64, 96, 2, 2, vocab_size=300), lambda: small)
+    )
+    monkeypatch.setattr("tinyspeed.data.llava_mix.VISUAL", {"1.5": {16: 1.0}, "next": {40: 1.0}})
+    monkeypatch.setattr(published, "GRIDS", [[56, 112], [112, 56]])

@@ -19,9 +19,11 @@ from test_tuning import settings
 from torch.distributed.tensor import DTensor
 
 from scale import run, shard, stage, world
-from tinyspeed import UserError, adaptive, loader, train
+from tinyspeed import UserError, adaptive
+from tinyspeed.data import loader
 from tinyspeed.scheduler import Plan
-from tinyspeed.stage import StageRun, Totals
+from tinyspeed.training import train
+from tinyspeed.training.loop import StageRun, Totals
 
 PLANS = {
     mode: Plan(mode, keep=0.3, distill=float(mode == "slow"), measure=mode != "fast")

@@ -2,8 +2,8 @@
 
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
+from tinyspeed.models.published import KNOWN
 from tinyspeed.recipe import Recipe, from_tables
-from tinyspeed.shapes import KNOWN
 
 
 def siglip():

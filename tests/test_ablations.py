@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed import ablations, cli, compare, recipe
+from tinyspeed import cli, recipe
+from tinyspeed.evaluation import compare
 from tinyspeed.pruning import registry
+from tinyspeed.recipe import comparison
 
 DIGITS = recipe.read("digits")
-BUILT_IN = sorted(p.stem for p in ablations.BUILT_IN.glob("*.toml"))
+BUILT_IN = sorted(p.stem for p in comparison.BUILT_IN.glob("*.toml"))
 
 
 def differences(a, b):
@@ -40,7 +42,7 @@ VALUES = {  # none of them the recipe's own
 def test_vary_makes_every_combination_once_and_changes_nothing_else(data):
     keys = data.draw(st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=3, unique=True))
     chosen = {key: data.draw(st.lists(st.sampled_from(VALUES[key]), min_size=1, unique=True)) for key in keys}
-    arms = ablations.vary(DIGITS, [f"{key}={','.join(map(str, values))}" for key, values in chosen.items()])
+    arms = comparison.vary(DIGITS, [f"{key}={','.join(map(str, values))}" for key, values in chosen.items()])
     assert next(iter(arms)) == "full"
     assert differences(DIGITS, arms.pop("full")) == {"dualspeed.schedule": "full"}
     expected = [dict(zip(keys, values, strict=True)) for values in itertools.product(*chosen.values())]
@@ -52,7 +54,7 @@ def test_vary_makes_every_combination_once_and_changes_nothing_else(data):
 
 
 def test_keys_of_one_name_are_told_apart_by_their_sections():
-    assert list(ablations.vary(DIGITS, ["train.lr=1e-4", "align.lr=1e-3", "lora.rank=4"])) == [
+    assert list(comparison.vary(DIGITS, ["train.lr=1e-4", "align.lr=1e-3", "lora.rank=4"])) == [
         "full",
         "train.lr=1e-4 align.lr=1e-3 rank=4",
     ]
@@ -70,15 +72,15 @@ def test_a_file_of_arms_is_read_in_its_order_and_only_picks_some(tmp_path_factor
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     file = tmp_path_factory.mktemp("arms") / "mine.toml"
     file.write_text("\n".join(lines), encoding="utf-8")
-    made = ablations.read(DIGITS, str(file))
+    made = comparison.read(DIGITS, str(file))
     assert [(arm, differences(DIGITS, found)) for arm, found in made.items()] == list(changes.items())
     some = data.draw(st.lists(st.sampled_from(list(changes)), min_size=1, unique=True))
-    assert ablations.read(DIGITS, str(file), " , ".join(some)) == {arm: made[arm] for arm in some}
+    assert comparison.read(DIGITS, str(file), " , ".join(some)) == {arm: made[arm] for arm in some}
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_command_that_a_built_in_file_opens_with_runs_all_of_its_arms(name, tmp_path, monkeypatch):
-    opening = (ablations.BUILT_IN / f"{name}.toml").read_text(encoding="utf-8").split("\n[")[0]
+    opening = (comparison.BUILT_IN / f"{name}.toml").read_text(encoding="utf-8").split("\n[")[0]
     (command,) = re.findall(r"^#   tinyspeed (compare (?:.*\\\n)*.*)", opening, flags=re.MULTILINE)
     begun = []
 
@@ -91,7 +93,7 @@ def test_the_command_that_a_built_in_file_opens_with_runs_all_of_its_arms(name, 
     assert cli.main(shlex.split(command.replace("\\\n#", ""))) == 0
     [(chosen, seeds, arms)] = begun
     assert seeds == 3
-    assert {**arms} == ablations.read(chosen, name)
+    assert {**arms} == comparison.read(chosen, name)
     assert differences(chosen, arms["full"]) == {"dualspeed.schedule": "full"}
     assert len({made.to_toml() for made in arms.values()}) == len(arms), "two arms are the same"
 
@@ -99,12 +101,12 @@ def test_the_command_that_a_built_in_file_opens_with_runs_all_of_its_arms(name, 
 def test_the_papers_arms_are_those_of_the_readmes_table():
     lines = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split("## What was measured")[1]
     table = re.findall(r"^\| (\S.*?) *\|", lines.split("![")[0], flags=re.MULTILINE)
-    assert ["arm", *ablations.read(DIGITS, "paper")] == [name for name in table if not name.startswith("-")]
+    assert ["arm", *comparison.read(DIGITS, "paper")] == [name for name in table if not name.startswith("-")]
 
 
 def test_every_plugin_of_the_package_is_among_the_plugins_arms():
     ours = {name for name, plugin in registry.PLUGINS.items() if plugin.__module__.startswith("tinyspeed.")}
-    compared = {(made.dualspeed.plugin, made.dualspeed.keep) for made in ablations.read(DIGITS, "plugins").values()}
+    compared = {(made.dualspeed.plugin, made.dualspeed.keep) for made in comparison.read(DIGITS, "plugins").values()}
     assert compared == {(name, keep) for name in ours for keep in (0.1, 0.25)}
 
 

@@ -15,12 +15,16 @@ from test_train import train_through, unlike
 from test_tuning import settings
 from torch.nn import functional as F
 
-from tinyspeed import DualSpeed, UserError, adaptive, checkpoint, estimate, loader, recipe, schedules, train
+from tinyspeed import DualSpeed, UserError, adaptive, recipe
 from tinyspeed.adaptive import AdaptiveSchedule
-from tinyspeed.data import Example
-from tinyspeed.layers import LayerSkipper
+from tinyspeed.bench import estimate
+from tinyspeed.data import loader
+from tinyspeed.data.examples import Example
+from tinyspeed.recipe import schedules
 from tinyspeed.scheduler import Combined, Plan, uniform
-from tinyspeed.stage import StageRun
+from tinyspeed.sts import LayerSkipper
+from tinyspeed.training import checkpoint, train
+from tinyspeed.training.loop import StageRun
 
 SLOW = Plan("slow", keep=0.1, distill=1.0)
 seeds = st.integers(0, 2**31)

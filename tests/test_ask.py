@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinyspeed import UserError
-from tinyspeed.ask import answer, to_stdout
-from tinyspeed.chat import Chat
+from tinyspeed.data.chat import Chat
+from tinyspeed.evaluation.ask import answer, to_stdout
 
 QUESTION = "What is it?\nAnswer the question using a single word or phrase."
 ONLY_END = torch.full((tiny.VOCAB,), -1e9).index_fill(0, torch.tensor([tiny.EOS]), 1e9)

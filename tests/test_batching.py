@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed.batching import Order, cut, plan_rows
 from tinyspeed.scheduler import Plan
+from tinyspeed.training.batching import Order, cut, plan_rows
 
 rows_lists = st.lists(st.integers(1, 3000), min_size=1, max_size=40)
 

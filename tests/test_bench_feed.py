@@ -7,16 +7,18 @@ import pytest
 from album import album
 from PIL import Image
 
-from tinyspeed import UserError, cli, estimate, lengths, shapes
-from tinyspeed.bench import feed
-from tinyspeed.memory import Settings, Shape
+from tinyspeed import UserError, cli
+from tinyspeed.bench import data, estimate
+from tinyspeed.data import llava_mix
+from tinyspeed.models import published
+from tinyspeed.models.memory import Settings, Shape
 
 
 @pytest.mark.parametrize(("family", "rows"), [("1.5", 576), ("next", 2340)])
 def test_an_album_is_what_such_a_model_reads(tmp_path, family, rows):
-    config = shapes.shaped("7b", family)
-    source = feed.album(tmp_path, config, family)
-    assert len(source) == feed.PICTURES
+    config = published.shaped("7b", family)
+    source = data.album(tmp_path, config, family)
+    assert len(source) == data.PICTURES
     text, visual, answers = source.lengths(3)
     example = source.example(3)
     assert visual == [rows]
@@ -30,10 +32,10 @@ def test_an_album_is_what_such_a_model_reads(tmp_path, family, rows):
 
 def test_what_is_written_follows_from_what_was_timed(tmp_path, capsys, monkeypatch):
     decoded = []
-    original = feed.conversations.Conversations.example
-    monkeypatch.setattr(feed, "PICTURES", 6)
+    original = data.conversations.Conversations.example
+    monkeypatch.setattr(data, "PICTURES", 6)
     monkeypatch.setattr(
-        feed.conversations.Conversations, "example", lambda self, i: decoded.append(i) or original(self, i)
+        data.conversations.Conversations, "example", lambda self, i: decoded.append(i) or original(self, i)
     )
     out = tmp_path / "data.json"
     argv = ["bench", "data", "--samples", "16", "--workers", "0", "--workers", "1", "--repeats", "1", "--out", str(out)]
@@ -43,9 +45,9 @@ def test_what_is_written_follows_from_what_was_timed(tmp_path, capsys, monkeypat
     assert list(result["records_per_second"]) == ["0", "1"]
     assert all(0 < f["median"] <= f["max"] for f in result["records_per_second"].values())
     assert len(decoded) == 16 + 8, "those that are counted, and a batch before; workers decode elsewhere"
-    shape, s = Shape(shapes.shaped("7b", "1.5")), Settings("bf16", rank=64)
+    shape, s = Shape(published.shaped("7b", "1.5")), Settings("bf16", rank=64)
     assert result["data"] in said
-    mix = lengths.mix(1024, 0)
+    mix = llava_mix.mix(1024, 0)
     fast, slow = (sum(estimate.flops(shape, s, mode, sample, False) for sample in mix) for mode in ("fast", "slow"))
     assert result["wanted"]["20.0"] == pytest.approx(1024 * 20e12 / (0.98 * fast + 0.02 * slow))
 
@@ -70,7 +72,7 @@ def test_a_recipes_own_records(tmp_path, capsys, checkpoint):
 )
 def test_mistakes_are_named(how, says):
     with pytest.raises(UserError, match=says):
-        feed.bench_data(**how)
+        data.bench_data(**how)
 
 
 def test_digits_are_no_conversations(capsys):

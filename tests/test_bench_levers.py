@@ -6,12 +6,15 @@ import shutil
 import pytest
 import torch
 
-from tinyspeed import DualSpeed, cli, heap, shapes, train
+from tinyspeed import DualSpeed, cli
 from tinyspeed.bench import levers
 from tinyspeed.bench.noise import Noise
 from tinyspeed.bench.step import PLANS, random, recipe_of
-from tinyspeed.data import collate
-from tinyspeed.stage import StageRun, Totals
+from tinyspeed.data.examples import collate
+from tinyspeed.models import published
+from tinyspeed.training import train
+from tinyspeed.training.loop import StageRun, Totals
+from tinyspeed.util import malloc
 
 CPU = torch.device("cpu")
 ALL = levers.CHANGES | levers.COMPILED
@@ -32,7 +35,7 @@ def run(dwarf, request):
     family, tune, budget = request.param
     picture = {"1.5": 16, "next": 40}[family]
     samples = [(30, [picture], 9), (12, [], 5), (70, [picture], 20)]
-    config, recipe = shapes.shaped("dwarf", family), recipe_of(tune, 2, len(samples), budget, CPU)
+    config, recipe = published.shaped("dwarf", family), recipe_of(tune, 2, len(samples), budget, CPU)
     model = train.wrap(recipe, random(config, "fp32", tune, CPU))
     return StageRun(recipe, model, Noise(config, samples), "train", 0, recipe.train, Totals())
 
@@ -119,7 +122,7 @@ def test_each_change_does_what_it_says(run, monkeypatch):
         assert not any(group["fused"] for group in groups)
     assert all(group["fused"] for group in groups)
     told = []
-    monkeypatch.setattr(heap, "keep", lambda on=True: told.append(on))
+    monkeypatch.setattr(malloc, "keep", lambda on=True: told.append(on))
     with levers.CHANGES["memory given back"](run):
         assert told == [False]
     assert told == [False, True]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinyspeed import UserError, benchmarks, vqa
-from tinyspeed.benchmarks import Question, option, read, run, score, submission, yes_no
+from tinyspeed import UserError
+from tinyspeed.evaluation import benchmarks, vqa
+from tinyspeed.evaluation.benchmarks import Question, option, read, run, score, submission, yes_no
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."

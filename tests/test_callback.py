@@ -4,12 +4,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tinyspeed import DualSpeed, UserError, digits
+from tinyspeed import DualSpeed, UserError
 from tinyspeed.adaptive import AdaptiveSchedule
-from tinyspeed.callback import SetStep
-from tinyspeed.data import collate
-from tinyspeed.layers import LayerSkipper
+from tinyspeed.data import digits
+from tinyspeed.data.examples import collate
 from tinyspeed.scheduler import Combined, FastSchedule, PeriodicSchedule
+from tinyspeed.sts import LayerSkipper
+from tinyspeed.training.callback import SetStep
 
 
 class Pictures(torch.utils.data.Dataset):

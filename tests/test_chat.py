@@ -11,9 +11,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tinyspeed import UserError, loading
-from tinyspeed.chat import Chat
-from tinyspeed.records import IMAGE, Turn
+from tinyspeed import UserError
+from tinyspeed.data.chat import Chat
+from tinyspeed.data.records import IMAGE, Turn
+from tinyspeed.models import loading
 from tinyspeed.rows import IGNORE
 
 # What the templates of the hub write, in fewer words. `BOS` begins with the first token, as Mistral's own has it.

@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed import UserError, checkpoint, disk
-from tinyspeed.optimizer import build
+from tinyspeed import UserError
 from tinyspeed.recipe import Stage
+from tinyspeed.training import checkpoint
+from tinyspeed.training.optimizer import build
+from tinyspeed.util import files
 
 
 def tensors():
@@ -48,7 +50,7 @@ def test_a_half_written_one_is_listed_and_never_the_newest(tmp_path):
 
 def test_saving_fails_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 5, tensors(), {}, keep=1)
-    monkeypatch.setattr(disk, "flush", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files, "flush", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(tmp_path, 6, tensors(), {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyspeed import cli, digits, loading, recipe
+from tinyspeed import cli, recipe
+from tinyspeed.data import digits
+from tinyspeed.models import loading
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_train_eval_export_and_resume(capsys, tmp_path, small):
 
 
 def test_exit_codes_of_signals(capsys, monkeypatch, small):
-    from tinyspeed.stage import StageRun
+    from tinyspeed.training.loop import StageRun
 
     original = StageRun._step
     for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
@@ -206,7 +208,7 @@ def test_a_disk_that_says_no_is_one_line(capsys, tmp_path, small):
 
 
 def test_a_second_process_changes_nothing_of_the_first(capsys, tmp_path, small):
-    from tinyspeed import checkpoint
+    from tinyspeed.training import checkpoint
 
     run = tmp_path / "demo"
     run.mkdir()
@@ -220,7 +222,7 @@ def test_a_second_process_changes_nothing_of_the_first(capsys, tmp_path, small):
 
 
 def test_look_and_its_mistakes(capsys, tmp_path, base):
-    from tinyspeed.demo import draw_example
+    from tinyspeed.evaluation.demo import draw_example
 
     picture = draw_example(tmp_path / "p.png", 0)
     assert cli.main(["look", str(picture), "--tower", str(base), "--out", str(tmp_path / "o.png")]) == 0

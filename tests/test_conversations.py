@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinyspeed import UserError, conversations, loader, records
-from tinyspeed.conversations import Conversations
-from tinyspeed.data import collate
+from tinyspeed import UserError
+from tinyspeed.data import conversations, loader, records
+from tinyspeed.data.conversations import Conversations
+from tinyspeed.data.examples import collate
 from tinyspeed.recipe import Data
 from tinyspeed.rows import IGNORE
 
@@ -275,7 +276,7 @@ def test_a_picture_on_its_side_is_counted_and_cut_as_it_is_seen(folder, tmp_path
 
 
 def test_large_files_are_checked_in_worker_processes_with_the_same_outcome(folder, tmp_path, monkeypatch):
-    from tinyspeed import conversations
+    from tinyspeed.data import conversations
 
     copy = rewrite(folder, tmp_path, blank)
     alone = source(copy, skip_bad=True)

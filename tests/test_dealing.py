@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scale.dealing import WINDOW, Alike, deal
-from tinyspeed.batching import Order, cut, plan_rows
-from tinyspeed.lengths import mix
+from tinyspeed.data.llava_mix import mix
 from tinyspeed.scheduler import Plan
+from tinyspeed.training.batching import Order, cut, plan_rows
 
 rows_lists = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 ranks = st.integers(1, 12)

@@ -9,8 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from tinyspeed import UserError, digits, evaluate, recipe, train
+from tinyspeed import UserError, recipe
+from tinyspeed.data import digits
+from tinyspeed.evaluation import accuracy
 from tinyspeed.rows import IGNORE
+from tinyspeed.training import train
 
 seeds = st.integers(0, 2**32)
 canvases = st.sampled_from([digits.Canvas(*sizes) for sizes in ((12, 2), (12, 3), (12, 4), (4, 2), (6, 3), (24, 2))])
@@ -182,7 +185,7 @@ def test_a_base_model_of_other_pictures_is_refused(tmp_path):
     trained = train.train(made, bar=False)
     assert trained.totals.steps == 2
     assert len(digits.of(made)) == 3
-    full, pruned = evaluate.held_out(trained.model, made, bar=False)
+    full, pruned = accuracy.held_out(trained.model, made, bar=False)
     assert 0 <= min(full, pruned) <= max(full, pruned) <= 100
 
 

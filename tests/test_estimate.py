@@ -15,12 +15,13 @@ from test_memory import ANSWERS, TEXT, batch_of, small
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from tinyspeed import DualSpeed, UserError, loading
-from tinyspeed.estimate import GRAIN, changed, compare_measured, describe, estimate, flops
-from tinyspeed.memory import GIB, RESERVE, Settings, Shape
+from tinyspeed import DualSpeed, UserError
+from tinyspeed.bench.estimate import GRAIN, changed, compare_measured, describe, estimate, flops
+from tinyspeed.models import loading
+from tinyspeed.models.memory import GIB, RESERVE, Settings, Shape
+from tinyspeed.models.published import clip, vicuna
 from tinyspeed.recipe import from_tables, read
 from tinyspeed.scheduler import Plan
-from tinyspeed.shapes import clip, vicuna
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_a_long_text_is_cut_before_giving_up(recipe, monkeypatch):
     base = recipe("1.5-13b", train_row_budget=64)
     found = estimate(base, 12)
     case = dataclasses.replace(found.case, samples=[(12_000, [576], 60)])
-    monkeypatch.setattr("tinyspeed.estimate.Case", lambda *_: case)
+    monkeypatch.setattr("tinyspeed.bench.estimate.Case", lambda *_: case)
     found = estimate(base, 12)
     assert found.changes["data.too_long"] == "cut"
     assert 576 < found.changes["data.max_rows"] < 12_000

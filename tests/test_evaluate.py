@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tinyspeed import DualSpeed, digits, evaluate
-from tinyspeed.data import Example
+from tinyspeed import DualSpeed
+from tinyspeed.data import digits
+from tinyspeed.data.examples import Example
+from tinyspeed.evaluation import accuracy
 from tinyspeed.rows import IGNORE
 from tinyspeed.scheduler import Plan
 
@@ -53,16 +55,16 @@ def test_it_counts_what_greedy_decoding_would_have_said(model):
         wrong[-1] = (wrong[-1] + 1) % len(digits.DEFAULT.ids)
         answers.append(tokens if keep else wrong)
     for budget in (1, 400, 10**6):
-        assert evaluate.accuracy(model, Asked(answers), Plan("full"), budget) == pytest.approx(100 * 4 / 7)
+        assert accuracy.accuracy(model, Asked(answers), Plan("full"), budget) == pytest.approx(100 * 4 / 7)
 
 
 def test_keeping_everything_is_full(model):
     source = digits.Digits(30, 1, "eval")
-    assert evaluate.accuracy(model, source, Plan("fast", keep=1.0)) == evaluate.accuracy(model, source, Plan("full"))
+    assert accuracy.accuracy(model, source, Plan("fast", keep=1.0)) == accuracy.accuracy(model, source, Plan("full"))
 
 
 def test_the_mode_is_left_as_it_was(model):
     for training in (True, False):
         model.train(training)
-        evaluate.accuracy(model, digits.Digits(2, 1, "eval"), Plan("fast", keep=0.1))
+        accuracy.accuracy(model, digits.Digits(2, 1, "eval"), Plan("fast", keep=0.1))
         assert model.training is training

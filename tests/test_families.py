@@ -15,7 +15,8 @@ from tiny import IMG, VID
 from torch.nn import functional as F
 from transformers import LlavaOnevisionImageProcessor
 
-from tinyspeed import DualSpeed, UserError, loading, precision, vlm
+from tinyspeed import DualSpeed, UserError
+from tinyspeed.models import families, loading, precision
 
 MIXES = {
     "images": ((2, IMG, 6), (7,), (3, IMG, IMG, 4), (3, IMG)),
@@ -139,7 +140,7 @@ def test_structural_rows_are_those_that_change_with_the_newline(family, how):
     """An account that does not ask which rows equal the newline. In a bf16 model it is fp32, since it trains."""
     net, batch = tiny.model(family).to(precision.DTYPES[how]), batch_of(family)
     loading.set_trainable(net, "align")
-    adapter = vlm.family(net)
+    adapter = families.family(net)
     visual = {name: value for name, value in batch.items() if "image" in name or "pixel" in name}
     with torch.no_grad(), precision.autocast(how, torch.device("cpu")):
         before = [image for images in adapter.features(visual, "full").values() for image in images]
@@ -151,7 +152,7 @@ def test_structural_rows_are_those_that_change_with_the_newline(family, how):
 
 
 def test_onevision_reads_the_batch_of_its_image_processor():
-    adapter = vlm.family(tiny.model("llava_onevision"))
+    adapter = families.family(tiny.model("llava_onevision"))
     process = LlavaOnevisionImageProcessor(size={"height": 24, "width": 24}, image_grid_pinpoints=tiny.PINPOINTS)
     image = Image.linear_gradient("L").resize((70, 50)).convert("RGB")
     images = adapter.features(process([[image], [image, image]], return_tensors="pt"), "fast")["image"]

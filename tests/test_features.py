@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_train import Killed, die_before, unlike
 from test_tuning import settings
 
-from tinyspeed import DualSpeed, UserError, features, recipe, train
-from tinyspeed.conversations import Conversations
-from tinyspeed.data import collate
-from tinyspeed.features import Features, fill
+from tinyspeed import DualSpeed, UserError, recipe
+from tinyspeed.data import feature_cache
+from tinyspeed.data.conversations import Conversations
+from tinyspeed.data.examples import collate
+from tinyspeed.data.feature_cache import Features, fill
+from tinyspeed.models.families import family as adapter
 from tinyspeed.recipe import Data
 from tinyspeed.scheduler import Plan
-from tinyspeed.vlm import family as adapter
+from tinyspeed.training import train
 
 
 def source(home, family):
@@ -58,7 +60,7 @@ def test_training_from_features_is_training_from_pictures(home, family, tmp_path
 def test_no_picture_is_decoded_and_no_tower_runs(home, family, tmp_path, monkeypatch):
     net, made = tiny.model(family), source(home, family)
     made.features = kept(tmp_path, made, net)
-    monkeypatch.setattr(features.images, "load", None)
+    monkeypatch.setattr(feature_cache.images, "load", None)
     batch = collate([made.example(i) for i in range(10)], tiny.PAD)
     net.model.vision_tower.forward = None
     assert DualSpeed(net, keep=0.3).train()(**batch, plan=Plan("fast", keep=0.3)).loss.isfinite()
@@ -108,9 +110,9 @@ def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    original = features.images.load
+    original = feature_cache.images.load
     with monkeypatch.context() as patch:
-        patch.setattr(features.images, "load", dying)
+        patch.setattr(feature_cache.images, "load", dying)
         with pytest.raises(Killed):
             kept(tmp_path, made, net)
     assert len(files(tmp_path)) == 3

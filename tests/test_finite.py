@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed import finite
+from tinyspeed.util import finite
 
 poisons = st.sampled_from([math.nan, math.inf, -math.inf])
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5)

@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from scale import world
-from tinyspeed import UserError, checkpoint, cli, disk, isolator, recipe, records, report, runs, train
+from tinyspeed import UserError, cli, isolator, recipe
+from tinyspeed.data import records
+from tinyspeed.training import checkpoint, report, run_folder, train
+from tinyspeed.util import files
 
 resource = pytest.importorskip("resource")  # not on Windows
 FULL = Path("/dev/full")
@@ -54,45 +57,45 @@ def _large_tokenizer():
 def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, small_files, what):
     path = tmp_path / "made"
     said = re.escape(f"cannot write {path}: {os.strerror(errno.EFBIG)}; ")
-    with pytest.raises(disk.DiskError, match=said), disk.whole(path) as temporary:
+    with pytest.raises(files.DiskError, match=said), files.whole(path) as temporary:
         WRITERS[what](temporary)
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("number", sorted(disk.MENDS))
+@pytest.mark.parametrize("number", sorted(files.MENDS))
 def test_a_mend_for_every_refusal_also_by_rust(number):
     for error in (OSError(number, "no"), Exception(f"I/O error: no (os error {number})")):
-        said = f"^cannot write there: .*; {disk.MENDS[number]}, then give the same command again"
-        with pytest.raises(disk.DiskError, match=said), disk.to("there"):
+        said = f"^cannot write there: .*; {files.MENDS[number]}, then give the same command again"
+        with pytest.raises(files.DiskError, match=said), files.to("there"):
             raise error
 
 
 def test_other_errors_stay_what_they_are():
     for error in (FileNotFoundError(errno.ENOENT, "no", "x"), UserError("(os error 28)"), KeyError("x")):
-        with pytest.raises(type(error)) as found, disk.to("there"):
+        with pytest.raises(type(error)) as found, files.to("there"):
             raise error
         assert found.value is error
 
 
 def test_many_files_are_flushed_at_once_and_few_one_by_one(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(disk, "flush", done.append)
+    monkeypatch.setattr(files, "flush", done.append)
     monkeypatch.setattr(os, "sync", lambda: done.append("all"))
-    few, many = [tmp_path] * disk.MANY, [tmp_path] * (disk.MANY + 1)
-    disk.flush_all(few)
+    few, many = [tmp_path] * files.MANY, [tmp_path] * (files.MANY + 1)
+    files.flush_all(few)
     assert done == few
     done.clear()
-    disk.flush_all(many)
+    files.flush_all(many)
     assert done == ["all"]
 
 
 def test_an_older_one_stays_until_the_new_one_is_whole(tmp_path, small_files):
     path = tmp_path / "report.png"
     path.write_text("the old one")
-    with pytest.raises(disk.DiskError), disk.whole(path) as temporary:
+    with pytest.raises(files.DiskError), files.whole(path) as temporary:
         temporary.write_text("x" * 200_000)
     assert path.read_text() == "the old one"
-    with disk.whole(path) as temporary:
+    with files.whole(path) as temporary:
         temporary.write_text("the new one")
     assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
     assert path.read_text() == "the new one"
@@ -114,15 +117,15 @@ def test_a_link_and_a_device_stay_what_they_are(tmp_path):
 def test_lines_are_whole_or_cut_off(tmp_path, small_files):
     path = tmp_path / "metrics.jsonl"
     line = b"x" * 999 + b"\n"
-    with disk.lines(path) as add:
+    with files.lines(path) as add:
         add(b"the first\n")
         for _ in range(99):
             add(line)
-        with pytest.raises(disk.DiskError, match=re.escape(str(path))):
+        with pytest.raises(files.DiskError, match=re.escape(str(path))):
             add(line)
     content = path.read_bytes()
     assert content == b"the first\n" + 99 * line
-    with disk.lines(path) as add:  # and it goes on behind them
+    with files.lines(path) as add:  # and it goes on behind them
         add(b"y\n")
     assert path.read_bytes() == content + b"y\n"
 
@@ -134,29 +137,29 @@ def test_a_log_that_cannot_be_flushed_is_named(tmp_path, monkeypatch):
         "digits.tower_steps=1", "align.steps=1", "train.steps=1", "align.batch=1", "train.batch=1",
     )  # fmt: skip
     made = recipe.read("digits", [*values])
-    flush = disk.flush
+    flush = files.flush
 
     def read_only(path):
-        if path.name == runs.LOG:
+        if path.name == run_folder.LOG:
             raise OSError(errno.EROFS, "read-only", str(path))
         flush(path)
 
-    monkeypatch.setattr(disk, "flush", read_only)
-    with pytest.raises(disk.DiskError, match=r"cannot write .*metrics\.jsonl"):
+    monkeypatch.setattr(files, "flush", read_only)
+    with pytest.raises(files.DiskError, match=r"cannot write .*metrics\.jsonl"):
         train.train(made, bar=False)
 
 
 def test_an_error_between_two_lines_is_not_about_the_file(tmp_path):
-    with pytest.raises(OSError, match="another disk") as found, disk.lines(tmp_path / "metrics.jsonl"):
+    with pytest.raises(OSError, match="another disk") as found, files.lines(tmp_path / "metrics.jsonl"):
         raise OSError(errno.ENOSPC, "another disk")
-    assert not isinstance(found.value, disk.DiskError)
+    assert not isinstance(found.value, files.DiskError)
 
 
 def test_half_a_checkpoint_is_taken_away(tmp_path, small_files):
     good = checkpoint.save(tmp_path, 1, {"a": torch.zeros(9)}, {}, keep=1)
-    with pytest.raises(disk.DiskError, match=re.escape(str(checkpoint.named(tmp_path, 2)))):
+    with pytest.raises(files.DiskError, match=re.escape(str(checkpoint.named(tmp_path, 2)))):
         checkpoint.save(tmp_path, 2, LARGE, {}, keep=1)
-    with pytest.raises(disk.DiskError, match=r"step-00000002/state\.json"):
+    with pytest.raises(files.DiskError, match=r"step-00000002/state\.json"):
         checkpoint.save(tmp_path, 2, {"a": torch.zeros(9)}, {"much": "x" * 200_000}, keep=1)
     assert [*tmp_path.iterdir()] == [good]
     checkpoint.load(good)
@@ -165,7 +168,7 @@ def test_half_a_checkpoint_is_taken_away(tmp_path, small_files):
 def test_a_picture_that_cannot_be_written_is_a_matter_of_the_disk(tmp_path, small_files):
     fig = report.figure(30, 30)
     fig.add_subplot().imshow(torch.rand(300, 300))
-    with pytest.raises(disk.DiskError, match=r"report\.png"):
+    with pytest.raises(files.DiskError, match=r"report\.png"):
         report.save(fig, tmp_path / "report.png")
     with pytest.raises(UserError, match=r"ends in \.png"):
         report.save(fig, tmp_path / "report.what")
@@ -181,7 +184,7 @@ def nothing_goes(monkeypatch):
             file.unlink()
         raise OSError(errno.EROFS, "read-only", str(path))
 
-    monkeypatch.setattr(disk.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(files.shutil, "rmtree", rmtree)
 
 
 def test_half_of_an_old_checkpoint_is_none(tmp_path, nothing_goes):
@@ -197,14 +200,14 @@ def test_what_is_in_the_way_and_stays_is_a_matter_of_the_disk(tmp_path, nothing_
     left.mkdir()
     (left / "half").touch()
     with (
-        pytest.raises(disk.DiskError, match=r"cannot write .*/model: .*make it writable"),
-        disk.whole(left.with_name("model")),
+        pytest.raises(files.DiskError, match=r"cannot write .*/model: .*make it writable"),
+        files.whole(left.with_name("model")),
     ):
         pass
     half = checkpoint.unnamed(tmp_path, 1)
     half.mkdir()
     (half / "half").touch()
-    with pytest.raises(disk.DiskError, match=r"step-00000001.*make it writable"):
+    with pytest.raises(files.DiskError, match=r"step-00000001.*make it writable"):
         checkpoint.save(tmp_path, 1, {"a": torch.zeros(9)}, {}, keep=2)
 
 
@@ -212,7 +215,7 @@ def test_advice_is_to_resume_only_what_has_begun(tmp_path, capsys, monkeypatch):
     words = ["train", "digits", "--set", f"run.folder={tmp_path}", "--set", "run.name=one"]
 
     def full(recipe, *, resume):
-        raise disk.DiskError("somewhere", errno.ENOSPC)
+        raise files.DiskError("somewhere", errno.ENOSPC)
 
     monkeypatch.setattr(train, "train", full)
     assert cli.main(words) == 2
@@ -293,8 +296,8 @@ def test_a_cache_is_swept_of_what_the_dead_left_and_of_nothing_else(tmp_path):
         os.utime(path, (path.stat().st_mtime - age,) * 2)
         return path
 
-    old, young = left(".a.1.tmp", 2 * disk.STALE), left(".b.2.tmp", 0.0)
-    disk.sweep([old, young, tmp_path / ".gone.3.tmp"])
+    old, young = left(".a.1.tmp", 2 * files.STALE), left(".b.2.tmp", 0.0)
+    files.sweep([old, young, tmp_path / ".gone.3.tmp"])
     assert not old.exists()
     assert young.read_text() == "half"
 
@@ -303,10 +306,10 @@ def test_a_run_that_could_not_write_its_recipe_leaves_nothing(tmp_path, monkeypa
     made = recipe.read("digits", [f"run.folder={tmp_path}", "run.name=one"])
 
     def full(path, text):
-        raise disk.DiskError(path, errno.ENOSPC)
+        raise files.DiskError(path, errno.ENOSPC)
 
     monkeypatch.setattr(checkpoint, "write_atomically", full)
-    with pytest.raises(disk.DiskError), runs.claimed(made, resume=False):
+    with pytest.raises(files.DiskError), run_folder.claimed(made, resume=False):
         pass
     assert not [*tmp_path.iterdir()]
 
@@ -314,10 +317,10 @@ def test_a_run_that_could_not_write_its_recipe_leaves_nothing(tmp_path, monkeypa
 def test_a_second_process_takes_nothing_of_the_first_away(tmp_path, monkeypatch):
     """Also where it looked before the first had made the folder."""
     made = recipe.read("digits", [f"run.folder={tmp_path}", "run.name=one"])
-    with runs.claimed(made, resume=False) as folder:
+    with run_folder.claimed(made, resume=False) as folder:
         before, is_dir = sorted(folder.iterdir()), Path.is_dir
         monkeypatch.setattr(Path, "is_dir", lambda path: path != folder and is_dir(path))
-        with pytest.raises(UserError, match="another process"), runs.claimed(made, resume=False):
+        with pytest.raises(UserError, match="another process"), run_folder.claimed(made, resume=False):
             pass
         monkeypatch.undo()
         assert sorted(folder.iterdir()) == before

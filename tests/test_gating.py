@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tinyspeed import DualSpeed, UserError, gating, rows
-from tinyspeed.errors import NotFinite
+from tinyspeed import DualSpeed, UserError, regate, rows
 from tinyspeed.scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, Plan
+from tinyspeed.util.errors import NotFinite
 
 shares = st.integers(1, 100).map(lambda percent: percent / 100)
 losses = st.floats(0, 20, width=32)
 weights = st.floats(0, 1)
-fusions = st.sampled_from(gating.FUSIONS)
+fusions = st.sampled_from(regate.FUSIONS)
 
 
 # Which tokens stay
@@ -29,8 +29,8 @@ fusions = st.sampled_from(gating.FUSIONS)
 def test_the_hardest_stay_exactly_as_many_as_asked(reference, share, fusion, weight, seed):
     n = len(reference)
     m = np.random.default_rng(seed).exponential(size=n).round(1).astype(np.float32)  # some are equal
-    settings = gating.Settings(keep=0.5, reference="llm", fusion=fusion, weight=weight)
-    memory = gating.Memory(settings, [7], [n], np.array(reference, np.float32))
+    settings = regate.Settings(keep=0.5, reference="llm", fusion=fusion, weight=weight)
+    memory = regate.Memory(settings, [7], [n], np.array(reference, np.float32))
     memory.update(7, np.ones(n, bool), m)
     stays = memory.keep(7, share)
     assert stays.sum() == math.ceil(Fraction(str(share)) * n)
@@ -45,13 +45,13 @@ def test_the_hardest_stay_exactly_as_many_as_asked(reference, share, fusion, wei
 def test_how_many_stay_is_exact():
     for percent in range(1, 101):
         for n in range(1, 151):
-            assert gating.kept(percent / 100, n) == -(-percent * n // 100)
-    assert gating.kept(0.5, 0) == 0
+            assert regate.kept(percent / 100, n) == -(-percent * n // 100)
+    assert regate.kept(0.5, 0) == 0
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=60), shares)
 def test_of_equals_the_earlier_stay(m, share):
-    memory = gating.Memory(gating.Settings(), [0], [len(m)])
+    memory = regate.Memory(regate.Settings(), [0], [len(m)])
     memory.update(0, np.ones(len(m), bool), np.array(m))
     hardest = sorted(range(len(m)), key=lambda i: (-m[i], i))[: math.ceil(Fraction(str(share)) * len(m))]
     assert np.flatnonzero(memory.keep(0, share)).tolist() == sorted(hardest)
@@ -59,7 +59,7 @@ def test_of_equals_the_earlier_stay(m, share):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_a_difficulty_that_is_not_finite_decides_nothing(poison):
-    memory = gating.Memory(gating.Settings(), [0, 7], [2, 3], np.zeros(5, np.float32))
+    memory = regate.Memory(regate.Settings(), [0, 7], [2, 3], np.zeros(5, np.float32))
     memory.difficulty[3] = poison
     assert memory.keep(0, 0.5).sum() == 1
     with pytest.raises(NotFinite, match="remembers of sample 7"):
@@ -67,11 +67,11 @@ def test_a_difficulty_that_is_not_finite_decides_nothing(poison):
 
 
 def test_a_sample_that_nothing_is_known_of_keeps_all_or_what_the_reference_finds_hard():
-    alone = gating.Memory(gating.Settings(), [0], [3])
+    alone = regate.Memory(regate.Settings(), [0], [3])
     assert alone.keep(0, 0.3).tolist() == [True, True, True]
-    for fusion in gating.FUSIONS:
-        fused = gating.Settings(keep=0.5, reference="llm", fusion=fusion)
-        beside = gating.Memory(fused, [0], [3], np.array([1.0, 3.0, 2.0], np.float32))
+    for fusion in regate.FUSIONS:
+        fused = regate.Settings(keep=0.5, reference="llm", fusion=fusion)
+        beside = regate.Memory(fused, [0], [3], np.array([1.0, 3.0, 2.0], np.float32))
         assert beside.keep(0, 0.3).tolist() == [False, True, False]
 
 
@@ -85,7 +85,7 @@ def test_a_sample_that_nothing_is_known_of_keeps_all_or_what_the_reference_finds
 )
 def test_difficulty_is_the_average_of_what_ran_and_of_nothing_else(answers, visits, beta):
     samples = [10 * i + 3 for i in range(len(answers))]
-    memory = gating.Memory(gating.Settings(beta=beta), samples, answers)
+    memory = regate.Memory(regate.Settings(beta=beta), samples, answers)
     want = {(s, i): None for s, n in zip(samples, answers, strict=True) for i in range(n)}
     for which, seed in visits:
         sample, n = samples[which % len(samples)], answers[which % len(samples)]
@@ -102,15 +102,15 @@ def test_difficulty_is_the_average_of_what_ran_and_of_nothing_else(answers, visi
         assert np.array_equal(memory.difficulty[idle], before[idle])
     got = memory.difficulty.tolist()
     for m, w in zip(got, want.values(), strict=True):
-        assert m == gating.NEVER if w is None else m == pytest.approx(w, rel=1e-5, abs=1e-6)
+        assert m == regate.NEVER if w is None else m == pytest.approx(w, rel=1e-5, abs=1e-6)
 
 
 def test_a_sample_of_another_run_and_losses_of_another_are_refused():
-    memory = gating.Memory(gating.Settings(), [3, 9], [2, 2])
+    memory = regate.Memory(regate.Settings(), [3, 9], [2, 2])
     with pytest.raises(KeyError):
         memory.keep(4, 0.5)
     with pytest.raises(UserError, match="3 reference losses for 4"):
-        gating.Memory(gating.Settings(), [3, 9], [2, 2], np.ones(3, np.float32))
+        regate.Memory(regate.Settings(), [3, 9], [2, 2], np.ones(3, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_sample_of_another_run_and_losses_of_another_are_refused():
 )  # fmt: skip
 def test_bad_settings_are_refused(change):
     with pytest.raises(UserError, match=f"regate.{next(iter(change))}"):
-        gating.Settings(**change)
+        regate.Settings(**change)
 
 
 # When
@@ -129,7 +129,7 @@ def test_bad_settings_are_refused(change):
 @given(st.integers(0, 5000), st.integers(2, 40), st.data(), st.integers(0, 300), st.integers(0, 99))
 def test_the_cycle_refreshes_first_and_warms_up_and_leaves_slow_steps_whole(step, cycle, data, warmup, seed):
     refresh = data.draw(st.integers(1, cycle - 1))
-    part = gating.Cycle(gating.Settings(keep=0.5, cycle=cycle, refresh=refresh, warmup=warmup))
+    part = regate.Cycle(regate.Settings(keep=0.5, cycle=cycle, refresh=refresh, warmup=warmup))
     for schedule in (FullSchedule(), FastSchedule(0.2), DualSpeedSchedule(slow=0.5, seed=seed)):
         plan, plain = Combined(schedule, part).plan(step), schedule.plan(step)
         skips = step >= warmup and step % cycle >= refresh and plain.mode != "slow"
@@ -137,16 +137,16 @@ def test_the_cycle_refreshes_first_and_warms_up_and_leaves_slow_steps_whole(step
 
 
 def test_the_papers_cycle_keeps_the_share_that_the_paper_reports():
-    part = gating.Cycle(gating.Settings(keep=0.5))
+    part = regate.Cycle(regate.Settings(keep=0.5))
     shares = [part.change(Plan("full"), step).answer_keep for step in range(128, 256)]
     assert sum(shares) / 128 == 0.5625
 
 
 def test_the_cycle_of_another_run_is_refused():
-    part = gating.Cycle(gating.Settings(keep=0.5))
+    part = regate.Cycle(regate.Settings(keep=0.5))
     part.load_state_dict(part.state_dict())
     with pytest.raises(UserError, match="checkpoint"):
-        gating.Cycle(gating.Settings(keep=0.4)).load_state_dict(part.state_dict())
+        regate.Cycle(regate.Settings(keep=0.4)).load_state_dict(part.state_dict())
 
 
 # What becomes of a token that is skipped

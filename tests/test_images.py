@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from tinyspeed import images
-from tinyspeed.errors import UserError
+from tinyspeed.data import images
+from tinyspeed.util.errors import UserError
 
 WHERE = "train.json: record 17 (id abc)"
 RNG = np.random.default_rng(0)

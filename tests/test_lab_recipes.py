@@ -13,11 +13,13 @@ import torch
 from album import album
 from safetensors.torch import load_file
 
-from scale import __main__, fleet, plan
+from scale import __main__
 from scale.dealing import WINDOW, Alike
-from tinyspeed import UserError, loading, memory, recipe
-from tinyspeed.memory import GIB, Settings
-from tinyspeed.shapes import clip, vicuna
+from scale.planner import hardware, plan
+from tinyspeed import UserError, recipe
+from tinyspeed.models import loading, memory
+from tinyspeed.models.memory import GIB, Settings
+from tinyspeed.models.published import clip, vicuna
 
 SAMPLES = {"1.5 stage1": 558_128, "1.5 stage2": 665_298, "next stage2": 779_289}
 STEPS = {"1.5 stage1": 2_181, "1.5 stage2": 5_198, "next stage2": 6_089}  # LLaVA's own bars show the first two
@@ -52,7 +54,7 @@ def planned(models, tmp_path_factory):
             if name in ALIGNS:
                 changes = [f"model.tower={folder / 'clip'}", f"model.llm={folder / size(name)}"]
             (job,) = plan.jobs(recipe.read(name, changes), SAMPLES[kind(name)])
-            found[name, gpu] = plan.cost(job, fleet.Layout(fleet.GPUS[gpu], 8, 8))
+            found[name, gpu] = plan.cost(job, hardware.Layout(hardware.GPUS[gpu], 8, 8))
         return found[name, gpu]
 
     return made

@@ -14,11 +14,14 @@ from test_train import train_through, unlike
 from test_tuning import settings as settings_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyspeed import DualSpeed, UserError, cli, loader, recipe, schedules, train
-from tinyspeed.estimate import Estimate, estimate
-from tinyspeed.layers import LayerSkipper
+from tinyspeed import DualSpeed, UserError, cli, recipe
+from tinyspeed.bench.estimate import Estimate, estimate
+from tinyspeed.data import loader
+from tinyspeed.recipe import schedules
 from tinyspeed.scheduler import Combined, FastSchedule, FullSchedule, PeriodicSchedule, Plan
-from tinyspeed.stage import StageRun, Totals
+from tinyspeed.sts import LayerSkipper
+from tinyspeed.training import train
+from tinyspeed.training.loop import StageRun, Totals
 
 FAST, FULL, SLOW = Plan("fast", keep=0.3), Plan("full"), Plan("slow", keep=0.3, distill=1.0)
 seeds, steps = st.integers(0, 2**32 - 1), st.integers(0, 10**6)

@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyspeed import DualSpeed, UserError, attention, heap, pruning, rows
+from tinyspeed import DualSpeed, UserError, pruning, rows
+from tinyspeed.models import attention
 from tinyspeed.scheduler import Plan
-from tinyspeed.stage import StageRun
+from tinyspeed.training.loop import StageRun
+from tinyspeed.util import malloc
 
 ROOT = Path(__file__).parents[1]
 FAST = Plan("fast", keep=0.3)
@@ -136,5 +138,5 @@ def test_memory_that_is_kept_needs_no_new_pages():
 
 
 def test_where_the_c_library_cannot_be_told_nothing_happens(monkeypatch):
-    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
-    assert heap.keep() is False
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: object())
+    assert malloc.keep() is False

@@ -32,8 +32,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from tinyspeed import DualSpeed, UserError, loading, merge, precision, train
+from tinyspeed import DualSpeed, UserError
+from tinyspeed.models import export, loading, precision
 from tinyspeed.scheduler import Plan
+from tinyspeed.training import train
 
 KINDS = ("fp32", "bf16", "fp16")
 
@@ -163,7 +165,7 @@ def saved(net: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_model_trained_in_full_is_written_as_its_base_was(base, tmp_path):
     net = train_a_little(loading.load(base), base)
-    merge.merge(saved(net), 1.0, base, tmp_path / "out")
+    export.merge(saved(net), 1.0, base, tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     ours = merged.state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in net.state_dict().items())
@@ -173,7 +175,7 @@ def test_a_model_trained_in_full_is_written_as_its_base_was(base, tmp_path):
 
 def test_a_merged_model_is_the_trained_model(base, tmp_path):
     net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
-    merge.merge(saved(net), 2.0, base, tmp_path / "out")
+    export.merge(saved(net), 2.0, base, tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     batch = tiny.batch(kind(base))
     assert not tiny.difference(merged(**batch).logits, net(**batch).logits)
@@ -188,7 +190,7 @@ def test_a_merged_model_is_the_trained_model(base, tmp_path):
 
 def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, tmp_path):
     four = train_a_little(loading.add_lora(loading.load(base, quantise="nf4"), rank=4), base)
-    merge.merge(saved(four), 2.0, base, tmp_path / "out")
+    export.merge(saved(four), 2.0, base, tmp_path / "out")
     whole = loading.add_lora(loading.load(base), rank=4)
     loading.set_trainable(whole, "train")
     assert learned(four)
@@ -200,7 +202,7 @@ def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, 
 
 
 def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tmp_path, monkeypatch):
-    held, original = [], merge.save_file
+    held, original = [], export.save_file
 
     def watched(tensors, *rest, **how):
         gc.collect()
@@ -208,13 +210,13 @@ def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tm
         held.extend(map(weakref.ref, tensors.values()))
         original(tensors, *rest, **how)
 
-    monkeypatch.setattr(merge, "save_file", watched)
+    monkeypatch.setattr(export, "save_file", watched)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
     assert len(files) > 2
     net = train_a_little(loading.add_lora(loading.load(str(tmp_path / "base"), "bf16"), rank=4), base)
-    merge.merge(saved(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
+    export.merge(saved(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
@@ -229,7 +231,7 @@ def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
     small = tiny.model(kind(base), layers=2)
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="not the model that was trained"):
-        merge.merge(saved(net), 2.0, str(tmp_path / "small"), tmp_path / "out")
+        export.merge(saved(net), 2.0, str(tmp_path / "small"), tmp_path / "out")
 
 
 def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
@@ -240,20 +242,20 @@ def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
     tensors[name] = tensors[name].clone().fill_(1e6)
     AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float16).save_pretrained(tmp_path / "half")
     with pytest.raises(UserError, match=r"nothing was exported.*projector.*\(.*inf\).*too large for torch.float16"):
-        merge.merge(tensors, 2.0, str(tmp_path / "half"), tmp_path / "out")
+        export.merge(tensors, 2.0, str(tmp_path / "half"), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.safetensors"))
-    merge.merge(tensors, 2.0, base, tmp_path / "whole")
+    export.merge(tensors, 2.0, base, tmp_path / "whole")
     broken = load_file(f"{base}/model.safetensors")
     next(t for n, t in broken.items() if "vision_tower" in n).view(-1)[3] = float("nan")
     shutil.copytree(base, tmp_path / "broken")
     save_file(broken, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"nothing was exported.*vision_tower.*nan.*broken has it so"):
-        merge.merge(tensors, 2.0, str(tmp_path / "broken"), tmp_path / "other")
+        export.merge(tensors, 2.0, str(tmp_path / "broken"), tmp_path / "other")
 
 
 def test_an_adapter_alone_carries_the_projector_too(base, tmp_path):
     net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
-    merge.save_adapter(saved(net), loading.lora_config(4), base, tmp_path / "adapter")
+    export.save_adapter(saved(net), loading.lora_config(4), base, tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "adapter").eval()
     batch = tiny.batch(kind(base))
     assert torch.equal(again(**batch).logits, net(**batch).logits)
@@ -493,7 +495,7 @@ def test_an_index_that_leads_elsewhere_is_refused(base, tmp_path, name):
         where = dict.fromkeys(tensors.keys(), name)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    for use in (loading.load, lambda path: merge.merge({}, 1.0, path, tmp_path / "out")):
+    for use in (loading.load, lambda path: export.merge({}, 1.0, path, tmp_path / "out")):
         with pytest.raises(UserError, match="index"):
             use(str(folder))
 
@@ -618,7 +620,7 @@ def test_other_precisions_do_not_forgive_an_overflow():
 
 def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspeed(base, tmp_path):
     net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
-    merge.merge(saved(net), 2.0, base, tmp_path / "out")
+    export.merge(saved(net), 2.0, base, tmp_path / "out")
     loading.load_processor(base).save_pretrained(tmp_path / "out")
     script = (
         "import sys, torch; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from tinyspeed import UserError, digits, loading, pruning, vlm
-from tinyspeed.look import DIM, GRID, PATCH, encode, look, melt, patches, read_picture, shade
+from tinyspeed import UserError, pruning
+from tinyspeed.data import digits
+from tinyspeed.evaluation.look import DIM, GRID, PATCH, encode, look, melt, patches, read_picture, shade
+from tinyspeed.models import families, loading
 
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION |= {"image_size": 24, "patch_size": 8}
@@ -65,7 +67,7 @@ def test_without_a_tower_the_features_are_patches_of_pixels_less_their_mean(phot
 def test_a_llava_is_looked_at_through_tower_and_projector(photo, tmp_path):
     folder = tiny.checkpoint("llava", tmp_path / "llava")
     batch = tiny.processor("llava").image_processor(images=Image.open(photo), return_tensors="pt")
-    model = vlm.family(loading.load(str(folder)).eval())
+    model = families.family(loading.load(str(folder)).eval())
     with torch.no_grad():
         full = torch.stack(model.encode(batch["pixel_values"], None, "full"))
     assert full.shape == (1, 9, 32)

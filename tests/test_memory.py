@@ -14,12 +14,14 @@ from real import REAL
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConfig
 
-from tinyspeed import DualSpeed, loading, memory, optimizer, precision, pruning, recipe
+from tinyspeed import DualSpeed, pruning, recipe
 from tinyspeed.bench.live import Live, storages
-from tinyspeed.memory import MicroBatch, Settings, Shape, Step
+from tinyspeed.models import loading, memory, precision
+from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
+from tinyspeed.models.published import GRIDS, clip, vicuna
 from tinyspeed.recipe import Stage
 from tinyspeed.scheduler import Plan
-from tinyspeed.shapes import GRIDS, clip, vicuna
+from tinyspeed.training import optimizer
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
-from tinyspeed import DualSpeed, UserError, attention, loading, pruning, rows
+from tinyspeed import DualSpeed, UserError, pruning, rows
 from tinyspeed.isolator import PromptIsolator
+from tinyspeed.models import attention, loading
 from tinyspeed.scheduler import Plan
 
 KEEP = 0.3

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyspeed import estimate, lengths, report, shapes
-from tinyspeed.bench import bars, feed, growth, levers, loss, savings, selection, step
-from tinyspeed.memory import Settings, Shape
+from tinyspeed.bench import bars, data, estimate, levers, loss, pruning, savings, scaling, step
+from tinyspeed.data import llava_mix
+from tinyspeed.models import published
+from tinyspeed.models.memory import Settings, Shape
+from tinyspeed.training import report
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "tinyspeed" / "PERFORMANCE.md"
@@ -25,12 +27,12 @@ SHAPES = {
 
 def printed(result: dict) -> str:
     describe = {
-        "data": feed.describe,
+        "data": data.describe,
         "levers": levers.describe,
         "loss": loss.describe,
-        "pruning": selection.describe,
+        "pruning": pruning.describe,
         "savings": savings.describe,
-        "scaling": growth.describe,
+        "scaling": scaling.describe,
         "step": lambda found: "\n\n".join(step.describe(*of) for of in found["texts"].items()),
     }
     return describe[result["bench"]](result)
@@ -40,7 +42,7 @@ def promised() -> str:
     """hf, recomputing, over ours, packed and not recomputing, in FLOPs."""
     lines = []
     for name, (size, family) in SHAPES.items():
-        shape, samples = Shape(shapes.shaped(size, family)), lengths.mix(1024, 0, family)
+        shape, samples = Shape(published.shaped(size, family)), llava_mix.mix(1024, 0, family)
         padded = []
         for first in range(0, len(samples), 8):
             batch = samples[first : first + 8]

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from real import REAL
 from transformers import AutoModelForImageTextToText
 
-from scale import fleet, measure, plan, simulate
 from scale.dealing import WINDOW
-from scale.fleet import GPUS, Layout
-from scale.plan import Model, jobs
-from tinyspeed import UserError, lengths, loading, memory
-from tinyspeed.estimate import flops
-from tinyspeed.memory import Settings, Shape
+from scale.planner import hardware, measure, plan, simulate
+from scale.planner.hardware import GPUS, Layout
+from scale.planner.plan import Model, jobs
+from tinyspeed import UserError
+from tinyspeed.bench.estimate import flops
+from tinyspeed.data import llava_mix
+from tinyspeed.models import loading, memory
+from tinyspeed.models.memory import Settings, Shape
 
 README = (Path(__file__).parents[1] / "scale" / "README.md").read_text(encoding="utf-8")
 
@@ -88,7 +90,7 @@ def test_a_ring_takes_as_long_as_passing_chunks_around(n, chunk):
     while any(len(chunks) < n for chunks in held):
         passing = [passing[rank - 1] for rank in range(n)]  # what each gets from its neighbour
         held = [chunks | {got} for chunks, got in zip(held, passing, strict=True)]
-        seconds += chunk / (gpu.link * 1e9 * fleet.LINKS) + fleet.HOP
+        seconds += chunk / (gpu.link * 1e9 * hardware.LINKS) + hardware.HOP
     assert seconds == pytest.approx(Layout(gpu, n, n).seconds(n * chunk, 1))
 
 
@@ -125,7 +127,7 @@ def test_on_one_gpu_a_step_is_its_arithmetic(recipe):
 @pytest.mark.parametrize("gpus", [8, 16])
 def test_a_step_is_never_shorter_than_its_parts(recipe, gpus):
     (job,) = jobs(recipe(train_batch=32))
-    for layout in fleet.layouts("a100-80", [gpus]):
+    for layout in hardware.layouts("a100-80", [gpus]):
         cost = plan.cost(job, layout)
         assert cost.hours == pytest.approx(
             job.steps * (0.9 * cost.modes["fast"].step + 0.1 * cost.modes["slow"].step) / 3600
@@ -293,18 +295,18 @@ def test_mistakes_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, argv, s
 
 @pytest.mark.parametrize(("family", "longest"), [("1.5", 2048), ("next", 4096)])
 def test_the_mix_is_what_is_public_of_it(family, longest):
-    samples = lengths.mix(20_000, 0, family)
-    assert samples == lengths.mix(20_000, 0, family, longest)
-    assert abs(lengths.SAMPLES - 665_298) < 2000
+    samples = llava_mix.mix(20_000, 0, family)
+    assert samples == llava_mix.mix(20_000, 0, family, longest)
+    assert abs(llava_mix.SAMPLES - 665_298) < 2000
     assert all(0 < answers <= text <= longest - sum(images) for text, images, answers in samples)
     without = [text for text, images, _ in samples if not images]
     assert len(without) / len(samples) == pytest.approx(40_688 / 665_298, rel=0.1)
     assert max(without) == longest
-    assert {images[0] for _, images, _ in samples if images} == set(lengths.VISUAL[family])
+    assert {images[0] for _, images, _ in samples if images} == set(llava_mix.VISUAL[family])
     with pytest.raises(UserError, match="family"):
-        lengths.mix(1, 0, "1.6")
+        llava_mix.mix(1, 0, "1.6")
     with pytest.raises(UserError, match="no room for pictures"):
-        lengths.mix(1, 0, family, 600)
+        llava_mix.mix(1, 0, family, 600)
 
 
 def test_times_of_steps_follow_their_flops():

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed import UserError, recipe, runs
-from tinyspeed.estimate import estimate
-from tinyspeed.memory import GIB
+from tinyspeed import UserError, recipe
+from tinyspeed.bench.estimate import estimate
+from tinyspeed.models.memory import GIB
+from tinyspeed.training import run_folder
 
 README = Path(__file__).parents[1] / "README.md"
 share = st.floats(0.01, 1)
@@ -193,5 +194,5 @@ def test_a_checkpoint_is_of_one_recipe_wherever_its_files_are():
         for key in table:
             changed = copy.deepcopy(made)
             object.__setattr__(getattr(changed, section), key, "another")
-            free = key in (*runs.FREE.get(section, ()), *runs.PLACES.get(section, ()))
-            assert (runs.fingerprint(changed) == runs.fingerprint(made)) == free, f"{section}.{key}"
+            free = key in (*run_folder.FREE.get(section, ()), *run_folder.PLACES.get(section, ()))
+            assert (run_folder.fingerprint(changed) == run_folder.fingerprint(made)) == free, f"{section}.{key}"

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from tinyspeed import records
-from tinyspeed.errors import UserError
-from tinyspeed.records import IMAGE, MARKER, Record, Records, Turn, parse
+from tinyspeed.data import records
+from tinyspeed.data.records import IMAGE, MARKER, Record, Records, Turn, parse
+from tinyspeed.util.errors import UserError
 
 WHERE = "train.json: record 17"
 

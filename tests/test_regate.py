@@ -18,10 +18,13 @@ from torture import bait
 from transformers import LlamaForCausalLM
 
 from scale.__main__ import main as scaled
-from tinyspeed import UserError, checkpoint, cli, conversations, digits, recipe, reference, regate, schedules, train
-from tinyspeed.gating import NEVER, kept
-from tinyspeed.reference import Reference
+from tinyspeed import UserError, cli, recipe
+from tinyspeed.data import conversations, digits
+from tinyspeed.recipe import schedules
+from tinyspeed.regate import NEVER, kept
 from tinyspeed.rows import IGNORE
+from tinyspeed.training import answer_gate, checkpoint, reference, train
+from tinyspeed.training.reference import Reference
 
 CPU = torch.device("cpu")
 STEPS = 9
@@ -89,7 +92,7 @@ def test_killed_and_resumed_is_never_killed(home, tmp_path, monkeypatch, alone):
     assert cli.main(["train", str(tmp_path / "run.toml"), *words, "--resume"]) == 0
     assert not unlike(made, whole)
 
-    source, order = source_of(made), regate.Order(10, made.run.seed)
+    source, order = source_of(made), answer_gate.Order(10, made.run.seed)
     every = [sum(source.lengths(i)[2] for i in order.batch(step, 4)) for step in range(STEPS)]
     least = [sum(kept(0.4, source.lengths(i)[2]) for i in order.batch(step, 4)) for step in range(STEPS)]
     skipped = 0
@@ -126,7 +129,7 @@ def test_a_dry_run_takes_its_steps_with_all_answers(home, tmp_path):
 
 def test_nothing_is_learned_of_a_sample_that_lost_its_labels(home, tmp_path):
     made = settings(home, tmp_path, "run")
-    gate = regate.Gate(made, source_of(made), CPU, made.model.path)
+    gate = answer_gate.Gate(made, source_of(made), CPU, made.model.path)
     n, answers = (len(gate.memory.keep(i, 1.0)) for i in (0, 1))
     labels = torch.full((2, answers + 2), IGNORE)
     labels[1, 2:] = 5
@@ -179,7 +182,7 @@ def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_
 
 def test_a_sample_that_a_step_has_twice_counts_once_by_its_mean(home, tmp_path):
     made = settings(home, tmp_path, "run")
-    gate = regate.Gate(made, source_of(made), CPU, made.model.path)
+    gate = answer_gate.Gate(made, source_of(made), CPU, made.model.path)
     n = len(gate.memory.keep(0, 1.0))
     labels = torch.full((1, n + 1), 5)
     assert gate.begin([0, 0], 1.0) == 2 * n
@@ -354,10 +357,10 @@ def test_a_run_is_refused_exactly_if_no_step_would_skip(home, samples, batch, ep
         if schedule.plan(step).answer_keep < 1 and (known or step * batch >= samples)  # of their second epoch
     ]
     if skipping:
-        regate.check(made, samples)
+        answer_gate.check(made, samples)
     else:
         with pytest.raises(UserError, match=r"would (be skipped|skip)"):
-            regate.check(made, samples)
+            answer_gate.check(made, samples)
 
 
 def test_what_would_skip_nothing_is_said_before_the_first_stage(home, tmp_path):

@@ -11,8 +11,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from tinyspeed import UserError
-from tinyspeed.labels import _spread
-from tinyspeed.report import (
+from tinyspeed.training.report import (
     compare_figure,
     draw_compare,
     draw_run,
@@ -23,6 +22,7 @@ from tinyspeed.report import (
     smooth,
     table,
 )
+from tinyspeed.util.plots import _spread
 
 # Tables
 

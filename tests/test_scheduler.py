@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyspeed import UserError, scheduler, schedules
+from tinyspeed import UserError, scheduler
+from tinyspeed.recipe import schedules
 from tinyspeed.scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Plan
 
 shares = st.floats(0, 1)

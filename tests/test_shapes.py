@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tinyspeed import UserError, loading, recipe
-from tinyspeed.estimate import estimate
-from tinyspeed.shapes import KNOWN
-from tinyspeed.vlm import FAMILIES
+from tinyspeed import UserError, recipe
+from tinyspeed.bench.estimate import estimate
+from tinyspeed.models import loading
+from tinyspeed.models.families import FAMILIES
+from tinyspeed.models.published import KNOWN
 
 # Of LLaVA-1.5's first release, which had 32,000 words; 64 more words have a row each in embeddings and head.
 SMALL, LARGE = 7_062_902_784 + 2 * 64 * 4096, 13_350_839_296 + 2 * 64 * 5120

@@ -23,9 +23,11 @@ from test_tuning import settings
 from transformers import AutoModelForImageTextToText
 
 from scale import __main__, run, shard, world
-from scale.model import Model
+from scale.planner.traffic import Model
 from scale.stage import ShardedStage
-from tinyspeed import DualSpeed, UserError, adaptive, checkpoint, loading, memory, train
+from tinyspeed import DualSpeed, UserError, adaptive
+from tinyspeed.models import loading, memory
+from tinyspeed.training import checkpoint, train
 
 HERE = Path(__file__).parent
 PROGRAM = ("-m", "scale")

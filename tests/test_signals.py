@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
-from tinyspeed import DualSpeed, UserError, pruning, recipe, signals
+from tinyspeed import DualSpeed, UserError, pruning, recipe
+from tinyspeed.models.families import family as adapter
+from tinyspeed.pruning import signals
 from tinyspeed.scheduler import Plan
-from tinyspeed.vlm import family as adapter
 
 KEEP = 0.4
 BOTH = ("cls_attention", "tower")

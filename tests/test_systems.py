@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from test_train import train_through, unlike
 from test_tuning import settings
 
-from tinyspeed import UserError, adaptive, checkpoint, conversations, pruning, recipe, regate, schedules, train
-from tinyspeed.batching import Order
+from tinyspeed import UserError, adaptive, pruning, recipe
+from tinyspeed.data import conversations
+from tinyspeed.recipe import schedules
+from tinyspeed.training import answer_gate, checkpoint, train
+from tinyspeed.training.batching import Order
 
 TOGETHER = (
     "lora.rank=4", "train.steps=12", "sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0",
@@ -23,7 +26,7 @@ def test_the_readmes_recipe_for_all_of_them_skips_rows_layers_and_answers():
     readme = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
     (command,) = re.findall(r"`tinyspeed train digits ([^`]*regate[^`]*)`", readme)
     made = recipe.read("digits", command.replace("--set ", "").split())
-    regate.check(made, made.digits.pictures)
+    answer_gate.check(made, made.digits.pictures)
     plans = list(map(schedules.schedule_of(made, "train", made.digits.layers).plan, range(made.train.steps)))
     assert any(plan.keep < 1 and plan.answer_keep < 1 for plan in plans)
     skipper = schedules.skipper_of(made, "train", made.digits.layers)

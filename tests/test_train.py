@@ -16,11 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torture.kills import unlike
 
-from tinyspeed import UserError, checkpoint, digits, folders, loader, recipe, runs, train
-from tinyspeed.data import collate
-from tinyspeed.optimizer import learning_rate
+from tinyspeed import UserError, recipe
+from tinyspeed.data import digits, loader
+from tinyspeed.data.examples import collate
 from tinyspeed.scheduler import Plan
-from tinyspeed.stage import StageRun, Totals
+from tinyspeed.training import checkpoint, run_folder, train
+from tinyspeed.training.loop import StageRun, Totals
+from tinyspeed.training.optimizer import learning_rate
+from tinyspeed.util import paths
 
 ALIGN, TUNE = 3, 7
 
@@ -201,7 +204,7 @@ def test_a_second_run_goes_on_with_the_isolator_of_the_first(base, uninterrupted
 
 def test_an_isolator_that_is_something_else_is_refused(base, tmp_path):
     (tmp_path / "first").mkdir()
-    (tmp_path / "first" / folders.ISOLATOR).write_bytes(b"x" * 100)
+    (tmp_path / "first" / paths.ISOLATOR).write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=r"isolator\.safetensors is damaged, or of an older version"):
         train.build_model(settings(base, tmp_path, "run", f"dualspeed.isolator_from={tmp_path / 'first'}"))
 
@@ -406,7 +409,7 @@ def test_a_damaged_isolator_is_named_before_it_is_used(uninterrupted, base, tmp_
         train.build_model(made)
     (first / "isolator.safetensors").unlink()
     with pytest.raises(UserError, match="was that run finished"):
-        runs.check_sources(made)
+        run_folder.check_sources(made)
 
 
 def test_gradients_whose_squares_overflow_are_told_from_infinite_ones(base, tmp_path, monkeypatch):

@@ -16,9 +16,13 @@ from album import album
 from safetensors.torch import load_file
 from test_train import Killed, die_before, train_through, unlike
 
-from tinyspeed import UserError, checkpoint, cli, conversations, evaluate, loader, optimizer, precision, recipe, train
+from tinyspeed import UserError, cli, recipe
+from tinyspeed.data import conversations, loader
+from tinyspeed.evaluation import accuracy
+from tinyspeed.models import precision
 from tinyspeed.scheduler import Plan
-from tinyspeed.stage import StageRun
+from tinyspeed.training import checkpoint, optimizer, train
+from tinyspeed.training.loop import StageRun
 
 SETTINGS = {
     "qlora": (
@@ -389,7 +393,7 @@ def test_an_official_evaluation_on_the_command_line(home, tmp_path, capsys, monk
     assert f"{scores['accuracy']:.2f}" in out
     kept = (tmp_path / "mine" / "pope.jsonl").read_text().splitlines()
     assert len(kept) == 1 + 3 * 2
-    from tinyspeed import ask
+    from tinyspeed.evaluation import ask
 
     monkeypatch.setattr(ask, "answer", None)
     assert cli.main(command) == 0
@@ -562,8 +566,8 @@ def test_a_model_in_half_precision_is_evaluated_as_it_trained(tmp_path):
     model = train.train(made, bar=False).model
     trained = [p for p in model.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
-    scores = evaluate.held_out(model, made, bar=False)
-    assert scores == evaluate.held_out(train.load_trained(made), made, bar=False)
+    scores = accuracy.held_out(model, made, bar=False)
+    assert scores == accuracy.held_out(train.load_trained(made), made, bar=False)
     saved = load_file(made.folder / "model" / "model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32}
 

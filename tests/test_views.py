@@ -12,11 +12,15 @@ from test_train import train_through, unlike
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, Trainer
 
-from tinyspeed import DualSpeed, UserError, checkpoint, cli, digits, evaluate, loading, merge, optimizer, recipe, train
-from tinyspeed.callback import SetStep
-from tinyspeed.data import collate
+from tinyspeed import DualSpeed, UserError, cli, recipe
+from tinyspeed.data import digits
+from tinyspeed.data.examples import collate
+from tinyspeed.evaluation import accuracy
+from tinyspeed.models import export, loading
 from tinyspeed.recipe import Stage
 from tinyspeed.scheduler import PeriodicSchedule, Plan
+from tinyspeed.training import checkpoint, optimizer, train
+from tinyspeed.training.callback import SetStep
 
 # The view that a step learns in.
 VIEW = {"fast": "fast", "slow": "slow", "full": "slow"}
@@ -162,8 +166,8 @@ def test_what_is_exported_is_the_slow_view(family, tmp_path):
     base = str(tiny.checkpoint(family, tmp_path / "base"))
     model = DualSpeed(grown(loading.add_lora(loading.load(base), rank=4, views=True)), views=True)
     saved = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    merge.merge(saved, 2.0, base, tmp_path / "merged")
-    merge.save_adapter(saved, loading.lora_config(4), base, tmp_path / "adapter")
+    export.merge(saved, 2.0, base, tmp_path / "merged")
+    export.save_adapter(saved, loading.lora_config(4), base, tmp_path / "adapter")
     batch = tiny.batch(family)
     model(**batch, plan=FAST)
     want = model.eval()(**batch).logits
@@ -196,7 +200,7 @@ def test_a_run_on_the_command_line(tmp_path, monkeypatch):
     assert cli.main(["export", str(made.folder), str(tmp_path / "out")]) == 0
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     batch = collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)
-    evaluate.held_out(ours, made, bar=False)  # which ends in the fast view
+    accuracy.held_out(ours, made, bar=False)  # which ends in the fast view
     want = ours.eval()(**batch).logits
     assert not tiny.difference(plain(**batch).logits, want)
     ours.views.use("fast")

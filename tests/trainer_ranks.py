@@ -11,9 +11,9 @@ from test_callback import Pictures, adapting, arguments, gather, wrapped
 from torch import distributed
 from transformers import Trainer
 
-from tinyspeed import loading
-from tinyspeed.callback import SetStep
+from tinyspeed.models import loading
 from tinyspeed.scheduler import PeriodicSchedule
+from tinyspeed.training.callback import SetStep
 
 SAMPLES = 8  # of a step
 

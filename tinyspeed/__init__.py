@@ -1,7 +1,7 @@
 """tinyspeed: train LLaVA-style models faster by letting most steps see a tenth of the image tokens."""
 
 from . import scheduler
-from .errors import UserError
+from .util.errors import UserError
 
 __all__ = ["DualSpeed", "UserError", "pruning", "scheduler"]
 __version__ = "0.1.0"

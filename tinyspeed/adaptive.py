@@ -29,8 +29,8 @@ without a picture have none, and thin it out.
 
 import math
 
-from .errors import NotFinite, UserError
 from .scheduler import DualSpeedSchedule, Plan, uniform
+from .util.errors import NotFinite, UserError
 
 BLOCK = 64  # steps
 FACTOR = 4  # how far the share may go from where it began

@@ -14,9 +14,10 @@ import warnings
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 
-from . import __version__, disk, folders
+from . import __version__
 from .bench import commands as bench_commands
-from .errors import UserError, counted
+from .util import files, paths
+from .util.errors import UserError, counted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,8 +79,8 @@ def said(error: UserError | OSError) -> str:
     """One line about a mistake; an OSError is a disk that says no, or a folder that is a file."""
     if isinstance(error, UserError):
         return str(error)
-    if number := disk.number(error):
-        return str(disk.DiskError(error.filename or "standard output", number))
+    if number := files.number(error):
+        return str(files.DiskError(error.filename or "standard output", number))
     return f"{error.strerror or error}: {error.filename or ''}"
 
 
@@ -173,7 +174,7 @@ def _demo(a) -> int:
     from . import recipe
 
     chosen = recipe.read(a.recipe, a.set)
-    from . import demo
+    from .evaluation import demo
 
     return _stopped(demo.demo(demo.short(chosen) if a.short else chosen).stopped_by, "saved; the same command goes on")
 
@@ -182,27 +183,27 @@ def _train(a) -> int:
     from . import recipe
 
     chosen = recipe.read(a.recipe, a.set + ["data.skip_bad=true"] * a.skip_bad)
-    from . import runs
+    from .training import run_folder
 
-    runs.check_sources(chosen)
+    run_folder.check_sources(chosen)
     if a.dry_run:
-        from . import estimate
-        from .train import dry_run
+        from .bench import estimate
+        from .training.train import dry_run
 
         source, measured = dry_run(chosen)
         print(estimate.compare_measured(estimate.estimate(chosen, source=source), measured))
         return 0
-    runs.check(chosen, a.resume)
-    from . import report
-    from .train import train
+    run_folder.check(chosen, a.resume)
+    from .training import report
+    from .training.train import train
 
     complete = (chosen.folder / "model").is_dir()
     try:
         result = train(chosen, resume=a.resume)
         if result.totals.steps:
             report.draw_run(chosen.folder)
-    except disk.DiskError as error:
-        if runs.begun(chosen.folder):
+    except files.DiskError as error:
+        if run_folder.begun(chosen.folder):
             error.then = "continue with --resume"
         raise
     if result.stopped_by is None:
@@ -217,22 +218,22 @@ def _estimate(a) -> int:
     from . import recipe
 
     chosen = recipe.read(a.recipe, a.set)
-    from . import estimate
+    from .bench import estimate
 
     print(estimate.describe(estimate.estimate(chosen, a.gpu, a.tflops)))
     return 0
 
 
 def _ask(a) -> int:
-    from . import images
+    from .data import images
 
     *pictures, question = a.words
     if Path(question).is_file():
         raise UserError(f"{question} is a file, and the last word must be the question")
     _check_model(a.model)
     pictures = [images.load(Path(picture), "ask") for picture in pictures]
-    from . import ask
-    from .train import opened
+    from .evaluation import ask
+    from .training.train import opened
 
     with opened(a.model) as (model, processor, _):
         ask.answer(
@@ -245,10 +246,10 @@ def _compare(a) -> int:
     from . import recipe
 
     chosen = recipe.read(a.recipe, a.set)
-    from . import ablations
+    from .recipe import comparison
 
-    arms = ablations.vary(chosen, a.vary, a.only) if a.vary else ablations.read(chosen, a.arms, a.only)
-    from . import compare
+    arms = comparison.vary(chosen, a.vary, a.only) if a.vary else comparison.read(chosen, a.arms, a.only)
+    from .evaluation import compare
 
     stopped = compare.compare(chosen, a.seeds, arms)
     if stopped is None:
@@ -266,16 +267,17 @@ def _eval(a) -> int:
     chosen = of_run(a.model)
     if chosen.data.kind != "digits":
         raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
-    from . import evaluate, report
-    from .train import load_trained
+    from .evaluation import accuracy
+    from .training import report
+    from .training.train import load_trained
 
-    full, pruned = evaluate.held_out(load_trained(chosen), chosen)
+    full, pruned = accuracy.held_out(load_trained(chosen), chosen)
     print(report.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
     return 0
 
 
 def _benchmark(a) -> int:
-    from . import questions as official
+    from .evaluation import questions as official
 
     official.known(a.task)
     if not (a.questions and a.images):
@@ -286,9 +288,10 @@ def _benchmark(a) -> int:
     questions = official.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
     print(f"predictions go to {out}", file=sys.stderr)
-    from . import ask, benchmarks, report
-    from .checkpoint import write_atomically
-    from .train import opened
+    from .evaluation import ask, benchmarks
+    from .training import report
+    from .training.checkpoint import write_atomically
+    from .training.train import opened
 
     with opened(a.model) as (model, processor, name):
 
@@ -309,15 +312,15 @@ def _benchmark(a) -> int:
 
 
 def _check_model(path: str) -> None:
-    if not folders.is_run(path):
-        folders.model(path)
+    if not paths.is_run(path):
+        paths.model(path)
 
 
 def _predictions(model: str, task: str) -> Path:
     """A run keeps its own. A model's folder is somebody's model, and nothing else belongs into it."""
-    if folders.is_run(model):
+    if paths.is_run(model):
         return Path(model) / f"{task}.jsonl"
-    whole = folders.expanded(model).resolve()
+    whole = paths.expanded(model).resolve()
     return Path("-".join([*whole.relative_to(whole.anchor).parts[-2:], task]) + ".jsonl")
 
 
@@ -327,7 +330,7 @@ def _export(a) -> int:
     if Path(a.out).exists():
         raise UserError(f"{a.out} exists already; nothing was overwritten")
     run = of_run(a.run)
-    from .train import export
+    from .training.train import export
 
     export(run, Path(a.out), adapter_only=a.adapter)
     by = "peft.PeftModel.from_pretrained(base, ...)" if a.adapter else "transformers.AutoModelForImageTextToText"
@@ -336,7 +339,7 @@ def _export(a) -> int:
 
 
 def _look(a) -> int:
-    from .look import look
+    from .evaluation.look import look
 
     kept = look(a.image, a.out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
     print(

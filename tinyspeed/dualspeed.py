@@ -24,14 +24,17 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from . import attention, finite, layers, rows, signals
-from .choosing import Chooser
+from . import rows, sts
 from .distill import answer_loss, without_dropout
-from .drop_in import DropIn
-from .errors import UserError, unknown
 from .isolator import PromptIsolator, Views
+from .models import attention
+from .models.drop_in import DropIn
+from .models.families import family
+from .pruning import signals
+from .pruning.choosing import Chooser
 from .scheduler import DualSpeedSchedule, Plan, Schedule
-from .vlm import family
+from .util import finite
+from .util.errors import UserError, unknown
 
 
 @dataclass
@@ -220,7 +223,7 @@ class DualSpeed(DropIn):
         embeddings, placed = self._gathered(ids, visual, selected)
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
         slots = placed.slot[answers]
-        with layers.watched(self.vlm.language_model.layers if plan.measure else (), slots) as found:
+        with sts.watched(self.vlm.language_model.layers if plan.measure else (), slots) as found:
             hidden = self.vlm.hidden(embeddings, placed, plan.layers)
         influence = torch.stack(found) if found else hidden.new_zeros(0, dtype=torch.float32)
         return hidden.index_select(0, slots), selected.target[answers], influence

@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import UserError
+from .util.errors import UserError
 
 
 class PromptIsolator(nn.Module):

@@ -1,106 +1,142 @@
-"""ReGATE in a run: each step's answers that stay, marked in its batches; what it learned of them, remembered.
+"""ReGATE (arXiv 2507.21420): skip the answer tokens that are already easy.
 
-    begin(samples of the step)  ->  mark(micro-batch), ran(its losses)  ...  ->  learn(losses())
+    m <- beta m + (1 - beta) l                  difficulty of one answer token of one sample: what its loss has been
+    d  = m + lambda l_ref             "sum"     with what a text-only LLM thinks of the same token
+    d  = (1 - lambda) m + lambda l_ref   "mix"
+    of a sample's n answer tokens the k = ceil(share n) with the largest d stay, of equals the earlier
 
-All micro-batches of a step are decided by what was known before it, so cutting them otherwise changes nothing.
-Micro-batches are cut by rows as if every answer stayed: a memory that is still learning cannot say now what a batch
-that is made ahead will skip. Where several ranks share a step, their losses are added up before anybody learns, so
-that all remember the same and decide the same. Every step teaches the memory, whatever it pruned: an easy token is easy
-in both modes.
+A token that a language model predicts without the picture, and that the student predicts too, teaches little. What
+becomes of it is in `rows.elide`: the row that predicts it leaves the computation.
+
+`Memory` remembers m, a float a token, in one flat array; it knows no model. `Cycle` says which steps skip: after a
+warm-up of the whole run, `refresh` steps of every `cycle` see all answers and bring every m up to date. Slow steps see
+all answers too. They keep the model good at whole sequences, their teacher and student must have the same answers, and
+they are the steps that cost what they cost: a refresh more comes for nothing.
+
+The paper is known from its site and from notes, and no code is public. "sum" is the formula of the notes; their
+ablation (lambda = 1 is "reference only") fits "mix", so both are here. (A figure of the site draws a product sign
+between the losses, to which no weight lambda and no "reference only" would fit: that reading is not.) Ours, where
+nothing is known: the cycle counts from step 0, warm-up included; a token's first loss is its m; until then l_ref stands
+for m, so that both kinds can be compared. Without a reference (lambda = 0) a sample that was never seen keeps all its
+answers: nothing is known of it, so in a single epoch nothing is skipped. Tokens that are skipped keep their m, and come
+back only with a refresh.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from . import folders, precision
-from .batching import Order
-from .data import Source
-from .errors import UserError, counted
-from .gating import Cycle, Memory
-from .recipe import Recipe
-from .reference import Reference
-from .rows import IGNORE
-from .schedules import rows_schedule
+from .scheduler import Plan
+from .util.errors import NotFinite, UserError, unknown
+
+FUSIONS = ("sum", "mix")
+NEVER = -1.0  # in place of the m of a token that was not visited yet; no loss is below 0
 
 
-def check(recipe: Recipe, samples: int) -> None:
-    """That some step will skip answers, if they are to be skipped."""
-    settings, stage = recipe.regate, recipe.train
-    if settings.keep == 1:
-        return
-    steps = stage.total(samples)
-    known = 0 if settings.reference else math.ceil(samples / stage.batch)  # from here on all have been seen before
-    if known >= steps:
-        raise UserError(
-            "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
-            "regate.reference, or train for several epochs"
-        )
-    rows, cycle = rows_schedule(recipe, "train"), Cycle(settings)
-    if not any(cycle.change(rows.plan(step), step).answer_keep < 1 for step in range(known, steps)):
-        raise UserError(
-            f"regate.keep: none of the run's {counted(steps, 'step')} would skip an answer: the first regate.warmup = "
-            f"{settings.warmup} see all, and so do regate.refresh = {settings.refresh} of every regate.cycle = "
-            f"{settings.cycle}, and slow ones; set these lower (warmup to a tenth of the steps), or train for more"
-        )
+@dataclass(frozen=True)
+class Settings:
+    keep: float = 1.0  # share of a sample's answer tokens that a step learns when it skips; 1 = ReGATE is off
+    reference: str = ""  # a text-only LLM with the same tokenizer, folder or hub id; empty: the student's losses alone
+    fusion: str = "sum"  # "sum" or "mix"
+    weight: float = 0.5  # lambda
+    beta: float = 0.9
+    cycle: int = 128
+    refresh: int = 16  # steps of every cycle that see all answers
+    warmup: int = 100  # first steps of the run that see all answers
+
+    def __post_init__(self):
+        for good, what in (
+            (0 < self.keep <= 1, f"regate.keep = {self.keep}: a share must be above 0 and at most 1"),
+            (self.keep < 1 or not self.reference, "regate.reference is given: set regate.keep below 1 too"),
+            (0 <= self.weight <= 1000, f"regate.weight = {self.weight}: must be between 0 and 1,000"),
+            (self.fusion != "mix" or self.weight <= 1, f'regate.weight = {self.weight}: at most 1 with fusion = "mix"'),
+            (0 <= self.beta < 1, f"regate.beta = {self.beta}: must be at least 0 and below 1"),
+            (self.warmup >= 0, f"regate.warmup = {self.warmup}: must not be negative"),
+            (0 < self.refresh <= self.cycle, f"regate.refresh = {self.refresh}: between 1 and regate.cycle"),
+            (
+                self.keep == 1 or self.refresh < self.cycle,
+                f"regate.refresh = {self.refresh}: of regate.cycle as many, none would skip anything",
+            ),
+        ):
+            if not good:
+                raise UserError(what)
+        if self.fusion not in FUSIONS:
+            raise unknown("regate.fusion", self.fusion, FUSIONS)
+        if not self.reference and (self.fusion, self.weight) != (Settings.fusion, Settings.weight):
+            raise UserError("regate.fusion and regate.weight weigh a reference's losses: set regate.reference too")
 
 
-class Gate:
-    """Whose answers a step of `train` skips."""
+class Cycle:
+    """Which steps skip, as a part of `scheduler.Combined`."""
 
-    def __init__(self, recipe: Recipe, source: Source, device: torch.device, base: str):
-        number, stage = next((n, stage) for n, (name, stage) in enumerate(recipe.stages()) if name == "train")
-        order, drawn = Order(len(source), recipe.run.seed + number), stage.total(len(source)) * stage.batch
-        window = stage.batch * recipe.scale.window  # within which `scale` may draw in another order
-        seen = sorted({order[position] for position in range(-(-drawn // window) * window)})
-        settings, losses, self.reference = recipe.regate, None, ""  # what the losses are of
-        if settings.reference:
-            name = precision.choose(recipe.model.precision, device)
-            folder = folders.expanded(recipe.run.cache) / "reference"
-            reference = Reference(settings.reference, base, source, seen, name, folder)
-            losses, self.reference = reference.losses(device), reference.content
-        self.memory = Memory(settings, seen, [source.lengths(i)[2] for i in seen], losses)
+    def __init__(self, settings: Settings):
+        self.settings = settings
 
-    def begin(self, samples: list[int], share: float) -> int:
-        """Decide for a step; how many answer tokens stay."""
-        self.share, self.stays = share, {i: self.memory.keep(i, share) for i in samples}
-        self.done: list[tuple[list[int], Tensor]] = []  # micro-batches: samples, and losses of all their answers
-        return sum(int(self.stays[i].sum()) for i in samples)
+    def skips(self, step: int) -> bool:
+        """Whether a step skips answers, if it is not slow."""
+        return step >= self.settings.warmup and step % self.settings.cycle >= self.settings.refresh
 
-    def mark(self, samples: list[int], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The micro-batch of these samples, with the answers that stay."""
-        answers, self.marked = torch.ones_like(batch["labels"], dtype=torch.bool), []
-        for line, labels, i in zip(answers, batch["labels"], samples, strict=True):
-            tokens = (labels[1:] != IGNORE).nonzero()[:, 0] + 1
-            if len(tokens):  # a damaged picture's sample has none
-                line[tokens] = torch.from_numpy(self.stays[i])
-                self.marked.append(i)
-        return {**batch, "answers": answers} if self.share < 1 else batch
+    def change(self, plan: Plan, step: int) -> Plan:
+        return replace(plan, answer_keep=self.settings.keep) if plan.mode != "slow" and self.skips(step) else plan
 
-    def ran(self, losses: Tensor) -> None:
-        """Of the micro-batch that was marked last; none, if it was run for the sake of other ranks alone."""
-        if len(losses):
-            self.done.append((self.marked, losses))
+    def observe(self, plan: Plan, seen: dict) -> None:
+        """Nothing: which answers are hard is the `Memory`'s."""
 
-    def losses(self) -> Tensor:
-        """The sums of this process's losses, token by token of the step's samples, and how often each sample ran:
-        numbers that several processes can add up."""
-        found = {i: torch.zeros(int(stays.sum()) + 1) for i, stays in self.stays.items()}
-        for samples, losses in self.done:
-            sizes = [len(found[i]) - 1 for i in samples]
-            for i, mine in zip(samples, losses.cpu().split(sizes), strict=True):
-                found[i][:-1] += mine
-                found[i][-1] += 1
-        return torch.cat([*found.values()])
+    def state_dict(self) -> dict:
+        s = self.settings
+        return {"kind": "Cycle", "keep": s.keep, "cycle": s.cycle, "refresh": s.refresh, "warmup": s.warmup}
 
-    def learn(self, losses: Tensor) -> None:
-        """When the step is done: the sums of all processes. A sample that a step has twice counts once, by its mean."""
-        sizes = [int(stays.sum()) + 1 for stays in self.stays.values()]
-        for (i, stays), mine in zip(self.stays.items(), losses.cpu().split(sizes), strict=True):
-            if mine[-1]:
-                self.memory.update(i, stays, (mine[:-1] / mine[-1]).numpy())
+    def load_state_dict(self, state: dict) -> None:
+        if state != self.state_dict():
+            raise UserError(f"the checkpoint was made with {state}, this run asks for {self.state_dict()}")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; to be filled in place by a resumed run."""
-        return {"regate/difficulty": torch.from_numpy(self.memory.difficulty)}
+
+def kept(share: float, answers: int) -> int:
+    """k. The 1e-9 keeps 0.28 of 25 at 7: their product is a hair above."""
+    return max(1, math.ceil(share * answers - 1e-9)) if answers else 0
+
+
+class Memory:
+    """The difficulty of every answer token of these samples. `samples` ascending, `answers` how many each has,
+    `reference` l_ref of all tokens, sample after sample."""
+
+    def __init__(
+        self, settings: Settings, samples: Sequence[int], answers: Sequence[int], reference: np.ndarray | None = None
+    ):
+        self.settings = settings
+        self.samples = np.asarray(samples, dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(answers, dtype=np.int64)])
+        self.difficulty = np.full(int(self.starts[-1]), NEVER, dtype=np.float32)  # m
+        if reference is not None and reference.shape != self.difficulty.shape:
+            raise UserError(f"{len(reference):,} reference losses for {len(self.difficulty):,} answer tokens")
+        self.reference = reference
+
+    def _tokens(self, sample: int) -> slice:
+        at = int(np.searchsorted(self.samples, sample))
+        if at == len(self.samples) or self.samples[at] != sample:
+            raise KeyError(f"sample {sample} is not one of the run's")
+        return slice(int(self.starts[at]), int(self.starts[at + 1]))
+
+    def keep(self, sample: int, share: float) -> np.ndarray:
+        """(n,) bool: which of a sample's answer tokens stay."""
+        tokens, weight = self._tokens(sample), self.settings.weight
+        m = self.difficulty[tokens]
+        if not np.isfinite(m).all():
+            raise NotFinite(f"what ReGATE remembers of sample {sample} is not finite")
+        stays = np.ones(len(m), dtype=bool)
+        if self.reference is not None:
+            reference = self.reference[tokens]
+            m = np.where(m < 0, reference, m)
+            m = (m if self.settings.fusion == "sum" else (1 - weight) * m) + weight * reference
+        elif (m < 0).any():
+            return stays
+        stays[np.argsort(-m, kind="stable")[kept(share, len(m)) :]] = False
+        return stays
+
+    def update(self, sample: int, stayed: np.ndarray, losses: np.ndarray) -> None:
+        """The student's losses on the tokens of a sample that ran."""
+        tokens, beta = self.difficulty[self._tokens(sample)], np.float32(self.settings.beta)
+        m, losses = tokens[stayed], losses.astype(np.float32)
+        tokens[stayed] = np.where(m < 0, losses, beta * m + (1 - beta) * losses)

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .errors import UserError, unknown
+from .util.errors import UserError, unknown
 
 IGNORE = -100
 POSITIONS = ("compact", "original")

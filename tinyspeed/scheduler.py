@@ -16,7 +16,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from .errors import UserError, unknown
+from .util.errors import UserError, unknown
 
 MODES = ("full", "fast", "slow")
 

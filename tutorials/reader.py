@@ -14,7 +14,7 @@ import torch
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinyspeed import digits
+from tinyspeed.data import digits
 
 SEED, TURNS, BATCH, STEPS = 2**32 - 1, 6, 64, 600  # no run of a comparison has this seed: other pictures
 

@@ -26,16 +26,17 @@ from torture.deeds import Deed, all_of_them
 from torture.kills import timeless
 from torture.volume import Volume, refused
 
-from tinyspeed import UserError, checkpoint, cli
+from tinyspeed import UserError, cli
+from tinyspeed.training import checkpoint
 
 KINDS = ("full", "nearly full", "no files", "read-only")
 TIMED = ("record.json", "state.json", "result.json", "compare.json")
 PATIENCE = 120.0  # seconds, after which a command hangs
 # What commands import, so that each begins in no time.
 WARM = (
-    "torture.deeds", "tinyspeed.demo", "tinyspeed.compare", "tinyspeed.benchmarks", "tinyspeed.look", "scale.__main__",
-    "scale.run", "peft", "matplotlib.backends.backend_agg", "transformers.models.llava.processing_llava",
-    "transformers.models.clip.image_processing_pil_clip", "bitsandbytes",
+    "torture.deeds", "tinyspeed.evaluation.demo", "tinyspeed.evaluation.compare", "tinyspeed.evaluation.benchmarks",
+    "tinyspeed.evaluation.look", "scale.__main__", "scale.run", "peft", "matplotlib.backends.backend_agg",
+    "transformers.models.llava.processing_llava", "transformers.models.clip.image_processing_pil_clip", "bitsandbytes",
 )  # fmt: skip
 
 

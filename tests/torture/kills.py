@@ -29,8 +29,11 @@ from album import album
 from safetensors.torch import load_file
 from torture import outcome
 
-from tinyspeed import checkpoint, digits, disk, recipe
+from tinyspeed import recipe
+from tinyspeed.data import digits
 from tinyspeed.recipe import Recipe
+from tinyspeed.training import checkpoint
+from tinyspeed.util import files
 
 ROOT = Path(__file__).parents[2]
 KEPT = 2
@@ -185,11 +188,11 @@ class Torture:
         strays = [p for name, p in killed.items() if name not in whole]
         assert all(p.name.endswith(".tmp") for p in strays), strays
         assert len(strays) <= sum(self.kills.values()), strays
-        disk.sweep(strays)
+        files.sweep(strays)
         assert all(p.exists() for p in strays), "one that is being written was taken away"
         for path in strays:
             os.utime(path, (0, 0))
-        disk.sweep(strays)
+        files.sweep(strays)
         assert not any(p.exists() for p in strays)
         for name, path in whole.items():
             assert killed[name].read_bytes() == path.read_bytes(), name

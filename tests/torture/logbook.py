@@ -17,10 +17,11 @@ from scipy.stats import binom
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
-from tinyspeed import checkpoint, digits, loader, train
-from tinyspeed.data import collate
+from tinyspeed.data import digits, loader
+from tinyspeed.data.examples import collate
 from tinyspeed.recipe import Recipe
-from tinyspeed.stage import StageRun, Totals
+from tinyspeed.training import checkpoint, train
+from tinyspeed.training.loop import StageRun, Totals
 
 UNLIKELY = 1e-9  # the chance of a share of slow steps that is called wrong
 NEAR = 2e-5  # of a loss, computed in another order

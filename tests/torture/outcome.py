@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from tinyspeed import record
+from tinyspeed.util import provenance
 
 _BEGAN = time.monotonic()
 
@@ -29,5 +29,5 @@ def write(out: Path | None, tried: dict[str, int], lost: list[str], **more) -> i
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         found = {"tried": tried, "lost": lost, **more, "seconds": round(time.monotonic() - _BEGAN, 1)}
-        out.write_text(json.dumps({**found, "record": record.describe()}, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps({**found, "record": provenance.describe()}, indent=1) + "\n", encoding="utf-8")
     return 1 if lost else 0

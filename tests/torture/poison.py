@@ -30,7 +30,9 @@ from torture import outcome
 from torture.kills import unlike
 from torture.poisons import KINDS, VALUES, injected
 
-from tinyspeed import adaptive, checkpoint, cli, digits, recipe, train
+from tinyspeed import adaptive, cli, recipe
+from tinyspeed.data import digits
+from tinyspeed.training import checkpoint, train
 
 ROOT = Path(__file__).parents[2]
 SAVED = 3  # steps between checkpoints

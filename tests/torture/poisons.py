@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyspeed.stage import StageRun
+from tinyspeed.training.loop import StageRun
 
 VALUES = (math.nan, math.inf, -math.inf)
 AGAIN = r"Resume the run.* if it stops t?here again, .*"

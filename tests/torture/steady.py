@@ -29,9 +29,11 @@ import psutil
 from torture import outcome
 from torture.logbook import wrong_lines, wrong_losses
 
-from tinyspeed import digits, recipe, train
+from tinyspeed import recipe
+from tinyspeed.data import digits
 from tinyspeed.recipe import Recipe
-from tinyspeed.stage import StageRun
+from tinyspeed.training import train
+from tinyspeed.training.loop import StageRun
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = 200

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from torture.broken import commands, models, pictures, recipes, records, trial, watch, wrecks
 
-from tinyspeed import UserError, disk
+from tinyspeed import UserError
+from tinyspeed.util import files
 
 PARTS = {
     "records": (records, 130), "recipes": (recipes, 400), "pictures": (pictures, 200), "models": (models, 8),
@@ -71,7 +72,7 @@ def test_a_link_is_where_it_leads(tmp_path):
 def test_a_folder_may_be_flushed_for_what_is_in_it_and_not_listed(tmp_path):
     (tmp_path / "beside").write_text("x")
     with watch.only([tmp_path / "mine"]) as touched:
-        disk.flush(tmp_path)
+        files.flush(tmp_path)
         assert not touched
         list(tmp_path.iterdir())
         (tmp_path / "beside").read_text()

@@ -11,7 +11,7 @@ from scipy.stats import binom
 from torture import steady
 from torture.logbook import UNLIKELY, wrong_lines
 
-from tinyspeed.schedules import schedule_of
+from tinyspeed.recipe.schedules import schedule_of
 
 STEPS = 10_000
 

@@ -35,7 +35,10 @@ from album import album
 from torture import outcome
 from torture.kills import timeless
 
-from tinyspeed import checkpoint, digits, folders, recipe, train
+from tinyspeed import recipe
+from tinyspeed.data import digits
+from tinyspeed.training import checkpoint, train
+from tinyspeed.util import paths
 
 ROOT = Path(__file__).parents[2]
 # Lists every folder in another order, as another file system would.
@@ -171,7 +174,7 @@ def numbers(folder: Path) -> list[dict]:
 
 def files(folder: Path) -> dict[str, str]:
     """What the run leaves for others, and its bits."""
-    every = [*(folder / "model").iterdir(), folder / folders.ISOLATOR]
+    every = [*(folder / "model").iterdir(), folder / paths.ISOLATOR]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in every}
 
 

@@ -6,7 +6,7 @@ black, so that the two differ without colours too.
 
 from dataclasses import dataclass
 
-from .. import report
+from ..training import report
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _loss(a) -> int:
 
 
 def _scaling(a) -> int:
-    from .growth import bench_scaling
+    from .scaling import bench_scaling
 
     bench_scaling(a.size, repeats=a.repeats, device=a.device, out=a.out, png=a.png)
     return 0
@@ -104,14 +104,14 @@ def _data(a) -> int:
     from .. import recipe
 
     chosen = recipe.read(a.recipe, a.set) if a.recipe else None
-    from .feed import bench_data
+    from .data import bench_data
 
     bench_data(chosen, a.family, a.samples, tuple(a.workers or (0, 1, 2)), a.repeats, out=a.out, png=a.png)
     return 0
 
 
 def _pruning(a) -> int:
-    from .selection import bench_pruning
+    from .pruning import bench_pruning
 
     bench_pruning((16, 576, a.width), a.keep, a.repeats, a.device, a.out, a.png)
     return 0
@@ -128,7 +128,7 @@ def _memory(a) -> int:
     from .. import recipe
 
     chosen = {name: recipe.read(name, a.set) for name in a.recipe}
-    from .peaks import bench_memory
+    from .memory import bench_memory
 
     bench_memory(chosen, a.gpu, a.out)
     return 0

@@ -21,13 +21,17 @@ from unittest.mock import patch
 
 import torch
 
-from .. import estimate, heap, lengths, precision, report, rows, shapes, stage, train
-from ..batching import plan_rows
-from ..data import Example
-from ..memory import GIB, Settings, Shape
+from .. import rows
+from ..data import llava_mix
+from ..data.examples import Example
+from ..models import precision, published
+from ..models.memory import GIB, Settings, Shape
 from ..scheduler import Plan
-from ..stage import StageRun, Totals
-from . import bars
+from ..training import loop, report, train
+from ..training.batching import plan_rows
+from ..training.loop import StageRun, Totals
+from ..util import malloc
+from . import bars, estimate
 from .bars import Bar
 from .live import peak, storages
 from .noise import Noise
@@ -64,7 +68,7 @@ def _cut_by_samples(run: StageRun) -> AbstractContextManager:
         size = max(1, budget // longest) if budget else len(of)
         yield from (list(range(first, min(first + size, len(of)))) for first in range(0, len(of), size))
 
-    return patch.object(stage, "cut", cut)
+    return patch.object(loop, "cut", cut)
 
 
 @contextmanager
@@ -82,11 +86,11 @@ def _adamw_in_pieces(run: StageRun) -> Iterator[None]:
 
 @contextmanager
 def _memory_given_back(run: StageRun) -> Iterator[None]:
-    heap.keep(False)
+    malloc.keep(False)
     try:
         yield
     finally:
-        heap.keep()
+        malloc.keep()
 
 
 def _features_from_disk(run: StageRun) -> AbstractContextManager:
@@ -151,11 +155,11 @@ def bench_levers(
 ) -> dict:
     """Time fast and slow steps with each change. Prints a table, returns everything, and writes it as JSON to `out`
     and as a picture to `png`."""
-    config, where = shapes.shaped(size, family), device_of(device)
+    config, where = published.shaped(size, family), device_of(device)
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
     name = precision.choose(recipe.model.precision, where)
     model = train.wrap(recipe, random(config, name, tune, where))
-    source = Noise(config, lengths.mix(batch, 0, family))
+    source = Noise(config, llava_mix.mix(batch, 0, family))
     run = StageRun(recipe, model, source, "train", 0, recipe.train, Totals())
     changes = CHANGES | (COMPILED if compiled else {})
     if where.type != "cpu":

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..distill import answer_loss
-from ..report import table
 from ..rows import IGNORE
+from ..training.report import table
 from . import bars
 from .bars import Bar
 from .live import peak

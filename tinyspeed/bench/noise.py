@@ -12,10 +12,10 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from ..data import Example
-from ..errors import UserError
-from ..estimate import Sample
+from ..data.examples import Example
 from ..rows import IGNORE
+from ..util.errors import UserError
+from .estimate import Sample
 
 
 class Noise:

@@ -17,10 +17,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .. import attention, digits, precision
-from ..data import collate
-from ..stage import StageRun
-from ..vlm import family
+from ..data import digits
+from ..data.examples import collate
+from ..models import attention, precision
+from ..models.families import family
+from ..training.loop import StageRun
 
 
 def rivals(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:

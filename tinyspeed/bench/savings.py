@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from .. import digits
+from ..data import digits
 from ..dualspeed import DualSpeed
-from ..errors import UserError
-from ..report import table
 from ..rows import IGNORE
 from ..scheduler import Plan
+from ..training.report import table
+from ..util.errors import UserError
 from . import bars
 from .bars import Bar
 from .timing import described, device_of, faster, finish, timed

@@ -29,16 +29,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from .. import disk, estimate, lengths, loading, precision, report, shapes, train
-from ..batching import plan_rows
-from ..errors import UserError, unknown
-from ..estimate import Sample
-from ..memory import GIB, Settings, Shape
+from ..data import llava_mix
+from ..models import loading, precision, published
+from ..models.memory import GIB, Settings, Shape
 from ..recipe import Recipe, from_tables
 from ..scheduler import Plan, Schedule
-from ..stage import StageRun, Totals
-from . import bars
+from ..training import report, train
+from ..training.batching import plan_rows
+from ..training.loop import StageRun, Totals
+from ..util import files
+from ..util.errors import UserError, unknown
+from . import bars, estimate
 from .bars import Bar
+from .estimate import Sample
 from .live import peak, storages
 from .noise import Noise
 from .rivals import loaded, rivals
@@ -79,7 +82,7 @@ def bench_step(
         raise UserError(f"tune = {tune!r}: one of {', '.join(TUNE)}")
     if batch < 1 or micro < 0 or budget < 0:
         raise UserError(f"batch = {batch}, micro = {micro}, budget = {budget}: at least 1, 0 and 0")
-    config, where = shapes.shaped(size, family), device_of(device)
+    config, where = published.shaped(size, family), device_of(device)
     drawn = {text: samples(text, batch, family) for text in texts}
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where, checkpointing)
     name = precision.choose(recipe.model.precision, where)
@@ -105,13 +108,13 @@ def bench_step(
 
 def samples(text: str, batch: int, family: str) -> list[Sample]:
     """Text rows, visual rows and answers of each sample."""
-    if family not in lengths.VISUAL:
-        raise unknown("family", family, lengths.VISUAL)
+    if family not in llava_mix.VISUAL:
+        raise unknown("family", family, llava_mix.VISUAL)
     if text == "mix":
-        return lengths.mix(batch, 0, family)
+        return llava_mix.mix(batch, 0, family)
     if not text.isdigit() or int(text) < 2:
         raise UserError(f'text = {text!r}: a number of words, at least 2, or "mix"')
-    rows = max(lengths.VISUAL[family])
+    rows = max(llava_mix.VISUAL[family])
     return [(int(text), [rows], int(text) // 2)] * batch
 
 
@@ -140,7 +143,7 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
     if tune != "qlora":
         return model
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
-        with disk.to(folder):
+        with files.to(folder):
             model.save_pretrained(folder)
         del model
         return loading.load(folder, name, quantise="nf4", device=device)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .. import disk, record, report
-from ..checkpoint import write_atomically
-from ..errors import UserError
+from ..training import report
+from ..training.checkpoint import write_atomically
+from ..util import files, provenance
+from ..util.errors import UserError
 
 MACHINE = "{device}; {cores} cores, {threads} threads, load {load}\n"  # of what is `described`
 
@@ -78,12 +79,12 @@ def device_of(name: str) -> torch.device:
 def described(device: torch.device, **found) -> dict:
     """What was found, and the machine beside it."""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: disturbed
-    return record.describe(device=device, processor=record.processor(), load=load, **found)
+    return provenance.describe(device=device, processor=provenance.processor(), load=load, **found)
 
 
 def write(result: dict, out: Path) -> None:
     try:
-        with disk.to(out):
+        with files.to(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(result, indent=1) + "\n")
     except OSError as error:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import NotFinite, UserError
+from ..util.errors import NotFinite, UserError
 from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
 from .registry import draws, entry, learned, merges, names, needs, pairs, register, signals_of, works_with
 

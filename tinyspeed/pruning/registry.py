@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import UserError, unknown
+from ..util.errors import UserError, unknown
 
 # (features (B, N, D) fp32, most = largest count, valid (B, N) bool, counts (B,), sizes = [(candidates, count)] of each
 #  image on the host, square = whether m * m rows are a picture, seed, and the plugin's signals)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..util.errors import UserError
 from .controls import grid
 from .registry import register
 

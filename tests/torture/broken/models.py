@@ -18,7 +18,9 @@ from torture.bait import Code
 from torture.broken import mangle
 from torture.broken.trial import Case
 
-from tinyspeed import UserError, ask, loading
+from tinyspeed import UserError
+from tinyspeed.evaluation import ask
+from tinyspeed.models import loading
 
 ODD = (
     *mangle.ODD[:8], 10**9, "llama", "llava", "../../secret", "/etc/passwd", "a\0b", "gelu", "eager", "bfloat16",

@@ -19,7 +19,8 @@ from torture.broken.gallery import NONE, ORIENTATION, chunk, coloured, encoded, 
 from torture.broken.names import hostile, spelled
 from torture.broken.trial import Case
 
-from tinyspeed import UserError, images
+from tinyspeed import UserError
+from tinyspeed.data import images
 
 WHERE = "a.json: record 3 (id b)"
 UPRIGHT: dict[int, Callable] = {  # EXIF 2.32: where row 0 and column 0 of what is stored are seen

@@ -14,9 +14,11 @@ from pathlib import Path
 from torture.broken import mangle
 from torture.broken.trial import Case
 
-from tinyspeed import ablations, digits, loader, recipe
-from tinyspeed import train as core
-from tinyspeed.stage import StageRun, Totals
+from tinyspeed import recipe
+from tinyspeed.data import digits, loader
+from tinyspeed.recipe import comparison
+from tinyspeed.training import train as core
+from tinyspeed.training.loop import StageRun, Totals
 
 NUMBERS = (
     "-1", "0", "1", "2", "3", "7", "-0", "+1", "0x10", "1_000", "2147483647", "2147483648", "9223372036854775808",
@@ -95,14 +97,14 @@ class Part:
 
         def act():
             base = recipe.read("digits", [])
-            found = ablations.read(base, str(file), only)
+            found = comparison.read(base, str(file), only)
             assert found
             for made in found.values():
                 lives(made)
                 assert made.run == base.run
 
         return Case(
-            "file of arms", act, opens=(file, recipe.BUILT_IN, ablations.BUILT_IN), note=f"{text[:200]!r} {note}"
+            "file of arms", act, opens=(file, recipe.BUILT_IN, comparison.BUILT_IN), note=f"{text[:200]!r} {note}"
         )
 
     def vary(self, draw: random.Random) -> Case:
@@ -114,7 +116,7 @@ class Part:
             words.append(f"{section}.{key}={','.join(values)}")
 
         def act():
-            found = ablations.vary(recipe.read("digits", []), words)
+            found = comparison.vary(recipe.read("digits", []), words)
             for made in found.values():
                 lives(made)
 

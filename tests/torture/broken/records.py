@@ -18,7 +18,7 @@ from pyarrow import parquet as pq
 from torture.broken import mangle
 from torture.broken.trial import Case
 
-from tinyspeed.conversations import Conversations
+from tinyspeed.data.conversations import Conversations
 from tinyspeed.recipe import Data
 from tinyspeed.rows import IGNORE
 

@@ -20,8 +20,10 @@ from torture.broken import mangle, watch
 from torture.broken.trial import Case
 from torture.kills import unlike
 
-from tinyspeed import checkpoint, folders, isolator, recipe
-from tinyspeed import train as core
+from tinyspeed import isolator, recipe
+from tinyspeed.training import checkpoint
+from tinyspeed.training import train as core
+from tinyspeed.util import paths
 
 SETTINGS = (
     "run.threads=1", "run.device=cpu", "run.save_every=4", "run.keep_checkpoints=9", "data.workers=0", "digits.side=6",
@@ -289,7 +291,7 @@ class Part:
     def isolator(self, made: recipe.Recipe, folder: Path) -> None:
         want = load_file(self.home / "kept" / "whole" / "isolator.safetensors")
         got = {name: torch.zeros_like(tensor) for name, tensor in want.items()}
-        isolator.load(got, folders.isolator(str(folder)))
+        isolator.load(got, paths.isolator(str(folder)))
         assert all(torch.equal(got[name], want[name]) for name in want), "another isolator"
 
     def exported(self, step: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,359 @@
+"""What a recipe costs on many GPUs, before any of them is rented.
+
+    python -m scale plan RECIPE --gpus 8,64,512 --gpu h100
+
+    compute   FLOPs of the rank that has most, forward by forward (dealt by `dealing.py`), / (peak x SUSTAINED)
+    network   bytes that a rank receives / bandwidth + hops x HOP
+    step      max(compute + ends, network) + between: nothing is computed beside the first gather and the last reduction
+              of a micro-batch, nor beside the all-reduce between replicas
+
+FLOPs and activations are `tinyspeed.estimate`'s and `tinyspeed.memory`'s, bandwidths those of `fleet.py`; lengths are
+the recipe's data where it is there, else LLaVA's mix (`lengths.py`). Of s shards a micro-batch gathers (s - 1) / s of
+every layer, in half precision, once for the forward, once more for the backward, and once for a slow step's teacher;
+of the root (embeddings, head, projector) once; and reduces in fp32 what trains. With replicas (HSDP) a model's shards
+stay inside a node, and gradient shards are all-reduced between nodes once a step.
+
+A GPU holds its share of weights, gradients and moments; the frozen tower, whole; two gathered layers and the root; the
+gradients on their way; and the largest micro-batch. All of it is arithmetic; scale/README.md says what it was checked
+against.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+
+from tinyspeed import recipe
+from tinyspeed.bench import estimate
+from tinyspeed.bench.estimate import Sample
+from tinyspeed.data import llava_mix
+from tinyspeed.models.memory import GIB, RESERVE, MicroBatch, Settings, Step
+from tinyspeed.recipe import Recipe
+from tinyspeed.scheduler import Plan
+from tinyspeed.training import report
+from tinyspeed.training.batching import plan_rows
+from tinyspeed.training.checkpoint import write_atomically
+from tinyspeed.util.errors import UserError
+
+from ..dealing import WINDOW, Alike, deal
+from . import hardware
+from .hardware import Layout
+from .traffic import Model
+
+SUSTAINED = 0.4  # share of a GPU's peak that training sustains
+SEED = 0
+
+
+class Sharded(Step):
+    """Activations under FSDP, whose gathered layers are in half precision already: autocast copies nothing."""
+
+    _copies = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A stage of a recipe, and the samples that it sees."""
+
+    recipe: Recipe
+    stage: str
+    model: Model
+    samples: list[Sample]  # some of those
+    epoch: int
+    said: str  # how they are known
+
+    @property
+    def batch(self) -> int:
+        return getattr(self.recipe, self.stage).batch
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        return estimate.shares(self.recipe, self.stage)
+
+    @cached_property
+    def steps(self) -> int:
+        return getattr(self.recipe, self.stage).total(self.epoch)
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """Numbers of samples, for the steps of a window."""
+        order = Alike(self.samples.__getitem__, len(self.samples), SEED, self.batch)
+        return [order.batch(step, self.batch) for step in range(min(self.steps, WINDOW))]
+
+    @cache  # noqa: B019
+    def dealt(self, mode: str, gpus: int) -> list[list[list[list[int]]]]:
+        """batch -> rank -> micro-batches -> numbers of samples."""
+        dual, budget = self.recipe.dualspeed, getattr(self.recipe, self.stage).row_budget
+        plan, found = Plan(mode, keep=self.recipe.pruning(self.stage)[1]), []
+        for chosen in self.batches:
+            rows = [plan_rows(*self.samples[i][:2], plan, dual.isolator) for i in chosen]
+            found.append([[[chosen[i] for i in part] for part in rank] for rank in deal(rows, gpus, budget)])
+        return found
+
+    @cache  # noqa: B019
+    def largest(self, mode: str, gpus: int) -> MicroBatch:
+        every = {tuple(part) for step in self.dealt(mode, gpus) for rank in step for part in rank if part}
+        return max((self._micro_batch(mode, part) for part in every), key=lambda batch: (batch.rows, batch.ids))
+
+    def _micro_batch(self, mode: str, part: Iterable[int]) -> MicroBatch:
+        """Of these samples, padded."""
+        each = [MicroBatch.of(mode, *self.samples[i], self.model.s) for i in part]
+        rows, ids = (len(each) * max(getattr(batch, name) for batch in each) for name in ("rows", "ids"))
+        total = {name: sum(getattr(batch, name) for batch in each) for name in ("visual", "images", "answers")}
+        return MicroBatch(mode, rows, ids, **total)
+
+    def depth(self, mode: str) -> float:
+        """Layers of the LLM that a step runs on average."""
+        return estimate.depth(self.recipe, self.stage, mode, self.model.shape.layers)
+
+    @cache  # noqa: B019
+    def each(self, mode: str, recompute: bool, layers: float | None) -> list[float]:
+        """FLOPs of every sample."""
+        model, flops = self.model, estimate.flops
+        of = cache(lambda *sample: flops(model.shape, model.s, mode, sample, recompute, layers))
+        return [of(text, tuple(images), answers) for text, images, answers in self.samples]
+
+    def flops(self, mode: str, gpus: int, recompute: bool, layers: float | None = None) -> tuple[float, float]:
+        """Of a step: of the ranks that have most in each forward, and of the mean rank."""
+        each, steps = self.each(mode, recompute, layers), self.dealt(mode, gpus)
+        most = mean = 0.0
+        for step in steps:
+            work = np.array([[sum(each[i] for i in part) for part in rank] for rank in step])
+            most, mean = most + work.max(0).sum() / len(steps), mean + work.sum() / gpus / len(steps)
+        return most, mean
+
+
+@dataclass(frozen=True)
+class ModeCost:
+    share: float  # of the stage's steps
+    forwards: float
+    recompute: bool
+    peak: int  # bytes of a GPU
+    sent: float  # bytes that a GPU receives in a step
+    compute: float  # seconds
+    network: float
+    ends: float  # of the network: what nothing can be computed beside
+    between: float  # replicas
+    waiting: float  # most / mean, of the arithmetic
+
+    @property
+    def by_network(self) -> bool:
+        return self.network > self.compute + self.ends
+
+    @property
+    def step(self) -> float:
+        return max(self.compute + self.ends, self.network) + self.between
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A stage on so many GPUs."""
+
+    layout: Layout
+    job: Job
+    modes: dict[str, ModeCost]  # by name: those of the recipe, and "full", which is full training
+
+    @property
+    def peak(self) -> int:
+        return max(mode.peak for mode in self.modes.values() if mode.share)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.layout.gpu.gib * GIB - RESERVE
+
+    @property
+    def hours(self) -> float:
+        return self.job.steps / 3600 * sum(mode.share * mode.step for mode in self.modes.values())
+
+    @property
+    def full_hours(self) -> float:
+        return self.job.steps / 3600 * self.modes["full"].step
+
+    @property
+    def waiting(self) -> float:
+        times = [(mode.share * mode.compute, mode.waiting) for mode in self.modes.values()]
+        return sum(time for time, _ in times) / sum(time / waiting for time, waiting in times)
+
+
+def cost(job: Job, layout: Layout) -> Cost:
+    modes, every = {}, job.model.shape.layers
+    for mode, share in job.shares.items():
+        layers = job.depth(mode)
+        name = "skipping" if mode == "full" and layers < every else mode
+        modes[name] = _mode(job, layout, mode, share, layers)
+    if "full" not in modes:
+        modes["full"] = _mode(job, layout, "full", 0.0, every)
+    return Cost(layout, job, modes)
+
+
+def _mode(job: Job, layout: Layout, mode: str, share: float, layers: float) -> ModeCost:
+    """`layers`: those that run on average. Now and then all of them do, which decides the peak."""
+    model, stage = job.model, getattr(job.recipe, job.stage)
+    held, batch = model.held(layout.shards), job.largest(mode, layout.gpus)
+    alive = Step if layout.shards == 1 else Sharded
+    peaks = {again: held + alive(model.shape, model.s, batch, again).peak for again in (False, True)}
+    fits = peaks[False] <= layout.gpu.gib * GIB - RESERVE
+    again = {"on": True, "off": False, "auto": not fits}[stage.checkpointing]
+    most, mean = job.flops(mode, layout.gpus, again, layers)
+    steps = job.dealt(mode, layout.gpus)
+    forwards = float(np.mean([len(step[0]) for step in steps]))
+    size, turns = model.micro_batch(mode, layers)
+    trained = 4 * (layers * model.trained[0] + model.trained[1]) / layout.shards
+    ring, rings = (layout.shards - 1) / layout.shards, 2 * (layout.replicas - 1) / layout.replicas
+    return ModeCost(
+        share=share,
+        forwards=forwards,
+        recompute=again,
+        peak=peaks[again],
+        sent=forwards * ring * size + rings * trained,
+        compute=most / (layout.gpu.tflops * 1e12 * SUSTAINED),
+        network=forwards * layout.seconds(size, turns),
+        ends=forwards * layout.seconds(model.root + model.layer + 4 * max(model.trained), 3),
+        between=layout.all_reduce(trained, layers + 1),
+        waiting=most / mean,
+    )
+
+
+def jobs(chosen: Recipe, samples: int | None = None) -> list[Job]:
+    """The stages of a recipe. `samples`: of an epoch, if it is neither the data's nor LLaVA's number."""
+    name = "bf16" if chosen.model.precision == "auto" else chosen.model.precision
+    if name == "fp32":
+        raise UserError('the planner knows what GPUs do in half precision: set model.precision = "bf16"')
+    shape, path = estimate.shape_of(chosen), chosen.model.path  # one from parts has no processor yet, to read data with
+    there = chosen.data.kind == "digits" or (path and Path(chosen.data.file).is_file())
+    found = []
+    for stage, settings in chosen.stages():
+        if there:
+            known, epoch, said = estimate.lengths_of(chosen, shape)
+        else:
+            pool, family = WINDOW * settings.batch, "next" if shape.newline else "1.5"
+            plain = chosen.data.template == "plain"
+            longest = chosen.data.max_rows
+            known = llava_mix.captions(pool, SEED, family) if plain else llava_mix.mix(pool, SEED, family, longest)
+            epoch, said = (llava_mix.CAPTIONS, "captions") if plain else (llava_mix.SAMPLES, "instruction mix")
+            said = f"lengths as in LLaVA's {said}, in place of {chosen.data.file}"
+            known = [(text, [n * shape.patches // 576 for n in images], answers) for text, images, answers in known]
+        model = Model(shape, Settings.of(chosen, stage, name))
+        found.append(Job(chosen, stage, model, known, samples or epoch, said))
+    return found
+
+
+def plan(found: list[Job], over: list[Layout]) -> list[Cost]:
+    for job in found:
+        for layout in over:
+            if job.batch < layout.gpus:
+                raise UserError(
+                    f"{job.stage}.batch = {job.batch} is less than {layout.gpus} GPUs, and some would have no sample: "
+                    f"set {job.stage}.batch={layout.gpus} or more"
+                )
+    return [cost(job, layout) for job in found for layout in over]
+
+
+def describe(found: list[Cost], gpu: str) -> str:
+    parts = []
+    for job in dict.fromkeys(c.job for c in found):
+        costs = [c for c in found if c.job is job]
+        modes = list(costs[0].modes)
+        head = ["GPUs", "sharding", "GiB", *(f"{mode}, s" for mode in modes), *(f"{mode}, GB" for mode in modes)]
+        head += ["recompute", "bound by", "waiting", "hours", "GPU-hours", "full: hours", "GPU-hours", "speed-up"]
+        rows = []
+        for c in costs:
+            every = c.modes.values()
+            again = ", ".join(name for name, m in c.modes.items() if m.recompute) or "no"
+            network = ", ".join(name for name, m in c.modes.items() if m.by_network)
+            bound = f"network ({network})" if network else "compute"
+            row = [f"{c.layout.gpus:,}", str(c.layout), f"{c.peak / GIB:.1f}{'' if c.fits else ' !'}"]
+            row += [f"{m.step:.3g}" for m in every] + [f"{m.sent / 1e9:,.0f}" for m in every]
+            row += [again, bound, f"{100 * (c.waiting - 1):.1f} %"]
+            row += [_hours(n) for n in (c.hours, c.hours * c.layout.gpus, c.full_hours)]
+            rows.append([*row, _hours(c.full_hours * c.layout.gpus), f"{c.full_hours / c.hours:.2f}x"])
+        about = f"{job.stage}: {job.steps:,} steps of {job.batch:,} samples; {job.said}"
+        parts += [about, report.table(head, rows)]
+    over = "" if all(c.fits for c in found) else f"! does not fit {found[0].layout.gpu.gib:g} GiB. "
+    return "\n\n".join(
+        [
+            *parts,
+            f"{over}{gpu}: {found[0].layout.gpu.tflops:g} TFLOP/s, of which {SUSTAINED:.0%} are sustained; "
+            f"{hardware.LINKS:.0%} of every link. Assumptions, and what was measured: scale/README.md.",
+        ]
+    )
+
+
+def _hours(n: float) -> str:
+    return f"{n:,.1f}" if n >= 0.995 else f"{n:.2g}"
+
+
+def draw(found: list[Cost]):
+    """Hours and GPU-hours over the number of GPUs, full training beside the recipe's, as a matplotlib Figure."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    fig = report.figure(11, 4.2)
+    axes = fig.subplots(1, 2)
+    fig.subplots_adjust(left=0.06, right=0.83, top=0.9, bottom=0.13, wspace=0.5)
+    counts = sorted({c.layout.gpus for c in found})
+    for ax, title in zip(axes, ("hours", "GPU-hours"), strict=True):
+        ends = []
+        for n, job in enumerate(dict.fromkeys(c.job for c in found)):
+            for m, (name, hours) in enumerate({"full": "full_hours", "this recipe": "hours"}.items()):
+                best = [min(getattr(c, hours) for c in found if c.job is job and c.layout.gpus == k) for k in counts]
+                values = [time * (k if title == "GPU-hours" else 1) for time, k in zip(best, counts, strict=True)]
+                look = {"color": report.COLOURS[m], "linestyle": report.DASHES[n], "marker": report.MARKERS[m]}
+                ax.plot(counts, values, **look)
+                ends.append((counts[-1], values[-1], f"{job.stage}, {name}", report.COLOURS[m]))
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(counts, [f"{k:,}" for k in counts])
+        ax.set_xlim(right=counts[-1])
+        ax.set_title(f"{title}, by the faster sharding", loc="left")
+        ax.set_xlabel("GPUs")
+        ax.spines[["top", "right"]].set_visible(False)
+        report.label_ends(ax, ends)
+    return fig
+
+
+def as_json(found: list[Cost]) -> list[dict]:
+    return [
+        {
+            "stage": c.job.stage, "gpus": c.layout.gpus, "sharding": str(c.layout), "steps": c.job.steps,
+            "peak_bytes": c.peak, "fits": c.fits, "waiting": c.waiting, "hours": c.hours, "full_hours": c.full_hours,
+            "modes": {name: asdict(m) | {"step": m.step} for name, m in c.modes.items()},
+        }
+        for c in found
+    ]  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scale plan", description="What a recipe costs on many GPUs.")
+    parser.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
+    parser.add_argument("--gpus", default="8,64,512", metavar="N,N,...", help="numbers of GPUs (default: 8,64,512)")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(hardware.GPUS)} (default: h100)")
+    parser.add_argument("--samples", type=int, help="samples of an epoch (default: the data's, or LLaVA's)")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
+    parser.add_argument("--png", metavar="FILE", help="draw hours and GPU-hours")
+    parser.add_argument("--json", metavar="FILE", help="write every number")
+    a = parser.parse_args(argv)
+    try:
+        if a.samples is not None and a.samples < 1:
+            raise UserError(f"--samples {a.samples}: must be at least 1")
+        over = hardware.layouts(a.gpu, hardware.counts(a.gpus))
+        found = plan(jobs(recipe.read(a.recipe, a.set), a.samples), over)
+        print(describe(found, a.gpu))
+        if a.png:
+            print(report.save(draw(found), a.png))
+        if a.json:
+            write_atomically(Path(a.json), json.dumps(as_json(found), indent=1))
+            print(a.json)
+    except UserError as error:
+        print(f"scale plan: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"scale plan: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,159 @@
+"""Records a second: whether decoding pictures keeps up with a step that leaves most of them out.
+
+    tinyspeed bench data                       pictures made here: 640 x 480, as COCO's are
+    tinyspeed bench data my-recipe.toml        the recipe's own records
+
+A fast step takes a tenth of the visual tokens, and all of the JPEG. So the faster the steps, the sooner they wait for
+data. Measured is what training does for a record, up to the batch on its way to the GPU: read, decode, resize, cut into
+crops, tokenise, collate; by 0, 1, 2, ... worker processes (`data.workers`). Beside it stands what the arithmetic of one
+slow step in fifty asks for, on a GPU that sustains so many TFLOP/s: of the recipe's records, or of records as long as
+in LLaVA's mix. Where that is more than any number of workers brings, `data.feature_cache_gb` decodes every picture only
+once (`features.py`).
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from ..data import conversations, llava_mix, loader
+from ..data.examples import Source
+from ..models import loading, published
+from ..models.memory import Settings, Shape
+from ..recipe import Data, Recipe
+from ..training import report, train
+from ..util import files
+from ..util.errors import UserError
+from . import bars, estimate
+from .bars import Bar
+from .estimate import Sample
+from .timing import described, device_of, finish
+
+BATCH, TFLOPS, SLOW, PICTURES = 8, (20.0, 100.0, 400.0), 0.02, 64
+WIDTH, HEIGHT = 640, 480
+
+
+def bench_data(
+    recipe: Recipe | None = None,
+    family: str = "1.5",
+    samples: int = 256,
+    workers: tuple[int, ...] = (0, 1, 2),
+    repeats: int = 3,
+    out: Path | str | None = None,
+    png: Path | str | None = None,
+) -> dict:
+    """Time the records of a recipe, or of an album made for it (`family`: for LLaVA-1.5 or NeXT). Prints a table,
+    returns everything, and writes it as JSON to `out` and as a picture to `png`."""
+    if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
+        raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
+    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.to(folder):
+        if recipe is None:
+            config = published.shaped("7b", family)
+            source, rank, said = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"
+            some = llava_mix.mix(1024, 0, family)
+        else:
+            if recipe.data.kind != "chat":
+                raise UserError('bench data: the recipe\'s data must be conversations, data.kind = "chat"')
+            base = train.base(recipe)
+            config, source = loading.config(base), conversations.of(recipe, base)
+            rank, said = recipe.lora.rank, recipe.data.file
+            some = [source.lengths(i) for i in range(min(len(source), 1024))]
+        counts = sorted({loader.at_most(count) for count in workers})
+        rates: dict[int, list[float]] = {count: [] for count in counts}
+        for _ in range(repeats):
+            for count in counts:
+                rates[count].append(_rate(source, samples, count))
+    found = {count: {"median": statistics.median(r), "max": max(r)} for count, r in rates.items()}
+    wanted = {tflops: tflops * 1e12 / _arithmetic(config, some, rank) for tflops in TFLOPS}
+    result = described(
+        device_of("cpu"), bench="data", data=said, model=config.model_type, samples=samples, repeats=repeats,
+        records_per_second=found, wanted=wanted,
+    )  # fmt: skip
+    said = f"{said}, {config.model_type}; {samples} records, median of {repeats}"
+    return finish(said, result, describe, draw, out, png)
+
+
+def describe(result: dict) -> str:
+    given = [[str(n), f"{f['median']:,.1f}"] for n, f in result["records_per_second"].items()]
+    wanted = [[f"{float(tflops):g}", f"{n:,.1f}"] for tflops, n in result["wanted"].items()]
+    return (
+        f"{report.table(['workers', 'records/s'], given)}\n\nDualSpeed, one slow step in fifty, asks for\n\n"
+        f"{report.table(['TFLOP/s sustained', 'records/s'], wanted)}"
+    )
+
+
+def draw(result: dict):
+    made = [Bar(f"{n} workers", f["median"]) for n, f in result["records_per_second"].items()]
+    asked = [Bar(f"a GPU at {float(t):g} TFLOP/s", n, ours=False) for t, n in result["wanted"].items()]
+    return bars.draw({"made here, and asked for": made + asked}, "records/s")
+
+
+def _rate(source: Source, samples: int, workers: int) -> float:
+    """Records a second, once the workers are at it."""
+    ahead = max(1, workers * loader.PREFETCH)
+    count = -(-samples // BATCH)
+    parts = [[(BATCH * n + k) % len(source) for k in range(BATCH)] for n in range(count + ahead)]
+    with closing(loader.load(source, parts, 0, workers=workers)) as batches:
+        for _ in range(ahead):
+            next(batches)
+        began = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        return count * BATCH / (time.perf_counter() - began)
+
+
+def _arithmetic(config, some: list[Sample], rank: int) -> float:
+    """FLOPs of a record, in the mean."""
+    shape, s = Shape(config), Settings("bf16", rank=rank)
+    of = lambda mode: statistics.fmean(estimate.flops(shape, s, mode, sample, False) for sample in some)
+    return (1 - SLOW) * of("fast") + SLOW * of("slow")
+
+
+def album(folder: Path, config, family: str) -> conversations.Conversations:
+    """Pictures with as much detail as a photo's, a question and an answer about each, and a processor."""
+    draw = np.random.default_rng(0)
+    records = []
+    for n in range(PICTURES):
+        coarse = Image.fromarray(draw.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT))
+        grain = draw.normal(0, 12, (HEIGHT, WIDTH, 1))
+        pixels = np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.jpg", quality=90)
+        turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A picture. " * 30}]
+        records.append({"id": str(n), "image": f"{n}.jpg", "conversations": turns})
+    (folder / "records.json").write_text(json.dumps(records))
+    data = replace(Data(), kind="chat", file=str(folder / "records.json"), images=str(folder), max_rows=4096)
+    return conversations.Conversations(data, _processor(config, family), folder / "cache", bar=False)
+
+
+def _processor(config, family: str):
+    """The family's own, with a token for each byte."""
+    words = ["<s>", "</s>", "<pad>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    side = config.vision_config.image_size
+    how = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    kind, pictures = LlavaProcessor, CLIPImageProcessor(**how)
+    if family == "next":
+        kind, pictures = LlavaNextProcessor, LlavaNextImageProcessor(**how, image_grid_pinpoints=published.GRIDS)
+    return kind(
+        pictures, tokenizer, patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=loading.TEMPLATE,
+    )  # fmt: skip

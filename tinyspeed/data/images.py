@@ -1,0 +1,139 @@
+"""Pictures from strangers: a name becomes a file inside one folder, a file becomes upright RGB, or it is an error.
+
+    name --inside--> path --size--> (width, height)     from the header: hundreds of thousands can be asked beforehand
+                     path --load--> the pixels          and of exactly that size
+
+A picture is what transformers' `load_image` makes of it: its first frame, turned as its EXIF says, in Pillow's own
+conversion to RGB. One thing is mended: 16-bit grey, which that conversion clips to white, is scaled to 8 bits.
+"""
+
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
+
+from ..util.errors import UserError
+from ..util.paths import CONTROL
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that is a program, as EPS is
+MOST_PIXELS = 100_000_000
+MOST_LONG = 200  # times as long as wide: LLaVA-1.5's processor makes the short side 336, and 1 x 10,000 would be 11 GB
+TAIL = 1 << 16  # bytes at the end of a file that are searched for its end marker; cameras' EXIF fits in too
+TURNS = {  # by EXIF's orientation; 1 is upright
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
+ENDS = {  # whether the end of a file has its format's end marker; the others have none, and WEBP is read at once
+    "JPEG": lambda tail: b"\xff\xd9" in tail,
+    "MPO": lambda tail: b"\xff\xd9" in tail,
+    "PNG": lambda tail: b"IEND" in tail,
+    "GIF": lambda tail: tail.rstrip(b"\0\r\n").endswith(b"\0;"),
+}
+_OUTWARDS = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")  # by the rules of POSIX and of Windows
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file `name` of `folder`. Links may lead about within the folder, but not out of it."""
+    if not isinstance(name, str) or not name.strip() or CONTROL.search(name):
+        raise UserError(f"{where}: {name!r:.300} is no file name")
+    if _OUTWARDS.search(name):
+        what = "is absolute or leads out of the picture folder"
+        raise UserError(f"{where}: {name!r:.300} {what}; give the path from {folder} on")
+    path = os.path.join(folder, name)
+    try:
+        found, here = os.lstat(path), os.getcwd()
+        home, real = _real(os.path.join(here, folder)), _real(os.path.join(here, os.path.dirname(path)))
+        if stat.S_ISLNK(found.st_mode):
+            found, real = os.stat(path), os.path.realpath(path)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{where}: cannot find the picture {name!r:.300} in {folder}: {reason}") from error
+    if real != home and not real.startswith(os.path.join(home, "")):
+        raise UserError(f"{where}: {name!r} is a link out of {folder}, to {real}; copy the pictures into the folder")
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{where}: {name!r} in {folder} is not a file")
+    return Path(path)
+
+
+@lru_cache(1 << 16)
+def _real(folder: str) -> str:
+    """Without links. Cached: to resolve every picture's folders anew would cost more than all the rest."""
+    return os.path.realpath(folder)
+
+
+def size(path: Path, where: str) -> tuple[int, int]:
+    """The width and height that `load` would give, without decoding. A file that is visibly cut short is an error."""
+    with _opened(path, where) as (_, _, upright):
+        return upright
+
+
+def load(path: Path, where: str) -> Image.Image:
+    """The picture: decoded, upright, RGB."""
+    with _opened(path, where) as (image, orientation, upright):
+        picture = _eight_bits(image).convert("RGB")
+        if orientation in TURNS:
+            picture = picture.transpose(TURNS[orientation])
+        if picture.size != upright:
+            raise ValueError(f"its header says {upright}, and it is {picture.size}")
+        picture.info.clear()  # or whoever reads its EXIF next would turn it again
+        return picture
+
+
+@contextmanager
+def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, tuple[int, int]]]:
+    """A picture of which only the header was read, its orientation in EXIF, and its size once upright."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what matters of them is an error here
+        try:
+            with open(path, "rb") as file:
+                image = Image.open(file, formats=FORMATS)
+                width, height = image.size
+                if width * height > MOST_PIXELS:
+                    raise ValueError(f"it has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller")
+                if max(width, height) > MOST_LONG * min(width, height):
+                    raise ValueError(f"it has {width} x {height} pixels, too thin to be made square; cut it in pieces")
+                tail = _tail(image.format, file)
+                if image.format == "PNG" and b"eXIf" in tail:  # behind the pixels, as ImageMagick writes it
+                    image.load()
+                # Not image.getexif(): a PNG would always decode its pixels to look behind them.
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+                if image.format == "TIFF":  # Pillow turns these by itself
+                    orientation = None
+                yield image, orientation, (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+        except UnidentifiedImageError as error:
+            raise UserError(f"{where}: {path} is not a picture, or not one of {', '.join(FORMATS)}") from error
+        except Exception as error:  # on a broken file Pillow raises nearly anything
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise UserError(f"{where}: cannot read the picture {path}: {reason}") from error
+
+
+def _tail(kind: str, file: BinaryIO) -> bytes:
+    """The end of a file of which the header was read; an error where its format's end marker is missing."""
+    start, end = file.tell(), file.seek(0, os.SEEK_END)
+    for at in (max(start, end - TAIL), start):  # some phones append a film, so that all of it must be searched
+        file.seek(at)
+        tail = file.read()
+        if kind not in ENDS or ENDS[kind](tail):
+            return tail
+    raise ValueError("it is cut short, its end is missing; copy it again")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as its high bytes, which is also what Pillow keeps of 16-bit colours."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("its pixels have more than 16 bits; save it with 8 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))

@@ -1,0 +1,378 @@
+"""Models from a hub or a folder: as they are, with the LLM in 4 bits, with adapters, or put together from parts.
+
+    load("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    14.1 GB of weights become 4.5
+    add_lora(model, rank=16)                                    and 40 million parameters train instead of 7 billion
+
+Three things that other trainers' users found out the hard way are settled here, and checked after loading:
+
+- Quantising means the LLM's layers and nothing else. Left alone, transformers also quantises the vision tower and the
+  projector; and a skip list whose names do not match (`vision_tower` instead of `model.vision_tower`) does nothing.
+- "All linear layers" means the LLM's. To peft it also means the tower and the projector.
+- Frozen parts stay in the precision they were loaded in. peft's `prepare_model_for_kbit_training` makes fp32 of tower,
+  embeddings and lm_head, 1.5 GB for nothing.
+
+Weights come from safetensors only: a pickle can run code when it is opened. Code that comes with a model is never run.
+transformers has to be told so everywhere: where it is not, it asks whoever sits there, and a "y" runs it.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.utils import cached_file
+
+from ..training import checkpoint
+from ..util import files, paths
+from ..util.errors import UserError, unknown
+from . import published
+from .families import FAMILIES, family
+from .precision import DTYPES
+
+if TYPE_CHECKING:  # peft brings bitsandbytes and torch's compiler along: two seconds, for those who want adapters
+    from peft import LoraConfig
+
+UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+
+
+def load(
+    path: str,
+    precision: str = "fp32",
+    *,
+    quantise: str = "none",
+    storage: torch.dtype = torch.uint8,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """A LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`.
+
+    `storage`: what a tensor of 4-bit weights says it holds. Sharding needs a floating-point type there."""
+    if precision not in DTYPES:
+        raise unknown("precision", precision, DTYPES)
+    where = _where(path)
+    only_safetensors(where)
+    how = {"dtype": DTYPES[precision], "use_safetensors": True}
+    if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
+        how["device_map"] = {"": str(device)}
+    if quantise == "nf4":
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[precision],
+            bnb_4bit_quant_storage=storage,
+            llm_int8_skip_modules=list(UNQUANTISED),
+        )
+    elif quantise != "none":
+        raise unknown("quantisation", quantise, ("none", "nf4"))
+    with told(f"cannot load the model {path}"):
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            where, **how, trust_remote_code=False, output_loading_info=True
+        )
+    if found["missing_keys"]:  # transformers would draw them at random and carry on
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
+    if quantise != "none":
+        _check_quantised(model)
+    return model
+
+
+def only_safetensors(path: str | Path) -> None:
+    """That the index of a model's weights, if it has one, names no other files: transformers opens what is named there,
+    and a pickle as one."""
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        index = cached_file(str(path), paths.INDEX, **quietly)
+    except OSError:  # there is no such model: who loads it says so
+        return
+    if index:
+        paths.weights(Path(index).parent)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Whatever goes wrong in here becomes one line. Of a broken folder transformers raises nearly anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says, and what it should say."""
+    said = (str(error).strip() or repr(error)).splitlines()[0]
+    if "tiktoken" in said:
+        return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
+    if "custom code" in said:
+        return "it needs code that comes with it, and such code is never run here"
+    if "couldn't connect" in said:
+        return f"{said} (It was looked for on the hub because there is no such folder here.)"
+    if "no file named model.safetensors" in said:
+        return f"{said} Only safetensors are read, since a pickle can run code: save it again with save_pretrained"
+    return said
+
+
+def _where(path: str) -> str | Path:
+    """The folder, or the hub id as it is; a folder that cannot be a model of ours is refused before it is read."""
+    found = paths.model(path)
+    if isinstance(found, Path):
+        try:
+            kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
+        paths.weights(found)
+    return found
+
+
+def config(path: str):
+    """The configuration alone: a few kilobytes, enough to know a model's shapes. A published model that is not here
+    needs no network for it."""
+    where = _where(path)
+    if where in published.KNOWN and not _downloaded(path):
+        return published.KNOWN[path]()
+    with told(f"cannot load the configuration of {path}"):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+
+
+def revision(path: str) -> str | None:
+    """The hub's commit that a hub id, once loaded, stands for; None for a folder."""
+    found = None if isinstance(_where(path), Path) else _downloaded(path)
+    return found and found.parent.name
+
+
+def _downloaded(hub_id: str) -> Path | None:
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def skeleton(path: str, precision: str) -> nn.Module:
+    """The model without its weights, on `meta`."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config(path), dtype=DTYPES[precision], trust_remote_code=False)
+
+
+def load_processor(path: str):
+    """The processor saved beside a model: tokeniser, image processor, chat template.
+
+    It counts placeholders by numbers of its own, and older checkpoints lack some of them (576 features then meet 575
+    placeholders). The model's configuration knows them all.
+    """
+    shape = config(path)
+    if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
+        raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
+    with told(f"{path} has no usable processor beside its model"):
+        processor = AutoProcessor.from_pretrained(_where(path), trust_remote_code=False)
+    facts = {
+        "patch_size": shape.vision_config.patch_size,
+        "vision_feature_select_strategy": shape.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(shape.vision_config.model_type == "clip_vision_model"),  # CLS
+    }
+    for name, value in facts.items():
+        its = getattr(processor, name, value)
+        if its != value:
+            print(f"the processor's {name} is {its}, the model's {value}: using that", file=sys.stderr)
+            setattr(processor, name, value)
+    _check_processor(path, processor, shape)
+    return processor
+
+
+def _check_processor(path: str, processor, shape) -> None:
+    """That what it makes of a text and of a picture is what the model takes."""
+    with told(f"{path} has no usable processor beside its model"):
+        ids, image = processor.tokenizer.get_vocab().values(), processor.image_token
+        image_id = processor.tokenizer.convert_tokens_to_ids(image)
+        pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
+    size = shape.vision_config.image_size
+    for good, what in (
+        (max(ids) < shape.text_config.vocab_size, f"its tokenizer has ids up to {max(ids)}, its model fewer words"),
+        (
+            image_id == shape.image_token_id,
+            f"{image} is {image_id} to its tokenizer, {shape.image_token_id} to its model",
+        ),
+        (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
+        (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
+    ):
+        if not good:
+            raise UserError(f"{path} has the processor of another model, or a damaged one: {what}")
+
+
+def _check_quantised(model: nn.Module) -> None:
+    """That the LLM's linear layers are in 4 bits, and those of everything else are not."""
+    from bitsandbytes.nn import Linear4bit
+
+    layers = {id(m) for m in family(model).language_model.layers.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and isinstance(module, Linear4bit) != (id(module) in layers):
+            raise UserError(
+                f"quantising did the wrong thing to {name}: this version of transformers reads the skip list in "
+                f"another way; please report it"
+            )
+        if isinstance(module, Linear4bit):
+            shape = (module.out_features, module.in_features)
+            if tuple(module.weight.quant_state.shape) != shape:
+                raise UserError(f"{name} should be {shape}, and is {tuple(module.weight.quant_state.shape)} on disk")
+            # On some CPUs a forward in eval mode without gradients would re-pack the weight, for good, and round its
+            # scales: a slow step's teacher would change the model that learns.
+            module.support_avx512bf16_for_cpu = False
+
+
+def linear_layers(model: nn.Module) -> str:
+    """A pattern for the names of the LLM's linear layers, and of no others."""
+    inside = family(model).language_model.layers
+    prefix = next(name for name, module in family(model).model.named_modules() if module is inside)
+    leaves = sorted({name.rpartition(".")[2] for name, m in inside.named_modules() if isinstance(m, nn.Linear)})
+    return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\..*\.({'|'.join(leaves)})"
+
+
+def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> "LoraConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout)
+
+
+def add_lora(
+    model: nn.Module, *, rank: int, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0, views: bool = False
+) -> nn.Module:
+    """The model in peft's wrapper, with adapters (fp32) on the LLM's linear layers. `views`: two of them, "slow" and
+    "fast", drawn alike."""
+    from peft import get_peft_model
+
+    how = lora_config(rank, alpha, dropout)
+    how.target_modules = linear_layers(model)
+    with torch.random.fork_rng(devices=_cuda(model)):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, how, adapter_name="slow" if views else "default")
+        if views:
+            torch.manual_seed(seed)
+            wrapped.add_adapter("fast", how)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:  # under 4-bit weights stored as bf16 they come out bf16
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def _cuda(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+STAGES = ("align", "train")
+
+
+def set_trainable(model: nn.Module, stage: str) -> None:
+    """LLaVA's two stages. align: the connector alone. train: the connector, and the LLM's adapters where it has some,
+    else the LLM. The tower is always frozen. What trains becomes fp32 (see `precision.py`)."""
+    if stage not in STAGES:
+        raise unknown("stage", stage, STAGES)
+    model.requires_grad_(False)
+    vlm = family(model)
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    # A peft adapter cannot carry NeXT's newline, which is a parameter without a module: beside adapters it stays.
+    trained = list(vlm.projector.parameters()) if adapters else vlm.connector()
+    if stage == "train":
+        llm = [*vlm.language_model.parameters(), *vlm.model.get_output_embeddings().parameters()]
+        trained += adapters or llm
+    for parameter in trained:
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+# From parts. The template is Vicuna's, as LLaVA-1.5 uses it on every LLM, with the end-of-text token that the hub's
+# copy leaves out.
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}[message['role']] or '' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
+    """A LLaVA-1.5 in `folder` from a CLIP tower, an LLM and a new projector: what stage 1 starts from.
+
+    Built once, in the LLM's own precision; each part is loaded once and moved, never copied.
+    """
+    made = {"tower": tower, "llm": llm, "seed": seed}
+    if folder.is_dir():
+        checkpoint.check_built(folder, "parts.json", made)
+        return folder
+    for part in (llm, tower):
+        only_safetensors(part)
+    with told(f"cannot load {llm} or {tower}"):
+        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
+        vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
+        pictures = CLIPImageProcessor.from_pretrained(tower)
+    if not tokenizer.is_fast:
+        raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
+
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with torch.no_grad():  # new words start as the average word
+        tables = {id(e): e for e in (text.get_input_embeddings(), text.get_output_embeddings())}
+        old, means = text.get_input_embeddings().num_embeddings, [e.weight.float().mean(0) for e in tables.values()]
+        if len(tokenizer) > old:
+            text.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
+            tables = {id(e): e for e in (text.get_input_embeddings(), text.get_output_embeddings())}
+            for table, mean in zip(tables.values(), means, strict=True):
+                table.weight[old:] = mean.to(table.weight.dtype)
+
+    cells = (vision.config.image_size // vision.config.patch_size) ** 2
+    shape = LlavaConfig(
+        vision_config=vision.config,
+        text_config=text.config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=cells,
+        tie_word_embeddings=text.config.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
+        for layer in projector.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+    model.model.vision_tower, model.model.language_model, model.lm_head = vision, text.model, text.lm_head
+    model.model.multi_modal_projector = projector.to(text.dtype)
+    model.generation_config = text.generation_config
+    model.config.dtype = text.dtype
+    processor = LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLS
+        chat_template=TEMPLATE,
+    )
+    with files.whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        checkpoint.built(temporary, "parts.json", made)
+    return folder

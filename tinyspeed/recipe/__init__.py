@@ -1,0 +1,3 @@
+"""Recipes: a TOML file, read into frozen dataclasses."""
+
+from .sections import *  # noqa: F403

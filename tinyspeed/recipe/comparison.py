@@ -1,0 +1,88 @@
+"""The arms of a comparison: what each changes in the recipe.
+
+A file of arms is TOML. Each table at its top is an arm, and holds sections of a recipe:
+
+    [full.dualspeed]
+    schedule = "full"
+
+    ["dpp 25 %".dualspeed]
+    plugin = "dpp"
+    keep = 0.25
+
+`vary` makes arms on the fly: every combination of some values, named by them, beside `full`, which tables measure the
+others against. All arms of a seed start from one base model and see one run's pictures; what would give an arm others
+is refused.
+"""
+
+import itertools
+from pathlib import Path
+
+from ..util.errors import UserError, unknown
+from . import Recipe, changed, setting, tables_of, value_of
+
+BUILT_IN = Path(__file__).parent / "comparisons"
+FULL = {"full": {"dualspeed": {"schedule": "full"}}}
+# What all arms share: sections, or keys of a section.
+SHARED = {"run": None, "digits": None, "model": ("path", "tower", "llm"), "data": ("kind",)}
+
+
+def read(recipe: Recipe, file: str, only: str | None = None) -> dict[str, Recipe]:
+    """The arms of a file (or a built-in one, by name), in its order; `only` names some, separated by commas."""
+    tables, where = tables_of(file, BUILT_IN, "file of arms")
+    return _made(recipe, tables, where, only)
+
+
+def vary(recipe: Recipe, changes: list[str], only: str | None = None) -> dict[str, Recipe]:
+    """`full`, and an arm for every combination of the values of `section.key=v1,v2,v3`."""
+    axes = []
+    for change in changes:
+        section, key, values = setting("--vary", change)
+        axes.append([(section, key, value.strip()) for value in values.split(",")])
+    keys = [(section, key) for (section, key, _), *_ in axes]
+    for at, key in enumerate(keys):
+        if key in keys[:at]:
+            raise UserError(f"--vary {'.'.join(key)} is given twice; give all its values at once")
+    short = [key for _, key in keys]
+    arms: dict[str, dict] = dict(FULL)
+    for chosen in itertools.product(*axes):
+        tables: dict[str, dict] = {}
+        for section, key, value in chosen:
+            tables.setdefault(section, {})[key] = value_of(section, key, value)
+        names = [f"{key if short.count(key) == 1 else f'{section}.{key}'}={value}" for section, key, value in chosen]
+        arms[" ".join(names)] = tables
+    return _made(recipe, arms, "--vary", only)
+
+
+def folder_of(arm: str) -> str:
+    return arm.replace(" ", "-")
+
+
+def _made(recipe: Recipe, arms: dict, where: str, only: str | None) -> dict[str, Recipe]:
+    if recipe.data.kind != "digits":
+        raise UserError(f'compare asks about digits: data.kind = "{recipe.data.kind}" has no such questions')
+    names = list(dict.fromkeys(name.strip() for name in only.split(","))) if only else list(arms)
+    for name in names:
+        if name not in arms:
+            raise unknown("arm", name, arms)
+    if not names:
+        raise UserError(f"{where} holds no arm: each is a table, for example [full.dualspeed]")
+    folders: dict[str, str] = {}
+    for name in names:
+        if not name or name.startswith(".") or set(name) & set("/\\,") or folder_of(name) == "base":
+            raise UserError(f"{where}: {name!r} cannot be an arm's name: a plain folder name without commas, not base")
+        other = folders.setdefault(folder_of(name), name)
+        if other != name:
+            raise UserError(f"{where}: the arms {other!r} and {name!r} would share a folder")
+    return {name: _arm(recipe, arms[name], f"{where}, arm {name!r}") for name in names}
+
+
+def _arm(recipe: Recipe, tables: dict, where: str) -> Recipe:
+    if not isinstance(tables, dict):
+        raise UserError(f"{where}: an arm must be a table of recipe sections")
+    made = changed(recipe, tables, where)  # first: it names what no recipe has
+    for section, values in tables.items():
+        keys = SHARED.get(section, ())
+        for key in values:
+            if keys is None or key in keys:
+                raise UserError(f"{where}: {section}.{key} is the same for all arms; change it with --set")
+    return made

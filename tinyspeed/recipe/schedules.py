@@ -1,0 +1,53 @@
+"""The schedule of a recipe's stage: which rows its steps see (DualSpeed), which layers run (STS), and which answers
+(ReGATE).
+
+STS splits the savings by stage, and so does this: while aligning, visual rows are compressed; while tuning, layers are
+skipped. DualSpeed's pruning goes on in both. Its own compressor is not public: any pruning plugin takes its place.
+"""
+
+from ..adaptive import AdaptiveSchedule
+from ..regate import Cycle
+from ..scheduler import KINDS, Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Schedule
+from ..sts import LayerSkipper
+from ..util.errors import unknown
+from . import Recipe
+
+
+def build(kind: str, *, slow: float, keep: float, distill: float, seed: int, gap: float) -> Schedule:
+    """The schedule that a recipe names."""
+    if kind == "full":
+        return FullSchedule()
+    if kind == "fast":
+        return FastSchedule(keep)
+    if kind == "bernoulli":
+        return DualSpeedSchedule(slow, keep, distill, seed)
+    if kind == "periodic":
+        return PeriodicSchedule(slow, keep, distill, seed)
+    if kind == "adaptive":
+        return AdaptiveSchedule(slow, keep, distill, seed, gap)
+    raise unknown("schedule", kind, KINDS)
+
+
+def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
+    """Aligning is all fast (unless the recipe trains without pruning altogether); tuning follows the recipe."""
+    d = recipe.dualspeed
+    fast = stage == "align" and (d.schedule != "full" or recipe.sts.compress)
+    _, keep = recipe.pruning(stage)
+    kind = "fast" if fast else d.schedule
+    return build(kind, slow=d.slow, keep=keep, distill=d.distill, seed=recipe.run.seed, gap=d.gap)
+
+
+def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:
+    """What chooses among the LLM's `depth` layers, if the stage skips some."""
+    s = recipe.sts
+    if stage == "align" or not s.skip:
+        return None
+    return LayerSkipper(depth, s.skip, s.layers, s.protect_first, s.protect_last, s.every, recipe.run.seed)
+
+
+def schedule_of(recipe: Recipe, stage: str, depth: int) -> Schedule:
+    """All that decides about a stage's steps."""
+    schedule, skipper = rows_schedule(recipe, stage), skipper_of(recipe, stage, depth)
+    gates = stage == "train" and recipe.regate.keep < 1
+    parts = [*([skipper] if skipper else []), *([Cycle(recipe.regate)] if gates else [])]
+    return Combined(schedule, *parts) if parts else schedule

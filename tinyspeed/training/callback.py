@@ -1,0 +1,77 @@
+"""DualSpeed under `transformers.Trainer`: two lines, and people keep their own loop.
+
+    model = tinyspeed.DualSpeed(hf_model)
+    Trainer(model=model, ..., callbacks=[SetStep(model)])
+
+The callback tells the model which optimizer step it is in, so that every micro-batch of a step (and every rank, and a
+resumed run) draws the same mode. It tells the schedule what a step saw, summed over micro-batches and ranks, and keeps
+the schedule's state in the Trainer's. It also refuses to go on when a step ended without our forward: TRL's SFTTrainer,
+for one, replaces `forward` and can train the plain model in silence.
+"""
+
+import torch
+from torch import distributed, nn
+from transformers import TrainerCallback
+
+from ..dualspeed import DualSpeed
+from ..scheduler import Schedule
+from ..util.errors import UserError
+
+STATE = "tinyspeed"  # among what the Trainer's state keeps for callbacks, in trainer_state.json
+
+
+class SetStep(TrainerCallback):
+    def __init__(self, model: DualSpeed):
+        self.model = model
+        self.forwards = 0
+        self.begin = model.schedule.state_dict()
+        self.seen: list[dict] = []  # the metrics of this step's forwards
+        model.register_forward_hook(self._look)
+
+    def _look(self, model: nn.Module, given: tuple, out) -> None:
+        listens = type(model.schedule).observe is not Schedule.observe  # to look at numbers is to wait for the device
+        if model.training and listens:
+            self.seen.append(out["metrics"])
+
+    def on_train_begin(self, args, state, control, **_):
+        if args.n_gpu > 1:  # transformers would copy the model to each with nn.DataParallel, which loses the adapter
+            raise UserError("several GPUs in one process are not supported: start one process a GPU, with torchrun")
+        self.model.schedule.load_state_dict(state.stateful_callbacks.get(STATE, self.begin))
+
+    def on_step_begin(self, args, state, control, **_):
+        self.model.step = state.global_step
+        self.forwards = self.model.forwards
+        self.seen.clear()
+
+    def on_step_end(self, args, state, control, **_):
+        if self.model.forwards == self.forwards:
+            raise UserError(
+                "the step ended without DualSpeed's forward: the trainer runs the wrapped model itself, unpruned. "
+                "Use transformers.Trainer, or give back Trainer.compute_loss to your trainer class (README, drop-in)"
+            )
+        if self.seen:
+            self._observe()
+        state.stateful_callbacks[STATE] = self.model.schedule.state_dict()
+
+    def _observe(self) -> None:
+        sums = sum(
+            torch.stack(
+                [
+                    torch.tensor(float(seen["answers"]), device=self.model.device),
+                    *(seen[name].float() * seen["answers"] for name in ("ce", "ce_teacher")),
+                    *seen["influence"].float(),
+                ]
+            )
+            for seen in self.seen
+        )
+        if distributed.is_initialized():
+            distributed.all_reduce(sums)
+        answers, ce, ce_teacher, *influence = sums.tolist()
+        if answers and sums.isfinite().all():  # half precision may overflow, and the Trainer leaves such a step out
+            self.model.schedule.observe(
+                self.model.schedule.plan(self.model.step),
+                {
+                    "step": self.model.step, "answers": answers, "ce": ce / answers, "ce_teacher": ce_teacher / answers,
+                    "influence": influence,
+                },
+            )  # fmt: skip

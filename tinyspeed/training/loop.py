@@ -1,0 +1,402 @@
+"""One stage of training: its optimizer, its schedule, its steps.
+
+    for step:  plan = schedule.plan(step)
+               for each micro-batch, cut by the plan's rows:  loss = sum over its answers / answers of the whole batch
+               clip, check that everything is finite, step
+
+The speed-up shown is an estimate from a measurement: before the stage one full forward and backward is timed on its
+first batch and thrown away, and
+
+    speed-up = seconds that full steps would have taken, by their rows / seconds taken
+
+It is as good as that one timing; `tinyspeed compare` measures whole runs. Saving and the probe are in neither.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import loader
+from ..data.examples import Source
+from ..dualspeed import DualSpeed, Output
+from ..models import attention, loading, memory, precision
+from ..recipe import Recipe, Stage
+from ..recipe.schedules import schedule_of
+from ..scheduler import Plan
+from ..util import files, finite, malloc, provenance
+from ..util.errors import NotFinite, UserError, counted
+from . import checkpoint, diagnosis, optimizer
+from .answer_gate import Gate
+from .batching import Order, cut, plan_rows
+from .run_folder import LOG, fingerprint, logged
+
+PATIENCE = 5.0  # seconds that the probe may go on measuring
+
+
+@dataclass
+class Totals:
+    """What the run has done so far; part of every checkpoint."""
+
+    steps: int = 0  # over both stages
+    seconds: float = 0.0
+    rows: int = 0  # rows the LLM saw, teachers' included
+    rows_full: int = 0  # rows that full training would have shown it
+    full_seconds: float = 0.0  # and the time it would have taken, by the probes
+
+    @property
+    def speedup(self) -> float | None:
+        """None before the first step, and where a full step does not fit the device and could not be timed."""
+        return self.full_seconds / self.seconds if self.full_seconds else None
+
+
+class StageRun:
+    """One stage: its optimizer, its schedule, its steps.
+
+    Where several processes share a stage (`scale`), each trains on its part of every batch; what they must agree on
+    passes through `_together`, `_stops`, `_norms` and `_whose`, which have nothing to do in one process.
+    """
+
+    lead = True  # whether this process writes the log
+    processes = 1
+
+    def __init__(
+        self, recipe: Recipe, model: DualSpeed, source: Source, name: str, number: int, stage: Stage, totals: Totals
+    ):
+        if model.device.type == "cpu":
+            malloc.keep()
+        self.recipe, self.model, self.source = recipe, model, source
+        self.name, self.number, self.stage, self.totals = name, number, stage, totals
+        self.steps = stage.total(len(source))
+        self.first = 0  # the step to begin with
+        self.stopped = False
+        loading.set_trainable(model.model, name)
+        model.schedule = schedule_of(recipe, name, model.config.text_config.num_hidden_layers)
+        model.chooser.switch(recipe.pruning(name)[0])
+        model.train()
+        model.activation_checkpointing_enable()  # each micro-batch then says whether it needs it
+        self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        connector = {id(p) for p in [*model.vlm.connector(), *model.only_training.values()]}
+        its, others = ([p for p in self.names if (id(p) in connector) == among] for among in (True, False))
+        self.optimizer = optimizer.build(stage, its, others)
+        self.order = Order(len(source), recipe.run.seed + number)
+        self.precision = precision.choose(recipe.model.precision, model.device)
+        self.scale = precision.LossScale.of(self.precision)
+        self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
+        self.rows_that_fit = self._rows_that_fit()
+        self.gate = self._gate()
+        self.seen = diagnosis.Seen()
+
+    def _gate(self) -> Gate | None:
+        """Which answers are skipped, if the recipe asks for ReGATE."""
+        if self.name != "train" or self.recipe.regate.keep == 1:
+            return None
+        # Where `train.base` puts a model that has no path.
+        base = self.recipe.model.path or str(self.recipe.folder / "base")
+        return Gate(self.recipe, self.source, self.model.device, base)
+
+    def _rows_that_fit(self) -> float:
+        """Rows of a micro-batch whose activations fit beside what the device holds already; beyond, recompute them."""
+        if self.stage.checkpointing != "auto":
+            return 0 if self.stage.checkpointing == "on" else math.inf
+        return memory.rows_that_fit(self.model, memory.Settings.of(self.recipe, self.name, self.precision))
+
+    def go(self, folder: Path, stop: list[int], bar: bool) -> None:
+        if self.first >= self.steps:
+            return
+        self._announce()
+        full_seconds_per_row = self._probe()
+        on_cuda = self.model.device.type == "cuda"
+        # What a worker has ready is a micro-batch: of a step of its own, at the most.
+        workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
+        batches = loader.load(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
+        with (
+            loader.watched(),
+            closing(batches),
+            files.lines(folder / LOG if self.lead else Path(os.devnull)) as log,
+            tqdm(
+                total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
+            ) as line,
+        ):
+            for step in range(self.first, self.steps):
+                with diagnosis.named(self):
+                    entry = self._step(step, batches, full_seconds_per_row)
+                log(json.dumps(entry).encode() + b"\n")
+                note = " skipped" if entry["skipped"] else ""
+                speedup = f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
+                line.set_postfix_str(
+                    f"{entry['mode']} loss {entry['loss']:.3f}{note} {entry['rows_per_second']:,.0f} rows/s{speedup}",
+                    refresh=False,
+                )
+                line.update()
+                self.stopped = self._stops(stop)  # asked once: a signal may come at any moment
+                if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
+                    if self.lead:  # no checkpoint of steps that a power cut takes from the log
+                        with files.to(folder / LOG):
+                            files.flush(folder / LOG)
+                    self.save(folder / "checkpoints", step + 1)
+                if self.stopped:
+                    return
+
+    def _stops(self, stop: list[int]) -> bool:
+        return bool(stop)
+
+    def _announce(self) -> None:
+        """A short run may draw no slow step, and a model that never saw a whole picture is poor at them."""
+        modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
+        if "fast" in modes and "slow" not in modes and self.name == "train":
+            print(
+                f"in {counted(self.steps, 'step')} no whole picture is seen: train for more steps (more train.epochs, "
+                f'a smaller train.batch), or set dualspeed.schedule = "periodic" and a larger dualspeed.slow',
+                file=sys.stderr,
+            )
+
+    @contextmanager
+    def _fitting(self, mode: str, rows: list[int]) -> Iterator[None]:
+        """Running out of memory becomes advice."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            advice = f"set {self.name}.row_budget below that (or a smaller {self.name}.batch)"
+            if len(rows) == 1:
+                advice = f'set {self.name}.checkpointing = "on", model.quantise = "nf4" or a smaller data.max_rows'
+            size = f"{len(rows) * max(rows):,} rows ({counted(len(rows), 'sample')})"
+            raise UserError(
+                f"step {self.totals.steps + 1}: a {mode} micro-batch of {size} does not fit into memory; {advice}; "
+                f"`tinyspeed estimate` says what fits"
+            ) from error
+
+    def _parts(self, step: int, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:
+        """The step's micro-batches: samples, and the rows of each."""
+        chosen = self.order.batch(step, self.stage.batch)
+        rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in chosen]
+        for part in cut(rows, self.stage.row_budget):
+            yield [chosen[i] for i in part], [rows[i] for i in part]
+
+    def _ahead(self) -> Iterator[list[int]]:
+        """The samples of every micro-batch from here to the end."""
+        for step in range(self.first, self.steps):
+            for part, _ in self._parts(step, self.model.schedule.plan(step)):
+                yield part
+
+    def _forward_backward(self, step: int, plan: Plan, batches: Iterator[dict[str, Tensor]]) -> dict:
+        """Gradients of one optimizer batch, times the loss scale, and its summed metrics. Losses stay on the device."""
+        chosen = self.order.batch(step, self.stage.batch)
+        answers = sum(self.source.lengths(i)[2] for i in chosen)
+        if self.gate:
+            answers = self.gate.begin(chosen, plan.answer_keep)
+        if answers == 0:
+            raise UserError(f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
+        self.model.step = step
+        means, sums = ("ce", "kl", "ce_teacher"), ("influence", "rows_kept", "rows_taught", "rows_full")
+        total = {"loss": 0.0, **dict.fromkeys(means, 0.0), **dict.fromkeys(sums, 0)}
+        for part, rows in self._parts(step, plan):
+            batch = next(batches)
+            if self.gate:
+                batch = self.gate.mark(part, batch)
+            self.seen.parts.append(part)
+            with self._fitting(plan.mode, rows):
+                out = self._micro_batch(batch, rows, plan, answers)
+            self.seen.add(out)
+            if self.gate:
+                self.gate.ran(out.metrics["losses"])
+            total["loss"] += out.loss.detach()
+            for name in means:
+                total[name] += out.metrics[name] * (out.metrics["answers"] / answers)
+            for name in sums:
+                total[name] += out.metrics[name]
+        return {**total, "answers": answers}
+
+    def _micro_batch(self, batch: dict[str, Tensor], rows: list[int], plan: Plan, answers: int) -> Output:
+        """Forward and backward."""
+        device = self.model.device
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        self.model.vlm.recompute(self.laid_out(rows) > self.rows_that_fit)
+        with precision.autocast(self.precision, device):
+            out = self.model(**batch, plan=plan, num_items_in_batch=answers)
+        (out.loss * self.scale.scale).backward()
+        return out
+
+    def laid_out(self, rows: list[int]) -> int:
+        """How many there are of these samples' rows when they lie side by side: where they are packed, no more."""
+        with precision.autocast(self.precision, self.model.device):
+            packed = attention.packs(self.model.isolator.weight)
+        return sum(rows) if packed and self.model.layout != "padded" else len(rows) * max(rows)
+
+    def _together(self, done: dict) -> dict:
+        """Sums over this process's part of the batch to sums over the batch."""
+        return done
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        """The same of any numbers."""
+        return numbers
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.names if p.grad is not None]
+
+    def _norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of these, and the size of what the optimizer reads beside them."""
+        beside = finite.size(self._local(t)[0] for t in optimizer.read(self.optimizer))
+        return torch.nn.utils.get_total_norm(gradients), beside
+
+    def _whose(self) -> tuple[int, str, str]:
+        return diagnosis.whose(self)
+
+    def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
+        """Clip, check that everything is finite, step. Numbers for the log, and whether the step was left out."""
+        gradients = self._gradients()
+        norm, beside = self._norms(gradients)
+        norm = norm / self.scale.scale
+        factor = (self.stage.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
+        numbers = torch.stack([norm, beside, loss, *others]).tolist()  # waits for the device
+        rest = all(map(math.isfinite, numbers[1:]))  # for which no loss scale is to blame
+        fine = rest and math.isfinite(numbers[0])
+        if not fine and not (rest and self.scale.overflowed()):
+            raise diagnosis.stopped(self, numbers)
+        if fine:
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+            self.optimizer.step()
+            self.scale.stepped()
+        self.optimizer.zero_grad(set_to_none=True)
+        return [n if math.isfinite(n) else None for n in numbers], not fine
+
+    def _step(self, step: int, batches: Iterator[dict[str, Tensor]], full_seconds_per_row: float | None) -> dict:
+        began = time.perf_counter()
+        if found := finite.number({"schedule": self.model.schedule.state_dict(), "scale": self.scale.state_dict()}):
+            raise NotFinite(f"the state of {found}")
+        plan = self.model.schedule.plan(step)
+        self.seen = diagnosis.Seen(plan.mode)
+        share = optimizer.learning_rate(self.stage, step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * share
+        done = self._together(self._forward_backward(step, plan, batches))
+        others = [done["ce"], done["kl"], done["ce_teacher"], *done["influence"]]
+        (norm, _, loss, ce, kl, ce_teacher, *influence), skipped = self._update(plan, done["loss"], others)
+        if not skipped:
+            known = {"step": step, "answers": done["answers"], "ce": ce, "ce_teacher": ce_teacher}
+            self.model.schedule.observe(plan, {**known, "influence": influence})
+            if self.gate:
+                self.gate.learn(self._sum(self.gate.losses()))
+        took = time.perf_counter() - began
+
+        t = self.totals
+        t.steps, t.seconds = t.steps + 1, t.seconds + took
+        rows = done["rows_kept"] + done["rows_taught"]
+        t.rows, t.rows_full = t.rows + rows, t.rows_full + done["rows_full"]
+        t.full_seconds += done["rows_full"] * (full_seconds_per_row or 0.0)
+        return {
+            "step": t.steps, "stage": self.name, "mode": plan.mode, "loss": loss, "ce": ce, "kl": kl,
+            "ce_teacher": ce_teacher if done["rows_taught"] else None, "grad_norm": norm, "skipped": skipped,
+            "lr": self.stage.lr * share, "answers": done["answers"],
+            "layers": len(plan.layers) if plan.layers else None,
+            "rows_kept": done["rows_kept"], "rows_taught": done["rows_taught"], "rows_full": done["rows_full"],
+            "rows_per_second": rows / took, "seconds": t.seconds, "speedup": t.speedup,
+            "memory_mib": provenance.peak_memory_mib(self.model.device),
+        }  # fmt: skip
+
+    def _probe(self) -> float | None:
+        """Seconds a row of a full step (forward and backward), measured on this stage's first micro-batch and undone;
+        None if a full step does not fit the device, which a run of fast steps need not care about."""
+        device, seconds, plan = self.model.device, math.inf, Plan("full")
+        on_cuda = [device] if device.type == "cuda" else []
+        samples, rows = next(self._parts(0, plan))
+        batch = next(loader.load(self.source, [samples], self.pad))
+        with torch.random.fork_rng(on_cuda):
+            try:
+                begins = time.perf_counter()
+                for _ in range(5):  # the first ones pay for memory that later steps reuse
+                    began = time.perf_counter()
+                    if self._stops([1] * (began - begins > PATIENCE)):
+                        break
+                    out = self._micro_batch(batch, rows, plan, 1)
+                    out.loss.item()  # wait for the device
+                    seconds = min(seconds, time.perf_counter() - began)
+                    self.optimizer.zero_grad(set_to_none=True)
+                return seconds / out.metrics["rows_full"]
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            finally:
+                if on_cuda:  # the run's peak is its own, not the probe's
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats(device)
+
+    def rehearse(self, plan: Plan) -> dict[str, float]:
+        """One step of this plan on the longest example there is, as often as a micro-batch holds it: rows, peak memory
+        (of a CPU: of the process so far) and seconds. The weights move: what comes after is no training."""
+        device, plan = self.model.device, replace(plan, answer_keep=1.0)  # the most that it can take
+        rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
+        longest = max(range(len(rows)), key=rows.__getitem__)
+        share = math.ceil(self.stage.batch / self.processes)
+        samples = next(cut([rows[longest]] * share, self.stage.row_budget))
+        batch = next(loader.load(self.source, [[longest] * len(samples)], self.pad))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        self.model.step = 0
+        began = time.perf_counter()
+        with self._fitting(plan.mode, [rows[longest]] * len(samples)):
+            for _ in range(2):  # the second one beside the gradients of the first
+                out = self._micro_batch(batch, [rows[longest]] * len(samples), plan, 1)
+        self._update(plan, out.loss.detach(), [])
+        return {
+            "samples": len(samples), "rows": len(samples) * rows[longest],
+            "memory_mib": provenance.peak_memory_mib(device),
+            "recompute": len(samples) * rows[longest] > self.rows_that_fit, "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+
+    def save(self, folder: Path, step: int) -> None:
+        checkpoint.save(folder, self.totals.steps, self._tensors(), self._state(step), self.recipe.run.keep_checkpoints)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything with a shape that a resumed run needs."""
+        tensors = {f"model/{name}": p for p, name in self.names.items()}
+        tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names)
+        tensors["rng/cpu"] = torch.get_rng_state()
+        if self.model.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.model.device)
+        return tensors | (self.gate.tensors() if self.gate else {})
+
+    def _state(self, step: int) -> dict:
+        return {
+            "stage": self.number,
+            "stage_step": step,
+            "totals": asdict(self.totals),
+            "schedule": self.model.schedule.state_dict(),
+            "scale": self.scale.state_dict(),
+            "recipe": fingerprint(self.recipe),
+            "data": self.source.fingerprint,
+            "reference": self.gate.reference if self.gate else "",
+            "threads": torch.get_num_threads(),
+            "log": logged(self.recipe.folder) if self.lead else (0, 0),
+        }
+
+    def restore(self, saved: checkpoint.Saved, state: dict) -> None:
+        mine = self._state(state["stage_step"])
+        for what in ("data", "reference"):
+            if (was := state.get(what, "")) != (now := mine[what]):
+                raise UserError(f"the {what} has changed since the run was stopped: it was {was}, and now it is {now}")
+        checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
+        checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
+        checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)
+        with checkpoint.sound(f"of step {state['step']}"):
+            self.model.schedule.load_state_dict(state["schedule"])
+            self.scale.load_state_dict(state["scale"])
+        self._go_on_drawing(saved)
+        self.first = state["stage_step"]
+
+    _local = staticmethod(checkpoint.whole)  # what this process has of a tensor
+
+    def _go_on_drawing(self, saved: checkpoint.Saved) -> None:
+        torch.set_rng_state(saved["rng/cpu"])
+        if "rng/cuda" in saved and self.model.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng/cuda"], self.model.device)

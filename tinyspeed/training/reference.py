@@ -1,0 +1,203 @@
+"""What a text-only language model thinks of every answer token, once, on disk: l_ref of ReGATE.
+
+    folder = hash( reference's files | data | which samples | both tokenizers | precision )
+    folder/00000.safetensors ...   the losses of 1,024 samples each
+
+The reference is frozen and sees no picture (its rows are the pad token, or the unknown one, so that the text stands
+where it stands for the student), so its losses never change. They are found by everything that they depend on: what
+was made for other data or by another model is never read. Each file also says what it is of, with a checksum, and one
+that is damaged or of something else is made anew. Files are written under a temporary name and then renamed: an
+interruption loses one at most. The few folders that were used last are kept.
+
+Its tokens must be the student's. Special ones that it does not know, such as the placeholder of a picture, become pad;
+but not those that an answer has, such as its end: of these it would say how likely a pad is.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import zlib
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..data.examples import Source
+from ..distill import answer_loss
+from ..models import loading
+from ..models.precision import DTYPES
+from ..rows import IGNORE
+from ..util import files, paths
+from ..util.errors import UserError
+
+AT_ONCE = 1024  # samples a file
+ROWS = 16384  # of a forward
+FOLDERS = 8  # that are kept
+
+
+class Reference:
+    """A reference LLM for the tokens of `base`, and its losses on `samples` of `source`."""
+
+    def __init__(self, path: str, base: str, source: Source, samples: list[int], precision: str, folder: Path):
+        self.path, self.source, self.samples, self.precision = path, source, samples, precision
+        self.files = _files(path)
+        processor = loading.load_processor(base)
+        self.tokens = _tokens(path, self.files, processor)
+        self.content = _content(self.files)
+        made = hashlib.blake2b(digest_size=16)
+        for part in (self.content, source.fingerprint, repr(samples), repr(self.tokens.tolist()), precision):
+            made.update(part.encode() + b"\0")
+        self.key = made.hexdigest()
+        self.folder = folder / self.key
+
+    def losses(self, device: torch.device, bar: bool = True) -> np.ndarray:
+        """Of every answer token, sample after sample; made where they are missing."""
+        parts = [self.samples[i : i + AT_ONCE] for i in range(0, len(self.samples), AT_ONCE)]
+        found = [self._read(number, part) for number, part in enumerate(parts)]
+        missing = [number for number, of in enumerate(found) if of is None]
+        if missing:
+            self._check_context()
+            model = self._load(device)
+            with files.to(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            files.sweep(self.folder.parent.glob("*/.*.tmp"))
+            for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
+                found[number] = self._make(model, parts[number])
+                self._write(number, found[number])
+            every = sorted((f for f in self.folder.parent.iterdir() if f.is_dir()), key=lambda f: f.stat().st_mtime)
+            for old in every[:-FOLDERS]:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            with suppress(OSError):  # somebody else's folder, or one that cannot be written
+                os.utime(self.folder)
+        return np.concatenate(found)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"
+
+    def _read(self, number: int, part: list[int]) -> np.ndarray | None:
+        file = self._file(number)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as opened:
+                losses, of = opened.get_tensor("losses").numpy(), opened.metadata()
+            fits = of == self._label(losses) and len(losses) == sum(self.source.lengths(i)[2] for i in part)
+            fits = fits and np.isfinite(losses).all()
+        except (OSError, SafetensorError):
+            fits = False
+        if not fits:
+            print(f"{file} is damaged, or of other data or another model: made anew", file=sys.stderr)
+            return None
+        return losses
+
+    def _write(self, number: int, losses: np.ndarray) -> None:
+        with files.whole(self._file(number), cached=True) as temporary:
+            temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, self._label(losses)))
+
+    def _label(self, losses: np.ndarray) -> dict[str, str]:
+        return {"key": self.key, "crc32": f"{zlib.crc32(losses.tobytes()):08x}"}
+
+    def _check_context(self) -> None:
+        with loading.told(f"regate.reference: cannot load {self.path}"):
+            context = AutoConfig.from_pretrained(self.files, trust_remote_code=False).max_position_embeddings
+        longest = max(text + sum(visual) for text, visual, _ in map(self.source.lengths, self.samples))
+        if longest > context:
+            raise UserError(
+                f"regate.reference: {self.path} reads at most {context:,} tokens, and a sample has {longest:,} rows: "
+                f"set data.max_rows, or give another reference"
+            )
+
+    def _load(self, device: torch.device) -> nn.Module:
+        loading.only_safetensors(self.files)
+        how = {"dtype": DTYPES[self.precision], "use_safetensors": True}
+        with loading.told(f"regate.reference: cannot load {self.path}"):
+            model = AutoModelForCausalLM.from_pretrained(self.files, **how, trust_remote_code=False)
+        return model.to(device).eval()
+
+    @torch.no_grad()
+    def _make(self, model: nn.Module, part: list[int]) -> np.ndarray:
+        texts = [self.source.text(i) for i in part]
+        for ids, labels in texts:
+            learned = ids[labels != IGNORE]
+            if len(other := learned[self.tokens[learned] != learned]):
+                raise UserError(
+                    f"regate.reference: {self.path} has another tokenizer than the model: it does not know the token "
+                    f"{int(other[0])}, which answers are made of; give the LLM that the model was made of"
+                )
+        order = sorted(range(len(part)), key=lambda i: -len(texts[i][0]))
+        losses: list[Tensor] = [None] * len(part)
+        while order:
+            several = max(1, ROWS // len(texts[order[0]][0]))
+            now, order = order[:several], order[several:]
+            ids = pad_sequence([self.tokens[texts[i][0]] for i in now], batch_first=True)
+            mask = pad_sequence([torch.ones_like(texts[i][0]) for i in now], batch_first=True)
+            target = pad_sequence(
+                [texts[i][1][1:].where(texts[i][1][1:] == IGNORE, self.tokens[texts[i][0][1:]]) for i in now],
+                batch_first=True, padding_value=IGNORE,
+            ).to(model.device)  # fmt: skip
+            out = model.base_model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            answers = target != IGNORE
+            hidden = out.last_hidden_state[:, :-1][answers]
+            each = answer_loss(model.get_output_embeddings(), hidden, target[answers])[2]
+            for i, of in zip(now, each.cpu().split(answers.sum(1).tolist()), strict=True):
+                if not of.isfinite().all():
+                    raise UserError(
+                        f"regate.reference: {self.path} has a loss that is not finite on {self.source.where(part[i])}: "
+                        f"try another model.precision, or another reference"
+                    )
+                losses[i] = of
+        return torch.cat(losses).numpy()
+
+
+def _files(path: str) -> str:
+    """The folder with the reference's files; a hub id is downloaded."""
+    found = paths.model(path)
+    if isinstance(found, Path):
+        return str(found)
+    with loading.told(f"regate.reference: cannot download {path}"):
+        return snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"])
+
+
+def _content(folder: str) -> str:
+    files = sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")])
+    return _hash(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+
+
+@cache  # two gates of a run ask for it, of a file of 13 GB
+def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+    made = hashlib.blake2b(digest_size=16)
+    for file, *_ in files:
+        with open(file, "rb") as opened:
+            made.update(hashlib.file_digest(opened, "blake2b").digest())
+    return made.hexdigest()
+
+
+def _tokens(path: str, files: str, processor) -> Tensor:
+    """(V,) the reference's id of each of the student's tokens: its own, or pad."""
+    with loading.told(f"regate.reference: {path} has no usable tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
+    ours, its = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
+    special = {*processor.tokenizer.all_special_tokens, *processor.tokenizer.get_added_vocab()}
+    if wrong := [token for token, i in ours.items() if its.get(token) != i and token not in special]:
+        raise UserError(
+            f"regate.reference: {path} has another tokenizer than the model: {len(wrong):,} of {len(ours):,} tokens "
+            f"are not the same, {min(wrong)!r} is one; give the LLM that the model was made of, or one of its family"
+        )
+    blank = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    pad = next(i for i in blank if i is not None)
+    tokens = torch.full((max(ours.values()) + 1,), pad)
+    same = torch.tensor([i for token, i in ours.items() if its.get(token) == i])
+    tokens[same] = same
+    tokens[processor.tokenizer.convert_tokens_to_ids(processor.image_token)] = pad
+    return tokens

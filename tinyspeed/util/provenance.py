@@ -1,0 +1,88 @@
+"""What a result needs beside it to be believed: versions, commit, machine, command."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from ..training.checkpoint import write_atomically
+from .errors import UserError
+
+PACKAGES = ("tinyspeed", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
+
+
+def describe(device: torch.device | str = "cpu", **more) -> dict:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        **more,
+    }
+
+
+def _program(file: Path) -> list[str]:
+    return ["python", "-m", file.parent.name] if file.name == "__main__.py" else [file.name]
+
+
+def write(path: Path, **more) -> None:
+    """Describe a run when it starts; a resumed run adds to what is there."""
+    now = describe(**more)
+    if path.is_file():
+        try:
+            first = json.loads(path.read_text(encoding="utf-8"))
+            now = {**first, "resumed": [*first.get("resumed", []), now]}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it to go on without what it says") from error
+    write_atomically(path, json.dumps(now, indent=1))
+
+
+def commit() -> str | None:
+    """The commit of the source this package runs from, with a + when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
+            return None  # installed inside some other project's checkout
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak of the GPU's allocator, or on a CPU of the whole process; None where the system does not tell."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
