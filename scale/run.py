@@ -67,7 +67,7 @@ def dry_run(made: Recipe, world: World) -> list[dict]:
     """One step of every mode of every stage on the longest example, the same on every rank: what it takes."""
     mesh, every = _prepare(made, world), core.of_all_answers(made)
     source, found = _source(every, world), []
-    answer_gate.check(made, len(source))
+    answer_gate.require_some_skipping(made, len(source))
     for number, (name, stage) in enumerate(every.stages()):
         model = build(every, name, world, mesh, None)
         found += core.rehearsed(ShardedStage(world, mesh, every, model, source, name, number, stage, Totals()))
@@ -102,11 +102,11 @@ def _source(made: Recipe, world: World) -> Source:
     """The training examples. Each rank checks its share of the records, and all learn what all found."""
     world.at("looking for model and data", patient=True)
     if world.leads:
-        run_folder.check_sources(made)
+        run_folder.require_sources(made)
         core.base(made)  # puts it together, if it is not there yet
     world.wait()
-    source = digits.of(made) if made.data.kind == "digits" else _conversations(made, world)
-    answer_gate.check(made, len(source))
+    source = digits.from_recipe(made) if made.data.kind == "digits" else _conversations(made, world)
+    answer_gate.require_some_skipping(made, len(source))
     if made.regate.reference:
         world.at("computing the reference's losses", patient=True)
         # The others read them: from one `run.cache` for all, or else from their machine's own.
@@ -121,7 +121,7 @@ def _conversations(made: Recipe, world: World) -> conversations.Conversations:
     world.at("checking the records", patient=True)
     mine = slice(world.rank, None, world.size)
     with nullcontext() if world.leads else redirect_stderr(io.StringIO()):  # one rank's notices are enough
-        source = conversations.of(made, core.base(made), bar=world.leads, mine=mine, gather=world.gather)
+        source = conversations.from_recipe(made, core.base(made), bar=world.leads, mine=mine, gather=world.gather)
     if world.leads:
         core.list_skipped(made, source)
     world.agree("the data", source.fingerprint)
@@ -131,7 +131,7 @@ def _conversations(made: Recipe, world: World) -> conversations.Conversations:
 def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: list[int]) -> tuple[Totals, int | None]:
     folder = made.folder
     newest = checkpoint.newest(folder / "checkpoints")
-    state = checkpoint.load(newest, slice(world.rank, None, world.size))[1] if newest else None
+    state = checkpoint.read(newest, slice(world.rank, None, world.size))[1] if newest else None
     if state:
         core.check_state(made, newest, state)
     world.agree("the checkpoint to go on from", state and state["step"])
@@ -160,7 +160,7 @@ def _stopped(
     """Run one stage, on what has been trained so far; whether it was stopped."""
     (name, stage), checkpoints = made.stages()[number], made.folder / "checkpoints"
     # By name: what is newest may look different from another node.
-    saved = checkpoint.load(checkpoint.named(checkpoints, totals.steps), slice(0))[0] if totals.steps else None
+    saved = checkpoint.read(checkpoint.folder_of(checkpoints, totals.steps), slice(0))[0] if totals.steps else None
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         model = build(made, name, world, mesh, saved)
     run = ShardedStage(world, mesh, made, model, source, name, number, stage, totals)
@@ -175,12 +175,12 @@ def _stopped(
 def build(made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: checkpoint.Saved | None) -> DualSpeed:
     """The sharded model of a stage, with what the stage before has trained."""
     world.at("loading the model", patient=True)
-    device, name = world.device, precision.choose(made.model.precision, world.device)
+    device, name = world.device, precision.resolve(made.model.precision, world.device)
     path, quantise = core.base(made), made.model.quantise
     if quantise != "none":
-        plain = loading.load(path, name, quantise=quantise, storage=torch.bfloat16, device=device)
+        plain = loading.load_model(path, name, quantise=quantise, storage=torch.bfloat16, device=device)
     elif world.leads:
-        plain = loading.load(path, name)
+        plain = loading.load_model(path, name)
     else:
         plain = loading.skeleton(path, name)
     model = core.wrap(made, plain)

@@ -175,10 +175,10 @@ class ShardedStage(StageRun):
         self.settle()
         self.world.at(f"copying the checkpoint of step {self.totals.steps}")
         state = {**self._state(step), "step": self.totals.steps}
-        unfit = checkpoint.unfit(((n, self._local(t)[0]) for n, t in self._tensors().items()), state)
+        unfit = checkpoint.not_finite(((n, self._local(t)[0]) for n, t in self._tensors().items()), state)
         if found := [of for of in self.world.gather([unfit and f"on rank {self.world.rank} {unfit}"]) if of]:
             raise checkpoint.refusal(self.totals.steps, found[0])
-        temporary = checkpoint.unnamed(folder, self.totals.steps)
+        temporary = checkpoint.temporary_folder_of(folder, self.totals.steps)
         if self.world.leads:
             checkpoint.begin(folder, self.totals.steps)
         self.world.wait()

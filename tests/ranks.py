@@ -84,7 +84,7 @@ def one(made, plan: Plan) -> tuple[list[float], list[float], dict[str, torch.Ten
     model, source = train.build(made)
     alone = StageRun(made, model, source, "train", 0, made.train, Totals())
     parts = (part for part, _ in alone._parts(STEP, plan))
-    done = alone._forward_backward(STEP, plan, loader.load(source, parts, 0))
+    done = alone._forward_backward(STEP, plan, loader.batches(source, parts, 0))
     gradients, before = tiny.gradients(model), trained(model)
     alone._update(plan, done["loss"], [])
     after = trained(model)
@@ -105,7 +105,7 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
         model = run.build(made, "train", here, mesh, None)
         sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
         parts = list(sharded._parts(STEP, plan))
-        done = sharded._forward_backward(STEP, plan, loader.load(source, (part for part, _ in parts), 0))
+        done = sharded._forward_backward(STEP, plan, loader.batches(source, (part for part, _ in parts), 0))
         done = sharded._together(done)
         norm, every = float(sharded._norms(sharded._gradients())[0]), gradients(model)
         sharded._update(plan, done["loss"], [])
@@ -142,7 +142,7 @@ def adapting(here: world.World, home: Path) -> dict:
 
 
 def steps(part: StageRun) -> tuple[list[str], list[float]]:
-    batches = loader.load(part.source, part._ahead(), part.pad)
+    batches = loader.batches(part.source, part._ahead(), part.pad)
     modes = [part._step(step, batches, None)["mode"] for step in range(part.steps)]
     return modes, part.model.schedule.shares
 
@@ -178,7 +178,7 @@ def mistakes(here: world.World, home: Path) -> dict:
         return out
 
     sharded._micro_batch = broken
-    batches = loader.load(source, sharded._ahead(), 0)
+    batches = loader.batches(source, sharded._ahead(), 0)
 
     def poisoned(key: str, value: float) -> list[str]:
         """What is said if rank 1 has this in what it remembers of a parameter, or in the parameter itself."""
@@ -188,7 +188,7 @@ def mistakes(here: world.World, home: Path) -> dict:
         was = there[0].item()
         there[0] = value if here.rank == 1 else was
         if key:
-            said = told(lambda: sharded._step(0, loader.load(source, sharded._ahead(), 0), None))
+            said = told(lambda: sharded._step(0, loader.batches(source, sharded._ahead(), 0), None))
         else:
             said = told(lambda: sharded.save(home / "never", 1))
         there[0] = was

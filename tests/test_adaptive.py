@@ -172,7 +172,9 @@ def test_the_state_of_other_settings_is_refused(changed):
     with pytest.raises(UserError, match="checkpoint was made with schedule"):
         made(**changed).load_state_dict(made().state_dict())
     with pytest.raises(UserError, match="checkpoint was made with schedule"):
-        made().load_state_dict(schedules.build("bernoulli", slow=0.1, keep=0.1, distill=1, seed=0, gap=1).state_dict())
+        made().load_state_dict(
+            schedules.by_name("bernoulli", slow=0.1, keep=0.1, distill=1, seed=0, gap=1).state_dict()
+        )
 
 
 # The gap
@@ -202,7 +204,7 @@ ADAPTIVE = (
 
 
 def newest(made) -> dict:
-    return checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[1]["schedule"]
+    return checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]["schedule"]
 
 
 def lines(made) -> list[dict]:
@@ -273,7 +275,7 @@ def test_a_worker_is_as_far_ahead_as_the_loader_says(workers, monkeypatch):
             pulled.append(i)
             yield [i]
 
-    for number, _ in enumerate(loader.load(Counted(), parts(), 0, workers=workers)):
+    for number, _ in enumerate(loader.batches(Counted(), parts(), 0, workers=workers)):
         assert pulled[-1] <= number + workers * loader.PREFETCH
     assert pulled == list(range(12))
 

@@ -122,7 +122,7 @@ def test_each_change_does_what_it_says(run, monkeypatch):
         assert not any(group["fused"] for group in groups)
     assert all(group["fused"] for group in groups)
     told = []
-    monkeypatch.setattr(malloc, "keep", lambda on=True: told.append(on))
+    monkeypatch.setattr(malloc, "keep_freed_memory", lambda on=True: told.append(on))
     with levers.CHANGES["memory given back"](run):
         assert told == [False]
     assert told == [False, True]

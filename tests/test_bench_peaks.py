@@ -170,7 +170,7 @@ def test_estimates_are_those_of_the_same_micro_batches(shapes, here):
 
 def test_weights_are_as_the_hub_has_them(shapes, tmp_path):
     bench_memory.draw(str(shapes / "llava"), str(tmp_path / "drawn"), "cpu")
-    model = loading.load(str(tmp_path / "drawn"), "bf16")
+    model = loading.load_model(str(tmp_path / "drawn"), "bf16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert sum(p.nbytes for p in model.parameters()) == bench_memory._size(str(shapes / "llava"))
     assert all(p.isfinite().all() for p in model.parameters())

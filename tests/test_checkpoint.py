@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyspeed import UserError
-from tinyspeed.recipe import Stage
+from tinyspeed.recipe import StageSection
 from tinyspeed.training import checkpoint
-from tinyspeed.training.optimizer import build
+from tinyspeed.training.optimizer import make_optimizer
 from tinyspeed.util import files
 
 
@@ -23,7 +23,7 @@ def tensors():
 def test_what_is_saved_is_loaded(tmp_path):
     saved = tensors()
     path = checkpoint.save(tmp_path, 7, saved, {"x": [1, 2]}, keep=2)
-    loaded, state = checkpoint.load(path)
+    loaded, state = checkpoint.read(path)
     assert state["x"] == [1, 2]
     assert state["step"] == 7
     assert loaded.keys() == saved.keys()
@@ -54,7 +54,7 @@ def test_saving_fails_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch
     with pytest.raises(OSError, match="disk full"):
         checkpoint.save(tmp_path, 6, tensors(), {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
-    checkpoint.load(checkpoint.newest(tmp_path))
+    checkpoint.read(checkpoint.newest(tmp_path))
 
 
 def test_a_changed_state_is_noticed(tmp_path):
@@ -62,7 +62,7 @@ def test_a_changed_state_is_noticed(tmp_path):
     text = (path / checkpoint.STATE).read_text()
     (path / checkpoint.STATE).write_text(text.replace("400", "600"))
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 def forge(path, change):
@@ -76,7 +76,7 @@ def forge(path, change):
 def test_a_step_under_another_ones_name_is_noticed(tmp_path):
     path = checkpoint.save(tmp_path, 5, tensors(), {}, keep=1)
     with pytest.raises(UserError, match="it is the checkpoint of step 5"):
-        checkpoint.load(path.rename(tmp_path / "step-00000099"))
+        checkpoint.read(path.rename(tmp_path / "step-00000099"))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_no_file_outside_of_a_checkpoint_is_read(tmp_path, name):
     path = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
     forge(path, lambda state: state["files"].update({name: state["files"][checkpoint.TENSORS]}))
     with pytest.raises(UserError, match="no file of a checkpoint"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
@@ -96,7 +96,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     (path / name).unlink()
     os.mkfifo(path / name)
     with pytest.raises(UserError, match="no file"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 @pytest.mark.parametrize(("first", "of"), [(2, 6), (4, 7), (0, 3), (-1, 6), (3, 5)])
@@ -105,7 +105,7 @@ def test_rows_that_are_there_twice_or_not_at_all_are_noticed(tmp_path, first, of
     for number, (part, rows) in enumerate([(whole[:3], (0, 6)), (whole[3:], (first, of))]):
         files |= checkpoint.write(temporary, {"a": part}, {"a": rows}, f"-{number}")
     with pytest.raises(UserError, match="rows"):
-        checkpoint.load(checkpoint.finish(temporary, {}, files, 1))
+        checkpoint.read(checkpoint.finish(temporary, {}, files, 1))
 
 
 def test_a_built_base_that_was_changed_is_noticed(tmp_path):
@@ -151,7 +151,7 @@ def test_any_flipped_bit_of_the_tensors_is_noticed(tmp_path_factory, at, bit):
     content[int(at * len(content))] ^= 1 << bit
     (path / checkpoint.TENSORS).write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 @given(at=st.floats(0, 1, exclude_max=True), name=st.sampled_from([checkpoint.TENSORS, checkpoint.STATE]))
@@ -160,10 +160,10 @@ def test_a_file_cut_short_or_gone_is_noticed(tmp_path_factory, at, name):
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[: int(at * len(content))])
     with pytest.raises(UserError, match=path.name):
-        checkpoint.load(path)
+        checkpoint.read(path)
     (path / name).unlink()
     with pytest.raises(UserError, match=path.name):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(0, 7))
@@ -177,7 +177,7 @@ def test_rows_written_by_many_are_read_by_as_many_as_one_likes(tmp_path_factory,
         mine = {"split": split[first : first + per]} if first < rows else {}
         mine |= {"alone": alone} if number == 0 else {f"own/{number}": torch.tensor([number])}
         files |= checkpoint.write(temporary, mine, {"split": (first, rows)}, f"-{number}")
-    saved, state = checkpoint.load(checkpoint.finish(temporary, {"x": 1}, files, 1))
+    saved, state = checkpoint.read(checkpoint.finish(temporary, {"x": 1}, files, 1))
     assert state["x"] == 1
     assert set(saved) == {"split", "alone", *(f"own/{n}" for n in range(1, writers))}
     assert torch.equal(saved["split"], split)
@@ -193,15 +193,15 @@ def test_rows_written_by_many_are_read_by_as_many_as_one_likes(tmp_path_factory,
 def test_moments_exist_from_step_zero_and_round_trip(tmp_path):
     layer = torch.nn.Linear(3, 2)
     names = {p: n for n, p in layer.named_parameters()}
-    optimizer = build(Stage(), [layer.weight], [layer.bias])
+    optimizer = make_optimizer(StageSection(), [layer.weight], [layer.bias])
     assert set(checkpoint.optimizer_tensors(optimizer, names)) == {
         f"optimizer/{key}/{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name in ("weight", "bias")
     }
     layer(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     tensors = checkpoint.optimizer_tensors(optimizer, names)
-    saved, _ = checkpoint.load(checkpoint.save(tmp_path, 1, tensors, {}, 1))
-    other = build(Stage(), [layer.weight], [layer.bias])
+    saved, _ = checkpoint.read(checkpoint.save(tmp_path, 1, tensors, {}, 1))
+    other = make_optimizer(StageSection(), [layer.weight], [layer.bias])
     checkpoint.load_optimizer(other, names, saved)
     again = checkpoint.optimizer_tensors(other, names)
     assert all(torch.equal(again[k], saved[k]) for k in saved)
@@ -212,8 +212,8 @@ def test_moments_exist_from_step_zero_and_round_trip(tmp_path):
 def test_zero_moments_start_like_no_moments():
     a, b = torch.nn.Linear(5, 5), torch.nn.Linear(5, 5)
     b.load_state_dict(a.state_dict())
-    plain = torch.optim.AdamW(a.parameters(), lr=Stage().lr, weight_decay=0.1, fused=True)
-    started = build(Stage(weight_decay=0.1), [b.weight], [b.bias])
+    plain = torch.optim.AdamW(a.parameters(), lr=StageSection().lr, weight_decay=0.1, fused=True)
+    started = make_optimizer(StageSection(weight_decay=0.1), [b.weight], [b.bias])
     x = torch.randn(8, 5)
     for model, optimizer in ((a, plain), (b, started)):
         for _ in range(3):
@@ -242,7 +242,7 @@ def test_what_an_older_version_saved_is_read_only_if_it_is_finite(tmp_path):
     bad = {**tensors(), "scalar": torch.tensor(float("inf"))}
     bad["a"][0, 1] = float("nan")
     temporary = checkpoint.begin(tmp_path, 1)
-    saved, _ = checkpoint.load(checkpoint.finish(temporary, {}, checkpoint.write(temporary, bad), keep=2))
+    saved, _ = checkpoint.read(checkpoint.finish(temporary, {}, checkpoint.write(temporary, bad), keep=2))
     assert torch.equal(saved["b/c"], bad["b/c"])
     assert torch.equal(saved.part("a", 1, 2), bad["a"][1:])
     for name in ("a", "scalar"):
@@ -251,4 +251,4 @@ def test_what_an_older_version_saved_is_read_only_if_it_is_finite(tmp_path):
     temporary = checkpoint.begin(tmp_path, 2)
     path = checkpoint.finish(temporary, {"sums": [float("nan")]}, checkpoint.write(temporary, tensors()), keep=2)
     with pytest.raises(UserError, match=r"step-00000002 is damaged .*NaN.*delete the folder"):
-        checkpoint.load(path)
+        checkpoint.read(path)

@@ -21,7 +21,7 @@ from tinyspeed import UserError
 from tinyspeed.data import conversations, loader, records
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
-from tinyspeed.recipe import Data
+from tinyspeed.recipe import DataSection
 from tinyspeed.rows import IGNORE
 
 
@@ -41,7 +41,7 @@ def source(folder, family="llava", shared=None, bar=False, **how) -> Conversatio
         "max_rows": 512,
         **how,
     }
-    return Conversations(Data(**how), tiny.processor(family), folder / "cache", bar=bar, **(shared or {}))
+    return Conversations(DataSection(**how), tiny.processor(family), folder / "cache", bar=bar, **(shared or {}))
 
 
 def rewrite(folder, tmp_path, change):
@@ -97,7 +97,7 @@ def test_workers_make_the_same_batches_in_the_same_order(folder):
     made = source(folder)
     parts = [[0, 3], [5], [2, 7, 1], [11], [4, 6]]
     state = torch.get_rng_state()
-    alone, helped = list(loader.load(made, parts, 2)), list(loader.load(made, parts, 2, workers=2))
+    alone, helped = list(loader.batches(made, parts, 2)), list(loader.batches(made, parts, 2, workers=2))
     assert torch.equal(torch.get_rng_state(), state), "dropout's random numbers are not the loader's to draw"
     assert len(alone) == len(helped) == len(parts)
     for a, b in zip(alone, helped, strict=True):
@@ -114,7 +114,7 @@ def test_a_picture_damaged_in_the_middle_is_named_when_it_is_decoded(folder, tmp
     made = source(copy)
     for workers in (0, 1):
         with pytest.raises(UserError, match=r"record 2 \(id r1\).*p1-0\.png") as caught:
-            list(loader.load(made, [[0], [1]], 2, workers=workers))
+            list(loader.batches(made, [[0], [1]], 2, workers=workers))
         assert "Traceback" not in str(caught.value)
 
 
@@ -126,7 +126,7 @@ def test_with_skip_bad_nothing_is_learned_of_a_picture_damaged_in_the_middle(fol
     content[len(content) // 2] ^= 0xFF
     file.write_bytes(bytes(content))
     made, whole = source(copy, skip_bad=True), source(folder)
-    batch, sound = (next(loader.load(m, [[1, 2]], tiny.PAD, workers=workers)) for m in (made, whole))
+    batch, sound = (next(loader.batches(m, [[1, 2]], tiny.PAD, workers=workers)) for m in (made, whole))
     assert torch.equal(batch["input_ids"], sound["input_ids"])
     assert (batch["labels"][0] == IGNORE).all()
     assert torch.equal(batch["labels"][1], sound["labels"][1])
@@ -137,7 +137,7 @@ def test_with_skip_bad_nothing_is_learned_of_a_picture_damaged_in_the_middle(fol
 def test_workers_leave_signals_to_the_main_process():
     before = signal.getsignal(signal.SIGINT)
     try:
-        loader.quietly(0)
+        loader.ignore_signals(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -147,9 +147,9 @@ def test_workers_leave_signals_to_the_main_process():
 
 def test_a_worker_that_is_killed_is_an_error_with_advice():
     """torch's own words; killing one for real raises them wherever the test runner happens to be."""
-    with pytest.raises(UserError, match=r"was killed, .* data\.workers"), loader.watched():
+    with pytest.raises(UserError, match=r"was killed, .* data\.workers"), loader.explaining_crashes():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-    with pytest.raises(RuntimeError, match="size of tensor"), loader.watched():
+    with pytest.raises(RuntimeError, match="size of tensor"), loader.explaining_crashes():
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
 
 
@@ -165,8 +165,11 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_wait_for_it(folder, tmp
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(60)
     try:
-        with pytest.raises(UserError, match=r"or for what it said above: set data\.workers"), loader.watched():
-            list(loader.load(source(folder), [[0, 1], [2]], 0, workers=1))
+        with (
+            pytest.raises(UserError, match=r"or for what it said above: set data\.workers"),
+            loader.explaining_crashes(),
+        ):
+            list(loader.batches(source(folder), [[0, 1], [2]], 0, workers=1))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

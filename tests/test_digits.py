@@ -184,7 +184,7 @@ def test_a_base_model_of_other_pictures_is_refused(tmp_path):
     made = recipe.read("digits", [*changes, "digits.regions=3", "data.turns=19", "digits.pictures=3"])
     trained = train.train(made, bar=False)
     assert trained.totals.steps == 2
-    assert len(digits.of(made)) == 3
+    assert len(digits.from_recipe(made)) == 3
     full, pruned = accuracy.held_out(trained.model, made, bar=False)
     assert 0 <= min(full, pruned) <= max(full, pruned) <= 100
 

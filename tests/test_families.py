@@ -230,7 +230,7 @@ def test_a_checkpoint_loads_and_trains_in_full_precision_and_in_4_bits(family, t
     batch = batch_of(family)
     losses = []
     for quantise in ("none", "nf4"):
-        net = loading.add_lora(loading.load(str(tmp_path), quantise=quantise), rank=2)
+        net = loading.add_lora(loading.load_model(str(tmp_path), quantise=quantise), rank=2)
         loading.set_trainable(net, "train")
         loss, gradients = backward(wrap(net), batch, plan=FULL)
         losses.append(loss.item())

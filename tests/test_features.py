@@ -19,13 +19,13 @@ from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
 from tinyspeed.data.feature_cache import Features, fill
 from tinyspeed.models.families import family as adapter
-from tinyspeed.recipe import Data
+from tinyspeed.recipe import DataSection
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import train
 
 
 def source(home, family):
-    data = Data(kind="chat", file=str(home / "train.json"), images=str(home / "images"), workers=0, max_rows=512)
+    data = DataSection(kind="chat", file=str(home / "train.json"), images=str(home / "images"), workers=0, max_rows=512)
     return Conversations(data, tiny.processor(family), home / "cache", bar=False)
 
 

@@ -57,7 +57,7 @@ def _large_tokenizer():
 def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, small_files, what):
     path = tmp_path / "made"
     said = re.escape(f"cannot write {path}: {os.strerror(errno.EFBIG)}; ")
-    with pytest.raises(files.DiskError, match=said), files.whole(path) as temporary:
+    with pytest.raises(files.DiskError, match=said), files.atomic(path) as temporary:
         WRITERS[what](temporary)
     assert not [*tmp_path.iterdir()]
 
@@ -66,13 +66,13 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, small_file
 def test_a_mend_for_every_refusal_also_by_rust(number):
     for error in (OSError(number, "no"), Exception(f"I/O error: no (os error {number})")):
         said = f"^cannot write there: .*; {files.MENDS[number]}, then give the same command again"
-        with pytest.raises(files.DiskError, match=said), files.to("there"):
+        with pytest.raises(files.DiskError, match=said), files.about("there"):
             raise error
 
 
 def test_other_errors_stay_what_they_are():
     for error in (FileNotFoundError(errno.ENOENT, "no", "x"), UserError("(os error 28)"), KeyError("x")):
-        with pytest.raises(type(error)) as found, files.to("there"):
+        with pytest.raises(type(error)) as found, files.about("there"):
             raise error
         assert found.value is error
 
@@ -92,10 +92,10 @@ def test_many_files_are_flushed_at_once_and_few_one_by_one(tmp_path, monkeypatch
 def test_an_older_one_stays_until_the_new_one_is_whole(tmp_path, small_files):
     path = tmp_path / "report.png"
     path.write_text("the old one")
-    with pytest.raises(files.DiskError), files.whole(path) as temporary:
+    with pytest.raises(files.DiskError), files.atomic(path) as temporary:
         temporary.write_text("x" * 200_000)
     assert path.read_text() == "the old one"
-    with files.whole(path) as temporary:
+    with files.atomic(path) as temporary:
         temporary.write_text("the new one")
     assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
     assert path.read_text() == "the new one"
@@ -117,7 +117,7 @@ def test_a_link_and_a_device_stay_what_they_are(tmp_path):
 def test_lines_are_whole_or_cut_off(tmp_path, small_files):
     path = tmp_path / "metrics.jsonl"
     line = b"x" * 999 + b"\n"
-    with files.lines(path) as add:
+    with files.appending(path) as add:
         add(b"the first\n")
         for _ in range(99):
             add(line)
@@ -125,7 +125,7 @@ def test_lines_are_whole_or_cut_off(tmp_path, small_files):
             add(line)
     content = path.read_bytes()
     assert content == b"the first\n" + 99 * line
-    with files.lines(path) as add:  # and it goes on behind them
+    with files.appending(path) as add:  # and it goes on behind them
         add(b"y\n")
     assert path.read_bytes() == content + b"y\n"
 
@@ -150,19 +150,19 @@ def test_a_log_that_cannot_be_flushed_is_named(tmp_path, monkeypatch):
 
 
 def test_an_error_between_two_lines_is_not_about_the_file(tmp_path):
-    with pytest.raises(OSError, match="another disk") as found, files.lines(tmp_path / "metrics.jsonl"):
+    with pytest.raises(OSError, match="another disk") as found, files.appending(tmp_path / "metrics.jsonl"):
         raise OSError(errno.ENOSPC, "another disk")
     assert not isinstance(found.value, files.DiskError)
 
 
 def test_half_a_checkpoint_is_taken_away(tmp_path, small_files):
     good = checkpoint.save(tmp_path, 1, {"a": torch.zeros(9)}, {}, keep=1)
-    with pytest.raises(files.DiskError, match=re.escape(str(checkpoint.named(tmp_path, 2)))):
+    with pytest.raises(files.DiskError, match=re.escape(str(checkpoint.folder_of(tmp_path, 2)))):
         checkpoint.save(tmp_path, 2, LARGE, {}, keep=1)
     with pytest.raises(files.DiskError, match=r"step-00000002/state\.json"):
         checkpoint.save(tmp_path, 2, {"a": torch.zeros(9)}, {"much": "x" * 200_000}, keep=1)
     assert [*tmp_path.iterdir()] == [good]
-    checkpoint.load(good)
+    checkpoint.read(good)
 
 
 def test_a_picture_that_cannot_be_written_is_a_matter_of_the_disk(tmp_path, small_files):
@@ -192,7 +192,7 @@ def test_half_of_an_old_checkpoint_is_none(tmp_path, nothing_goes):
         checkpoint.save(tmp_path, step, {"a": torch.zeros(9)}, {}, keep=2)
     assert [path.name for path in checkpoint.unfinished(tmp_path)] == [".tmp-step-00000001"]
     for path in sorted(tmp_path.glob("step-*")):
-        checkpoint.load(path)
+        checkpoint.read(path)
 
 
 def test_what_is_in_the_way_and_stays_is_a_matter_of_the_disk(tmp_path, nothing_goes):
@@ -201,10 +201,10 @@ def test_what_is_in_the_way_and_stays_is_a_matter_of_the_disk(tmp_path, nothing_
     (left / "half").touch()
     with (
         pytest.raises(files.DiskError, match=r"cannot write .*/model: .*make it writable"),
-        files.whole(left.with_name("model")),
+        files.atomic(left.with_name("model")),
     ):
         pass
-    half = checkpoint.unnamed(tmp_path, 1)
+    half = checkpoint.temporary_folder_of(tmp_path, 1)
     half.mkdir()
     (half / "half").touch()
     with pytest.raises(files.DiskError, match=r"step-00000001.*make it writable"):
@@ -297,7 +297,7 @@ def test_a_cache_is_swept_of_what_the_dead_left_and_of_nothing_else(tmp_path):
         return path
 
     old, young = left(".a.1.tmp", 2 * files.STALE), left(".b.2.tmp", 0.0)
-    files.sweep([old, young, tmp_path / ".gone.3.tmp"])
+    files.remove_stale([old, young, tmp_path / ".gone.3.tmp"])
     assert not old.exists()
     assert young.read_text() == "half"
 

@@ -47,7 +47,7 @@ def outcomes(path):
     got = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for read in (images.size, images.load):
+        for read in (images.size, images.decode):
             try:
                 got.append(read(path, WHERE))
             except UserError as error:
@@ -274,13 +274,13 @@ def test_16_bits_are_scaled_and_not_clipped(tmp_path, mode):
 @pytest.mark.parametrize(("pixels", "kind"), [([-1, 5], np.int32), ([0, 65536], np.int32), ([0, 1], np.float32)])
 def test_pixels_of_unknown_range_are_refused(tmp_path, pixels, kind):
     saved(tmp_path / "x", np.array([pixels], kind), "TIFF")
-    assert "8 bits" in refused(images.load, tmp_path / "x")
+    assert "8 bits" in refused(images.decode, tmp_path / "x")
 
 
 def test_a_tiff_that_pillow_turns_against_its_header_is_refused(tmp_path):
     saved(tmp_path / "x", COLOURS, "TIFF", tiffinfo={700: b'<x tiff:Orientation="6"/>'})
     assert images.size(tmp_path / "x", WHERE) == (10, 6)
-    assert "header" in refused(images.load, tmp_path / "x")
+    assert "header" in refused(images.decode, tmp_path / "x")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), EOFError(), KeyError("tag"), struct.error("x"), SyntaxError("x")])
@@ -290,7 +290,7 @@ def test_whatever_pillow_raises_is_reported(tmp_path, monkeypatch, error):
 
     saved(tmp_path / "x", COLOURS, "PNG")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", raises)
-    assert (str(error) or type(error).__name__) in refused(images.load, tmp_path / "x")
+    assert (str(error) or type(error).__name__) in refused(images.decode, tmp_path / "x")
 
 
 # Files that are not what they should be
@@ -313,7 +313,7 @@ def test_a_picture_too_thin_to_be_made_square_is_refused(tmp_path, size):
     """LLaVA-1.5's processor makes the short side 336 first: of 1 x 10,000 pixels that would be more than a billion."""
     saved(tmp_path / "x", Image.new("L", size), "PNG")
     assert "too thin" in refused(images.size, tmp_path / "x")
-    assert "too thin" in refused(images.load, tmp_path / "x")
+    assert "too thin" in refused(images.decode, tmp_path / "x")
     saved(tmp_path / "x", Image.new("L", (1, 200)), "PNG")
     assert both(tmp_path / "x")[0] == (1, 200)
 
@@ -337,7 +337,7 @@ def test_a_tiff_bomb_is_refused(tmp_path):
 def test_formats_beyond_the_list_are_refused(tmp_path, kind):
     saved(tmp_path / "x.png", Image.fromarray(COLOURS), kind)
     assert "JPEG" in refused(images.size, tmp_path / "x.png")
-    assert "JPEG" in refused(images.load, tmp_path / "x.png")
+    assert "JPEG" in refused(images.decode, tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("kind", images.FORMATS)
@@ -348,7 +348,7 @@ def test_the_content_counts_and_not_the_name(tmp_path, kind):
 
 def test_what_cannot_be_opened_is_refused(tmp_path):
     assert "x.png" in refused(images.size, tmp_path / "x.png")
-    assert "cannot read" in refused(images.load, tmp_path)
+    assert "cannot read" in refused(images.decode, tmp_path)
     (tmp_path / "x.png").write_bytes(b"")
     assert "not a picture" in refused(images.size, tmp_path / "x.png")
 

@@ -317,7 +317,7 @@ def test_what_a_run_measures_chooses_what_it_skips(home, tmp_path):
     made = settings_of(home, tmp_path, "run", "train.row_budget=60", *changes)
     model, source = train.build(made)
     run = StageRun(made, model, source, "train", 0, made.train, Totals())
-    skipper, batches = model.schedule.parts[0], loader.load(source, run._ahead(), run.pad)
+    skipper, batches = model.schedule.parts[0], loader.batches(source, run._ahead(), run.pad)
     skipper.every = 1  # which no recipe may ask for: it would skip nothing
     sums, answers = torch.zeros(3), 0.0
     for step in range(2):
@@ -326,7 +326,7 @@ def test_what_a_run_measures_chooses_what_it_skips(home, tmp_path):
         sums, answers = 0.9 * sums, 0.9 * answers
         for sample in run.order.batch(step, made.train.batch):
             with torch.no_grad():
-                out = model(**next(loader.load(source, [[sample]], run.pad)), plan=plan)
+                out = model(**next(loader.batches(source, [[sample]], run.pad)), plan=plan)
             sums, answers = sums + out.metrics["influence"], answers + out.metrics["answers"]
         run._step(step, batches, None)
         assert skipper.answers == pytest.approx(answers)

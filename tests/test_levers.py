@@ -139,4 +139,4 @@ def test_memory_that_is_kept_needs_no_new_pages():
 
 def test_where_the_c_library_cannot_be_told_nothing_happens(monkeypatch):
     monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: object())
-    assert malloc.keep() is False
+    assert malloc.keep_freed_memory() is False

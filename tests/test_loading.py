@@ -54,7 +54,7 @@ def kind(base: str) -> str:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_only_the_llms_linear_layers_are_in_4_bits(base, name):
-    model = loading.load(base, name, quantise="nf4")
+    model = loading.load_model(base, name, quantise="nf4")
     quantised = {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert quantised == {n for n in linear if "language_model.layers" in n}
@@ -71,7 +71,7 @@ def test_only_the_llms_linear_layers_are_in_4_bits(base, name):
 def test_a_skip_list_that_does_nothing_is_noticed(base, monkeypatch):
     monkeypatch.setattr(loading, "UNQUANTISED", ("vision_tower", "multi_modal_projector", "lm_head"))
     with pytest.raises(UserError, match=r"did the wrong thing to model\.(vision_tower|multi_modal_projector)"):
-        loading.load(base, quantise="nf4")
+        loading.load_model(base, quantise="nf4")
 
 
 def test_4_bit_weights_are_near_the_real_ones_and_no_forward_changes_them(tmp_path):
@@ -79,7 +79,7 @@ def test_4_bit_weights_are_near_the_real_ones_and_no_forward_changes_them(tmp_pa
     shape.text_config.update({"hidden_size": 64, "intermediate_size": 128})
     LlavaForConditionalGeneration(shape).save_pretrained(tmp_path)
     base = str(tmp_path)
-    plain, four = loading.load(base), loading.load(base, quantise="nf4")
+    plain, four = loading.load_model(base), loading.load_model(base, quantise="nf4")
     layer = "model.language_model.layers.1.mlp.down_proj"
     packed = four.get_submodule(layer).weight
     before = packed.data.clone()
@@ -96,7 +96,7 @@ def test_4_bit_weights_are_near_the_real_ones_and_no_forward_changes_them(tmp_pa
 
 @pytest.mark.parametrize("name", KINDS)
 def test_training_in_4_bits_reaches_adapters_projector_and_isolator_and_nothing_else(base, name):
-    net = loading.add_lora(loading.load(base, name, quantise="nf4"), rank=4, dropout=0.1)
+    net = loading.add_lora(loading.load_model(base, name, quantise="nf4"), rank=4, dropout=0.1)
     model = DualSpeed(net, keep=0.3).train()
     loading.set_trainable(net, "train")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -121,7 +121,7 @@ def test_training_in_4_bits_reaches_adapters_projector_and_isolator_and_nothing_
 
 
 def test_adapters_sit_on_the_llms_linear_layers_alone(base):
-    net = loading.add_lora(loading.load(base), rank=4)
+    net = loading.add_lora(loading.load_model(base), rank=4)
     adapted = {n for n, m in net.get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert len(adapted) == 7 * 3
     assert all(n.startswith("model.language_model.layers.") for n in adapted)
@@ -129,9 +129,9 @@ def test_adapters_sit_on_the_llms_linear_layers_alone(base):
 
 def test_new_adapters_change_nothing_and_are_drawn_by_seed(base):
     batch = tiny.batch(kind(base))
-    plain = loading.load(base).eval()
+    plain = loading.load_model(base).eval()
     state = torch.get_rng_state()
-    one, same, other = (loading.add_lora(loading.load(base), rank=4, seed=seed).eval() for seed in (1, 1, 2))
+    one, same, other = (loading.add_lora(loading.load_model(base), rank=4, seed=seed).eval() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers are shifted"
     assert torch.equal(one(**batch).logits, plain(**batch).logits)
     a, b, c = ({n: p for n, p in net.named_parameters() if "lora_A" in n} for net in (one, same, other))
@@ -164,7 +164,7 @@ def saved(net: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_a_model_trained_in_full_is_written_as_its_base_was(base, tmp_path):
-    net = train_a_little(loading.load(base), base)
+    net = train_a_little(loading.load_model(base), base)
     export.merge(saved(net), 1.0, base, tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     ours = merged.state_dict()
@@ -174,7 +174,7 @@ def test_a_model_trained_in_full_is_written_as_its_base_was(base, tmp_path):
 
 
 def test_a_merged_model_is_the_trained_model(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
     export.merge(saved(net), 2.0, base, tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     batch = tiny.batch(kind(base))
@@ -189,9 +189,9 @@ def test_a_merged_model_is_the_trained_model(base, tmp_path):
 
 
 def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, tmp_path):
-    four = train_a_little(loading.add_lora(loading.load(base, quantise="nf4"), rank=4), base)
+    four = train_a_little(loading.add_lora(loading.load_model(base, quantise="nf4"), rank=4), base)
     export.merge(saved(four), 2.0, base, tmp_path / "out")
-    whole = loading.add_lora(loading.load(base), rank=4)
+    whole = loading.add_lora(loading.load_model(base), rank=4)
     loading.set_trainable(whole, "train")
     assert learned(four)
     unexpected = whole.load_state_dict(learned(four), strict=False).unexpected_keys
@@ -215,7 +215,7 @@ def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tm
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
     assert len(files) > 2
-    net = train_a_little(loading.add_lora(loading.load(str(tmp_path / "base"), "bf16"), rank=4), base)
+    net = train_a_little(loading.add_lora(loading.load_model(str(tmp_path / "base"), "bf16"), rank=4), base)
     export.merge(saved(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
@@ -227,7 +227,7 @@ def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tm
 
 
 def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
     small = tiny.model(kind(base), layers=2)
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="not the model that was trained"):
@@ -236,7 +236,7 @@ def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
 
 def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
     """Of fp16, what is too large for it; and what the base has so."""
-    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
     tensors = saved(net)
     name = next(n for n in tensors if "projector" in n and n.endswith("weight"))
     tensors[name] = tensors[name].clone().fill_(1e6)
@@ -254,7 +254,7 @@ def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
 
 
 def test_an_adapter_alone_carries_the_projector_too(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
     export.save_adapter(saved(net), loading.lora_config(4), base, tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "adapter").eval()
     batch = tiny.batch(kind(base))
@@ -426,7 +426,7 @@ def test_missing_weights_are_not_drawn_at_random_in_silence(base, tmp_path):
     del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 of the model's weights \(.*layers\.1\.mlp\.up_proj"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_weights_of_another_shape_are_refused(base, tmp_path, quantise):
     tensors[name] = tensors[name][:, :16].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError):
-        loading.load(str(folder), quantise=quantise)
+        loading.load_model(str(folder), quantise=quantise)
 
 
 def broken(base, tmp_path, file, change):
@@ -481,7 +481,7 @@ def broken(base, tmp_path, file, change):
 def test_a_folder_with_anything_wrong_in_it_is_refused_by_its_name(base, tmp_path, file, change):
     folder = broken(base, tmp_path, file, change)
     with pytest.raises(UserError, match=re.escape(folder)):
-        loading.load_processor(folder), loading.load(folder)
+        loading.load_processor(folder), loading.load_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_an_index_that_leads_elsewhere_is_refused(base, tmp_path, name):
         where = dict.fromkeys(tensors.keys(), name)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    for use in (loading.load, lambda path: export.merge({}, 1.0, path, tmp_path / "out")):
+    for use in (loading.load_model, lambda path: export.merge({}, 1.0, path, tmp_path / "out")):
         with pytest.raises(UserError, match="index"):
             use(str(folder))
 
@@ -512,7 +512,7 @@ def test_code_that_a_model_brings_is_neither_run_nor_asked_about(base, tmp_path,
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
     with suppress(UserError):
         loading.load_processor(str(folder))
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
@@ -521,7 +521,7 @@ def test_a_pickle_is_never_opened(base, tmp_path):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot load"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
 
 
 def test_an_index_of_weights_that_names_a_pickle_is_refused(base, tmp_path):
@@ -529,10 +529,10 @@ def test_an_index_of_weights_that_names_a_pickle_is_refused(base, tmp_path):
     folder = tiny.checkpoint(kind(base), tmp_path / "model")
     bait.index_of_pickles(folder, code)
     with pytest.raises(UserError, match=r"names 'weights\.bin'. Only safetensors are read"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match="is no index of weights"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
 
 
 @pytest.fixture
@@ -554,7 +554,7 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(plant, base
     with suppress(UserError):
         loading.load_processor(str(folder))
     with suppress(UserError):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     assert not willing
     assert not code.canary.exists()
 
@@ -575,18 +575,18 @@ def test_code_that_comes_with_parts_is_not_run_either(parts, tmp_path, willing):
 
 def test_auto_is_fp32_on_a_cpu_and_names_stay_what_they_are():
     cpu = torch.device("cpu")
-    assert precision.choose("auto", cpu) == "fp32"
-    assert [precision.choose(name, cpu) for name in KINDS] == list(KINDS)
+    assert precision.resolve("auto", cpu) == "fp32"
+    assert [precision.resolve(name, cpu) for name in KINDS] == list(KINDS)
 
 
 @pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_is_bf16_where_the_gpu_has_it(monkeypatch, capability, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    assert precision.choose("auto", torch.device("cuda")) == wanted
+    assert precision.resolve("auto", torch.device("cuda")) == wanted
     if wanted == "fp16":
         with pytest.raises(UserError, match="has no bf16"):
-            precision.choose("bf16", torch.device("cuda"))
+            precision.resolve("bf16", torch.device("cuda"))
 
 
 @given(overflows=st.lists(st.booleans(), max_size=60))
@@ -619,7 +619,7 @@ def test_other_precisions_do_not_forgive_an_overflow():
 
 
 def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspeed(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load(base), rank=4), base)
+    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
     export.merge(saved(net), 2.0, base, tmp_path / "out")
     loading.load_processor(base).save_pretrained(tmp_path / "out")
     script = (

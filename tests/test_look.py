@@ -67,7 +67,7 @@ def test_without_a_tower_the_features_are_patches_of_pixels_less_their_mean(phot
 def test_a_llava_is_looked_at_through_tower_and_projector(photo, tmp_path):
     folder = tiny.checkpoint("llava", tmp_path / "llava")
     batch = tiny.processor("llava").image_processor(images=Image.open(photo), return_tensors="pt")
-    model = families.family(loading.load(str(folder)).eval())
+    model = families.family(loading.load_model(str(folder)).eval())
     with torch.no_grad():
         full = torch.stack(model.encode(batch["pixel_values"], None, "full"))
     assert full.shape == (1, 9, 32)
@@ -85,7 +85,7 @@ def test_of_llava_next_the_base_view_is_looked_at(photo, tmp_path):
     batch = tiny.processor("llava_next").image_processor(images=Image.open(photo), return_tensors="pt")
     pixels = batch["pixel_values"]
     assert pixels.shape[1] > 1  # there are crops to leave out
-    inner = loading.load(str(folder)).eval().model
+    inner = loading.load_model(str(folder)).eval().model
     with torch.no_grad():
         base = inner.vision_tower(pixels[:, 0], output_hidden_states=True).hidden_states[-2][:, 1:]
         base = inner.multi_modal_projector(base)
@@ -156,7 +156,7 @@ def test_plugins_that_need_signals_are_looked_at_through_a_llava(kind, photo, tm
     """Of NeXT by the base view's own, which comes first."""
     folder = tiny.checkpoint(kind, tmp_path / "model")
     pixels = tiny.processor(kind).image_processor(images=Image.open(photo), return_tensors="pt")["pixel_values"]
-    inner = loading.load(str(folder)).eval().model
+    inner = loading.load_model(str(folder)).eval().model
     inner.vision_tower.set_attn_implementation("eager")
     with torch.no_grad():
         base = pixels if kind == "llava" else pixels[:, 0]

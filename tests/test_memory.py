@@ -19,7 +19,7 @@ from tinyspeed.bench.live import Live, storages
 from tinyspeed.models import loading, memory, precision
 from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.models.published import GRIDS, clip, vicuna
-from tinyspeed.recipe import Stage
+from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import optimizer
 
@@ -84,7 +84,7 @@ def built(s: Settings, folder, **shape) -> DualSpeed:
         net = net.to(precision.DTYPES[s.precision])
     else:
         net.save_pretrained(folder)
-        net = loading.load(folder, s.precision, quantise=s.quantise)
+        net = loading.load_model(folder, s.precision, quantise=s.quantise)
     if s.rank:
         net = loading.add_lora(net, rank=s.rank, dropout=s.dropout, views=s.views == 2)
     model = DualSpeed(net, plugin=s.plugin, keep=s.keep, isolator=s.isolator, views=s.views == 2)
@@ -271,7 +271,7 @@ def test_four_bit_weights_weigh_what_is_said(folder):
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
 def test_moments_are_as_large_as_the_optimizers(kind):
     tensors = [torch.zeros(n) for n in (10, 4095, 4096, 4097, 100_001)]
-    built = optimizer.build(Stage(optimizer=kind), tensors, [])
+    built = optimizer.make_optimizer(StageSection(optimizer=kind), tensors, [])
     for tensor in tensors:
         state = built.state[tensor]
         real = sum(state[name].nbytes for name in state if name[:3] in ("exp", "sta", "abs"))  # and not step, tables

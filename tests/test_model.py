@@ -622,7 +622,7 @@ def test_the_packed_kernel_gets_queries_keys_and_values_in_autocasts_precision(a
 
 def test_a_checkpoint_in_the_real_format_trains_evaluates_and_generates(family, checkpoint):
     folder = checkpoint(family)
-    net, processor = loading.load(str(folder)), AutoProcessor.from_pretrained(folder)
+    net, processor = loading.load_model(str(folder)), AutoProcessor.from_pretrained(folder)
     for name, parameter in tiny.model(family).named_parameters():
         assert torch.equal(net.get_parameter(name), parameter), name
     image = Image.linear_gradient("L").resize((70, 50)).convert("RGB")
@@ -648,13 +648,13 @@ def test_a_checkpoint_in_the_real_format_trains_evaluates_and_generates(family, 
 
 def test_a_trained_model_saves_back_as_a_plain_checkpoint(family, checkpoint, tmp_path):
     """No trace of us: same keys, and a config that transformers loads without tinyspeed's attention function."""
-    net = loading.load(str(checkpoint(family)))
+    net = loading.load_model(str(checkpoint(family)))
     model, batch = wrap(net), tiny.batch(family)
     backward(model, batch, plan=FAST)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     model.model.save_pretrained(tmp_path / "saved")
     assert "tinyspeed" not in (tmp_path / "saved" / "config.json").read_text()
-    again = loading.load(str(tmp_path / "saved"))
+    again = loading.load_model(str(tmp_path / "saved"))
     assert again.config.text_config._attn_implementation != "tinyspeed"
     assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
@@ -669,7 +669,7 @@ def test_a_trained_model_saves_back_as_a_plain_checkpoint(family, checkpoint, tm
 def test_a_folder_that_holds_no_llava_is_refused(tmp_path, make, said):
     make(tmp_path / "model")
     with pytest.raises(UserError, match=said):
-        loading.load(str(tmp_path / "model"))
+        loading.load_model(str(tmp_path / "model"))
 
 
 # What is refused

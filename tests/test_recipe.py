@@ -28,9 +28,9 @@ share = st.floats(0.01, 1)
 )
 def test_a_recipe_survives_toml(seed, keep, slow, lr, name, folder):
     made = recipe.Recipe(
-        run=recipe.Run(name=name, folder=folder, seed=seed),
-        dualspeed=recipe.DualSpeed(keep=keep, slow=slow),
-        train=recipe.Stage(steps=3, lr=lr),
+        run=recipe.RunSection(name=name, folder=folder, seed=seed),
+        dualspeed=recipe.DualSpeedSection(keep=keep, slow=slow),
+        train=recipe.StageSection(steps=3, lr=lr),
     )
     assert recipe.from_tables(recipe.tomllib.loads(made.to_toml()), "here") == made
 

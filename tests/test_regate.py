@@ -64,7 +64,7 @@ def lines(made) -> list[dict]:
 
 
 def source_of(made) -> conversations.Conversations:
-    return conversations.of(made, made.model.path, bar=False)
+    return conversations.from_recipe(made, made.model.path, bar=False)
 
 
 def reference_of(made, path=None, source=None) -> Reference:
@@ -147,7 +147,7 @@ def test_nothing_is_learned_of_a_sample_that_lost_its_labels(home, tmp_path):
 
 
 def remembered(made) -> torch.Tensor:
-    return checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[0]["regate/difficulty"]
+    return checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[0]["regate/difficulty"]
 
 
 def test_one_rank_is_the_core_bit_for_bit(home, tmp_path):
@@ -357,10 +357,10 @@ def test_a_run_is_refused_exactly_if_no_step_would_skip(home, samples, batch, ep
         if schedule.plan(step).answer_keep < 1 and (known or step * batch >= samples)  # of their second epoch
     ]
     if skipping:
-        answer_gate.check(made, samples)
+        answer_gate.require_some_skipping(made, samples)
     else:
         with pytest.raises(UserError, match=r"would (be skipped|skip)"):
-            answer_gate.check(made, samples)
+            answer_gate.require_some_skipping(made, samples)
 
 
 def test_what_would_skip_nothing_is_said_before_the_first_stage(home, tmp_path):

@@ -23,7 +23,7 @@ kinds = st.sampled_from([kind for kind in scheduler.KINDS if kind != "adaptive"]
 
 
 def build(kind: str = "bernoulli", slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0):
-    return schedules.build(kind, slow=slow, keep=keep, distill=distill, seed=seed, gap=0.05)
+    return schedules.by_name(kind, slow=slow, keep=keep, distill=distill, seed=seed, gap=0.05)
 
 
 def modes(schedule, n: int) -> list[str]:

@@ -197,7 +197,7 @@ def test_a_checkpoint_under_way_outlives_a_loss_that_is_not_finite(home, tmp_pat
     monkeypatch.setattr(ShardedStage, "_micro_batch", broken)
     with world.join() as here, pytest.raises(UserError, match=r"step 3 .*loss nan"):
         run.train(made, here)
-    state = checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[1]
+    state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]
     assert state["step"] == 2
 
 
@@ -318,10 +318,10 @@ def test_a_folder_that_one_rank_cannot_see_is_told_once_and_at_once(home, tmp_pa
 
 
 def test_four_bits_as_bytes_are_refused(home):
-    model = DualSpeed(loading.load(str(home / "llava"), quantise="nf4"))
+    model = DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4"))
     with pytest.raises(UserError, match=r"uint8.*storage=torch.bfloat16"):
         shard.check_storage(model)
-    shard.check_storage(DualSpeed(loading.load(str(home / "llava"), quantise="nf4", storage=torch.bfloat16)))
+    shard.check_storage(DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4", storage=torch.bfloat16)))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
     model.model.config.text_config.attention_dropout = 0.0
     gradients = []
     for budget in (0, 100, 10**6):
-        stage = recipe.Stage(steps=5, batch=6, row_budget=budget)
+        stage = recipe.StageSection(steps=5, batch=6, row_budget=budget)
         run = StageRun(made, model.eval(), train.build(made)[1], "train", 1, stage, Totals())
         model.vlm.language_model.config.attention_dropout = 0.0
         for layer in model.vlm.language_model.layers:
@@ -160,7 +160,7 @@ def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
         for mode in ("fast", "slow"):
             plan = Plan(mode, keep=0.1, distill=1.0 if mode == "slow" else 0.0)
             parts = (part for part, _ in run._parts(2, plan))
-            done = run._forward_backward(2, plan, loader.load(run.source, parts, run.pad))
+            done = run._forward_backward(2, plan, loader.batches(run.source, parts, run.pad))
             moved = {n: p.grad.clone() for p, n in run.names.items() if p.grad is not None}
             gradients.append((budget, mode, float(done["loss"]), moved))
             run.optimizer.zero_grad(set_to_none=True)
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(base, tmp_path, mo
     monkeypatch.setattr(StageRun, "_forward_backward", poisoned)
     with pytest.raises(UserError, match=r"step 6 .*Stopped before the optimizer.*new run with a lower train\.lr"):
         train.train(made, bar=False)
-    tensors, state = checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))
+    tensors, state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))
     assert state["totals"]["steps"] == 5
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_named_and_a_half_written_one_removed(base, tmp_
 
 
 def test_the_learning_rate_warms_up_and_comes_down():
-    stage = recipe.Stage(steps=100, warmup=0.1)
+    stage = recipe.StageSection(steps=100, warmup=0.1)
     rates = [learning_rate(stage, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True)
@@ -409,7 +409,7 @@ def test_a_damaged_isolator_is_named_before_it_is_used(uninterrupted, base, tmp_
         train.build_model(made)
     (first / "isolator.safetensors").unlink()
     with pytest.raises(UserError, match="was that run finished"):
-        run_folder.check_sources(made)
+        run_folder.require_sources(made)
 
 
 def test_gradients_whose_squares_overflow_are_told_from_infinite_ones(base, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_the_export_is_what_the_checkpoint_holds(home, tmp_path, monkeypatch, ho
     monkeypatch.setattr(train, "check_state", lambda *_: None)  # which sees that this is another recipe
     ours = train.load_trained(whole).eval()  # the same adapters on the base that was never rounded
     batch = {k: v for k, v in tiny.batch("llava").items() if k != "labels"}
-    name = precision.choose(made.model.precision, torch.device("cpu"))
+    name = precision.resolve(made.model.precision, torch.device("cpu"))
     with precision.autocast(name, torch.device("cpu")):
         trained = ours(**batch).logits.float()
     assert not tiny.difference(plain(**batch).logits, trained, rel=1e-4 if name == "fp32" else 0.05)
@@ -115,7 +115,7 @@ def test_checkpointing_and_row_budgets_change_no_gradient(home, tmp_path):
         run = StageRun(made, model, source, "train", 0, made.train, train.Totals())
         for plan in (Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
             parts = (part for part, _ in run._parts(1, plan))
-            run._forward_backward(1, plan, loader.load(source, parts, 0, workers=made.data.workers))
+            run._forward_backward(1, plan, loader.batches(source, parts, 0, workers=made.data.workers))
         assert any(layer.gradient_checkpointing for layer in model.vlm.language_model.layers) == ("on" in str(changes))
         seen.append(tiny.gradients(model))
     for other in seen[1:]:
@@ -132,7 +132,7 @@ def test_each_micro_batch_is_recomputed_just_if_its_rows_do_not_fit(home, tmp_pa
     for plan in (Plan("fast", keep=0.3), Plan("full")):
         for part, rows in run._parts(0, plan):
             passes.clear()
-            run._micro_batch(next(loader.load(source, [part], run.pad)), rows, plan, 1)
+            run._micro_batch(next(loader.batches(source, [part], run.pad)), rows, plan, 1)
             seen.append((plan.mode, len(rows) * max(rows) > 60))
             assert len(passes) == 1 + seen[-1][1], "a recomputed layer runs again in the backward"
     assert {("fast", False), ("fast", True), ("full", True)} <= set(seen)
@@ -166,7 +166,7 @@ def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_pa
     assert not skipped or max(skipped) < 60, "the scale has found its size"
     losses = [line["ce"] for line in lines]
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
-    tensors, state = checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))
+    tensors, state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
     assert state["scale"]["scale"] == 2.0 ** (16 - len(skipped))
 
@@ -187,7 +187,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, monkeyp
     lines = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [False, True, False, False]
     assert lines[1]["grad_norm"] is None
-    assert checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"]["scale"] == 2.0**15
+    assert checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"]["scale"] == 2.0**15
     # In any other precision there is no scale to blame.
     calls.clear()
     made = settings(home, tmp_path, "other", "model.precision=bf16", "lora.rank=4")
@@ -233,7 +233,7 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(home, tmp_path, monkeypatch):
                     train.train(made, bar=False)
             train.train(made, resume=bool(dies), bar=False)
     assert not unlike(*runs)
-    states = [checkpoint.load(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"] for made in runs]
+    states = [checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"] for made in runs]
     assert states[0] == states[1] == {"scale": 2.0**15, "good": 4, "moving": True}
 
 
@@ -429,7 +429,7 @@ def test_parquet_trains_as_its_json_does_and_the_run_is_evaluated_where_it_is(ho
     how = ("model.quantise=nf4", "lora.rank=4", "train.steps=1", "train.batch=2", f"run.cache={tmp_path}/cache")
     plain = settings(home, tmp_path, "plain", *how)
     made = settings(home, tmp_path, "run", *how, f"data.file={tmp_path}/train.parquet", "data.images=")
-    one, other = (conversations.of(run, run.model.path, bar=False) for run in (plain, made))
+    one, other = (conversations.from_recipe(run, run.model.path, bar=False) for run in (plain, made))
     assert one.fingerprint == other.fingerprint
     assert all(torch.equal(one.example(i).pixel_values, other.example(i).pixel_values) for i in (0, 1, 2))
     train.train(made, bar=False)
@@ -575,18 +575,18 @@ def test_a_model_in_half_precision_is_evaluated_as_it_trained(tmp_path):
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
 def test_8_bit_moments_survive_a_checkpoint(kind, tmp_path):
     """bitsandbytes keeps small tensors in 32 bits; this one is large enough."""
-    stage, runs = recipe.Stage(steps=4, optimizer=kind, lr=0.1), []
+    stage, runs = recipe.StageSection(steps=4, optimizer=kind, lr=0.1), []
     gradients = torch.randn(4, 128, 64, generator=torch.Generator().manual_seed(0))
     for stops in (False, True):
         weight = torch.nn.Parameter(torch.ones(128, 64))
-        names, made = {weight: "weight"}, optimizer.build(stage, [], [weight])
+        names, made = {weight: "weight"}, optimizer.make_optimizer(stage, [], [weight])
         assert made.state[weight]["state1"].dtype == torch.uint8
         for step in range(4):
             if stops and step == 2:
                 tensors = {"w": weight.data, **checkpoint.optimizer_tensors(made, names)}
-                saved, _ = checkpoint.load(checkpoint.save(tmp_path, step, tensors, {}, 1))
+                saved, _ = checkpoint.read(checkpoint.save(tmp_path, step, tensors, {}, 1))
                 weight = torch.nn.Parameter(saved["w"])
-                names, made = {weight: "weight"}, optimizer.build(stage, [], [weight])
+                names, made = {weight: "weight"}, optimizer.make_optimizer(stage, [], [weight])
                 checkpoint.load_optimizer(made, names, saved)
             weight.grad = gradients[step].clone()
             made.step()

@@ -17,7 +17,7 @@ from tinyspeed.data import digits
 from tinyspeed.data.examples import collate
 from tinyspeed.evaluation import accuracy
 from tinyspeed.models import export, loading
-from tinyspeed.recipe import Stage
+from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import PeriodicSchedule, Plan
 from tinyspeed.training import checkpoint, optimizer, train
 from tinyspeed.training.callback import SetStep
@@ -147,7 +147,7 @@ def test_both_views_begin_as_the_base_and_alike():
 def test_the_optimizer_leaves_the_idle_view_alone_and_knows_both_from_the_start(kind):
     model, batch = pair(), tiny.batch("llava")
     trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    made = optimizer.build(Stage(lr=0.1, weight_decay=0.1, optimizer=kind), [], list(trained))
+    made = optimizer.make_optimizer(StageSection(lr=0.1, weight_decay=0.1, optimizer=kind), [], list(trained))
     assert set(made.state) == set(trained), "before the first step"
     for plan in (FAST, SLOW, FAST, FULL):  # with momentum in both views as from the third
         before = {name: p.detach().clone() for p, name in trained.items()}
@@ -164,7 +164,7 @@ def test_the_optimizer_leaves_the_idle_view_alone_and_knows_both_from_the_start(
 
 def test_what_is_exported_is_the_slow_view(family, tmp_path):
     base = str(tiny.checkpoint(family, tmp_path / "base"))
-    model = DualSpeed(grown(loading.add_lora(loading.load(base), rank=4, views=True)), views=True)
+    model = DualSpeed(grown(loading.add_lora(loading.load_model(base), rank=4, views=True)), views=True)
     saved = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     export.merge(saved, 2.0, base, tmp_path / "merged")
     export.save_adapter(saved, loading.lora_config(4), base, tmp_path / "adapter")

@@ -79,7 +79,7 @@ def said(error: UserError | OSError) -> str:
     """One line about a mistake; an OSError is a disk that says no, or a folder that is a file."""
     if isinstance(error, UserError):
         return str(error)
-    if number := files.number(error):
+    if number := files.errno_of(error):
         return str(files.DiskError(error.filename or "standard output", number))
     return f"{error.strerror or error}: {error.filename or ''}"
 
@@ -163,10 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stopped(number: int | None, how_to_go_on: str = "saved; continue with --resume") -> int:
+def _stopped(number: int | None, go_on: str = "saved; continue with --resume") -> int:
     """Exit code of a run: 0, also for Ctrl-C (it is saved); 143 for SIGTERM, as job schedulers expect."""
     if number is not None:
-        print(how_to_go_on, file=sys.stderr)
+        print(go_on, file=sys.stderr)
     return 143 if number == signal.SIGTERM else 0
 
 
@@ -185,7 +185,7 @@ def _train(a) -> int:
     chosen = recipe.read(a.recipe, a.set + ["data.skip_bad=true"] * a.skip_bad)
     from .training import run_folder
 
-    run_folder.check_sources(chosen)
+    run_folder.require_sources(chosen)
     if a.dry_run:
         from .bench import estimate
         from .training.train import dry_run
@@ -193,7 +193,7 @@ def _train(a) -> int:
         source, measured = dry_run(chosen)
         print(estimate.compare_measured(estimate.estimate(chosen, source=source), measured))
         return 0
-    run_folder.check(chosen, a.resume)
+    run_folder.require_free_or_resumable(chosen, a.resume)
     from .training import report
     from .training.train import train
 
@@ -203,7 +203,7 @@ def _train(a) -> int:
         if result.totals.steps:
             report.draw_run(chosen.folder)
     except files.DiskError as error:
-        if run_folder.begun(chosen.folder):
+        if run_folder.has_begun(chosen.folder):
             error.then = "continue with --resume"
         raise
     if result.stopped_by is None:
@@ -231,11 +231,11 @@ def _ask(a) -> int:
     if Path(question).is_file():
         raise UserError(f"{question} is a file, and the last word must be the question")
     _check_model(a.model)
-    pictures = [images.load(Path(picture), "ask") for picture in pictures]
+    pictures = [images.decode(Path(picture), "ask") for picture in pictures]
     from .evaluation import ask
-    from .training.train import opened
+    from .training.train import open_model
 
-    with opened(a.model) as (model, processor, _):
+    with open_model(a.model) as (model, processor, _):
         ask.answer(
             model, processor, pictures, question, max_new_tokens=a.max_new_tokens, streamer=ask.to_stdout(processor)
         )
@@ -291,9 +291,9 @@ def _benchmark(a) -> int:
     from .evaluation import ask, benchmarks
     from .training import report
     from .training.checkpoint import write_atomically
-    from .training.train import opened
+    from .training.train import open_model
 
-    with opened(a.model) as (model, processor, name):
+    with open_model(a.model) as (model, processor, name):
 
         def asked(pictures, text: str) -> str:
             return ask.answer(model, processor, pictures, text)

@@ -145,7 +145,7 @@ class DualSpeed(DropIn):
             full = rows.elide(full, labels, answers, self.positions)
 
         images = [*itertools.chain(*features.values())]
-        sizes = finite.each(images)
+        sizes = finite.norms(images)
         table, run, extra, teacher, taught_rows = images, full, 0.0, None, 0
         if plan.taught:
             self.views.use("fast")
@@ -223,7 +223,7 @@ class DualSpeed(DropIn):
         embeddings, placed = self._gathered(ids, visual, selected)
         answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
         slots = placed.slot[answers]
-        with sts.watched(self.vlm.language_model.layers if plan.measure else (), slots) as found:
+        with sts.measuring_influence(self.vlm.language_model.layers if plan.measure else (), slots) as found:
             hidden = self.vlm.hidden(embeddings, placed, plan.layers)
         influence = torch.stack(found) if found else hidden.new_zeros(0, dtype=torch.float32)
         return hidden.index_select(0, slots), selected.target[answers], influence

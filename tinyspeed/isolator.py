@@ -104,7 +104,7 @@ def _crc(tensors: Mapping[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def load(learning: Mapping[str, Tensor], file: Path) -> None:
+def load_into(learning: Mapping[str, Tensor], file: Path) -> None:
     """Fill these with what an earlier run saved under their names."""
     try:
         with safe_open(file, framework="pt") as opened:

@@ -128,7 +128,7 @@ class LayerSkipper:
 
 
 @contextmanager
-def watched(layers: Sequence[nn.Module], slots: Tensor) -> Iterator[list[Tensor]]:
+def measuring_influence(layers: Sequence[nn.Module], slots: Tensor) -> Iterator[list[Tensor]]:
     """While they run once, a list that each layer appends its sum of 1 - cos(input, output) over these slots to.
 
     Nothing of a layer is kept and nothing waits for the device. The hooks are gone before the backward, so activations

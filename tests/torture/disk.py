@@ -142,7 +142,7 @@ class Torture:
         if after[-1:] < before[-1:] and not deed.anew:
             raise Lost(f"{before[-1]} is gone")
         for name in after:
-            checkpoint.load(self.volume.at / name)
+            checkpoint.read(self.volume.at / name)
         # One rank does not take away what another may still be writing: the next start does.
         left = self.half_written() - half
         if left and deed.ranks == 1 and trouble.kind != "read-only":

@@ -168,7 +168,7 @@ class Torture:
         assert len(complete) <= KEPT + 1, complete
         assert len(checkpoint.unfinished(folder)) <= 1
         if complete:
-            checkpoint.load(complete[-1])
+            checkpoint.read(complete[-1])
 
     def done(self) -> None:
         """The run came to its end: it must be the undisturbed one's."""
@@ -188,11 +188,11 @@ class Torture:
         strays = [p for name, p in killed.items() if name not in whole]
         assert all(p.name.endswith(".tmp") for p in strays), strays
         assert len(strays) <= sum(self.kills.values()), strays
-        files.sweep(strays)
+        files.remove_stale(strays)
         assert all(p.exists() for p in strays), "one that is being written was taken away"
         for path in strays:
             os.utime(path, (0, 0))
-        files.sweep(strays)
+        files.remove_stale(strays)
         assert not any(p.exists() for p in strays)
         for name, path in whole.items():
             assert killed[name].read_bytes() == path.read_bytes(), name
@@ -223,7 +223,7 @@ def unlike(made, whole) -> list[str]:
     found = []
     for read in (
         lambda run: load_file(run.folder / "model" / "model.safetensors"),
-        lambda run: checkpoint.load(checkpoint.newest(run.folder / "checkpoints"))[0],
+        lambda run: checkpoint.read(checkpoint.newest(run.folder / "checkpoints"))[0],
     ):
         a, b = read(made), read(whole)
         found += [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]

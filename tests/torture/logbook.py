@@ -101,7 +101,7 @@ def drawn(made: Recipe, step: int) -> list[int]:
 
 def _answers(made: Recipe, logged: list[dict]) -> Iterator[str]:
     """A step learns every answer of its samples, or of each sample's the share that ReGATE leaves."""
-    source, r = digits.of(made), made.regate
+    source, r = digits.from_recipe(made), made.regate
     counted = [source.lengths(i)[2] for i in range(made.digits.pictures)]
     for step, entry in enumerate(logged):
         each = [counted[i] for i in drawn(made, step)]
@@ -134,7 +134,7 @@ def wrong_losses(made: Recipe) -> tuple[Counter, list[str]]:
     logged, checked, found = lines(made), Counter(), []
     torch.set_num_threads(1)
     for folder in sorted((made.folder / "checkpoints").glob("step-*")):
-        saved, state = checkpoint.load(folder)
+        saved, state = checkpoint.read(folder)
         step = state["stage_step"]
         if step == made.train.steps:
             continue
@@ -154,7 +154,7 @@ def _losses(made: Recipe, saved: checkpoint.Saved, state: dict, entry: dict) -> 
     run.restore(saved, state)
     plan = model.schedule.plan(step)
     parts = (part for part, _ in run._parts(step, plan))
-    done = run._forward_backward(step, plan, loader.load(source, parts, run.pad))
+    done = run._forward_backward(step, plan, loader.batches(source, parts, run.pad))
     yield "anew", float(done["loss"]), entry["loss"]
     if entry["mode"] == "slow" and not made.lora.rank:
         yield "by transformers", _naive(made, saved, step), entry["ce"]
@@ -167,6 +167,6 @@ def _naive(made: Recipe, saved: checkpoint.Saved, step: int) -> float:
     weights = {name.removeprefix("model/model."): saved[name] for name in saved if name.startswith("model/model.")}
     assert not plain.load_state_dict(weights, strict=False).unexpected_keys
     assert len(weights) > 20
-    batch = collate([digits.of(made).example(i) for i in drawn(made, step)], 0)
+    batch = collate([digits.from_recipe(made).example(i) for i in drawn(made, step)], 0)
     logits = plain(batch["input_ids"], batch["pixel_values"], attention_mask=batch["attention_mask"]).logits
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))

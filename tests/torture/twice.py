@@ -165,7 +165,7 @@ def furnish(home: Path) -> None:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(checkpoint.load(checkpoint.newest(folder / "checkpoints"))[0])
+    return dict(checkpoint.read(checkpoint.newest(folder / "checkpoints"))[0])
 
 
 def numbers(folder: Path) -> list[dict]:

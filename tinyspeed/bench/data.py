@@ -34,7 +34,7 @@ from ..data import conversations, llava_mix, loader
 from ..data.examples import Source
 from ..models import loading, published
 from ..models.memory import Settings, Shape
-from ..recipe import Data, Recipe
+from ..recipe import DataSection, Recipe
 from ..training import report, train
 from ..util import files
 from ..util.errors import UserError
@@ -60,7 +60,7 @@ def bench_data(
     returns everything, and writes it as JSON to `out` and as a picture to `png`."""
     if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
         raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
-    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.to(folder):
+    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.about(folder):
         if recipe is None:
             config = published.shaped("7b", family)
             source, rank, said = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"
@@ -69,7 +69,7 @@ def bench_data(
             if recipe.data.kind != "chat":
                 raise UserError('bench data: the recipe\'s data must be conversations, data.kind = "chat"')
             base = train.base(recipe)
-            config, source = loading.config(base), conversations.of(recipe, base)
+            config, source = loading.config(base), conversations.from_recipe(recipe, base)
             rank, said = recipe.lora.rank, recipe.data.file
             some = [source.lengths(i) for i in range(min(len(source), 1024))]
         counts = sorted({loader.at_most(count) for count in workers})
@@ -107,7 +107,7 @@ def _rate(source: Source, samples: int, workers: int) -> float:
     ahead = max(1, workers * loader.PREFETCH)
     count = -(-samples // BATCH)
     parts = [[(BATCH * n + k) % len(source) for k in range(BATCH)] for n in range(count + ahead)]
-    with closing(loader.load(source, parts, 0, workers=workers)) as batches:
+    with closing(loader.batches(source, parts, 0, workers=workers)) as batches:
         for _ in range(ahead):
             next(batches)
         began = time.perf_counter()
@@ -135,7 +135,7 @@ def album(folder: Path, config, family: str) -> conversations.Conversations:
         turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A picture. " * 30}]
         records.append({"id": str(n), "image": f"{n}.jpg", "conversations": turns})
     (folder / "records.json").write_text(json.dumps(records))
-    data = replace(Data(), kind="chat", file=str(folder / "records.json"), images=str(folder), max_rows=4096)
+    data = replace(DataSection(), kind="chat", file=str(folder / "records.json"), images=str(folder), max_rows=4096)
     return conversations.Conversations(data, _processor(config, family), folder / "cache", bar=False)
 
 

@@ -145,7 +145,7 @@ def estimate(
     name = "bf16" if recipe.model.precision == "auto" else recipe.model.precision
     if gpu is None:
         device = torch.device("cuda" if torch.cuda.is_available() and recipe.run.device != "cpu" else "cpu")
-        name = precision.choose(recipe.model.precision, device)
+        name = precision.resolve(recipe.model.precision, device)
         gpu = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
     shape = shape_of(recipe)
     case = Case(shape, *lengths_of(recipe, shape, source), name, gpu)
@@ -163,7 +163,7 @@ def shape_of(recipe: Recipe) -> Shape:
         return Shape(loading.config(model.path))
     if not model.llm:
         return Shape(digits.build_model(0, **recipe.digits.sizes).config)
-    with loading.told(f"cannot read the configuration of {model.llm} or {model.tower}"):
+    with loading.explaining(f"cannot read the configuration of {model.llm} or {model.tower}"):
         text = AutoConfig.from_pretrained(model.llm, trust_remote_code=False)
         vision = CLIPVisionConfig.from_pretrained(model.tower)
     text.vocab_size = -(-(text.vocab_size + 2) // 64) * 64  # <image>, <pad>, and padding
@@ -174,10 +174,10 @@ def lengths_of(recipe: Recipe, shape: Shape, source: Source | None = None) -> tu
     """Lengths of samples, how many make an epoch, and how that is known."""
     data, path = recipe.data, recipe.model.path
     if data.kind == "digits":
-        source = digits.of(recipe)
+        source = digits.from_recipe(recipe)
         return [source.lengths(0)], len(source), "the embedded digits"
     if path and Path(data.file).is_file():
-        source = source or conversations.of(recipe, path)
+        source = source or conversations.from_recipe(recipe, path)
         every = [source.lengths(i) for i in range(len(source))]
         return every, len(every), f"{counted(len(every), 'sample')} of {data.file}"
     text, (picture,), answers = assumed(recipe, shape)

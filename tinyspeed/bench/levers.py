@@ -86,11 +86,11 @@ def _adamw_in_pieces(run: StageRun) -> Iterator[None]:
 
 @contextmanager
 def _memory_given_back(run: StageRun) -> Iterator[None]:
-    malloc.keep(False)
+    malloc.keep_freed_memory(False)
     try:
         yield
     finally:
-        malloc.keep()
+        malloc.keep_freed_memory()
 
 
 def _features_from_disk(run: StageRun) -> AbstractContextManager:
@@ -157,7 +157,7 @@ def bench_levers(
     and as a picture to `png`."""
     config, where = published.shaped(size, family), device_of(device)
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
-    name = precision.choose(recipe.model.precision, where)
+    name = precision.resolve(recipe.model.precision, where)
     model = train.wrap(recipe, random(config, name, tune, where))
     source = Noise(config, llava_mix.mix(batch, 0, family))
     run = StageRun(recipe, model, source, "train", 0, recipe.train, Totals())

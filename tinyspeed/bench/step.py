@@ -85,7 +85,7 @@ def bench_step(
     config, where = published.shaped(size, family), device_of(device)
     drawn = {text: samples(text, batch, family) for text in texts}
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where, checkpointing)
-    name = precision.choose(recipe.model.precision, where)
+    name = precision.resolve(recipe.model.precision, where)
     model = train.wrap(recipe, random(config, name, tune, where))
     result = described(
         where, bench="step", size=size, family=family, tune=tune, rank=recipe.lora.rank, batch=batch,
@@ -143,10 +143,10 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
     if tune != "qlora":
         return model
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
-        with files.to(folder):
+        with files.about(folder):
             model.save_pretrained(folder)
         del model
-        return loading.load(folder, name, quantise="nf4", device=device)
+        return loading.load_model(folder, name, quantise="nf4", device=device)
 
 
 def measured(run: StageRun, micro: int, repeats: int) -> dict:

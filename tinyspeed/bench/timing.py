@@ -84,7 +84,7 @@ def described(device: torch.device, **found) -> dict:
 
 def write(result: dict, out: Path) -> None:
     try:
-        with files.to(out):
+        with files.about(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(result, indent=1) + "\n")
     except OSError as error:

@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..models import loading
-from ..recipe import Data, Recipe
+from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
 from ..util import paths
 from ..util.errors import UserError
 from . import images
 from .chat import Chat
 from .examples import Example
-from .loader import at_most, quietly, watched
+from .loader import at_most, explaining_crashes, ignore_signals
 from .records import Record, Records
 
 AT_ONCE = 64  # records a worker checks before it reports
@@ -45,7 +45,7 @@ class Conversations:
 
     def __init__(
         self,
-        data: Data,
+        data: DataSection,
         processor,
         cache: Path,
         *,
@@ -98,7 +98,7 @@ class Conversations:
                 image_sizes = None if image_sizes[0] is None else torch.cat(image_sizes)
                 return Example(ids, labels, None, image_sizes, torch.cat(looked))
             try:
-                pictures = [images.load(path, record.where) for path in paths]
+                pictures = [images.decode(path, record.where) for path in paths]
             except UserError as error:
                 if not self.data.skip_bad:
                     raise
@@ -166,7 +166,7 @@ class Conversations:
             return map(self._part, parts)
         return iter(
             DataLoader(
-                _Parts(self), batch_size=None, sampler=parts, num_workers=workers, worker_init_fn=quietly,
+                _Parts(self), batch_size=None, sampler=parts, num_workers=workers, worker_init_fn=ignore_signals,
                 generator=torch.Generator(),
             )
         )  # fmt: skip
@@ -175,7 +175,10 @@ class Conversations:
         count = len(self.records)
         good, texts, sizes, visual, starts, bad = [], [], [], [], [0], []
         measures, wrong = [], 0
-        with watched(), tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line:
+        with (
+            explaining_crashes(),
+            tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line,
+        ):
             for part in self._parts():
                 measures += part
                 wrong += sum(isinstance(found, str) for _, found in part)
@@ -204,7 +207,7 @@ class Conversations:
         self.starts = np.array(starts, dtype=np.int64)
 
 
-def of(recipe: Recipe, model: str, **how) -> Conversations:
+def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     """The conversations that a recipe names, as this model reads them."""
     data, context = recipe.data, loading.config(model).text_config.max_position_embeddings
     if data.max_rows > context:

@@ -196,7 +196,7 @@ def canvas_of(recipe: Recipe) -> Canvas:
     return Canvas(recipe.digits.side, recipe.digits.regions)
 
 
-def of(recipe: Recipe) -> Digits:
+def from_recipe(recipe: Recipe) -> Digits:
     """The training pictures of a recipe: by default far more than any run looks at, so that every picture is new."""
     return Digits(recipe.digits.pictures, recipe.data.turns, "train", recipe.run.seed, canvas_of(recipe))
 
@@ -358,7 +358,7 @@ def prepare(
 
         accuracy = train_tower(model.model.vision_tower.to(device), seed, tower_steps, report=report, canvas=canvas)
         line.set_postfix_str(f"names {100 * accuracy:.1f} % of held-out digits")
-    with files.whole(folder) as temporary:
+    with files.atomic(folder) as temporary:
         model.save_pretrained(temporary)
         build_processor(canvas).save_pretrained(temporary)
         checkpoint.built(temporary, "digits.json", how)

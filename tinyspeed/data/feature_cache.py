@@ -55,7 +55,7 @@ class Features:
         file = self.file(picture)
         try:
             tensors = load_file(file)
-            if found := finite.first([("features", tensors["features"])]):
+            if found := finite.first_bad([("features", tensors["features"])]):
                 raise ValueError(f"{found}: not finite")
             return tensors["features"], tensors.get("image_sizes")
         except FileNotFoundError as error:
@@ -73,18 +73,18 @@ def fill(
 ) -> None:
     """Make what is missing, within `most` bytes in all."""
     device = vlm.language_model.device
-    files.sweep(features.folder.glob("*/.*.tmp"))
+    files.remove_stale(features.folder.glob("*/.*.tmp"))
     wanted = {features.file(path): path for path in tqdm(pictures, desc="hash", unit="picture", disable=not bar)}
     held = {file: file.stat() for file in features.folder.glob("*/*.safetensors")}
     used = sum(stat.st_size for stat in held.values())
     oldest = sorted((file for file in held if file not in wanted), key=lambda file: -held[file].st_mtime)
     missing = {file: path for file, path in wanted.items() if file not in held}
     for file, path in tqdm(missing.items(), desc="features", unit="picture", disable=not (bar and missing)):
-        batch = image_processor([images.load(path, str(path))], return_tensors="pt")
+        batch = image_processor([images.decode(path, str(path))], return_tensors="pt")
         sizes = batch.get("image_sizes")
         with autocast(precision, device):
             tensors = {"features": vlm.look(batch["pixel_values"].to(device), sizes).cpu().contiguous()}
-        if finite.first(tensors.items()):
+        if finite.first_bad(tensors.items()):
             raise UserError(f"the features of {path} are not finite: try another model.precision, or leave it out")
         if sizes is not None:
             tensors["image_sizes"] = sizes
@@ -99,7 +99,7 @@ def fill(
                 f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB: raise "
                 f"data.feature_cache_gb, or set it to 0 to train without them"
             )
-        with files.to(file):
+        with files.about(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(file, cached=True) as temporary:
+        with files.atomic(file, cached=True) as temporary:
             temporary.write_bytes(content)

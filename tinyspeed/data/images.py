@@ -76,7 +76,7 @@ def size(path: Path, where: str) -> tuple[int, int]:
         return upright
 
 
-def load(path: Path, where: str) -> Image.Image:
+def decode(path: Path, where: str) -> Image.Image:
     """The picture: decoded, upright, RGB."""
     with _opened(path, where) as (image, orientation, upright):
         picture = _eight_bits(image).convert("RGB")

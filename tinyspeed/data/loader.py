@@ -24,7 +24,7 @@ from .examples import Source, collate
 PREFETCH = 2  # batches that each worker is ahead
 
 
-def load(
+def batches(
     source: Source, parts: Iterable[list[int]], pad: int, *, workers: int = 0, pin: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of these lists of samples, in order."""
@@ -49,7 +49,7 @@ def load(
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def explaining_crashes() -> Iterator[None]:
     """A worker that the system kills becomes advice. torch raises this wherever the main process happens to be."""
     try:
         yield
@@ -81,7 +81,7 @@ def at_most(workers: int) -> int:
 
 
 def _begin(worker: int) -> None:
-    quietly(worker)
+    ignore_signals(worker)
     # Python would drop a batch that cannot be sent, say so, and go on; the main process would wait for it for ever.
     Queue._on_queue_feeder_error = staticmethod(_lost)
 
@@ -93,7 +93,7 @@ def _lost(error: Exception, batch: object) -> None:
     os._exit(1)
 
 
-def quietly(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     # A scheduler signals every process of a job, and the main one must find its workers alive to finish the step. They
     # leave when it tells them to, or is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -331,7 +331,7 @@ def unpack(file: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path, 
         key = hashlib.blake2b(json.dumps(versions).encode(), digest_size=8).hexdigest()
         final = Path(cache).expanduser() / f"{file.stem}-{key}"
         if not final.is_dir():  # or nothing needs to be written, and the disk may be read-only
-            with files.to(final):
+            with files.about(final):
                 final.parent.mkdir(parents=True, exist_ok=True)
                 with open(final.with_name(f".{final.name}.lock"), "w") as lock:
                     with suppress(ImportError):  # Windows has no such locks; elsewhere the first rank unpacks
@@ -339,7 +339,7 @@ def unpack(file: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path, 
 
                         fcntl.flock(lock, fcntl.LOCK_EX)
                     if not final.is_dir():
-                        with files.whole(final) as temporary:
+                        with files.atomic(final) as temporary:
                             (temporary / "images").mkdir(parents=True)
                             _write(_rows(sources, bar), temporary, file.name)
         return final / "records.jsonl", final / "images" if any((final / "images").iterdir()) else None

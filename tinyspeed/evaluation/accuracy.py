@@ -44,6 +44,6 @@ def held_out(model: DualSpeed, recipe: Recipe, bar: bool = True) -> tuple[float,
     """Accuracy on the recipe's evaluation pictures, on full tokens (as at inference) and on pruned ones."""
     pictures = digits.Digits(recipe.data.eval_pictures, 1, "eval", recipe.run.seed, digits.canvas_of(recipe))
     pruned = Plan("fast", keep=recipe.dualspeed.keep)
-    name = precision.choose(recipe.model.precision, model.device)
+    name = precision.resolve(recipe.model.precision, model.device)
     with precision.autocast(name, model.device):  # what trained is fp32, beside weights in half precision
         return accuracy(model, pictures, Plan("full"), bar=bar), accuracy(model, pictures, pruned, bar=bar)

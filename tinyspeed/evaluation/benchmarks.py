@@ -156,9 +156,9 @@ def run(
     # Every picture is looked for before the first question, and not found missing after hours.
     paths = [q.image and images.inside(image_folder, q.image, f"{task} question {q.id}") for q in rest]
     progress = tqdm(total=len(questions), initial=len(predictions), desc=task, unit="question", disable=not bar)
-    with files.lines(out) as log, progress:
+    with files.appending(out) as log, progress:
         for question, path in zip(rest, paths, strict=True):
-            pictures = [images.load(path, f"{task} question {question.id}")] if path else []
+            pictures = [images.decode(path, f"{task} question {question.id}")] if path else []
             prediction = ask(pictures, question.text)
             log(_line({"id": question.id, "prompt": question.text, "prediction": prediction}))
             predictions[question.id] = prediction
@@ -176,9 +176,9 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
     """What was predicted already; `out` then ends with it, and no longer with half a line."""
     held = out.read_bytes() if out.exists() else b""
     if header.startswith(held):  # nothing yet, or half a header
-        with files.to(out):
+        with files.about(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(out) as temporary:
+        with files.atomic(out) as temporary:
             temporary.write_bytes(header)
         return {}
     if not held.startswith(header):
@@ -192,7 +192,7 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
         raise UserError(f"{out} is damaged, delete it to begin anew: {error!r}") from error
     if [id for id, _ in done] != [question.id for question in questions[: len(done)]]:
         raise UserError(f"{out} is damaged, delete it to begin anew: its lines are not the questions in their order")
-    with files.to(out):
+    with files.about(out):
         os.truncate(out, len(whole))
     return dict(done)
 

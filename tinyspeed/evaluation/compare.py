@@ -39,7 +39,7 @@ def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = Tru
     for arm, made in arms.items():
         _check(arm, made)
     folder = folder_of(recipe)
-    with files.to(folder):
+    with files.about(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         return _compare(recipe, folder, seeds, arms, bar)
@@ -47,13 +47,13 @@ def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = Tru
 
 def _check(arm: str, recipe: Recipe) -> None:
     """What a run would refuse when its turn comes, perhaps hours from now."""
-    run_folder.check_sources(recipe)
+    run_folder.require_sources(recipe)
     sizes = recipe.digits
     layers = loading.config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
     try:
         for stage, _ in recipe.stages():
             schedules.schedule_of(recipe, stage, layers)
-        answer_gate.check(recipe, sizes.pictures)
+        answer_gate.require_some_skipping(recipe, sizes.pictures)
     except UserError as error:
         raise UserError(f"arm {arm!r}: {error}") from error
 
@@ -68,7 +68,7 @@ def _compare(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], 
         todo.append((seed, home, {arm: made for arm, made in every.items() if not _measured(made)}))
     for seed, home, missing in todo:
         if missing and not recipe.model.path:
-            with files.to(home):
+            with files.about(home):
                 home.mkdir(exist_ok=True)
             sizes = recipe.digits
             digits.prepare(
@@ -111,8 +111,8 @@ def _measured(recipe: Recipe) -> bool:
 
 def _run(recipe: Recipe, arm: str, bar: bool) -> int | None:
     """Measure one arm; the signal that ended it early, if one did."""
-    with files.to(recipe.folder):
-        files.clear(recipe.folder)  # of an arm that was cut off: its seconds would not be whole
+    with files.about(recipe.folder):
+        files.delete(recipe.folder)  # of an arm that was cut off: its seconds would not be whole
     trained = train(recipe, bar=bar)
     if trained.stopped_by is not None:
         return trained.stopped_by

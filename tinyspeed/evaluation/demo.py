@@ -55,7 +55,7 @@ def _results(recipe: Recipe, result: Result) -> str:
 
 def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) -> Path:
     pixels, _ = digits.picture(np.random.default_rng([seed, 7]), "eval", canvas)
-    with files.whole(path) as temporary:
+    with files.atomic(path) as temporary:
         Image.fromarray(pixels).convert("RGB").save(temporary, format="PNG")
     return path
 

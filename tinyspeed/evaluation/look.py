@@ -221,7 +221,7 @@ def encode(
         raise UserError(f"the plugin {asking[0]!r} needs what a LLaVA's projector reads: give a LLaVA as tower")
     heard, family = {}, families.family(model) if llava else None
     for name in asking:
-        signals.check(family, name)
+        signals.require_signals(family, name)
     needs = {signal for name in asking for signal in pruning.needs(name)}
     if llava and plugins is None:
         needs = {*signals.gives(family)}
@@ -269,11 +269,11 @@ def _preprocess(picture: Image.Image, tower: str, vision, kind: str) -> tuple[di
 
 @contextmanager
 def _loading(tower: str) -> Iterator[None]:
-    from ..models.loading import told  # not before: it imports transformers, and a picture's own pixels need none
+    from ..models.loading import explaining  # not before: it imports transformers, and a picture's own pixels need none
 
     if not Path(tower).is_dir() and (tower.startswith((".", "/", "~")) or tower.count("/") > 1):
         raise UserError(f"there is no model folder {tower}; give one, or a hub id like openai/clip-vit-large-patch14")
-    with told(f"cannot load a vision tower from {tower}"), _quiet():
+    with explaining(f"cannot load a vision tower from {tower}"), _quiet():
         yield
 
 

@@ -84,7 +84,7 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
 
 def _check(tensor: Tensor, name: str, base: str) -> None:
     """What was trained is finite, or it would not have been saved; not so the base, nor what is too large for fp16."""
-    if found := finite.first([(name, tensor)]):
+    if found := finite.first_bad([(name, tensor)]):
         why = f"what was trained is too large for {tensor.dtype}, or {base} has it so"
         raise UserError(f"nothing was exported, it would not be finite: {found}; {why}")
 

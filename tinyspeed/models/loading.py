@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # peft brings bitsandbytes and torch's compiler along: two se
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
 
-def load(
+def load_model(
     path: str,
     precision: str = "fp32",
     *,
@@ -84,7 +84,7 @@ def load(
         )
     elif quantise != "none":
         raise unknown("quantisation", quantise, ("none", "nf4"))
-    with told(f"cannot load the model {path}"):
+    with explaining(f"cannot load the model {path}"):
         model, found = AutoModelForImageTextToText.from_pretrained(
             where, **how, trust_remote_code=False, output_loading_info=True
         )
@@ -109,7 +109,7 @@ def only_safetensors(path: str | Path) -> None:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
+def explaining(what: str) -> Iterator[None]:
     """Whatever goes wrong in here becomes one line. Of a broken folder transformers raises nearly anything."""
     try:
         yield
@@ -153,7 +153,7 @@ def config(path: str):
     where = _where(path)
     if where in published.KNOWN and not _downloaded(path):
         return published.KNOWN[path]()
-    with told(f"cannot load the configuration of {path}"):
+    with explaining(f"cannot load the configuration of {path}"):
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
 
 
@@ -183,7 +183,7 @@ def load_processor(path: str):
     shape = config(path)
     if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
         raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
-    with told(f"{path} has no usable processor beside its model"):
+    with explaining(f"{path} has no usable processor beside its model"):
         processor = AutoProcessor.from_pretrained(_where(path), trust_remote_code=False)
     facts = {
         "patch_size": shape.vision_config.patch_size,
@@ -201,7 +201,7 @@ def load_processor(path: str):
 
 def _check_processor(path: str, processor, shape) -> None:
     """That what it makes of a text and of a picture is what the model takes."""
-    with told(f"{path} has no usable processor beside its model"):
+    with explaining(f"{path} has no usable processor beside its model"):
         ids, image = processor.tokenizer.get_vocab().values(), processor.image_token
         image_id = processor.tokenizer.convert_tokens_to_ids(image)
         pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
@@ -323,7 +323,7 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         return folder
     for part in (llm, tower):
         only_safetensors(part)
-    with told(f"cannot load {llm} or {tower}"):
+    with explaining(f"cannot load {llm} or {tower}"):
         text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
         vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
@@ -371,7 +371,7 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         num_additional_image_tokens=1,  # CLS
         chat_template=TEMPLATE,
     )
-    with files.whole(folder) as temporary:
+    with files.atomic(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         checkpoint.built(temporary, "parts.json", made)

@@ -24,7 +24,7 @@ from ..util.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose(name: str, device: torch.device) -> str:
+def resolve(name: str, device: torch.device) -> str:
     """What "auto" means on this device; anything else is what it says."""
     if name == "bf16" and device.type == "cuda" and not _has_bf16(device):
         raise UserError(f'{torch.cuda.get_device_name(device)} has no bf16: set model.precision = "fp16", or "auto"')

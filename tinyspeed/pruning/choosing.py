@@ -33,7 +33,7 @@ class Chooser(nn.Module):
 
     def __init__(self, vlm: Family, name: str, keep: float, seed: int):
         super().__init__()
-        signals.check(vlm, name)
+        signals.require_signals(vlm, name)
         self.vlm, self.name, self.seed = vlm, name, seed
         self.learned = pruning.make(name, vlm.hidden_size, pruning.keep_count(keep, vlm.most_rows), seed)
 
@@ -42,7 +42,7 @@ class Chooser(nn.Module):
         if name != self.name:
             if self.learned or pruning.learned(name):
                 raise UserError(f"{self.name!r} and {name!r}: a learned plugin is the same in all stages")
-            signals.check(self.vlm, name)
+            signals.require_signals(self.vlm, name)
             self.name = name
 
     @property

@@ -27,7 +27,7 @@ KNOWN = ("cls_attention", "keys", "tower")
 ATTENDED = ("cls_attention", "keys")  # which need the tower to run
 
 
-def check(vlm: Family, plugin: str) -> None:
+def require_signals(vlm: Family, plugin: str) -> None:
     """Refuse a plugin whose signals this model cannot give."""
     given = gives(vlm)
     missing = [signal for signal in pruning.needs(plugin) if signal not in given]

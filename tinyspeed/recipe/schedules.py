@@ -13,7 +13,7 @@ from ..util.errors import unknown
 from . import Recipe
 
 
-def build(kind: str, *, slow: float, keep: float, distill: float, seed: int, gap: float) -> Schedule:
+def by_name(kind: str, *, slow: float, keep: float, distill: float, seed: int, gap: float) -> Schedule:
     """The schedule that a recipe names."""
     if kind == "full":
         return FullSchedule()
@@ -34,7 +34,7 @@ def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
     fast = stage == "align" and (d.schedule != "full" or recipe.sts.compress)
     _, keep = recipe.pruning(stage)
     kind = "fast" if fast else d.schedule
-    return build(kind, slow=d.slow, keep=keep, distill=d.distill, seed=recipe.run.seed, gap=d.gap)
+    return by_name(kind, slow=d.slow, keep=keep, distill=d.distill, seed=recipe.run.seed, gap=d.gap)
 
 
 def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:

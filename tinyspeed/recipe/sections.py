@@ -18,10 +18,10 @@ from ..adaptive import AdaptiveSchedule
 from ..regate import Settings as RegateSettings
 from ..scheduler import KINDS, Plan
 from ..util import paths
-from ..util.errors import UserError, unknown, within
-from ..util.errors import among as _among
-from ..util.errors import check as _check
-from .sts_section import Sts
+from ..util.errors import UserError, require_range, unknown
+from ..util.errors import require as _check
+from ..util.errors import require_known as _among
+from .sts_section import StsSection
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTISATIONS = ("none", "nf4")
@@ -32,7 +32,7 @@ BUILT_IN = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSection:
     name: str = "run"
     folder: str = "runs"  # where runs/NAME is made
     seed: int = 0
@@ -47,12 +47,12 @@ class Run:
         good = good and not paths.CONTROL.search(self.name) and len(self.name.encode()) <= 200
         _check(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
         _check(0 <= self.seed < 2**32, f"run.seed = {self.seed}: must be between 0 and 2**32 - 1")
-        within(self, "run.", threads=(0, 1024), save_every=(1, LARGEST), keep_checkpoints=(1, LARGEST))
+        require_range(self, "run.", threads=(0, 1024), save_every=(1, LARGEST), keep_checkpoints=(1, LARGEST))
         _among("run.device", self.device, ("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSection:
     path: str = ""  # hub id or folder; empty: the embedded default's tiny LLaVA is built, and its tower trained
     tower: str = ""  # or from parts: a CLIP tower, an LLM and a new projector become a LLaVA
     llm: str = ""
@@ -67,13 +67,13 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraSection:
     rank: int = 0  # 0: no adapters, the LLM is trained in full
     alpha: float = 0.0  # 0 = twice the rank
     dropout: float = 0.05
 
     def __post_init__(self):
-        within(self, "lora.", rank=(0, 2**16), alpha=(0, 10**9))
+        require_range(self, "lora.", rank=(0, 2**16), alpha=(0, 10**9))
         _check(self.rank > 0 or not self.alpha, "lora.alpha is given: set lora.rank too")
         _check(0 <= self.dropout < 1, f"lora.dropout = {self.dropout}: must be between 0 and 1")
 
@@ -84,7 +84,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataSection:
     kind: str = "digits"  # the embedded default, or "chat": conversations about pictures of your own
     turns: int = 6  # digits: questions a picture, in training
     eval_pictures: int = 1000  # digits: pictures evaluated, one question each
@@ -102,14 +102,14 @@ class Data:
         _among("data.kind", self.kind, ("digits", "chat"))
         _among("data.template", self.template, ("chat", "plain"))
         _among("data.too_long", self.too_long, ("error", "cut"))
-        within(self, "data.", turns=(1, LARGEST), eval_pictures=(1, LARGEST), max_rows=(0, LARGEST))
-        within(self, "data.", workers=(0, LARGEST), feature_cache_gb=(0, 10**9))
+        require_range(self, "data.", turns=(1, LARGEST), eval_pictures=(1, LARGEST), max_rows=(0, LARGEST))
+        require_range(self, "data.", workers=(0, LARGEST), feature_cache_gb=(0, 10**9))
         _check(self.kind == "chat" or not self.file, 'data.file is given: set data.kind = "chat" too')
         _check(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
 
 
 @dataclass(frozen=True)
-class Digits:
+class DigitsSection:
     """The embedded default's pictures, and the sizes of its model."""
 
     side: int = 12  # a picture is side x side cells, each a visual token; 24 gives 576 as LLaVA-1.5 has
@@ -122,8 +122,8 @@ class Digits:
     tower_steps: int = 500
 
     def __post_init__(self):
-        within(self, "digits.", side=(1, 96), pictures=(1, LARGEST), tower_steps=(1, LARGEST))
-        within(self, "digits.", width=(1, 8192), tower_width=(1, 8192), layers=(1, 128), tower_layers=(1, 128))
+        require_range(self, "digits.", side=(1, 96), pictures=(1, LARGEST), tower_steps=(1, LARGEST))
+        require_range(self, "digits.", width=(1, 8192), tower_width=(1, 8192), layers=(1, 128), tower_layers=(1, 128))
         for name in ("width", "tower_width"):
             _check(getattr(self, name) % 8 == 0, f"digits.{name} = {getattr(self, name)}: must be a multiple of 8")
         _check(self.regions in (2, 3, 4), f"digits.regions = {self.regions}: must be 2, 3 or 4")
@@ -136,7 +136,7 @@ class Digits:
 
 
 @dataclass(frozen=True)
-class DualSpeed:
+class DualSpeedSection:
     plugin: str = "divprune"
     keep: float = 0.1  # share of visual rows on fast steps
     schedule: str = "bernoulli"  # "bernoulli", "periodic", "adaptive", "fast" (pruned-only), "full" (ordinary training)
@@ -158,7 +158,7 @@ class DualSpeed:
         if self.schedule == "adaptive":
             AdaptiveSchedule(self.slow, self.keep, self.distill)  # refuses what it cannot follow
         # A temperature beyond: fp32 cannot hold the logits, or their differences.
-        within(self, "dualspeed.", isolator=(0, 4096), temperature=(0.01, 100))
+        require_range(self, "dualspeed.", isolator=(0, 4096), temperature=(0.01, 100))
         defaults = type(self)
         if (self.plugin, self.positions, self.layout) != (defaults.plugin, defaults.positions, defaults.layout):
             from .. import pruning, rows  # here, for they import torch: other mistakes are named without it
@@ -169,7 +169,7 @@ class DualSpeed:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageSection:
     steps: int = 0  # optimizer steps; 0 = as many as `epochs` ask for
     epochs: float = 0.0
     batch: int = 32  # samples an optimizer step
@@ -184,9 +184,13 @@ class Stage:
     checkpointing: str = "auto"  # recompute activations: "on", "off", or "auto": where they would not fit
 
     def __post_init__(self):
-        within(self, "", steps=(0, 10**9), epochs=(0, 10**6), batch=(1, 10**6), row_budget=(0, LARGEST), warmup=(0, 1))
+        require_range(
+            self, "", steps=(0, 10**9), epochs=(0, 10**6), batch=(1, 10**6), row_budget=(0, LARGEST), warmup=(0, 1)
+        )
         _check(self.lr > 0, f"lr = {self.lr}: must be above 0")
-        within(self, "", lr=(0, 10), connector_lr=(0, 10), weight_decay=(0, 10**9))  # a step moves a weight by lr
+        require_range(
+            self, "", lr=(0, 10), connector_lr=(0, 10), weight_decay=(0, 10**9)
+        )  # a step moves a weight by lr
         left = 1 - max(self.lr, self.connector_lr) * self.weight_decay
         _check(left > 0, f"weight_decay = {self.weight_decay}: a step leaves {left:.3g} of a weight; set it lower")
         _check(self.clip > 0, f"clip = {self.clip}: must be above 0")
@@ -199,7 +203,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Scale:
+class ScaleSection:
     """How `scale` spreads a run over processes; `tinyspeed` itself reads none of it."""
 
     shard: int = 0  # ranks that share one copy of the model; 0 = all. 8: every node of 8 GPUs holds a copy (HSDP)
@@ -210,22 +214,24 @@ class Scale:
     timeout: float = 600.0  # seconds without progress after which a rank says so and all stop
 
     def __post_init__(self):
-        within(self, "scale.", shard=(0, LARGEST), window=(1, 10_000), check_every=(1, LARGEST), timeout=(1, 10**7))
+        require_range(
+            self, "scale.", shard=(0, LARGEST), window=(1, 10_000), check_every=(1, LARGEST), timeout=(1, 10**7)
+        )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    run: Run = field(default_factory=Run)
-    model: Model = field(default_factory=Model)
-    lora: Lora = field(default_factory=Lora)
-    data: Data = field(default_factory=Data)
-    digits: Digits = field(default_factory=Digits)
-    dualspeed: DualSpeed = field(default_factory=DualSpeed)
-    sts: Sts = field(default_factory=Sts)
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    data: DataSection = field(default_factory=DataSection)
+    digits: DigitsSection = field(default_factory=DigitsSection)
+    dualspeed: DualSpeedSection = field(default_factory=DualSpeedSection)
+    sts: StsSection = field(default_factory=StsSection)
     regate: RegateSettings = field(default_factory=RegateSettings)
-    align: Stage = field(default_factory=Stage)
-    train: Stage = field(default_factory=Stage)
-    scale: Scale = field(default_factory=Scale)
+    align: StageSection = field(default_factory=StageSection)
+    train: StageSection = field(default_factory=StageSection)
+    scale: ScaleSection = field(default_factory=ScaleSection)
 
     def __post_init__(self):
         tunes, aligns = (bool(stage.steps or stage.epochs) for stage in (self.train, self.align))
@@ -245,7 +251,7 @@ class Recipe:
         _check(slow < 1 or not self.sts.skip, "sts.skip: with dualspeed.slow = 1 every step runs every layer")
         _check(self.regate.keep == 1 or tunes, "regate.keep: answers are skipped in tuning; set train.steps")
         plugins = sorted({self.pruning(name)[0] for name, _ in self.stages()})
-        if plugins != [DualSpeed.plugin]:
+        if plugins != [DualSpeedSection.plugin]:
             from .. import pruning
 
             asking = [name for name in plugins if "cls_attention" in pruning.needs(name)]
@@ -262,7 +268,7 @@ class Recipe:
     def folder(self) -> Path:
         return paths.expanded(self.run.folder) / self.run.name
 
-    def stages(self) -> list[tuple[str, Stage]]:
+    def stages(self) -> list[tuple[str, StageSection]]:
         """The stages that run, with the name under which `loading.set_trainable` knows them."""
         return [(name, s) for name, s in (("align", self.align), ("train", self.train)) if s.steps or s.epochs]
 
@@ -345,10 +351,10 @@ def _absolute(recipe: Recipe) -> Recipe:
     it was must not be taken for a model of that name on the hub."""
     for path in (recipe.run.folder, recipe.run.cache):
         paths.expanded(path)
-    model = {name: paths.whole(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
-    data = {name: paths.whole(getattr(recipe.data, name)) for name in ("file", "images")}
-    dual = {"isolator_from": paths.whole(recipe.dualspeed.isolator_from)}
-    gate = {"reference": paths.whole(recipe.regate.reference)}
+    model = {name: paths.absolute(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
+    data = {name: paths.absolute(getattr(recipe.data, name)) for name in ("file", "images")}
+    dual = {"isolator_from": paths.absolute(recipe.dualspeed.isolator_from)}
+    gate = {"reference": paths.absolute(recipe.regate.reference)}
     changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
     return dataclasses.replace(
         recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}

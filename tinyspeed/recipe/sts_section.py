@@ -7,11 +7,11 @@ where every pruning plugin works: `compress` is the share of rows that one keeps
 
 from dataclasses import dataclass
 
-from ..util.errors import among, check
+from ..util.errors import require, require_known
 
 
 @dataclass(frozen=True)
-class Sts:
+class StsSection:
     skip: float = 0.0  # share of the LLM's layers that a step of `train` leaves out; 0 = none
     layers: str = "random"  # which: "random", deeper ones more often, or "influence": those that change answers least
     protect_first: int = 1  # layers that always run
@@ -22,16 +22,16 @@ class Sts:
 
     def __post_init__(self):
         for name in ("skip", "compress"):
-            check(0 <= getattr(self, name) <= 1, f"sts.{name} = {getattr(self, name)}: must be between 0 and 1")
+            require(0 <= getattr(self, name) <= 1, f"sts.{name} = {getattr(self, name)}: must be between 0 and 1")
         for name in ("protect_first", "protect_last", "every"):
-            check(getattr(self, name) >= 0, f"sts.{name} = {getattr(self, name)}: must not be negative")
-        check(
+            require(getattr(self, name) >= 0, f"sts.{name} = {getattr(self, name)}: must not be negative")
+        require(
             not self.skip or self.every != 1, "sts.every = 1: every step would run every layer, and sts.skip skip none"
         )
-        check(bool(self.compress) or not self.compressor, "sts.compressor is given: set sts.compress too")
+        require(bool(self.compress) or not self.compressor, "sts.compressor is given: set sts.compress too")
         if self.layers != type(self).layers or self.compressor:
             from .. import pruning, sts  # here, for they import torch
 
-            among("sts.layers", self.layers, sts.CHOICES)
+            require_known("sts.layers", self.layers, sts.CHOICES)
             if self.compressor:
-                among("sts.compressor", self.compressor, pruning.names())
+                require_known("sts.compressor", self.compressor, pruning.names())

@@ -26,7 +26,7 @@ from .batching import Order
 from .reference import Reference
 
 
-def check(recipe: Recipe, samples: int) -> None:
+def require_some_skipping(recipe: Recipe, samples: int) -> None:
     """That some step will skip answers, if they are to be skipped."""
     settings, stage = recipe.regate, recipe.train
     if settings.keep == 1:
@@ -57,7 +57,7 @@ class Gate:
         seen = sorted({order[position] for position in range(-(-drawn // window) * window)})
         settings, losses, self.reference = recipe.regate, None, ""  # what the losses are of
         if settings.reference:
-            name = precision.choose(recipe.model.precision, device)
+            name = precision.resolve(recipe.model.precision, device)
             folder = paths.expanded(recipe.run.cache) / "reference"
             reference = Reference(settings.reference, base, source, seen, name, folder)
             losses, self.reference = reference.losses(device), reference.content

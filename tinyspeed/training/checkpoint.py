@@ -35,25 +35,25 @@ _OURS = re.compile(r"tensors[-\w]*\.safetensors")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    with files.whole(path) as temporary:
+    with files.atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
     """Write the checkpoint of `step`, then delete all but the newest `keep`."""
-    if found := unfit(tensors.items(), state):
+    if found := not_finite(tensors.items(), state):
         raise refusal(step, found)
     try:
         temporary = begin(folder, step)
         return finish(temporary, state, write(temporary, tensors), keep)
     except BaseException:
-        files.remove(unnamed(folder, step))  # half of one would keep a full disk full
+        files.remove(temporary_folder_of(folder, step))  # half of one would keep a full disk full
         raise
 
 
-def unfit(tensors: Iterable[tuple[str, Tensor]], state: dict) -> str | None:
+def not_finite(tensors: Iterable[tuple[str, Tensor]], state: dict) -> str | None:
     """What of a checkpoint must not be saved, since it is not finite: a run that goes on from there is lost."""
-    return finite.first(tensors) or finite.number(state)
+    return finite.first_bad(tensors) or finite.bad_number(state)
 
 
 def refusal(step: int, found: str) -> UserError:
@@ -62,21 +62,21 @@ def refusal(step: int, found: str) -> UserError:
     )
 
 
-def named(folder: Path, step: int) -> Path:
+def folder_of(folder: Path, step: int) -> Path:
     """The checkpoint of `step`, which is complete if it is there."""
     return folder / f"step-{step:08d}"
 
 
-def unnamed(folder: Path, step: int) -> Path:
+def temporary_folder_of(folder: Path, step: int) -> Path:
     """The same while it is written."""
     return folder / f".tmp-step-{step:08d}"
 
 
 def begin(folder: Path, step: int) -> Path:
     """An empty folder for the checkpoint of `step`, under its temporary name."""
-    temporary = unnamed(folder, step)
-    with files.to(named(folder, step)):
-        files.clear(temporary)
+    temporary = temporary_folder_of(folder, step)
+    with files.about(folder_of(folder, step)):
+        files.delete(temporary)
         temporary.mkdir(parents=True)
     return temporary
 
@@ -88,7 +88,7 @@ def write(
     Returns the file's name with its fingerprint."""
     path = temporary / TENSORS.replace("tensors.", f"tensors{part}.")
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with files.to(_final(temporary) / path.name):
+    with files.about(_final(temporary) / path.name):
         save_file(here, path, metadata={"rows": json.dumps(rows or {})})
         files.flush(path)
     return {path.name: [*fingerprint(path)]}
@@ -98,10 +98,10 @@ def finish(temporary: Path, state: dict, written: dict[str, list[int]], keep: in
     """When all files are written: the state beside them, and the final name."""
     final = _final(temporary)
     state = {**state, "step": int(final.name.rpartition("-")[2]), "files": written}
-    with files.to(final / STATE):
+    with files.about(final / STATE):
         (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")
         files.flush(temporary / STATE)
-    with files.to(final):
+    with files.about(final):
         temporary.rename(final)
         files.flush(final.parent)
     prune(final.parent, keep)
@@ -112,7 +112,7 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep`. Each loses its name first: a part of one must not look like a whole one."""
     for old in _complete(folder)[:-keep]:
         with suppress(OSError):  # what cannot be deleted must not end the run
-            files.clear(old.rename(old.with_name(f".tmp-{old.name}")))
+            files.delete(old.rename(old.with_name(f".tmp-{old.name}")))
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def only_one(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows: nothing stops a second one there
         yield
         return
-    with files.to(folder / ".lock"):
+    with files.about(folder / ".lock"):
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     with lock:
         try:
@@ -181,7 +181,7 @@ class Saved(Mapping[str, Tensor]):
         return self._finite(name, self._parts[name][0][2].get_tensor(name))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if found := finite.first([(name, tensor)]):
+        if found := finite.first_bad([(name, tensor)]):
             raise UserError(
                 f"checkpoint {self._folder} is not finite: {found}; delete the folder to resume from the one before it"
             )
@@ -206,17 +206,17 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{STATE} holds {name}")
 
 
-def load(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
+def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
     """Tensors and state of one checkpoint; a damaged one is an error that says so. `mine`: which of the files this
     process checks, where several share that."""
-    with sound(path):
+    with reading(path):
         if not (path / STATE).is_file():
             raise ValueError(f"{STATE} is not there, or no file")
         written = json.loads((path / STATE).read_text(encoding="utf-8"), parse_constant=_no_number)
         state = written["state"]
         if written["crc32"] != _crc(state):
             raise ValueError(f"{STATE} is not what was written")
-        if named(path.parent, state["step"]).name != path.name:
+        if folder_of(path.parent, state["step"]).name != path.name:
             raise ValueError(f"it is the checkpoint of step {state['step']}")
         if strange := [name for name in state["files"] if not _OURS.fullmatch(name)]:
             raise ValueError(f"{strange[0]!r} is no file of a checkpoint")
@@ -232,7 +232,7 @@ BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, Recursion
 
 
 @contextmanager
-def sound(path: Path | str) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong while a checkpoint is read: it is damaged."""
     try:
         yield
@@ -245,12 +245,12 @@ def sound(path: Path | str) -> Iterator[None]:
         ) from error
 
 
-def whole(tensor: Tensor) -> tuple[Tensor, int]:
+def unsharded(tensor: Tensor) -> tuple[Tensor, int]:
     """What this process has of a tensor, and its first row: all of it."""
     return tensor, 0
 
 
-def fill(tensors: dict[str, Tensor], saved: Saved, local: Callable[[Tensor], tuple[Tensor, int]] = whole) -> None:
+def fill(tensors: dict[str, Tensor], saved: Saved, local: Callable[[Tensor], tuple[Tensor, int]] = unsharded) -> None:
     """Copy what was saved into these tensors; all must be there."""
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -328,7 +328,7 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     names: dict[Tensor, str],
     saved: Saved,
-    local: Callable[[Tensor], tuple[Tensor, int]] = whole,
+    local: Callable[[Tensor], tuple[Tensor, int]] = unsharded,
 ) -> None:
     """The reverse; the state of every parameter must be there already (see `optimizer.py`)."""
     current = optimizer_tensors(optimizer, names)

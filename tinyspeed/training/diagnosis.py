@@ -40,17 +40,17 @@ class Seen:
 
 
 @contextmanager
-def named(run) -> Iterator[None]:
+def naming_the_step(run) -> Iterator[None]:
     """A number that makes a step of this `StageRun` impossible becomes an error that says which step it was."""
     run.seen = Seen()
     try:
         yield
     except NotFinite as error:
         if error.image is None:
-            said, mend = str(error), again(run)
+            said, mend = str(error), go_on(run)
         else:  # from within a micro-batch's forward, so that its place is still free
             run.seen.features.append([torch.tensor(0.0)] * error.image + [torch.tensor(math.nan)])
-            _, said, mend = whose(run)
+            _, said, mend = find_cause(run)
         raise UserError(f"{_step(run)}: {said}. Stopped before the optimizer used it. {mend}") from error
 
 
@@ -66,32 +66,32 @@ def _step(run) -> str:
     return f"step {run.totals.steps + 1} ({', '.join(filter(None, (run.seen.mode, run.name)))})"
 
 
-def again(run) -> str:
+def go_on(run) -> str:
     """Whether it was a fault of the machine or of the recipe, the second time tells."""
     once = "Resume the run, what was saved is good"
     return f"{once}; if it stops here again, start a new run with a lower {run.name}.lr"
 
 
-def whose(run) -> tuple[int, str, str]:
+def find_cause(run) -> tuple[int, str, str]:
     """How far from the beginning of the above; what it is; how to mend it."""
     for place, find in enumerate(ORDER):
         if found := find(run):
             return place, *found
     names = [*MEASURED, *(f"influence of layer {i}" for i in range(len(run.seen.numbers)))]
     bad = [f"{names[i]} is {n}" for i, n in enumerate(run.seen.numbers) if not math.isfinite(n)]
-    return len(ORDER), ", ".join(bad), again(run)
+    return len(ORDER), ", ".join(bad), go_on(run)
 
 
 def _weight(run) -> tuple[str, str] | None:
-    found = finite.first((name, run._local(p)[0]) for p, name in run.names.items())
+    found = finite.first_bad((name, run._local(p)[0]) for p, name in run.names.items())
     if run.totals.steps:
-        return found and (f"the weight {found}", again(run))
+        return found and (f"the weight {found}", go_on(run))
     return found and (f"the weight {found}", "Resume the run; if it stops here again, copy the base model again")
 
 
 def _frozen(run) -> tuple[str, str] | None:
     trained = {*run.names.values()}
-    found = finite.first((name, run._local(p)[0]) for name, p in _numbers(run.model) if name not in trained)
+    found = finite.first_bad((name, run._local(p)[0]) for name, p in _numbers(run.model) if name not in trained)
     return found and (f"the weight {found}", "It does not train, and is as the base model has it: copy that again")
 
 
@@ -116,14 +116,14 @@ def _loss(run) -> tuple[str, str] | None:
     for part, loss in zip(run.seen.parts, run.seen.losses, strict=False):
         if not math.isfinite(loss):
             more = f" and {len(part) - SHOWN} more" * (len(part) > SHOWN)
-            return f"the loss of {', '.join(map(run.source.where, part[:SHOWN]))}{more} ({float(loss)})", again(run)
+            return f"the loss of {', '.join(map(run.source.where, part[:SHOWN]))}{more} ({float(loss)})", go_on(run)
     return None
 
 
 def _moment(run) -> tuple[str, str] | None:
     every = ((name, tensor) for name, tensor in run._tensors().items() if name.startswith("optimizer/"))
-    found = finite.first((name.removeprefix("optimizer/"), run._local(tensor)[0]) for name, tensor in every)
-    return found and ("the optimizer's {} of {}".format(*found.split("/", 1)), again(run))
+    found = finite.first_bad((name.removeprefix("optimizer/"), run._local(tensor)[0]) for name, tensor in every)
+    return found and ("the optimizer's {} of {}".format(*found.split("/", 1)), go_on(run))
 
 
 def _gradients(run) -> list[tuple[str, Tensor]]:
@@ -131,8 +131,8 @@ def _gradients(run) -> list[tuple[str, Tensor]]:
 
 
 def _gradient(run) -> tuple[str, str] | None:
-    found = finite.first(_gradients(run))
-    return found and (f"the gradient of {found}", again(run))
+    found = finite.first_bad(_gradients(run))
+    return found and (f"the gradient of {found}", go_on(run))
 
 
 def _too_large(run) -> tuple[str, str] | None:
@@ -140,7 +140,7 @@ def _too_large(run) -> tuple[str, str] | None:
     if not run.seen.numbers or math.isfinite(run.seen.numbers[0]):
         return None
     name, _ = max(_gradients(run), key=lambda one: one[1].abs().sum())
-    return f"the gradients are too large, that of {name} most", again(run)
+    return f"the gradients are too large, that of {name} most", go_on(run)
 
 
 ORDER = (_weight, _frozen, _picture, _loss, _moment, _gradient, _too_large)

@@ -30,7 +30,7 @@ from ..data import loader
 from ..data.examples import Source
 from ..dualspeed import DualSpeed, Output
 from ..models import attention, loading, memory, precision
-from ..recipe import Recipe, Stage
+from ..recipe import Recipe, StageSection
 from ..recipe.schedules import schedule_of
 from ..scheduler import Plan
 from ..util import files, finite, malloc, provenance
@@ -38,7 +38,7 @@ from ..util.errors import NotFinite, UserError, counted
 from . import checkpoint, diagnosis, optimizer
 from .answer_gate import Gate
 from .batching import Order, cut, plan_rows
-from .run_folder import LOG, fingerprint, logged
+from .run_folder import LOG, fingerprint, log_fingerprint
 
 PATIENCE = 5.0  # seconds that the probe may go on measuring
 
@@ -70,10 +70,17 @@ class StageRun:
     processes = 1
 
     def __init__(
-        self, recipe: Recipe, model: DualSpeed, source: Source, name: str, number: int, stage: Stage, totals: Totals
+        self,
+        recipe: Recipe,
+        model: DualSpeed,
+        source: Source,
+        name: str,
+        number: int,
+        stage: StageSection,
+        totals: Totals,
     ):
         if model.device.type == "cpu":
-            malloc.keep()
+            malloc.keep_freed_memory()
         self.recipe, self.model, self.source = recipe, model, source
         self.name, self.number, self.stage, self.totals = name, number, stage, totals
         self.steps = stage.total(len(source))
@@ -87,9 +94,9 @@ class StageRun:
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         connector = {id(p) for p in [*model.vlm.connector(), *model.only_training.values()]}
         its, others = ([p for p in self.names if (id(p) in connector) == among] for among in (True, False))
-        self.optimizer = optimizer.build(stage, its, others)
+        self.optimizer = optimizer.make_optimizer(stage, its, others)
         self.order = Order(len(source), recipe.run.seed + number)
-        self.precision = precision.choose(recipe.model.precision, model.device)
+        self.precision = precision.resolve(recipe.model.precision, model.device)
         self.scale = precision.LossScale.of(self.precision)
         self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
         self.rows_that_fit = self._rows_that_fit()
@@ -118,17 +125,17 @@ class StageRun:
         on_cuda = self.model.device.type == "cuda"
         # What a worker has ready is a micro-batch: of a step of its own, at the most.
         workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
-        batches = loader.load(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
+        batches = loader.batches(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
         with (
-            loader.watched(),
+            loader.explaining_crashes(),
             closing(batches),
-            files.lines(folder / LOG if self.lead else Path(os.devnull)) as log,
+            files.appending(folder / LOG if self.lead else Path(os.devnull)) as log,
             tqdm(
                 total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
             ) as line,
         ):
             for step in range(self.first, self.steps):
-                with diagnosis.named(self):
+                with diagnosis.naming_the_step(self):
                     entry = self._step(step, batches, full_seconds_per_row)
                 log(json.dumps(entry).encode() + b"\n")
                 note = " skipped" if entry["skipped"] else ""
@@ -141,7 +148,7 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once: a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # no checkpoint of steps that a power cut takes from the log
-                        with files.to(folder / LOG):
+                        with files.about(folder / LOG):
                             files.flush(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
@@ -245,11 +252,11 @@ class StageRun:
 
     def _norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Of these, and the size of what the optimizer reads beside them."""
-        beside = finite.size(self._local(t)[0] for t in optimizer.read(self.optimizer))
+        beside = finite.norm(self._local(t)[0] for t in optimizer.tensors_read(self.optimizer))
         return torch.nn.utils.get_total_norm(gradients), beside
 
     def _whose(self) -> tuple[int, str, str]:
-        return diagnosis.whose(self)
+        return diagnosis.find_cause(self)
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
         """Clip, check that everything is finite, step. Numbers for the log, and whether the step was left out."""
@@ -271,7 +278,7 @@ class StageRun:
 
     def _step(self, step: int, batches: Iterator[dict[str, Tensor]], full_seconds_per_row: float | None) -> dict:
         began = time.perf_counter()
-        if found := finite.number({"schedule": self.model.schedule.state_dict(), "scale": self.scale.state_dict()}):
+        if found := finite.bad_number({"schedule": self.model.schedule.state_dict(), "scale": self.scale.state_dict()}):
             raise NotFinite(f"the state of {found}")
         plan = self.model.schedule.plan(step)
         self.seen = diagnosis.Seen(plan.mode)
@@ -309,7 +316,7 @@ class StageRun:
         device, seconds, plan = self.model.device, math.inf, Plan("full")
         on_cuda = [device] if device.type == "cuda" else []
         samples, rows = next(self._parts(0, plan))
-        batch = next(loader.load(self.source, [samples], self.pad))
+        batch = next(loader.batches(self.source, [samples], self.pad))
         with torch.random.fork_rng(on_cuda):
             try:
                 begins = time.perf_counter()
@@ -338,7 +345,7 @@ class StageRun:
         longest = max(range(len(rows)), key=rows.__getitem__)
         share = math.ceil(self.stage.batch / self.processes)
         samples = next(cut([rows[longest]] * share, self.stage.row_budget))
-        batch = next(loader.load(self.source, [[longest] * len(samples)], self.pad))
+        batch = next(loader.batches(self.source, [[longest] * len(samples)], self.pad))
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
@@ -377,7 +384,7 @@ class StageRun:
             "data": self.source.fingerprint,
             "reference": self.gate.reference if self.gate else "",
             "threads": torch.get_num_threads(),
-            "log": logged(self.recipe.folder) if self.lead else (0, 0),
+            "log": log_fingerprint(self.recipe.folder) if self.lead else (0, 0),
         }
 
     def restore(self, saved: checkpoint.Saved, state: dict) -> None:
@@ -388,13 +395,13 @@ class StageRun:
         checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
         checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
         checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)
-        with checkpoint.sound(f"of step {state['step']}"):
+        with checkpoint.reading(f"of step {state['step']}"):
             self.model.schedule.load_state_dict(state["schedule"])
             self.scale.load_state_dict(state["scale"])
         self._go_on_drawing(saved)
         self.first = state["stage_step"]
 
-    _local = staticmethod(checkpoint.whole)  # what this process has of a tensor
+    _local = staticmethod(checkpoint.unsharded)  # what this process has of a tensor
 
     def _go_on_drawing(self, saved: checkpoint.Saved) -> None:
         torch.set_rng_state(saved["rng/cpu"])

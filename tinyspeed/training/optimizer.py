@@ -15,12 +15,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..recipe import Stage
+from ..recipe import StageSection
 from ..util.errors import UserError
 from .checkpoint import CONSTANT
 
 
-def build(stage: Stage, connector: list[Tensor], others: list[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(stage: StageSection, connector: list[Tensor], others: list[Tensor]) -> torch.optim.Optimizer:
     """Projector and isolator learn at `connector_lr`, the others at `lr`."""
     # An isolator without rows has nothing to learn, and cannot be sharded, so it cannot be stepped with what is.
     connector, others = ([p for p in group if p.numel()] for group in (connector, others))
@@ -47,7 +47,7 @@ def build(stage: Stage, connector: list[Tensor], others: list[Tensor]) -> torch.
     return optimizer
 
 
-def read(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def tensors_read(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What steps read beside gradients: every weight that trains and what is remembered of it, as far as that is
     numbers. Of 8-bit moments these are the scales of their blocks."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -55,7 +55,7 @@ def read(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return weights + [of for of in beside if isinstance(of, Tensor) and of.is_floating_point()]
 
 
-def learning_rate(stage: Stage, step: int, steps: int) -> float:
+def learning_rate(stage: StageSection, step: int, steps: int) -> float:
     """The share of the learning rate at this step: linear warm-up, then half a cosine down to zero."""
     warm = math.ceil(stage.warmup * steps)
     if step < warm:

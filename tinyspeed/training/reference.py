@@ -68,9 +68,9 @@ class Reference:
         if missing:
             self._check_context()
             model = self._load(device)
-            with files.to(self.folder):
+            with files.about(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            files.sweep(self.folder.parent.glob("*/.*.tmp"))
+            files.remove_stale(self.folder.parent.glob("*/.*.tmp"))
             for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
                 found[number] = self._make(model, parts[number])
                 self._write(number, found[number])
@@ -102,14 +102,14 @@ class Reference:
         return losses
 
     def _write(self, number: int, losses: np.ndarray) -> None:
-        with files.whole(self._file(number), cached=True) as temporary:
+        with files.atomic(self._file(number), cached=True) as temporary:
             temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, self._label(losses)))
 
     def _label(self, losses: np.ndarray) -> dict[str, str]:
         return {"key": self.key, "crc32": f"{zlib.crc32(losses.tobytes()):08x}"}
 
     def _check_context(self) -> None:
-        with loading.told(f"regate.reference: cannot load {self.path}"):
+        with loading.explaining(f"regate.reference: cannot load {self.path}"):
             context = AutoConfig.from_pretrained(self.files, trust_remote_code=False).max_position_embeddings
         longest = max(text + sum(visual) for text, visual, _ in map(self.source.lengths, self.samples))
         if longest > context:
@@ -121,7 +121,7 @@ class Reference:
     def _load(self, device: torch.device) -> nn.Module:
         loading.only_safetensors(self.files)
         how = {"dtype": DTYPES[self.precision], "use_safetensors": True}
-        with loading.told(f"regate.reference: cannot load {self.path}"):
+        with loading.explaining(f"regate.reference: cannot load {self.path}"):
             model = AutoModelForCausalLM.from_pretrained(self.files, **how, trust_remote_code=False)
         return model.to(device).eval()
 
@@ -165,7 +165,7 @@ def _files(path: str) -> str:
     found = paths.model(path)
     if isinstance(found, Path):
         return str(found)
-    with loading.told(f"regate.reference: cannot download {path}"):
+    with loading.explaining(f"regate.reference: cannot download {path}"):
         return snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"])
 
 
@@ -185,7 +185,7 @@ def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _tokens(path: str, files: str, processor) -> Tensor:
     """(V,) the reference's id of each of the student's tokens: its own, or pad."""
-    with loading.told(f"regate.reference: {path} has no usable tokenizer"):
+    with loading.explaining(f"regate.reference: {path} has no usable tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(files, trust_remote_code=False)
     ours, its = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
     special = {*processor.tokenizer.all_special_tokens, *processor.tokenizer.get_added_vocab()}

@@ -334,9 +334,9 @@ def save(fig, out: Path | str) -> Path:
     """Write a Figure where the user wants it, in the format that the file's name asks for."""
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     try:
-        with files.to(out):
+        with files.about(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-        with files.whole(out) as temporary:
+        with files.atomic(out) as temporary:
             fig.savefig(temporary, dpi=DPI, format=out.suffix[1:])
     except UserError:
         raise

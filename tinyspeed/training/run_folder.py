@@ -40,7 +40,7 @@ PLACES = {
 }
 
 
-def check_sources(recipe: Recipe) -> None:
+def require_sources(recipe: Recipe) -> None:
     """That what the run is made from is there."""
     if recipe.model.path:
         paths.model(recipe.model.path)
@@ -52,12 +52,12 @@ def check_sources(recipe: Recipe) -> None:
         paths.conversations(recipe.data.file, recipe.data.images)
 
 
-def check(recipe: Recipe, resume: bool) -> None:
+def require_free_or_resumable(recipe: Recipe, resume: bool) -> None:
     """That the run may begin, or go on, in its folder."""
     folder = recipe.folder
     if resume and not folder.is_dir():
         raise UserError(f"there is no run to resume in {folder}")
-    there = begun(folder)
+    there = has_begun(folder)
     if there and not resume:
         raise UserError(f"{folder} holds a run already: --resume continues it, and --set run.name=NAME begins another")
     if there and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
@@ -69,7 +69,7 @@ def check(recipe: Recipe, resume: bool) -> None:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
 
 
-def begun(folder: Path) -> bool:
+def has_begun(folder: Path) -> bool:
     """Whether a run in this folder has taken a step: then it can go on, and nothing else can begin there."""
     from . import checkpoint  # here, for it imports torch
 
@@ -88,7 +88,7 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
     ]
 
 
-def logged(folder: Path) -> tuple[int, int]:
+def log_fingerprint(folder: Path) -> tuple[int, int]:
     """Size and CRC-32 of the log so far; of one that somebody has deleted, of nothing."""
     from . import checkpoint
 
@@ -125,12 +125,12 @@ def fingerprint(recipe: Recipe) -> str:
 @contextmanager
 def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
     """The run's folder, with its recipe in it, for this process alone."""
-    check(recipe, resume)
+    require_free_or_resumable(recipe, resume)
     from . import checkpoint
 
     folder = recipe.folder
     new = not folder.is_dir()
-    with files.to(folder):
+    with files.about(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     with checkpoint.only_one(folder):
         try:

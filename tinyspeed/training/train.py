@@ -76,7 +76,7 @@ def finish(recipe: Recipe) -> None:
     if not (recipe.folder / "model").is_dir():
         saved, _ = _newest(recipe)
         discarded = [name for name in saved if only_training(name)]
-        with files.whole(recipe.folder / paths.ISOLATOR) as temporary:
+        with files.atomic(recipe.folder / paths.ISOLATOR) as temporary:
             isolator.save({name.removeprefix("model/"): saved[name] for name in discarded}, temporary)
         export(recipe, recipe.folder / "model")
 
@@ -88,7 +88,7 @@ def dry_run(recipe: Recipe) -> tuple[Source, list[dict]]:
     """
     set_threads(recipe)
     model, source = build(of_all_answers(recipe))
-    answer_gate.check(recipe, len(source))
+    answer_gate.require_some_skipping(recipe, len(source))
     return source, list(rehearsals(of_all_answers(recipe), model, source))
 
 
@@ -129,7 +129,7 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
             f"its weights will be right, but not bit-identical to an uninterrupted run",
             file=sys.stderr,
         )
-    with files.whole(folder / run_folder.LOG) as temporary:
+    with files.atomic(folder / run_folder.LOG) as temporary:
         temporary.write_bytes(run_folder.log_until(folder, state) if state else b"")
     model = base(recipe)
     known = {"seed": recipe.run.seed, "base": model, "revision": loading.revision(model)}
@@ -139,25 +139,25 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
 def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
     """The wrapped model and the training examples of a recipe."""
     source = None
-    run_folder.check_sources(recipe)
+    run_folder.require_sources(recipe)
     place(recipe)
     if recipe.data.kind == "chat":  # first: its mistakes show before a large model is loaded
         source = _conversations(recipe)
     if recipe.regate.keep < 1:
-        answer_gate.check(recipe, len(source or digits.of(recipe)))
+        answer_gate.require_some_skipping(recipe, len(source or digits.from_recipe(recipe)))
     if recipe.regate.reference:  # also first: two models need not fit side by side
-        answer_gate.Gate(recipe, source or digits.of(recipe), place(recipe)[0], base(recipe))
+        answer_gate.Gate(recipe, source or digits.from_recipe(recipe), place(recipe)[0], base(recipe))
     model = build_model(recipe)
     if source is not None and recipe.data.feature_cache_gb and len(source.visual):
         _keep_features(recipe, model, source)
     if source is None:
         digits.check_model(model.model, base(recipe), digits.canvas_of(recipe))
-        source = digits.of(recipe)
+        source = digits.from_recipe(recipe)
     return model, source
 
 
 def _conversations(recipe: Recipe) -> conversations.Conversations:
-    source = conversations.of(recipe, base(recipe))
+    source = conversations.from_recipe(recipe, base(recipe))
     list_skipped(recipe, source)
     return source
 
@@ -172,7 +172,7 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
 
 
 def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations) -> None:
-    name = precision.choose(recipe.model.precision, model.device)
+    name = precision.resolve(recipe.model.precision, model.device)
     folder, most = paths.expanded(recipe.run.cache) / "features", recipe.data.feature_cache_gb * feature_cache.GB
     prepare = source.processor.image_processor
     source.features = feature_cache.Features(folder, model.vlm, prepare, name)
@@ -182,7 +182,7 @@ def _keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conve
 def build_model(recipe: Recipe) -> DualSpeed:
     """The base model with adapters and isolator."""
     device, name = place(recipe)
-    plain = loading.load(base(recipe), name, quantise=recipe.model.quantise, device=device)
+    plain = loading.load_model(base(recipe), name, quantise=recipe.model.quantise, device=device)
     return wrap(recipe, plain)
 
 
@@ -205,7 +205,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
         seed=recipe.run.seed,
     )
     if settings.isolator_from:
-        isolator.load(model.only_training, paths.isolator(settings.isolator_from))
+        isolator.load_into(model.only_training, paths.isolator(settings.isolator_from))
     return model
 
 
@@ -223,7 +223,7 @@ def base(recipe: Recipe) -> str:
 def place(recipe: Recipe) -> tuple[torch.device, str]:
     """Where the model runs, and in which precision."""
     device = device_of(recipe.run.device)
-    return device, precision.choose(recipe.model.precision, device)
+    return device, precision.resolve(recipe.model.precision, device)
 
 
 def device_of(name: str) -> torch.device:
@@ -246,14 +246,14 @@ def _newest(recipe: Recipe) -> tuple[checkpoint.Saved, dict]:
     newest = checkpoint.newest(recipe.folder / "checkpoints")
     if newest is None:
         raise UserError(f"{recipe.folder} has no checkpoint yet")
-    saved, state = checkpoint.load(newest)
+    saved, state = checkpoint.read(newest)
     check_state(recipe, newest, state)
     return saved, state
 
 
 def check_state(recipe: Recipe, path: Path, state: dict) -> None:
     """That a checkpoint is of this run, and says where in it."""
-    with checkpoint.sound(path):
+    with checkpoint.reading(path):
         totals = Totals(**state["totals"])
         size, crc = state["log"]
         whole = [totals.steps, totals.rows, totals.rows_full, size, crc]
@@ -273,7 +273,7 @@ def check_state(recipe: Recipe, path: Path, state: dict) -> None:
 
 
 @contextmanager
-def opened(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, ProcessorMixin, str]]:
+def open_model(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, ProcessorMixin, str]]:
     """The model of a run, or of any folder or hub id, with its processor and a name for it, ready to answer."""
     if paths.is_run(path):
         recipe = of_run(path)
@@ -282,8 +282,8 @@ def opened(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, Process
         called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
     else:
         name, processor, called = "auto", loading.load_processor(path), path
-        model = loading.load(path, precision.choose(name, device_of(device)), device=device_of(device))
-    with precision.autocast(precision.choose(name, model.device), model.device):  # a run has fp32 beside bf16
+        model = loading.load_model(path, precision.resolve(name, device_of(device)), device=device_of(device))
+    with precision.autocast(precision.resolve(name, model.device), model.device):  # a run has fp32 beside bf16
         yield model.eval(), processor, called
 
 
@@ -297,7 +297,7 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
     if adapter_only and not lora.rank:
         raise UserError("this run has no adapter (lora.rank = 0): export the whole model")
     saved, _ = _newest(recipe)
-    with files.whole(out) as temporary:
+    with files.atomic(out) as temporary:
         if adapter_only:
             save_adapter(saved, loading.lora_config(**asdict(lora)), base(recipe), temporary)
         else:

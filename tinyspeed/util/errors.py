@@ -52,21 +52,21 @@ def unknown(kind: str, name: str, known: Iterable[str], before: str = "") -> Use
     return UserError(f"unknown {kind} {before + str(name)!r}; {hint}")
 
 
-def check(good: bool, what: str) -> None:
+def require(good: bool, what: str) -> None:
     if not good:
         raise UserError(what)
 
 
-def among(kind: str, name: str, known: Iterable[str]) -> None:
+def require_known(kind: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise unknown(kind, name, known)
 
 
-def within(settings: object, section: str, **bounds: tuple[float, float]) -> None:
+def require_range(settings: object, section: str, **bounds: tuple[float, float]) -> None:
     """That these numbers are such as a machine could do, both ends included."""
     for name, (least, most) in bounds.items():
         value = getattr(settings, name)
-        check(not value < 0, f"{section}{name} = {value}: must not be negative")
-        check(value < math.inf, f"{section}{name} = {value}: must not be infinite, nor no number")
-        check(least <= value, f"{section}{name} = {value}: must be at least {least:,}")
-        check(value <= most, f"{section}{name} = {value}: must be at most {most:,}")
+        require(not value < 0, f"{section}{name} = {value}: must not be negative")
+        require(value < math.inf, f"{section}{name} = {value}: must not be infinite, nor no number")
+        require(least <= value, f"{section}{name} = {value}: must be at least {least:,}")
+        require(value <= most, f"{section}{name} = {value}: must be at most {most:,}")

@@ -37,13 +37,13 @@ class DiskError(UserError):
     then = "give the same command again"
 
     def __init__(self, path: Path | str, number: int):
-        super().__init__(f"cannot write {path}: {os.strerror(number)}; {MENDS[number]}")
+        super().__init__(f"cannot write {path}: {os.strerror(errno_of)}; {MENDS[errno_of]}")
 
     def __str__(self) -> str:
         return f"{super().__str__()}, then {self.then}"
 
 
-def number(error: BaseException) -> int | None:
+def errno_of(error: BaseException) -> int | None:
     """The system's number of what a disk said; None if it is something else. An error from Rust has it in its text."""
     found = error.errno if isinstance(error, OSError) else None
     if not isinstance(error, OSError | UserError) and (said := re.search(r"\(os error (\d+)\)", str(error))):
@@ -52,27 +52,27 @@ def number(error: BaseException) -> int | None:
 
 
 @contextmanager
-def to(path: Path | str) -> Iterator[None]:
+def about(path: Path | str) -> Iterator[None]:
     """Whatever a disk refuses in here is about this path."""
     try:
         yield
     except Exception as error:
-        if (said := number(error)) is None:
+        if (said := errno_of(error)) is None:
             raise
         raise DiskError(path, said) from error
 
 
 @contextmanager
-def whole(path: Path, *, cached: bool = False) -> Iterator[Path]:
+def atomic(path: Path, *, cached: bool = False) -> Iterator[Path]:
     """A name to write a file or a folder to, which then gets its own. `cached`: it can be made again, so that it need
     not survive a power cut, and other processes may be making the same."""
     target = path.resolve()  # a link stays one
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp" if cached else f".{target.name}.tmp")
-    with to(path):
+    with about(path):
         if target.exists() and not (target.is_file() or target.is_dir()):  # /dev/null must not become a file
             yield target
             return
-        clear(temporary)  # of a killed process
+        delete(temporary)  # of a killed process
         try:
             yield temporary
             if not cached:
@@ -86,14 +86,14 @@ def whole(path: Path, *, cached: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def lines(path: Path) -> Iterator[Callable[[bytes], None]]:
+def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
     """A function that adds a line to a file; when it returns, the system has it and no signal takes it away."""
-    with to(path):
+    with about(path):
         file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below, where an error is about the path again)
 
     def add(line: bytes) -> None:
         before = file.tell()
-        with to(path):
+        with about(path):
             try:
                 while line:  # a disk that is nearly full takes a part, and says no to the rest
                     line = line[file.write(line) :]
@@ -105,11 +105,11 @@ def lines(path: Path) -> Iterator[Callable[[bytes], None]]:
     try:
         yield add
     finally:
-        with to(path):
+        with about(path):
             file.close()
 
 
-def sweep(halves: Iterable[Path]) -> None:
+def remove_stale(halves: Iterable[Path]) -> None:
     """Take away what killed processes have left half-written in a cache; a living one's is seconds old."""
     for half in halves:
         with suppress(OSError):
@@ -120,10 +120,10 @@ def sweep(halves: Iterable[Path]) -> None:
 def remove(path: Path) -> None:
     """A file or a folder, if it is there and can be taken away."""
     with suppress(OSError):
-        clear(path)
+        delete(path)
 
 
-def clear(path: Path) -> None:
+def delete(path: Path) -> None:
     """The same of what is in the way: where it cannot be taken away, the disk says why."""
     if path.is_dir():
         shutil.rmtree(path)

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 
-def size(tensors: Iterable[Tensor]) -> Tensor:
+def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Of nothing, 0. Whole numbers are finite, and left out. The squares of what is beyond 1e19 overflow: weights and
     moments of such a size are as lost as infinite ones. (To find the largest entry takes a CPU twenty times as long.)
     """
     return torch.nn.utils.get_total_norm([t for t in tensors if t.is_floating_point()])
 
 
-def each(tensors: Iterable[Tensor]) -> list[Tensor]:
+def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The size of each."""
     return [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in tensors]
 
 
-def first(named: Iterable[tuple[str, Tensor]]) -> str | None:
+def first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
     for name, tensor in named:
-        if math.isfinite(size([tensor])):  # as nearly always, and this takes no memory
+        if math.isfinite(norm([tensor])):  # as nearly always, and this takes no memory
             continue
         bad = tensor.detach()[~tensor.detach().isfinite()]
         if len(bad):
@@ -39,8 +39,11 @@ def first(named: Iterable[tuple[str, Tensor]]) -> str | None:
     return None
 
 
-def number(state: object, name: str = "") -> str | None:
+def bad_number(state: object, name: str = "") -> str | None:
     if isinstance(state, dict | list | tuple):
         inside = state.items() if isinstance(state, dict) else enumerate(state)
-        return next(filter(None, (number(value, f"{name}.{key}" if name else str(key)) for key, value in inside)), None)
+        return next(
+            filter(None, (bad_number(value, f"{name}.{key}" if name else str(key)) for key, value in inside)),
+            None,
+        )
     return f"{name} is {state}" if isinstance(state, float) and not math.isfinite(state) else None

@@ -13,7 +13,7 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt(3)
 KEEP, DEFAULT = (0, 2**31 - 1), (65536, 128 * 1024)
 
 
-def keep(on: bool = True) -> bool:
+def keep_freed_memory(on: bool = True) -> bool:
     """Keep what is freed from now on, in this process, or give it back again. Whether the C library could be told."""
     try:
         mallopt = ctypes.CDLL(None).mallopt

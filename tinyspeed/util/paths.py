@@ -24,7 +24,7 @@ def expanded(path: str | Path) -> Path:
         raise UserError(f"{path}: there is no such user here, and ~ is a user's folder") from error
 
 
-def whole(path: str) -> str:
+def absolute(path: str) -> str:
     """The whole path of what is there; anything else as it is: it may be a hub id, or a mistake that is named later."""
     found = expanded(path)
     try:

@@ -85,7 +85,7 @@ class Part:
 
     def answer(self, folder: Path) -> str:
         processor = loading.load_processor(str(folder))
-        model = loading.load(str(folder))
+        model = loading.load_model(str(folder))
         return ask.answer(model, processor, [self.picture], "What is it?", max_new_tokens=2)
 
     def bytes(self, draw: random.Random, folder: Path) -> tuple[str, bool]:

@@ -111,7 +111,7 @@ class Part:
             if known:  # by its header and end alone, before training: decoding it is too late
                 images.size(path, WHERE)
                 try:
-                    images.load(path, WHERE)
+                    images.decode(path, WHERE)
                 except UserError as error:
                     raise AssertionError(f"what is cut is found only when it is decoded: {error}") from error
             got = both(path)
@@ -241,7 +241,7 @@ class Part:
 
 def both(path: Path, oracle: bool = True) -> np.ndarray:
     """The pixels, by ours and by Pillow alone; and the size that was told before."""
-    size, picture = images.size(path, WHERE), images.load(path, WHERE)
+    size, picture = images.size(path, WHERE), images.decode(path, WHERE)
     assert (picture.mode, picture.size) == ("RGB", size), f"{picture.mode} {picture.size}, and {size} was told"
     got = np.asarray(picture)
     if oracle:

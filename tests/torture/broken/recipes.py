@@ -154,11 +154,11 @@ class Part:
             dualspeed=dataclasses.replace(made.dualspeed, isolator_from=""), **stages,
         )  # fmt: skip
         core.place(made)
-        model, source = core.build_model(made), digits.of(made)
+        model, source = core.build_model(made), digits.from_recipe(made)
         for number, (name, stage) in enumerate(made.stages()):
             run = StageRun(made, model, source, name, number, stage, Totals())
             run._announce()
-            batches = loader.load(source, run._ahead(), run.pad)
+            batches = loader.batches(source, run._ahead(), run.pad)
             entries = [run._step(step, batches, None) for step in range(run.steps)]
             assert [entry["step"] for entry in entries] == [1, 2, 3]
             assert all(math.isfinite(entry["loss"]) for entry in entries)

@@ -19,7 +19,7 @@ from torture.broken import mangle
 from torture.broken.trial import Case
 
 from tinyspeed.data.conversations import Conversations
-from tinyspeed.recipe import Data
+from tinyspeed.recipe import DataSection
 from tinyspeed.rows import IGNORE
 
 ROWS = (tiny.SIDE // tiny.PATCH) ** 2  # of a picture
@@ -51,7 +51,7 @@ class Part:
         file = self.home / made.name
         file.write_bytes(made.content)
         skip, cut = draw.random() < 0.5, draw.random() < 0.2
-        data = Data(
+        data = DataSection(
             kind="chat",
             file=str(file),
             images=str(self.home / "images"),
@@ -91,7 +91,7 @@ class Part:
             note.append(what)
         return Written(f"a.{'jsonl' if lines else 'json'}", content, plainly(content), "; ".join(note))
 
-    def read(self, data: Data, made: Written, looks: bool) -> None:
+    def read(self, data: DataSection, made: Written, looks: bool) -> None:
         source = Conversations(data, self.processor, self.home / "cache", bar=False)
         count = len(source.records)
         assert len(source) + len(source.bad) == count > 0, "records vanish"
@@ -109,7 +109,7 @@ class Part:
                 pictures = 0 if example.pixel_values is None else len(example.pixel_values)
                 assert pictures == len(source.lengths(i)[1]), "a picture is lost"
 
-    def compare(self, data: Data, source: Conversations, i: int, raw: object) -> None:
+    def compare(self, data: DataSection, source: Conversations, i: int, raw: object) -> None:
         assert raw is not None, "a record was read where there is no JSON"
         assert not repeated(raw), "of a key that is there twice one value is lost"
         ids, labels = source.text(i)
@@ -170,7 +170,7 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def expected(data: Data, raw: dict) -> tuple[str, str, int]:
+def expected(data: DataSection, raw: dict) -> tuple[str, str, int]:
     """What the model sees of a record, what it learns, white space left out; and how many pictures."""
     key = "conversations" if raw.get("conversations") is not None else "messages"
     given = raw["image"] if raw.get("image") is not None else raw.get("images")

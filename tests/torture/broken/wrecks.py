@@ -282,7 +282,7 @@ class Part:
 
     def open(self, made: recipe.Recipe, folder: Path) -> None:
         step = newest(folder).name
-        with core.opened(str(folder), "cpu") as (model, _, _):
+        with core.open_model(str(folder), "cpu") as (model, _, _):
             got, want = model.state_dict(), self.exported(step)
         mine = {merged(name): tensor for name, tensor in got.items()}
         for name, tensor in want.items():
@@ -291,7 +291,7 @@ class Part:
     def isolator(self, made: recipe.Recipe, folder: Path) -> None:
         want = load_file(self.home / "kept" / "whole" / "isolator.safetensors")
         got = {name: torch.zeros_like(tensor) for name, tensor in want.items()}
-        isolator.load(got, paths.isolator(str(folder)))
+        isolator.load_into(got, paths.isolator(str(folder)))
         assert all(torch.equal(got[name], want[name]) for name in want), "another isolator"
 
     def exported(self, step: str) -> dict[str, torch.Tensor]:
