@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _taken(found: list[dict], ranks: int) -> str:
-    from tinyspeed.training.report import table
+    from tinyspeed.util.tables import table
 
     rows = [
         [

@@ -20,9 +20,9 @@ from transformers.utils import logging
 from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import conversations, digits
 from tinyspeed.data.examples import Source
-from tinyspeed.models import loading, precision
+from tinyspeed.models import loading, precision, trainable
 from tinyspeed.recipe import Recipe
-from tinyspeed.training import answer_gate, checkpoint, report, run_folder
+from tinyspeed.training import answer_gate, checkpoint, report, run_folder, stopping
 from tinyspeed.training import train as core
 from tinyspeed.training.loop import Totals
 from tinyspeed.util.errors import counted
@@ -56,7 +56,7 @@ def train(made: Recipe, world: World) -> int | None:
         if world.leads:
             stack.enter_context(run_folder.claimed(made, resume=made.folder.is_dir()))
         source = _source(made, world)
-        stop = stack.enter_context(core.stop_requested(quiet=not world.leads))
+        stop = stack.enter_context(stopping.stop_requested(quiet=not world.leads))
         totals, stopped = _stages(made, world, mesh, source, stop)
         if world.leads and totals.steps:
             report.draw_run(made.folder)
@@ -184,7 +184,7 @@ def build(made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: chec
     else:
         plain = loading.skeleton(path, name)
     model = core.wrap(made, plain)
-    loading.set_trainable(model.model, stage)
+    trainable.set_trainable(model.model, stage)
     if before is not None:
         here = {f"model/{n}": p for n, p in model.named_parameters() if not p.is_meta}
         checkpoint.fill({n: p for n, p in here.items() if n in before}, before)

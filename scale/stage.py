@@ -24,11 +24,10 @@ from torch.distributed.tensor import DTensor
 from tinyspeed import UserError
 from tinyspeed.dualspeed import Output
 from tinyspeed.models import memory
-from tinyspeed.rows import IGNORE
+from tinyspeed.rows import IGNORE, plan_rows
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import checkpoint, diagnosis
 from tinyspeed.training.answer_gate import Gate
-from tinyspeed.training.batching import plan_rows
 from tinyspeed.training.loop import StageRun
 
 from .dealing import Alike, deal

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
-from tinyspeed.training.batching import Order, cut, plan_rows
+from tinyspeed.training.batching import Order, cut
 
 rows_lists = st.lists(st.integers(1, 3000), min_size=1, max_size=40)
 

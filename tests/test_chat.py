@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from tinyspeed import UserError
 from tinyspeed.data.chat import Chat
 from tinyspeed.data.records import IMAGE, Turn
-from tinyspeed.models import loading
+from tinyspeed.models import assembling
 from tinyspeed.rows import IGNORE
 
 # What the templates of the hub write, in fewer words. `BOS` begins with the first token, as Mistral's own has it.
@@ -45,7 +45,7 @@ ONEVISION = (
 )
 TEMPLATES = {
     "hub": tiny.CHAT_TEMPLATE, "vicuna": VICUNA, "mistral": MISTRAL, "slip": SLIP, "bos": BOS, "chatml": CHATML,
-    "onevision": ONEVISION, "parts": loading.TEMPLATE,
+    "onevision": ONEVISION, "parts": assembling.TEMPLATE,
 }  # fmt: skip
 IM = ("chatml", "onevision")  # those with <|im_end|>
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from scale.dealing import WINDOW, Alike, deal
 from tinyspeed.data.llava_mix import mix
+from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
-from tinyspeed.training.batching import Order, cut, plan_rows
+from tinyspeed.training.batching import Order, cut
 
 rows_lists = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 ranks = st.integers(1, 12)

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 from scale import world
-from tinyspeed import UserError, cli, isolator, recipe
+from tinyspeed import UserError, cli, recipe
 from tinyspeed.data import records
-from tinyspeed.training import checkpoint, report, run_folder, train
-from tinyspeed.util import files
+from tinyspeed.models import isolator_file
+from tinyspeed.training import checkpoint, run_folder, train
+from tinyspeed.util import files, plots
 
 resource = pytest.importorskip("resource")  # not on Windows
 FULL = Path("/dev/full")
@@ -40,7 +41,7 @@ LARGE = {"a": torch.zeros(50_000)}
 WRITERS = {
     "text": lambda path: path.write_text("x" * 200_000),
     "safetensors": lambda path: save_file(LARGE, path),
-    "isolator": lambda path: isolator.save(LARGE, path),
+    "isolator": lambda path: isolator_file.save(LARGE, path),
     "a model": lambda path: tiny.model("llava").save_pretrained(path),
     "a folder": lambda path: (path.mkdir(), WRITERS["text"](path / "large")),
     "a tokenizer": lambda path: (path.mkdir(), _large_tokenizer().save(str(path / "tokenizer.json"))),
@@ -107,7 +108,7 @@ def test_a_link_and_a_device_stay_what_they_are(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     for name in ("link", "pipe"):
-        checkpoint.write_atomically(tmp_path / name, "new")
+        files.write_atomically(tmp_path / name, "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "new"
     assert os.read(reader, 10) == b"new"
@@ -166,12 +167,12 @@ def test_half_a_checkpoint_is_taken_away(tmp_path, small_files):
 
 
 def test_a_picture_that_cannot_be_written_is_a_matter_of_the_disk(tmp_path, small_files):
-    fig = report.figure(30, 30)
+    fig = plots.figure(30, 30)
     fig.add_subplot().imshow(torch.rand(300, 300))
     with pytest.raises(files.DiskError, match=r"report\.png"):
-        report.save(fig, tmp_path / "report.png")
+        plots.save(fig, tmp_path / "report.png")
     with pytest.raises(UserError, match=r"ends in \.png"):
-        report.save(fig, tmp_path / "report.what")
+        plots.save(fig, tmp_path / "report.what")
     assert not [*tmp_path.iterdir()]
 
 

@@ -17,7 +17,7 @@ from scale import __main__
 from scale.dealing import WINDOW, Alike
 from scale.planner import hardware, plan
 from tinyspeed import UserError, recipe
-from tinyspeed.models import loading, memory
+from tinyspeed.models import assembling, loading, memory
 from tinyspeed.models.memory import GIB, Settings
 from tinyspeed.models.published import clip, vicuna
 
@@ -166,7 +166,7 @@ def test_the_prompt_is_llavas_own(name):
         {"role": "user", "content": [{"type": "image"}, *part("What is it?")]},
         {"role": "assistant", "content": part("A wren.")},
     ]
-    assert jinja2.Template(loading.TEMPLATE).render(messages=chat, eos_token="</s>") == (
+    assert jinja2.Template(assembling.TEMPLATE).render(messages=chat, eos_token="</s>") == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT: A wren.</s>"
     )

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.models import export, loading, precision
+from tinyspeed.models import assembling, export, loading, lora, precision, trainable
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import train
 
@@ -96,9 +96,9 @@ def test_4_bit_weights_are_near_the_real_ones_and_no_forward_changes_them(tmp_pa
 
 @pytest.mark.parametrize("name", KINDS)
 def test_training_in_4_bits_reaches_adapters_projector_and_isolator_and_nothing_else(base, name):
-    net = loading.add_lora(loading.load_model(base, name, quantise="nf4"), rank=4, dropout=0.1)
+    net = lora.add_lora(loading.load_model(base, name, quantise="nf4"), rank=4, dropout=0.1)
     model = DualSpeed(net, keep=0.3).train()
-    loading.set_trainable(net, "train")
+    trainable.set_trainable(net, "train")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for plan in (Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
@@ -121,7 +121,7 @@ def test_training_in_4_bits_reaches_adapters_projector_and_isolator_and_nothing_
 
 
 def test_adapters_sit_on_the_llms_linear_layers_alone(base):
-    net = loading.add_lora(loading.load_model(base), rank=4)
+    net = lora.add_lora(loading.load_model(base), rank=4)
     adapted = {n for n, m in net.get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert len(adapted) == 7 * 3
     assert all(n.startswith("model.language_model.layers.") for n in adapted)
@@ -131,7 +131,7 @@ def test_new_adapters_change_nothing_and_are_drawn_by_seed(base):
     batch = tiny.batch(kind(base))
     plain = loading.load_model(base).eval()
     state = torch.get_rng_state()
-    one, same, other = (loading.add_lora(loading.load_model(base), rank=4, seed=seed).eval() for seed in (1, 1, 2))
+    one, same, other = (lora.add_lora(loading.load_model(base), rank=4, seed=seed).eval() for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers are shifted"
     assert torch.equal(one(**batch).logits, plain(**batch).logits)
     a, b, c = ({n: p for n, p in net.named_parameters() if "lora_A" in n} for net in (one, same, other))
@@ -145,7 +145,7 @@ def test_new_adapters_change_nothing_and_are_drawn_by_seed(base):
 
 def train_a_little(net: nn.Module, base: str) -> nn.Module:
     """Move everything that trains, adapters' B included, far from where it began."""
-    loading.set_trainable(net, "train")
+    trainable.set_trainable(net, "train")
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -174,7 +174,7 @@ def test_a_model_trained_in_full_is_written_as_its_base_was(base, tmp_path):
 
 
 def test_a_merged_model_is_the_trained_model(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
     export.merge(saved(net), 2.0, base, tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     batch = tiny.batch(kind(base))
@@ -189,10 +189,10 @@ def test_a_merged_model_is_the_trained_model(base, tmp_path):
 
 
 def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, tmp_path):
-    four = train_a_little(loading.add_lora(loading.load_model(base, quantise="nf4"), rank=4), base)
+    four = train_a_little(lora.add_lora(loading.load_model(base, quantise="nf4"), rank=4), base)
     export.merge(saved(four), 2.0, base, tmp_path / "out")
-    whole = loading.add_lora(loading.load_model(base), rank=4)
-    loading.set_trainable(whole, "train")
+    whole = lora.add_lora(loading.load_model(base), rank=4)
+    trainable.set_trainable(whole, "train")
     assert learned(four)
     unexpected = whole.load_state_dict(learned(four), strict=False).unexpected_keys
     assert not unexpected
@@ -215,7 +215,7 @@ def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tm
     model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
     files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
     assert len(files) > 2
-    net = train_a_little(loading.add_lora(loading.load_model(str(tmp_path / "base"), "bf16"), rank=4), base)
+    net = train_a_little(lora.add_lora(loading.load_model(str(tmp_path / "base"), "bf16"), rank=4), base)
     export.merge(saved(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
@@ -227,7 +227,7 @@ def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tm
 
 
 def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
     small = tiny.model(kind(base), layers=2)
     small.save_pretrained(tmp_path / "small")
     with pytest.raises(UserError, match="not the model that was trained"):
@@ -236,7 +236,7 @@ def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
 
 def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
     """Of fp16, what is too large for it; and what the base has so."""
-    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
     tensors = saved(net)
     name = next(n for n in tensors if "projector" in n and n.endswith("weight"))
     tensors[name] = tensors[name].clone().fill_(1e6)
@@ -254,8 +254,8 @@ def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
 
 
 def test_an_adapter_alone_carries_the_projector_too(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
-    export.save_adapter(saved(net), loading.lora_config(4), base, tmp_path / "adapter")
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
+    export.save_adapter(saved(net), lora.lora_config(4), base, tmp_path / "adapter")
     again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "adapter").eval()
     batch = tiny.batch(kind(base))
     assert torch.equal(again(**batch).logits, net(**batch).logits)
@@ -272,7 +272,7 @@ def parts(tmp_path_factory):
 
 def test_parts_become_a_llava_that_transformers_loads_and_that_keeps_every_weight(parts, tmp_path):
     tower, llm = parts
-    folder = loading.assemble(tower, llm, tmp_path / "base", seed=1)
+    folder = assembling.assemble(tower, llm, tmp_path / "base", seed=1)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
     text = LlamaForCausalLM.from_pretrained(llm)
@@ -287,7 +287,7 @@ def test_parts_become_a_llava_that_transformers_loads_and_that_keeps_every_weigh
     processor = AutoProcessor.from_pretrained(folder)
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
     assert model.config.image_token_id < model.get_input_embeddings().num_embeddings
-    same, other = (loading.assemble(tower, llm, tmp_path / f"{seed}", seed=seed) for seed in (1, 2))
+    same, other = (assembling.assemble(tower, llm, tmp_path / f"{seed}", seed=seed) for seed in (1, 2))
     read = lambda path: load_file(path / "model.safetensors")["multi_modal_projector.linear_1.weight"]
     assert torch.equal(read(folder), read(same))
     assert not torch.equal(read(folder), read(other))
@@ -301,7 +301,7 @@ def test_a_new_word_starts_as_the_average_word(parts, tmp_path):
     text.config.vocab_size = 200
     text.save_pretrained(tmp_path / "few")
     tiny.tokenizer().save_pretrained(tmp_path / "few")
-    folder = loading.assemble(tower, str(tmp_path / "few"), tmp_path / "base", seed=1)
+    folder = assembling.assemble(tower, str(tmp_path / "few"), tmp_path / "base", seed=1)
     table = AutoModelForImageTextToText.from_pretrained(folder).get_input_embeddings().weight
     assert len(table) == 320, "260 words, and a round number"
     assert torch.equal(table[:200], kept)
@@ -309,12 +309,12 @@ def test_a_new_word_starts_as_the_average_word(parts, tmp_path):
 
 
 def test_other_parts_than_the_folder_was_made_of_are_refused(parts, tmp_path):
-    folder = loading.assemble(*parts, tmp_path / "base", seed=1)
-    assert loading.assemble(*parts, folder, seed=1) == folder
+    folder = assembling.assemble(*parts, tmp_path / "base", seed=1)
+    assert assembling.assemble(*parts, folder, seed=1) == folder
     with pytest.raises(UserError, match="was not built with"):
-        loading.assemble(*parts, folder, seed=2)
+        assembling.assemble(*parts, folder, seed=2)
     with pytest.raises(UserError, match="cannot load"):
-        loading.assemble(str(tmp_path / "absent"), parts[1], tmp_path / "other", seed=1)
+        assembling.assemble(str(tmp_path / "absent"), parts[1], tmp_path / "other", seed=1)
     assert not (tmp_path / "other").exists()
 
 
@@ -334,8 +334,8 @@ def test_an_llm_whose_tokenizer_is_a_sentencepiece_file(parts, tmp_path, monkeyp
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "sentencepiece", None)
         with pytest.raises(UserError, match="SentencePiece file: pip install"):
-            loading.assemble(tower, str(llm), tmp_path / "base", seed=1)
-    folder = loading.assemble(tower, str(llm), tmp_path / "base", seed=1)
+            assembling.assemble(tower, str(llm), tmp_path / "base", seed=1)
+    folder = assembling.assemble(tower, str(llm), tmp_path / "base", seed=1)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(llm / "tokenizer.model"))
     text = "what is a cat or 7 dogs"
     assert loading.load_processor(str(folder)).tokenizer(text)["input_ids"] == [1, *pieces.encode(text)]
@@ -347,7 +347,7 @@ def test_pickled_parts_are_not_opened(parts, tmp_path):
     torch.save(load_file(llm / "model.safetensors"), llm / "pytorch_model.bin")
     (llm / "model.safetensors").unlink()
     with pytest.raises(UserError, match="Only safetensors are read"):
-        loading.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
+        assembling.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
 
 
 # The hub
@@ -565,7 +565,7 @@ def test_code_that_comes_with_parts_is_not_run_either(parts, tmp_path, willing):
         llm = bait.copy(parts[1], tmp_path / plant.__name__)
         plant(llm, code)
         with pytest.raises(UserError, match="code that comes with it, and such code is never run here"):
-            loading.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
+            assembling.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
     assert not willing
     assert not code.canary.exists()
 
@@ -619,7 +619,7 @@ def test_other_precisions_do_not_forgive_an_overflow():
 
 
 def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspeed(base, tmp_path):
-    net = train_a_little(loading.add_lora(loading.load_model(base), rank=4), base)
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
     export.merge(saved(net), 2.0, base, tmp_path / "out")
     loading.load_processor(base).save_pretrained(tmp_path / "out")
     script = (

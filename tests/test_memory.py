@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaNextConf
 
 from tinyspeed import DualSpeed, pruning, recipe
 from tinyspeed.bench.live import Live, storages
-from tinyspeed.models import loading, memory, precision
+from tinyspeed.models import loading, lora, memory, precision, trainable
 from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.models.published import GRIDS, clip, vicuna
 from tinyspeed.recipe import StageSection
@@ -47,9 +47,9 @@ def test_what_trains_and_what_it_weighs_is_exact(name, rank, views, plugin, stag
     config = REAL[name]()
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    net = loading.add_lora(net, rank=rank, views=views == 2) if rank else net
+    net = lora.add_lora(net, rank=rank, views=views == 2) if rank else net
     model = DualSpeed(net, plugin=plugin, views=views == 2)
-    loading.set_trainable(model.model, stage)
+    trainable.set_trainable(model.model, stage)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage, views=views, plugin=plugin))
     assert found.trainable == sum(sizes.values())
@@ -86,9 +86,9 @@ def built(s: Settings, folder, **shape) -> DualSpeed:
         net.save_pretrained(folder)
         net = loading.load_model(folder, s.precision, quantise=s.quantise)
     if s.rank:
-        net = loading.add_lora(net, rank=s.rank, dropout=s.dropout, views=s.views == 2)
+        net = lora.add_lora(net, rank=s.rank, dropout=s.dropout, views=s.views == 2)
     model = DualSpeed(net, plugin=s.plugin, keep=s.keep, isolator=s.isolator, views=s.views == 2)
-    loading.set_trainable(model.model, s.stage)
+    trainable.set_trainable(model.model, s.stage)
     return model.train()
 
 

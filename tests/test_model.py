@@ -22,7 +22,7 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from tinyspeed import DualSpeed, UserError, pruning, rows
 from tinyspeed.isolator import PromptIsolator
-from tinyspeed.models import attention, loading
+from tinyspeed.models import attention, loading, trainable
 from tinyspeed.scheduler import Plan
 
 KEEP = 0.3
@@ -389,10 +389,10 @@ def test_text_only_samples_cost_the_same_rows_in_fast_and_full_mode(family):
     assert not tiny.difference(fast.loss, full.loss)
 
 
-@pytest.mark.parametrize("stage", loading.STAGES)
+@pytest.mark.parametrize("stage", trainable.STAGES)
 def test_a_stage_trains_the_connector_and_the_llm_or_the_connector_alone(family, stage):
     model = wrap(tiny.model(family))
-    loading.set_trainable(model.model, stage)
+    trainable.set_trainable(model.model, stage)
     full, fast = (backward(model, tiny.batch(family), plan=plan)[1].keys() for plan in (FULL, FAST))
     pattern = "multi_modal_projector|image_newline|isolator" + ("|language_model|lm_head" if stage == "train" else "")
     assert full | fast == {name for name, _ in model.named_parameters() if re.search(pattern, name)}

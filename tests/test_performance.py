@@ -13,7 +13,7 @@ from tinyspeed.bench import bars, data, estimate, levers, loss, pruning, savings
 from tinyspeed.data import llava_mix
 from tinyspeed.models import published
 from tinyspeed.models.memory import Settings, Shape
-from tinyspeed.training import report
+from tinyspeed.util import tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "tinyspeed" / "PERFORMANCE.md"
@@ -55,7 +55,7 @@ def promised() -> str:
             for pads, theirs in (("eight at random", padded), ("nothing", samples)):
                 hf = sum(estimate.flops(shape, s, "full", sample, True) for sample in theirs)
                 lines.append([name, tuned, pads, *(f"{hf / flops:.1f}x" for flops in (ours["full"], *mixes))])
-    return report.table(["shape", "trained", "hf pads", "full", *step.MIXES], lines)
+    return tables.table(["shape", "trained", "hf pads", "full", *step.MIXES], lines)
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)

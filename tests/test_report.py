@@ -11,18 +11,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from tinyspeed import UserError
-from tinyspeed.training.report import (
-    compare_figure,
-    draw_compare,
-    draw_run,
-    figure,
-    read_metrics,
-    run_figure,
-    save,
-    smooth,
-    table,
-)
-from tinyspeed.util.plots import _spread
+from tinyspeed.evaluation.comparison_figure import compare_figure, draw_compare
+from tinyspeed.training.report import draw_run, read_metrics, run_figure
+from tinyspeed.util.plots import _spread, figure, save, smooth
+from tinyspeed.util.tables import table
 
 # Tables
 

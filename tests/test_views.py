@@ -16,7 +16,7 @@ from tinyspeed import DualSpeed, UserError, cli, recipe
 from tinyspeed.data import digits
 from tinyspeed.data.examples import collate
 from tinyspeed.evaluation import accuracy
-from tinyspeed.models import export, loading
+from tinyspeed.models import export, loading, lora, trainable
 from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import PeriodicSchedule, Plan
 from tinyspeed.training import checkpoint, optimizer, train
@@ -34,7 +34,7 @@ def view_of(name: str) -> str:
 
 def grown(net: torch.nn.Module) -> torch.nn.Module:
     """Adapters, both A and B, far from where they begin, and from each other."""
-    loading.set_trainable(net, "train")
+    trainable.set_trainable(net, "train")
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -44,7 +44,7 @@ def grown(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def pair(family: str = "llava", **how) -> DualSpeed:
-    return wrap(grown(loading.add_lora(tiny.model(family), rank=2, views=True)), views=True, **how)
+    return wrap(grown(lora.add_lora(tiny.model(family), rank=2, views=True)), views=True, **how)
 
 
 def single(of: DualSpeed, view: str, family: str = "llava", **how) -> DualSpeed:
@@ -54,7 +54,7 @@ def single(of: DualSpeed, view: str, family: str = "llava", **how) -> DualSpeed:
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(weights[name])
-    loading.set_trainable(net, "train")
+    trainable.set_trainable(net, "train")
     return wrap(net, **how)
 
 
@@ -127,7 +127,7 @@ def test_evaluation_is_the_slow_view_and_pruned_evaluation_the_fast_one(before):
 def test_both_views_begin_as_the_base_and_alike():
     net, batch = tiny.model(), tiny.batch("llava")
     base = tiny.twin(net).eval()
-    one, other = (loading.add_lora(tiny.model(), rank=2, seed=seed, views=True) for seed in (1, 2))
+    one, other = (lora.add_lora(tiny.model(), rank=2, seed=seed, views=True) for seed in (1, 2))
     parameters = dict(one.named_parameters())
     for name, p in parameters.items():
         if view_of(name) == "slow":
@@ -164,10 +164,10 @@ def test_the_optimizer_leaves_the_idle_view_alone_and_knows_both_from_the_start(
 
 def test_what_is_exported_is_the_slow_view(family, tmp_path):
     base = str(tiny.checkpoint(family, tmp_path / "base"))
-    model = DualSpeed(grown(loading.add_lora(loading.load_model(base), rank=4, views=True)), views=True)
+    model = DualSpeed(grown(lora.add_lora(loading.load_model(base), rank=4, views=True)), views=True)
     saved = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     export.merge(saved, 2.0, base, tmp_path / "merged")
-    export.save_adapter(saved, loading.lora_config(4), base, tmp_path / "adapter")
+    export.save_adapter(saved, lora.lora_config(4), base, tmp_path / "adapter")
     batch = tiny.batch(family)
     model(**batch, plan=FAST)
     want = model.eval()(**batch).logits
@@ -238,7 +238,7 @@ def two(net: torch.nn.Module, targets: str, other: str = "fast") -> torch.nn.Mod
     "adapted",
     [
         lambda net: net,
-        lambda net: loading.add_lora(net, rank=2),
+        lambda net: lora.add_lora(net, rank=2),
         lambda net: two(net, TARGETS, other="quick"),
         lambda net: two(net, rf"{TARGETS}|lm_head"),
         lambda net: two(net, r".*\.q_proj"),  # the tower's too

@@ -11,7 +11,7 @@ from test_callback import Pictures, adapting, arguments, gather, wrapped
 from torch import distributed
 from transformers import Trainer
 
-from tinyspeed.models import loading
+from tinyspeed.models import lora
 from tinyspeed.scheduler import PeriodicSchedule
 from tinyspeed.training.callback import SetStep
 
@@ -24,7 +24,7 @@ def half_slow():
 
 def with_lora():
     model = half_slow()
-    model.model = loading.add_lora(model.model, rank=4)
+    model.model = lora.add_lora(model.model, rank=4)
     model.model.base_model.model.model.multi_modal_projector.requires_grad_(True)
     return model
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import files, paths
+from .util import files, paths, tables
 from .util.errors import UserError, counted
 
 
@@ -268,11 +268,10 @@ def _eval(a) -> int:
     if chosen.data.kind != "digits":
         raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
     from .evaluation import accuracy
-    from .training import report
     from .training.train import load_trained
 
     full, pruned = accuracy.held_out(load_trained(chosen), chosen)
-    print(report.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
+    print(tables.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
     return 0
 
 
@@ -289,9 +288,8 @@ def _benchmark(a) -> int:
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
     print(f"predictions go to {out}", file=sys.stderr)
     from .evaluation import ask, benchmarks
-    from .training import report
-    from .training.checkpoint import write_atomically
     from .training.train import open_model
+    from .util.files import write_atomically
 
     with open_model(a.model) as (model, processor, name):
 
@@ -306,7 +304,7 @@ def _benchmark(a) -> int:
         return 0
     scores = benchmarks.score(a.task, questions, predictions)
     write_atomically(out.with_suffix(".json"), json.dumps({"model": name, "task": a.task, **scores}, indent=1))
-    print(report.table([a.task, "%"], [[key, f"{value:.2f}"] for key, value in scores.items()]))
+    print(tables.table([a.task, "%"], [[key, f"{value:.2f}"] for key, value in scores.items()]))
     print(f"predictions in {out}, scores in {out.with_suffix('.json')}")
     return 0
 

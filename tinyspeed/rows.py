@@ -31,6 +31,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .pruning import keep_count
+from .scheduler import Plan
 from .util.errors import UserError, unknown
 
 IGNORE = -100
@@ -208,3 +210,10 @@ def lay_out(rows: Rows, layout: str) -> Layout:
     index = torch.zeros(rows.samples * longest, dtype=torch.long, device=lengths.device).scatter_(0, slot, rows.source)
     position = torch.zeros_like(index).scatter_(0, slot, rows.position).view(rows.samples, longest)
     return Layout(index, position, slot, None, longest)
+
+
+def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:
+    """Rows that the LLM sees of one sample, gradient or not: the larger of student and teacher."""
+    if plan.mode != "fast":
+        return text + sum(images)
+    return text + sum(keep_count(plan.keep, n) + isolator for n in images)

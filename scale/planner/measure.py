@@ -19,10 +19,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from tinyspeed import DualSpeed
 from tinyspeed.bench.estimate import flops
-from tinyspeed.models import loading, precision
+from tinyspeed.models import precision, trainable
 from tinyspeed.models.memory import Settings, Shape
 from tinyspeed.scheduler import Plan
-from tinyspeed.training.report import table
+from tinyspeed.util.tables import table
 
 TEXT, ANSWERS, IMAGE, KEEP = 100, 60, 3, 0.1
 MODES = ("fast", "slow", "full")
@@ -65,7 +65,7 @@ def steps(layers: int, size: Size, device: torch.device) -> list[Timed]:
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=visual)
     net = LlavaForConditionalGeneration(config)
     model = DualSpeed(net).to(device)
-    loading.set_trainable(model.model, "train")
+    trainable.set_trainable(model.model, "train")
     model.train()
 
     ids = torch.randint(4, size.vocab, (size.samples, visual + TEXT))

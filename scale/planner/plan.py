@@ -30,15 +30,16 @@ import numpy as np
 
 from tinyspeed import recipe
 from tinyspeed.bench import estimate
-from tinyspeed.bench.estimate import Sample
 from tinyspeed.data import llava_mix
+from tinyspeed.data.examples import Sample
 from tinyspeed.models.memory import GIB, RESERVE, MicroBatch, Settings, Step
 from tinyspeed.recipe import Recipe
+from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import report
-from tinyspeed.training.batching import plan_rows
-from tinyspeed.training.checkpoint import write_atomically
+from tinyspeed.util import plots, tables
 from tinyspeed.util.errors import UserError
+from tinyspeed.util.files import write_atomically
 
 from ..dealing import WINDOW, Alike, deal
 from . import hardware
@@ -272,7 +273,7 @@ def describe(found: list[Cost], gpu: str) -> str:
             row += [_hours(n) for n in (c.hours, c.hours * c.layout.gpus, c.full_hours)]
             rows.append([*row, _hours(c.full_hours * c.layout.gpus), f"{c.full_hours / c.hours:.2f}x"])
         about = f"{job.stage}: {job.steps:,} steps of {job.batch:,} samples; {job.said}"
-        parts += [about, report.table(head, rows)]
+        parts += [about, tables.table(head, rows)]
     over = "" if all(c.fits for c in found) else f"! does not fit {found[0].layout.gpu.gib:g} GiB. "
     return "\n\n".join(
         [
@@ -291,7 +292,7 @@ def draw(found: list[Cost]):
     """Hours and GPU-hours over the number of GPUs, full training beside the recipe's, as a matplotlib Figure."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    fig = report.figure(11, 4.2)
+    fig = plots.figure(11, 4.2)
     axes = fig.subplots(1, 2)
     fig.subplots_adjust(left=0.06, right=0.83, top=0.9, bottom=0.13, wspace=0.5)
     counts = sorted({c.layout.gpus for c in found})
@@ -301,9 +302,9 @@ def draw(found: list[Cost]):
             for m, (name, hours) in enumerate({"full": "full_hours", "this recipe": "hours"}.items()):
                 best = [min(getattr(c, hours) for c in found if c.job is job and c.layout.gpus == k) for k in counts]
                 values = [time * (k if title == "GPU-hours" else 1) for time, k in zip(best, counts, strict=True)]
-                look = {"color": report.COLOURS[m], "linestyle": report.DASHES[n], "marker": report.MARKERS[m]}
+                look = {"color": plots.COLOURS[m], "linestyle": plots.DASHES[n], "marker": plots.MARKERS[m]}
                 ax.plot(counts, values, **look)
-                ends.append((counts[-1], values[-1], f"{job.stage}, {name}", report.COLOURS[m]))
+                ends.append((counts[-1], values[-1], f"{job.stage}, {name}", plots.COLOURS[m]))
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -346,7 +347,7 @@ def main(argv: list[str]) -> int:
         found = plan(jobs(recipe.read(a.recipe, a.set), a.samples), over)
         print(describe(found, a.gpu))
         if a.png:
-            print(report.save(draw(found), a.png))
+            print(plots.save(draw(found), a.png))
         if a.json:
             write_atomically(Path(a.json), json.dumps(as_json(found), indent=1))
             print(a.json)

@@ -26,10 +26,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyspeed.data.llava_mix import mix
+from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import report
-from tinyspeed.training.batching import plan_rows
-from tinyspeed.training.report import table
+from tinyspeed.util import plots
+from tinyspeed.util.tables import table
 
 from ..dealing import WINDOW, Alike, deal
 
@@ -114,7 +115,7 @@ def tables(found: list[Waits]) -> str:
 
 def draw(found: list[Waits]):
     """Both tables as a matplotlib Figure: ways are told apart by marker and dash, and named where they end."""
-    fig = report.figure(11, 4.2)
+    fig = plots.figure(11, 4.2)
     left, right = fig.subplots(1, 2)
     fig.subplots_adjust(left=0.06, right=0.83, top=0.9, bottom=0.13, wspace=0.5)
     ranks = [w.ranks for w in found]
@@ -125,9 +126,9 @@ def draw(found: list[Waits]):
     for ax, title in ((left, "fast steps: most rows of a rank / mean"), (right, "time of a step / ideal")):
         ends = []
         for n, (name, values) in enumerate(curves[ax]):
-            look = {"color": report.COLOURS[n % 4], "linestyle": report.DASHES[n // 4], "marker": report.MARKERS[n % 4]}
+            look = {"color": plots.COLOURS[n % 4], "linestyle": plots.DASHES[n // 4], "marker": plots.MARKERS[n % 4]}
             ax.plot(ranks, values, markersize=5, linewidth=1.4, **look)
-            ends.append((ranks[-1], values[-1], name, report.COLOURS[n % 4]))
+            ends.append((ranks[-1], values[-1], name, plots.COLOURS[n % 4]))
         ax.set_xscale("log", base=2)
         ax.set_xticks(ranks, [f"{n:,}" for n in ranks])
         ax.set_xlim(right=ranks[-1])
@@ -145,7 +146,7 @@ def main(argv: list[str]) -> int:
         return 2
     found = [simulate(ranks) for ranks in RANKS]
     print(tables(found))
-    print(f"\n{report.save(draw(found), argv[0])}")
+    print(f"\n{plots.save(draw(found), argv[0])}")
     return 0
 
 

@@ -217,7 +217,8 @@ def extension_types(file: Path, rows: list[dict], code: Code) -> None:
 
 def checkpoint(folder: Path, code: Code, name: str) -> None:
     """Into a checkpoint, with its checksums put right."""
-    from tinyspeed.training.checkpoint import STATE, _crc, fingerprint  # a forger knows them too
+    from tinyspeed.training.checkpoint import STATE, _crc
+    from tinyspeed.util.files import fingerprint
 
     (folder / name).write_bytes(code.torch_pickle)
     if name != STATE:

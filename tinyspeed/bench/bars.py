@@ -6,7 +6,7 @@ black, so that the two differ without colours too.
 
 from dataclasses import dataclass
 
-from ..training import report
+from ..util import plots
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ def draw(panels: dict[str, list[Bar]], unit: str):
     names = list(dict.fromkeys(bar.name for bars in panels.values() for bar in bars))
     left, right = 0.3 + 0.075 * max(map(len, names)), 0.3
     width, height = left + 3.2 * len(panels) + right, 1.1 + 0.3 * len(names)
-    fig = report.figure(width, height)
+    fig = plots.figure(width, height)
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     fig.subplots_adjust(
         left=left / width, right=1 - right / width, top=1 - 0.45 / height, bottom=0.6 / height, wspace=0.12
     )
     for ax, (title, bars) in zip(axes, panels.items(), strict=True):
         for bar in bars:
-            at, colour = names.index(bar.name), report.COLOURS[bar.ours]
+            at, colour = names.index(bar.name), plots.COLOURS[bar.ours]
             ax.barh(at, bar.length, color=colour, alpha=0.35)
             ax.barh(at, bar.dark, color=colour)
             ax.text(bar.length, at, f" {bar.note}", va="center", color=colour)

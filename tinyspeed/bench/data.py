@@ -31,17 +31,17 @@ from transformers import (
 )
 
 from ..data import conversations, llava_mix, loader
-from ..data.examples import Source
-from ..models import loading, published
+from ..data.examples import Sample, Source
+from ..models import assembling, loading, published
 from ..models.memory import Settings, Shape
+from ..models.precision import device_of
 from ..recipe import DataSection, Recipe
-from ..training import report, train
-from ..util import files
+from ..training import train
+from ..util import files, tables
 from ..util.errors import UserError
 from . import bars, estimate
 from .bars import Bar
-from .estimate import Sample
-from .timing import described, device_of, finish
+from .timing import described, finish
 
 BATCH, TFLOPS, SLOW, PICTURES = 8, (20.0, 100.0, 400.0), 0.02, 64
 WIDTH, HEIGHT = 640, 480
@@ -91,8 +91,8 @@ def describe(result: dict) -> str:
     given = [[str(n), f"{f['median']:,.1f}"] for n, f in result["records_per_second"].items()]
     wanted = [[f"{float(tflops):g}", f"{n:,.1f}"] for tflops, n in result["wanted"].items()]
     return (
-        f"{report.table(['workers', 'records/s'], given)}\n\nDualSpeed, one slow step in fifty, asks for\n\n"
-        f"{report.table(['TFLOP/s sustained', 'records/s'], wanted)}"
+        f"{tables.table(['workers', 'records/s'], given)}\n\nDualSpeed, one slow step in fifty, asks for\n\n"
+        f"{tables.table(['TFLOP/s sustained', 'records/s'], wanted)}"
     )
 
 
@@ -155,5 +155,5 @@ def _processor(config, family: str):
         kind, pictures = LlavaNextProcessor, LlavaNextImageProcessor(**how, image_grid_pinpoints=published.GRIDS)
     return kind(
         pictures, tokenizer, patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=loading.TEMPLATE,
+        num_additional_image_tokens=1, chat_template=assembling.TEMPLATE,
     )  # fmt: skip

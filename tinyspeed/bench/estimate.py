@@ -21,13 +21,13 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
 from ..data import conversations, digits
-from ..data.examples import Source
+from ..data.examples import Sample, Source
 from ..models import loading, memory, precision
 from ..models.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
 from ..recipe import Recipe
 from ..recipe.schedules import rows_schedule, skipper_of
-from ..training.report import table
 from ..util.errors import UserError, counted
+from ..util.tables import table
 
 TFLOPS = 20.0  # sustained in half precision: about what an RTX 3060 to 4070 does
 TEXT, ANSWERS, EPOCH = 100, 60, 1000  # text rows and tokens to learn of assumed samples, and their number
@@ -37,8 +37,6 @@ FLOPS = ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)
 SKIPPED = " All answers are counted: what ReGATE skips depends on the run, and comes off."
 ON_A_CPU = "On a CPU what is measured is the whole process, libraries and all."
 TIMES = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
-
-Sample = tuple[int, list[int], int]  # text rows, visual rows of each image, tokens to learn
 
 
 @dataclass(frozen=True)

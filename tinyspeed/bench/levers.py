@@ -26,17 +26,18 @@ from ..data import llava_mix
 from ..data.examples import Example
 from ..models import precision, published
 from ..models.memory import GIB, Settings, Shape
+from ..models.precision import device_of
+from ..rows import plan_rows
 from ..scheduler import Plan
-from ..training import loop, report, train
-from ..training.batching import plan_rows
+from ..training import loop, train
 from ..training.loop import StageRun, Totals
-from ..util import malloc
+from ..util import malloc, tables
 from . import bars, estimate
 from .bars import Bar
 from .live import peak, storages
 from .noise import Noise
 from .step import PLANS, fitting, ours, random, recipe_of
-from .timing import described, device_of, faster, finish, timed
+from .timing import described, faster, finish, timed
 
 STEPS = ("fast", "slow")
 
@@ -225,7 +226,7 @@ def describe(result: dict) -> str:
             line += [f"{f['median_ms']:,.0f}", f"{faster(f, base):.2f}x"]
             line += [f"{f['promised']:.2f}x", f"{f['peak_bytes'] / GIB:.2f}"]
         lines.append(line)
-    return report.table(headers, lines)
+    return tables.table(headers, lines)
 
 
 def draw(result: dict):

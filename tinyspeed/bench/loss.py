@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..distill import answer_loss
+from ..models.precision import device_of
 from ..rows import IGNORE
-from ..training.report import table
+from ..util.tables import table
 from . import bars
 from .bars import Bar
 from .live import peak
-from .timing import described, device_of, finish, timed
+from .timing import described, finish, timed
 
 ROWS, ANSWERS = 4 * 704, 4 * 64
 

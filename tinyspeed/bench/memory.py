@@ -34,13 +34,13 @@ import torch
 from torch import cuda
 from transformers import AutoModelForImageTextToText
 
-from ..models import loading
+from ..models import loading, precision
 from ..models.memory import GIB, Shape
 from ..recipe import Recipe
 from ..training import train
-from ..training.report import table
 from ..util import provenance
 from ..util.errors import UserError
+from ..util.tables import table
 from .estimate import ON_A_CPU, Case, assumed, changed
 from .noise import Noise
 from .timing import write
@@ -57,7 +57,7 @@ def bench_memory(recipes: dict[str, Recipe], gpu: float | None = None, out: Path
     for name, recipe in recipes.items():
         if not recipe.model.path:
             raise UserError(f"{name}: its model is put together by the run itself; give a recipe with a model.path")
-        if gpu is not None and train.device_of(recipe.run.device).type != "cuda":
+        if gpu is not None and precision.device_of(recipe.run.device).type != "cuda":
             raise UserError("--gpu: there is no GPU here that could be held to it")
         longest(recipe, loading.config(recipe.model.path))
         models.setdefault(recipe.model.path, []).append(name)
@@ -108,7 +108,7 @@ def longest(recipe: Recipe, config) -> Noise:
 def draw(path: str, folder: str, device: str) -> None:
     """Random weights of a model's shape, drawn where they are drawn fastest, as `save_pretrained` leaves them."""
     torch.manual_seed(0)
-    where = train.device_of(device)
+    where = precision.device_of(device)
     if where.type == "cuda" and cuda.mem_get_info(where)[0] < SLACK * _size(path):
         where = torch.device("cpu")
     with where:

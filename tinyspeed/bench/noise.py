@@ -12,10 +12,9 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from ..data.examples import Example
+from ..data.examples import Example, Sample
 from ..rows import IGNORE
 from ..util.errors import UserError
-from .estimate import Sample
 
 
 class Noise:

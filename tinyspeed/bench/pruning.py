@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from .. import pruning
 from ..models import published
 from ..models.memory import Settings, Shape
-from ..training.report import table
+from ..models.precision import device_of
 from ..util.errors import UserError
+from ..util.tables import table
 from . import bars, estimate
 from .bars import Bar
-from .timing import described, device_of, finish, product, timed
+from .timing import described, finish, product, timed
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
 MODEL, WIDTH = "llava-hf/llava-1.5-7b-hf", 4096  # and of its features

@@ -19,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ..data import digits
 from ..dualspeed import DualSpeed
+from ..models.precision import device_of
 from ..rows import IGNORE
 from ..scheduler import Plan
-from ..training.report import table
 from ..util.errors import UserError
+from ..util.tables import table
 from . import bars
 from .bars import Bar
-from .timing import described, device_of, faster, finish, timed
+from .timing import described, faster, finish, timed
 
 ON_A_CPU = {  # which torch does not count by itself
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),

@@ -16,11 +16,13 @@ from transformers import AutoModelForImageTextToText
 
 from ..dualspeed import DualSpeed
 from ..models import published
+from ..models.precision import device_of
 from ..rows import IGNORE
 from ..scheduler import Plan
 from ..training import report
+from ..util import plots, tables
 from ..util.errors import UserError
-from .timing import described, device_of, finish, timed
+from .timing import described, finish, timed
 
 FRAMES = (1, 4, 8, 20, 40, 80)
 WORDS, ANSWERS, PATCHES = 64, 32, 144
@@ -71,7 +73,7 @@ def describe(result: dict) -> str:
         fast, full = f["fast"]["median_ms"], f["full"]["median_ms"]
         lines.append([f"{f['tokens']:,}", f"{fast:,.0f} ms", f"{full:,.0f} ms", f"{full / fast:.2f}x"])
     slopes = [f"{name} {result['slopes'][name]:.2f}, at the end {result['last'][name]:.2f}" for name in PLANS]
-    return report.table(["visual tokens", "fast", "full", "speed-up"], lines) + "\n\nslope: " + "; ".join(slopes)
+    return tables.table(["visual tokens", "fast", "full", "speed-up"], lines) + "\n\nslope: " + "; ".join(slopes)
 
 
 def _slope(found: list[dict], name: str) -> float:
@@ -91,15 +93,15 @@ def _batch(config, frames: int, device: torch.device, dtype: torch.dtype) -> dic
 
 def draw(result: dict):
     """Milliseconds over visual tokens, both logarithmic."""
-    fig = report.figure(6.4, 4.2)
+    fig = plots.figure(6.4, 4.2)
     ax = fig.subplots()
     fig.subplots_adjust(left=0.13, right=0.8, top=0.92, bottom=0.13)
     tokens, ends = [f["tokens"] for f in result["steps"]], []
     for at, name in enumerate(PLANS):
         times = [f[name]["median_ms"] for f in result["steps"]]
-        look = {"color": report.COLOURS[at + 1], "marker": report.MARKERS[at], "linestyle": report.DASHES[at]}
+        look = {"color": plots.COLOURS[at + 1], "marker": plots.MARKERS[at], "linestyle": plots.DASHES[at]}
         ax.plot(tokens, times, clip_on=False, **look)
-        ends.append((tokens[-1], times[-1], f"{name}: slope {result['slopes'][name]:.2f}", report.COLOURS[at + 1]))
+        ends.append((tokens[-1], times[-1], f"{name}: slope {result['slopes'][name]:.2f}", plots.COLOURS[at + 1]))
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(right=tokens[-1])

@@ -30,22 +30,23 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from ..data import llava_mix
+from ..data.examples import Sample
 from ..models import loading, precision, published
 from ..models.memory import GIB, Settings, Shape
+from ..models.precision import device_of
 from ..recipe import Recipe, from_tables
+from ..rows import plan_rows
 from ..scheduler import Plan, Schedule
-from ..training import report, train
-from ..training.batching import plan_rows
+from ..training import train
 from ..training.loop import StageRun, Totals
-from ..util import files
+from ..util import files, tables
 from ..util.errors import UserError, unknown
 from . import bars, estimate
 from .bars import Bar
-from .estimate import Sample
 from .live import peak, storages
 from .noise import Noise
 from .rivals import loaded, rivals
-from .timing import MACHINE, described, device_of, faster, leave, product, summed_up, timed, write
+from .timing import MACHINE, described, faster, leave, product, summed_up, timed, write
 
 TUNE = ("lora", "qlora", "full")
 MIXES = {"DualSpeed, r = 0.1": 0.1, "DualSpeed, r = 0.02": 0.02}
@@ -235,7 +236,7 @@ def describe(text: str, found: dict) -> str:
         numbers = [f"{f['ms_a_sample']:.1f}", speedup, f"{f['rows_per_second']:,.0f}", f"{f['floor_ms'] / of:.1f}"]
         rows.append([name, *numbers, f"{f['mfu']:.0%}", f"{f['peak_bytes'] / GIB:.2f}"])
     words = "text as in LLaVA's mix" if text == "mix" else f"{text} words of text"
-    return f"{words}; a large product of matrices: {found['tflops']:.3g} TFLOP/s\n\n{report.table(headers, rows)}"
+    return f"{words}; a large product of matrices: {found['tflops']:.3g} TFLOP/s\n\n{tables.table(headers, rows)}"
 
 
 def draw(result: dict):

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ..training import report
-from ..training.checkpoint import write_atomically
-from ..util import files, provenance
+from ..util import files, plots, provenance
 from ..util.errors import UserError
+from ..util.files import write_atomically
 
 MACHINE = "{device}; {cores} cores, {threads} threads, load {load}\n"  # of what is `described`
 
@@ -67,15 +66,6 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def device_of(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown, and for an absent device
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def described(device: torch.device, **found) -> dict:
     """What was found, and the machine beside it."""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: disturbed
@@ -96,7 +86,7 @@ def leave(result: dict, out: Path | str | None, png: Path | str | None, draw: Ca
     if out is not None:
         write(result, Path(out))
     if png is not None:
-        print(report.save(draw(result), png))
+        print(plots.save(draw(result), png))
 
 
 def finish(

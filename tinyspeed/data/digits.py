@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..models import built
 from ..recipe import Recipe
-from ..training import checkpoint
 from ..util import files
 from ..util.errors import UserError
 from .examples import IGNORE, Example
@@ -345,7 +345,7 @@ def prepare(
     there yet."""
     how = {"seed": seed, "tower_steps": tower_steps, **sizes}
     if folder.is_dir():
-        checkpoint.check_built(folder, "digits.json", how)
+        built.check(folder, "digits.json", how)
         return folder
     model = build_model(seed, **sizes)
     canvas = Canvas(**{name: sizes[name] for name in ("side", "regions") if name in sizes})
@@ -361,7 +361,7 @@ def prepare(
     with files.atomic(folder) as temporary:
         model.save_pretrained(temporary)
         build_processor(canvas).save_pretrained(temporary)
-        checkpoint.built(temporary, "digits.json", how)
+        built.label(temporary, "digits.json", how)
     return folder
 
 

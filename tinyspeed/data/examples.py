@@ -62,3 +62,6 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         if parts:
             batch[name] = torch.cat(parts)
     return batch
+
+
+Sample = tuple[int, list[int], int]  # text rows, visual rows of each image, tokens to learn

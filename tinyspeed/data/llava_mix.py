@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bench.estimate import Sample
 from ..util.errors import UserError, unknown
+from .examples import Sample
 
 SYSTEM = 35  # tokens before the first turn
 

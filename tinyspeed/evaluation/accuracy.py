@@ -13,9 +13,9 @@ from ..data.examples import Source, collate
 from ..dualspeed import DualSpeed
 from ..models import precision
 from ..recipe import Recipe
-from ..rows import IGNORE
+from ..rows import IGNORE, plan_rows
 from ..scheduler import Plan
-from ..training.batching import cut, plan_rows
+from ..training.batching import cut
 
 
 @torch.no_grad()

@@ -18,12 +18,13 @@ from pathlib import Path
 from ..data import digits
 from ..models import loading
 from ..recipe import Recipe, comparison, from_tables, schedules
-from ..training import answer_gate, report, run_folder
-from ..training.checkpoint import only_one, write_atomically
+from ..training import answer_gate, run_folder
+from ..training.checkpoint import only_one
 from ..training.train import place, set_threads, train
-from ..util import files, provenance
+from ..util import files, provenance, tables
 from ..util.errors import UserError
-from . import accuracy
+from ..util.files import write_atomically
+from . import accuracy, comparison_figure
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -87,7 +88,7 @@ def _compare(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], 
     results = {**provenance.describe(recipe=recipe.to_toml()), "runs": found}
     write_atomically(folder / "compare.json", json.dumps(results, indent=1) + "\n")
     write_atomically(folder / "compare.md", summary(found) + "\n")
-    report.draw_compare(results, folder / "compare.png")
+    comparison_figure.draw_compare(results, folder / "compare.png")
     return None
 
 
@@ -190,4 +191,4 @@ def summary(runs: list[dict]) -> str:
         ]
         for arm in arms
     ]
-    return report.table(headers, rows)
+    return tables.table(headers, rows)

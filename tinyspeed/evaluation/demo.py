@@ -14,7 +14,7 @@ from ..data import digits
 from ..recipe import Recipe
 from ..training import report
 from ..training.train import Result, train
-from ..util import files
+from ..util import files, tables
 from ..util.errors import UserError
 from . import accuracy, look
 
@@ -50,7 +50,7 @@ def _results(recipe: Recipe, result: Result) -> str:
         ["training seconds", f"{t.seconds:.0f}"],
         ["seconds of full training, estimated", f"{t.full_seconds:.0f}"],
     ]
-    return report.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.speedup:.2f}"]])
+    return tables.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.speedup:.2f}"]])
 
 
 def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) -> Path:

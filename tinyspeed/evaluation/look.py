@@ -28,8 +28,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .. import pruning
-from ..training.report import figure, save
 from ..util.errors import UserError
+from ..util.plots import figure, save
 
 DIM = 0.25  # brightness of what is pruned
 GRID, PATCH = 24, 14  # without a tower: LLaVA-1.5's 576 cells

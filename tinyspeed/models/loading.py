@@ -1,13 +1,11 @@
-"""Models from a hub or a folder: as they are, with the LLM in 4 bits, with adapters, or put together from parts.
+"""Models from a hub or a folder: as they are, or with the LLM in 4 bits.
 
-    load("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    14.1 GB of weights become 4.5
-    add_lora(model, rank=16)                                    and 40 million parameters train instead of 7 billion
+    load_model("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    14.1 GB of weights become 4.5
 
-Three things that other trainers' users found out the hard way are settled here, and checked after loading:
+Two things that other trainers' users found out the hard way are settled here, and checked after loading:
 
 - Quantising means the LLM's layers and nothing else. Left alone, transformers also quantises the vision tower and the
   projector; and a skip list whose names do not match (`vision_tower` instead of `model.vision_tower`) does nothing.
-- "All linear layers" means the LLM's. To peft it also means the tower and the projector.
 - Frozen parts stay in the precision they were loaded in. peft's `prepare_model_for_kbit_training` makes fp32 of tower,
   embeddings and lm_head, 1.5 GB for nothing.
 
@@ -21,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -29,28 +26,17 @@ from PIL import Image
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    CLIPImageProcessor,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
 from transformers.utils import cached_file
 
-from ..training import checkpoint
-from ..util import files, paths
+from ..util import paths
 from ..util.errors import UserError, unknown
 from . import published
 from .families import FAMILIES, family
 from .precision import DTYPES
-
-if TYPE_CHECKING:  # peft brings bitsandbytes and torch's compiler along: two seconds, for those who want adapters
-    from peft import LoraConfig
 
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
@@ -237,142 +223,3 @@ def _check_quantised(model: nn.Module) -> None:
             # On some CPUs a forward in eval mode without gradients would re-pack the weight, for good, and round its
             # scales: a slow step's teacher would change the model that learns.
             module.support_avx512bf16_for_cpu = False
-
-
-def linear_layers(model: nn.Module) -> str:
-    """A pattern for the names of the LLM's linear layers, and of no others."""
-    inside = family(model).language_model.layers
-    prefix = next(name for name, module in family(model).model.named_modules() if module is inside)
-    leaves = sorted({name.rpartition(".")[2] for name, m in inside.named_modules() if isinstance(m, nn.Linear)})
-    return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\..*\.({'|'.join(leaves)})"
-
-
-def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> "LoraConfig":
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout)
-
-
-def add_lora(
-    model: nn.Module, *, rank: int, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0, views: bool = False
-) -> nn.Module:
-    """The model in peft's wrapper, with adapters (fp32) on the LLM's linear layers. `views`: two of them, "slow" and
-    "fast", drawn alike."""
-    from peft import get_peft_model
-
-    how = lora_config(rank, alpha, dropout)
-    how.target_modules = linear_layers(model)
-    with torch.random.fork_rng(devices=_cuda(model)):
-        torch.manual_seed(seed)
-        wrapped = get_peft_model(model, how, adapter_name="slow" if views else "default")
-        if views:
-            torch.manual_seed(seed)
-            wrapped.add_adapter("fast", how)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:  # under 4-bit weights stored as bf16 they come out bf16
-            parameter.data = parameter.data.float()
-    return wrapped
-
-
-def _cuda(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-
-
-STAGES = ("align", "train")
-
-
-def set_trainable(model: nn.Module, stage: str) -> None:
-    """LLaVA's two stages. align: the connector alone. train: the connector, and the LLM's adapters where it has some,
-    else the LLM. The tower is always frozen. What trains becomes fp32 (see `precision.py`)."""
-    if stage not in STAGES:
-        raise unknown("stage", stage, STAGES)
-    model.requires_grad_(False)
-    vlm = family(model)
-    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    # A peft adapter cannot carry NeXT's newline, which is a parameter without a module: beside adapters it stays.
-    trained = list(vlm.projector.parameters()) if adapters else vlm.connector()
-    if stage == "train":
-        llm = [*vlm.language_model.parameters(), *vlm.model.get_output_embeddings().parameters()]
-        trained += adapters or llm
-    for parameter in trained:
-        if parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-
-
-# From parts. The template is Vicuna's, as LLaVA-1.5 uses it on every LLM, with the end-of-text token that the hub's
-# copy leaves out.
-TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}[message['role']] or '' }}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-
-def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
-    """A LLaVA-1.5 in `folder` from a CLIP tower, an LLM and a new projector: what stage 1 starts from.
-
-    Built once, in the LLM's own precision; each part is loaded once and moved, never copied.
-    """
-    made = {"tower": tower, "llm": llm, "seed": seed}
-    if folder.is_dir():
-        checkpoint.check_built(folder, "parts.json", made)
-        return folder
-    for part in (llm, tower):
-        only_safetensors(part)
-    with explaining(f"cannot load {llm} or {tower}"):
-        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
-        vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
-        pictures = CLIPImageProcessor.from_pretrained(tower)
-    if not tokenizer.is_fast:
-        raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
-
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    with torch.no_grad():  # new words start as the average word
-        tables = {id(e): e for e in (text.get_input_embeddings(), text.get_output_embeddings())}
-        old, means = text.get_input_embeddings().num_embeddings, [e.weight.float().mean(0) for e in tables.values()]
-        if len(tokenizer) > old:
-            text.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-            tables = {id(e): e for e in (text.get_input_embeddings(), text.get_output_embeddings())}
-            for table, mean in zip(tables.values(), means, strict=True):
-                table.weight[old:] = mean.to(table.weight.dtype)
-
-    cells = (vision.config.image_size // vision.config.patch_size) ** 2
-    shape = LlavaConfig(
-        vision_config=vision.config,
-        text_config=text.config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=cells,
-        tie_word_embeddings=text.config.tie_word_embeddings,
-    )
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(shape)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
-        for layer in projector.modules():
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
-    model.model.vision_tower, model.model.language_model, model.lm_head = vision, text.model, text.lm_head
-    model.model.multi_modal_projector = projector.to(text.dtype)
-    model.generation_config = text.generation_config
-    model.config.dtype = text.dtype
-    processor = LlavaProcessor(
-        pictures,
-        tokenizer,
-        patch_size=vision.config.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS
-        chat_template=TEMPLATE,
-    )
-    with files.atomic(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        checkpoint.built(temporary, "parts.json", made)
-    return folder

@@ -87,3 +87,14 @@ class LossScale:
         if not all(kinds) or not 0 < scale < math.inf:
             raise ValueError(f"{state} is no state of a loss scale")
         self.scale, self.good, self.moving = scale, good, moving
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name; "auto": CUDA where there is one."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown device, and for an absent one
+        reason = str(error).splitlines()[0]
+        raise UserError(f'device {name!r} cannot be used here: {reason}; use "auto" or "cpu"') from error
+    return device

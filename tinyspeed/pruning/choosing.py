@@ -17,21 +17,24 @@ alone by slow steps, touched with a zero weight by a fast step that has nothing 
 
 import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import pruning
-from ..models.families import Family
 from ..util.errors import UserError
 from . import signals
+
+if TYPE_CHECKING:  # the rooms above know this one, not the other way round
+    from ..models.families import Family
 
 
 class Chooser(nn.Module):
     """The plugin `name`, for the images of this model."""
 
-    def __init__(self, vlm: Family, name: str, keep: float, seed: int):
+    def __init__(self, vlm: "Family", name: str, keep: float, seed: int):
         super().__init__()
         signals.require_signals(vlm, name)
         self.vlm, self.name, self.seed = vlm, name, seed

@@ -15,19 +15,22 @@ go through the family's own packing, and so come unpadded and in the places of t
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import pruning
-from ..models.families import Family
 from ..util.errors import UserError
+
+if TYPE_CHECKING:  # the rooms above know this one, not the other way round
+    from ..models.families import Family
 
 KNOWN = ("cls_attention", "keys", "tower")
 ATTENDED = ("cls_attention", "keys")  # which need the tower to run
 
 
-def require_signals(vlm: Family, plugin: str) -> None:
+def require_signals(vlm: "Family", plugin: str) -> None:
     """Refuse a plugin whose signals this model cannot give."""
     given = gives(vlm)
     missing = [signal for signal in pruning.needs(plugin) if signal not in given]
@@ -40,12 +43,12 @@ def require_signals(vlm: Family, plugin: str) -> None:
         raise UserError(f"the plugin {plugin!r} needs {needs}, and {reason}; plugins that do without: {others}")
 
 
-def gives(vlm: Family) -> tuple[str, ...]:
+def gives(vlm: "Family") -> tuple[str, ...]:
     """The signals of this model."""
     return ("tower",) * vlm.rowwise if _lacks(vlm) else KNOWN
 
 
-def _lacks(vlm: Family) -> str:
+def _lacks(vlm: "Family") -> str:
     """Why nobody can be heard attending in this model; "" if they can."""
     layer, strategy = vlm.looks_at
     kind = vlm.config.vision_config.model_type
@@ -56,14 +59,14 @@ def _lacks(vlm: Family) -> str:
     return "" if strategy == "default" else "the projector reads [CLS] as a row of the picture"
 
 
-def _block(vlm: Family) -> int:
+def _block(vlm: "Family") -> int:
     """The block whose output the projector reads. Hidden states are numbered from the embeddings on."""
     layer, blocks = vlm.looks_at[0], vlm.config.vision_config.num_hidden_layers
     return (layer if layer >= 0 else layer + blocks + 1) - 1
 
 
 @contextmanager
-def heard(vlm: Family, visual: dict[str, Tensor], needs: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+def heard(vlm: "Family", visual: dict[str, Tensor], needs: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """The signals `needs` of the forward that runs inside, there once it has: of each image a (rows, C) tensor with the
     rows of its features."""
     found: dict[str, list[Tensor]] = {}

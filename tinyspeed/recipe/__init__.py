@@ -1,3 +1,25 @@
-"""Recipes: a TOML file, read into frozen dataclasses."""
+"""A recipe says everything about a run: a TOML file, read into frozen dataclasses.
 
-from .sections import *  # noqa: F403
+    made = recipe.read("digits", ["train.lr=1e-4"])     a file, or a built-in one by its name; with changes
+    made.train.lr, made.folder, made.stages()
+
+`sections.py` has the keys with their defaults, `reading.py` the way from TOML, `schedules.py` the schedule that a
+recipe asks for, `comparison.py` the recipes of a comparison; `presets/` and `comparisons/` are the built-in files.
+"""
+
+from .reading import BUILT_IN, changed, from_tables, of_run, read
+from .sections import (
+    DataSection,
+    DigitsSection,
+    DualSpeedSection,
+    LoraSection,
+    ModelSection,
+    Recipe,
+    RunSection,
+    ScaleSection,
+    StageSection,
+    StsSection,
+)
+
+__all__ = ["BUILT_IN", "DataSection", "DigitsSection", "DualSpeedSection", "LoraSection", "ModelSection", "Recipe"]
+__all__ += ["RunSection", "ScaleSection", "StageSection", "StsSection", "changed", "from_tables", "of_run", "read"]

@@ -18,7 +18,8 @@ import itertools
 from pathlib import Path
 
 from ..util.errors import UserError, unknown
-from . import Recipe, changed, setting, tables_of, value_of
+from .reading import changed, setting, tables_of, value_of
+from .sections import Recipe
 
 BUILT_IN = Path(__file__).parent / "comparisons"
 FULL = {"full": {"dualspeed": {"schedule": "full"}}}

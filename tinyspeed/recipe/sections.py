@@ -9,26 +9,20 @@ The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a 
 import dataclasses
 import json
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from reprlib import repr as short
 
 from ..adaptive import AdaptiveSchedule
 from ..regate import Settings as RegateSettings
 from ..scheduler import KINDS, Plan
 from ..util import paths
-from ..util.errors import UserError, require_range, unknown
-from ..util.errors import require as _check
-from ..util.errors import require_known as _among
-from .sts_section import StsSection
+from ..util.errors import require, require_known, require_range
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTISATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LARGEST = 2**31 - 1  # whole number, but for the seed; what is larger is a slip, or no machine could do it
 LAST = ("dualspeed", "sts")  # they may import torch: mistakes of others are named before
-BUILT_IN = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
@@ -45,10 +39,10 @@ class RunSection:
     def __post_init__(self):
         good = self.name and not self.name.startswith(".") and "/" not in self.name and "\\" not in self.name
         good = good and not paths.CONTROL.search(self.name) and len(self.name.encode()) <= 200
-        _check(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
-        _check(0 <= self.seed < 2**32, f"run.seed = {self.seed}: must be between 0 and 2**32 - 1")
+        require(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
+        require(0 <= self.seed < 2**32, f"run.seed = {self.seed}: must be between 0 and 2**32 - 1")
         require_range(self, "run.", threads=(0, 1024), save_every=(1, LARGEST), keep_checkpoints=(1, LARGEST))
-        _among("run.device", self.device, ("auto", "cpu", "cuda"))
+        require_known("run.device", self.device, ("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
@@ -60,10 +54,10 @@ class ModelSection:
     quantise: str = "none"  # "nf4": the LLM's frozen weights in 4 bits; needs LoRA to be trained
 
     def __post_init__(self):
-        _among("model.precision", self.precision, PRECISIONS)
-        _among("model.quantise", self.quantise, QUANTISATIONS)
-        _check(bool(self.tower) == bool(self.llm), "model.tower and model.llm: a model from parts needs both")
-        _check(not (self.path and self.tower), "model.path and model.tower: a model comes from one or the other")
+        require_known("model.precision", self.precision, PRECISIONS)
+        require_known("model.quantise", self.quantise, QUANTISATIONS)
+        require(bool(self.tower) == bool(self.llm), "model.tower and model.llm: a model from parts needs both")
+        require(not (self.path and self.tower), "model.path and model.tower: a model comes from one or the other")
 
 
 @dataclass(frozen=True)
@@ -74,8 +68,8 @@ class LoraSection:
 
     def __post_init__(self):
         require_range(self, "lora.", rank=(0, 2**16), alpha=(0, 10**9))
-        _check(self.rank > 0 or not self.alpha, "lora.alpha is given: set lora.rank too")
-        _check(0 <= self.dropout < 1, f"lora.dropout = {self.dropout}: must be between 0 and 1")
+        require(self.rank > 0 or not self.alpha, "lora.alpha is given: set lora.rank too")
+        require(0 <= self.dropout < 1, f"lora.dropout = {self.dropout}: must be between 0 and 1")
 
     @property
     def scale(self) -> float:
@@ -99,13 +93,13 @@ class DataSection:
     feature_cache_gb: float = 0.0  # keep the frozen tower's features of up to so many GB on disk
 
     def __post_init__(self):
-        _among("data.kind", self.kind, ("digits", "chat"))
-        _among("data.template", self.template, ("chat", "plain"))
-        _among("data.too_long", self.too_long, ("error", "cut"))
+        require_known("data.kind", self.kind, ("digits", "chat"))
+        require_known("data.template", self.template, ("chat", "plain"))
+        require_known("data.too_long", self.too_long, ("error", "cut"))
         require_range(self, "data.", turns=(1, LARGEST), eval_pictures=(1, LARGEST), max_rows=(0, LARGEST))
         require_range(self, "data.", workers=(0, LARGEST), feature_cache_gb=(0, 10**9))
-        _check(self.kind == "chat" or not self.file, 'data.file is given: set data.kind = "chat" too')
-        _check(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
+        require(self.kind == "chat" or not self.file, 'data.file is given: set data.kind = "chat" too')
+        require(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
 
 
 @dataclass(frozen=True)
@@ -125,9 +119,9 @@ class DigitsSection:
         require_range(self, "digits.", side=(1, 96), pictures=(1, LARGEST), tower_steps=(1, LARGEST))
         require_range(self, "digits.", width=(1, 8192), tower_width=(1, 8192), layers=(1, 128), tower_layers=(1, 128))
         for name in ("width", "tower_width"):
-            _check(getattr(self, name) % 8 == 0, f"digits.{name} = {getattr(self, name)}: must be a multiple of 8")
-        _check(self.regions in (2, 3, 4), f"digits.regions = {self.regions}: must be 2, 3 or 4")
-        _check(self.side % self.regions == 0, f"digits.side = {self.side}: must be a multiple of digits.regions")
+            require(getattr(self, name) % 8 == 0, f"digits.{name} = {getattr(self, name)}: must be a multiple of 8")
+        require(self.regions in (2, 3, 4), f"digits.regions = {self.regions}: must be 2, 3 or 4")
+        require(self.side % self.regions == 0, f"digits.side = {self.side}: must be a multiple of digits.regions")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -151,10 +145,10 @@ class DualSpeedSection:
     layout: str = "auto"
 
     def __post_init__(self):
-        _among("dualspeed.schedule", self.schedule, KINDS)
+        require_known("dualspeed.schedule", self.schedule, KINDS)
         Plan("slow", keep=self.keep, distill=self.distill)  # refuses a bad share or weight
-        _check(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
-        _check(0 < self.gap < math.inf, f"dualspeed.gap = {self.gap}: must be above 0")
+        require(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
+        require(0 < self.gap < math.inf, f"dualspeed.gap = {self.gap}: must be above 0")
         if self.schedule == "adaptive":
             AdaptiveSchedule(self.slow, self.keep, self.distill)  # refuses what it cannot follow
         # A temperature beyond: fp32 cannot hold the logits, or their differences.
@@ -163,9 +157,36 @@ class DualSpeedSection:
         if (self.plugin, self.positions, self.layout) != (defaults.plugin, defaults.positions, defaults.layout):
             from .. import pruning, rows  # here, for they import torch: other mistakes are named without it
 
-            _among("dualspeed.plugin", self.plugin, pruning.names())
-            _among("dualspeed.positions", self.positions, rows.POSITIONS)
-            _among("dualspeed.layout", self.layout, rows.LAYOUTS)
+            require_known("dualspeed.plugin", self.plugin, pruning.names())
+            require_known("dualspeed.positions", self.positions, rows.POSITIONS)
+            require_known("dualspeed.layout", self.layout, rows.LAYOUTS)
+
+
+@dataclass(frozen=True)
+class StsSection:
+    skip: float = 0.0  # share of the LLM's layers that a step of `train` leaves out; 0 = none
+    layers: str = "random"  # which: "random", deeper ones more often, or "influence": those that change answers least
+    protect_first: int = 1  # layers that always run
+    protect_last: int = 1
+    every: int = 10  # one step in so many runs every layer, as slow ones do; 0 = only these
+    compress: float = 0.0  # share of visual rows that `align` keeps; 0 = dualspeed.keep
+    compressor: str = ""  # the pruning plugin that chooses them; empty: dualspeed.plugin
+
+    def __post_init__(self):
+        for name in ("skip", "compress"):
+            require(0 <= getattr(self, name) <= 1, f"sts.{name} = {getattr(self, name)}: must be between 0 and 1")
+        for name in ("protect_first", "protect_last", "every"):
+            require(getattr(self, name) >= 0, f"sts.{name} = {getattr(self, name)}: must not be negative")
+        require(
+            not self.skip or self.every != 1, "sts.every = 1: every step would run every layer, and sts.skip skip none"
+        )
+        require(bool(self.compress) or not self.compressor, "sts.compressor is given: set sts.compress too")
+        if self.layers != type(self).layers or self.compressor:
+            from .. import pruning, sts  # here, for they import torch
+
+            require_known("sts.layers", self.layers, sts.CHOICES)
+            if self.compressor:
+                require_known("sts.compressor", self.compressor, pruning.names())
 
 
 @dataclass(frozen=True)
@@ -187,16 +208,16 @@ class StageSection:
         require_range(
             self, "", steps=(0, 10**9), epochs=(0, 10**6), batch=(1, 10**6), row_budget=(0, LARGEST), warmup=(0, 1)
         )
-        _check(self.lr > 0, f"lr = {self.lr}: must be above 0")
+        require(self.lr > 0, f"lr = {self.lr}: must be above 0")
         require_range(
             self, "", lr=(0, 10), connector_lr=(0, 10), weight_decay=(0, 10**9)
         )  # a step moves a weight by lr
         left = 1 - max(self.lr, self.connector_lr) * self.weight_decay
-        _check(left > 0, f"weight_decay = {self.weight_decay}: a step leaves {left:.3g} of a weight; set it lower")
-        _check(self.clip > 0, f"clip = {self.clip}: must be above 0")
-        _among("optimizer", self.optimizer, OPTIMIZERS)
-        _among("checkpointing", self.checkpointing, ("auto", "on", "off"))
-        _check(0 < self.beta2 < 1, f"beta2 = {self.beta2}: must be between 0 and 1")
+        require(left > 0, f"weight_decay = {self.weight_decay}: a step leaves {left:.3g} of a weight; set it lower")
+        require(self.clip > 0, f"clip = {self.clip}: must be above 0")
+        require_known("optimizer", self.optimizer, OPTIMIZERS)
+        require_known("checkpointing", self.checkpointing, ("auto", "on", "off"))
+        require(0 < self.beta2 < 1, f"beta2 = {self.beta2}: must be between 0 and 1")
 
     def total(self, samples: int) -> int:
         return self.steps or math.ceil(self.epochs * samples / self.batch)
@@ -235,34 +256,34 @@ class Recipe:
 
     def __post_init__(self):
         tunes, aligns = (bool(stage.steps or stage.epochs) for stage in (self.train, self.align))
-        _check(tunes or aligns, "the recipe trains nothing: set train.steps or train.epochs")
-        _check(aligns or not self.sts.compress, "sts.compress is for aligning: set align.steps or align.epochs")
-        _check(tunes or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
+        require(tunes or aligns, "the recipe trains nothing: set train.steps or train.epochs")
+        require(aligns or not self.sts.compress, "sts.compress is for aligning: set align.steps or align.epochs")
+        require(tunes or not self.sts.skip, "sts.skip is for tuning: set train.steps or train.epochs")
         slow = self.dualspeed.slow if self.dualspeed.schedule not in ("fast", "full") else 0
         once = self.sts.skip and self.sts.layers == "influence" and not (self.sts.every or slow)
-        _check(not once, "sts.every = 0: without slow steps influence is measured in step 1 alone; set it above 0")
+        require(not once, "sts.every = 0: without slow steps influence is measured in step 1 alone; set it above 0")
         frozen = '4-bit weights cannot be trained: set lora.rank, or model.quantise = "none"'
-        _check(self.lora.rank > 0 or self.model.quantise == "none" or not tunes, frozen)
+        require(self.lora.rank > 0 or self.model.quantise == "none" or not tunes, frozen)
         views, kind = self.dualspeed.views, self.dualspeed.schedule
-        _check(self.lora.rank > 0 or not views, "dualspeed.views is a LoRA for each mode: set lora.rank too")
-        _check(
+        require(self.lora.rank > 0 or not views, "dualspeed.views is a LoRA for each mode: set lora.rank too")
+        require(
             not views or slow or kind == "full", "dualspeed.views: slow steps train what is exported; there are none"
         )
-        _check(slow < 1 or not self.sts.skip, "sts.skip: with dualspeed.slow = 1 every step runs every layer")
-        _check(self.regate.keep == 1 or tunes, "regate.keep: answers are skipped in tuning; set train.steps")
+        require(slow < 1 or not self.sts.skip, "sts.skip: with dualspeed.slow = 1 every step runs every layer")
+        require(self.regate.keep == 1 or tunes, "regate.keep: answers are skipped in tuning; set train.steps")
         plugins = sorted({self.pruning(name)[0] for name, _ in self.stages()})
         if plugins != [DualSpeedSection.plugin]:
             from .. import pruning
 
             asking = [name for name in plugins if "cls_attention" in pruning.needs(name)]
             uncached = f"{asking} need [CLS] attention, and features on disk are without: set data.feature_cache_gb = 0"
-            _check(not (asking and self.data.feature_cache_gb), uncached)
+            require(not (asking and self.data.feature_cache_gb), uncached)
             apart = len(plugins) > 1 and any(map(pruning.learned, plugins))
-            _check(not apart, f"sts.compressor: of {plugins} one learns, and is then the same in all stages")
+            require(not apart, f"sts.compressor: of {plugins} one learns, and is then the same in all stages")
         most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
-        _check(self.data.kind != "digits" or self.data.turns <= most, f"data.turns: a picture has {most} questions")
+        require(self.data.kind != "digits" or self.data.turns <= most, f"data.turns: a picture has {most} questions")
         named = self.data.kind != "chat" or bool(self.model.path or self.model.llm)
-        _check(named, 'model.path: data.kind = "chat" needs a model')
+        require(named, 'model.path: data.kind = "chat" needs a model')
 
     @property
     def folder(self) -> Path:
@@ -289,118 +310,3 @@ class Recipe:
 def _toml(value) -> str:
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else repr(value)
     return text.replace("\x7f", "\\u007f")  # which JSON takes as it is, and TOML does not
-
-
-def read(path: str, changes: list[str] = ()) -> Recipe:
-    """The recipe in a TOML file (or a built-in one, by name), with `section.key=value` changes."""
-    tables, file = tables_of(path, BUILT_IN, "recipe file")
-    for change in changes:
-        section, key, value = setting("--set", change)
-        if not isinstance(tables.setdefault(section, {}), dict):
-            raise UserError(f"{file}: {section} must be a table, [{section}]")
-        tables[section][key] = value_of(section, key, value)
-    return _absolute(from_tables(tables, f"{file}, with --set" if changes else file))
-
-
-def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
-    """The recipe with what these tables say otherwise."""
-    every = dataclasses.asdict(recipe)
-    for section, values in tables.items():
-        every[section] = {**every.get(section, {}), **values} if isinstance(values, dict) else values
-    return _absolute(from_tables(every, where))
-
-
-def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
-    """What is in a TOML file, or in the built-in one of this name, and where that is."""
-    file = Path(path) if Path(path).is_file() else built_in / f"{path}.toml"
-    if not file.is_file():
-        known = sorted(p.stem for p in built_in.glob("*.toml"))
-        raise UserError(f"there is no {kind} {path}; built in: {', '.join(known)}")
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
-    except (ValueError, RecursionError) as error:  # ValueError: also text that is none, a number of 5,000 digits
-        raise UserError(f"{file} is not valid TOML: {error}") from error
-
-
-def setting(flag: str, text: str) -> tuple[str, str, str]:
-    """Section, key and value of what a flag says."""
-    key, equals, value = text.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not (equals and dot):
-        example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
-        raise UserError(f"{flag} {text}: write it as section.key=value, for example {example}")
-    return section, name, value
-
-
-def value_of(section: str, key: str, text: str):
-    """A value as a TOML file would hold it; one that is no TOML is a string."""
-    kind = next((f.type for f in dataclasses.fields(Recipe) if f.name == section), None)
-    try:
-        value, *more = tomllib.loads(f"value = {text}").values()
-    except (ValueError, RecursionError):
-        return text.strip()
-    if more:  # it went on behind a line break, with keys of its own
-        return text.strip()
-    if kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind)):
-        return value if isinstance(value, str) else text.strip()  # run.name=2026-11-20 is a name, not a date
-    return value
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """Files and folders by their whole path: a run is exported and asked from anywhere, and a folder that is not where
-    it was must not be taken for a model of that name on the hub."""
-    for path in (recipe.run.folder, recipe.run.cache):
-        paths.expanded(path)
-    model = {name: paths.absolute(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
-    data = {name: paths.absolute(getattr(recipe.data, name)) for name in ("file", "images")}
-    dual = {"isolator_from": paths.absolute(recipe.dualspeed.isolator_from)}
-    gate = {"reference": paths.absolute(recipe.regate.reference)}
-    changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
-    return dataclasses.replace(
-        recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
-    )
-
-
-def from_tables(tables: dict, where: str) -> Recipe:
-    sections = {f.name: f for f in dataclasses.fields(Recipe)}
-    typed = {}
-    for section, values in tables.items():
-        if section not in sections:
-            raise UserError(f"{where}: {unknown('section', section, sections)}")
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: {section} must be a table, [{section}]")
-        kind = sections[section].type
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for key, value in values.items():
-            if key not in fields:
-                raise UserError(f"{where}: {unknown('key', key, fields, f'{section}.')}")
-            wanted = fields[key].type
-            if type(value) is int and not -LARGEST <= value <= (2**32 if key == "seed" else LARGEST):
-                raise UserError(f"{where}: {section}.{key} = {short(value)} is too large a number")
-            if wanted is float and type(value) is int:
-                values = {**values, key: float(value)}
-            elif type(value) is not wanted:
-                raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
-            elif wanted is str and paths.NO_NAME.search(value):
-                raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
-        typed[section] = values
-    made = {}
-    for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):
-        try:
-            made[section] = sections[section].type(**values)
-        except UserError as error:
-            raise UserError(f"{where}: [{section}] {error}") from error
-    try:
-        return Recipe(**made)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def of_run(folder: str) -> Recipe:
-    """The recipe that a run was made with, pointing at where the run is now."""
-    file = Path(folder) / "recipe.toml"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a run: it has no recipe.toml")
-    here = Path(folder).resolve()
-    recipe = read(str(file))
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))

@@ -13,9 +13,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..pruning import keep_count
-from ..scheduler import Plan
-
 
 class Order:
     """Sample numbers by position, for `n` samples."""
@@ -32,13 +29,6 @@ class Order:
 
     def batch(self, step: int, size: int) -> list[int]:
         return [self[position] for position in range(step * size, (step + 1) * size)]
-
-
-def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:
-    """Rows that the LLM sees of one sample, gradient or not: the larger of student and teacher."""
-    if plan.mode != "fast":
-        return text + sum(images)
-    return text + sum(keep_count(plan.keep, n) + isolator for n in images)
 
 
 def cut(rows: list[int], budget: int) -> Iterator[list[int]]:

@@ -14,7 +14,6 @@ processes, and one process can read what many wrote.
 
 import json
 import re
-import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,21 +21,17 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..util import files, finite
 from ..util.errors import UserError
+from ..util.files import UNREADABLE, fingerprint
 
 CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' table of 8-bit values, one for all
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _OURS = re.compile(r"tensors[-\w]*\.safetensors")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    with files.atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
@@ -228,9 +223,6 @@ def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
         return Saved([path / name for name in state["files"]]), state
 
 
-BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
-
-
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
     """Whatever goes wrong while a checkpoint is read: it is damaged."""
@@ -238,7 +230,7 @@ def reading(path: Path | str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except BROKEN as error:
+    except UNREADABLE as error:
         raise UserError(
             f"checkpoint {path} is damaged ({type(error).__name__}: {error}); delete the folder to resume from the one "
             f"before it"
@@ -272,46 +264,6 @@ def _complete(folder: Path) -> list[Path]:
 
 def _crc(state: dict) -> int:
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
-
-
-def built(folder: Path, label: str, how: dict) -> None:
-    """Label a base model that a run has built for itself: how, and what its files are."""
-    files = {path.name: [*fingerprint(path)] for path in sorted(folder.iterdir())}
-    (folder / label).write_text(json.dumps({"how": how, "files": files}), encoding="utf-8")
-
-
-_sound: set[tuple] = set()  # what this process has looked at: it is asked for several times, and may be large
-
-
-def check_built(folder: Path, label: str, how: dict) -> None:
-    """That a base model is the one that was built, whole. What is frozen in it is in no checkpoint."""
-    try:
-        if not (folder / label).is_file():
-            raise ValueError(f"{label} is not there, or no file")
-        label = json.loads((folder / label).read_text(encoding="utf-8"))
-        if label["how"] != how:
-            raise UserError(f"{folder} was not built with {how}: delete it, or choose another run.name")
-        for name, (size, crc) in label["files"].items():
-            found = (folder / name).stat()
-            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-                raise ValueError(f"{name} is no file")
-            seen = (str(folder / name), found.st_mtime_ns, found.st_ino, found.st_size, size, crc)
-            if Path(name).name != name or (seen not in _sound and fingerprint(folder / name) != (size, crc)):
-                raise ValueError(f"{name} is not what was written")
-            _sound.add(seen)
-    except UserError:
-        raise
-    except BROKEN as error:
-        raise UserError(f"{folder} is damaged ({error}): delete it to build it anew") from error
-
-
-def fingerprint(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
-    crc = size = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            crc, size = zlib.crc32(block, crc), size + len(block)
-    return size, crc
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:

@@ -29,15 +29,16 @@ from tqdm import tqdm
 from ..data import loader
 from ..data.examples import Source
 from ..dualspeed import DualSpeed, Output
-from ..models import attention, loading, memory, precision
+from ..models import attention, memory, precision, trainable
 from ..recipe import Recipe, StageSection
 from ..recipe.schedules import schedule_of
+from ..rows import plan_rows
 from ..scheduler import Plan
 from ..util import files, finite, malloc, provenance
 from ..util.errors import NotFinite, UserError, counted
 from . import checkpoint, diagnosis, optimizer
 from .answer_gate import Gate
-from .batching import Order, cut, plan_rows
+from .batching import Order, cut
 from .run_folder import LOG, fingerprint, log_fingerprint
 
 PATIENCE = 5.0  # seconds that the probe may go on measuring
@@ -86,7 +87,7 @@ class StageRun:
         self.steps = stage.total(len(source))
         self.first = 0  # the step to begin with
         self.stopped = False
-        loading.set_trainable(model.model, name)
+        trainable.set_trainable(model.model, name)
         model.schedule = schedule_of(recipe, name, model.config.text_config.num_hidden_layers)
         model.chooser.switch(recipe.pruning(name)[0])
         model.train()

@@ -90,10 +90,9 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
 
 def log_fingerprint(folder: Path) -> tuple[int, int]:
     """Size and CRC-32 of the log so far; of one that somebody has deleted, of nothing."""
-    from . import checkpoint
 
     file = folder / LOG
-    return checkpoint.fingerprint(file) if file.is_file() else (0, 0)
+    return files.fingerprint(file) if file.is_file() else (0, 0)
 
 
 def log_until(folder: Path, state: dict) -> bytes:
@@ -134,7 +133,7 @@ def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     with checkpoint.only_one(folder):
         try:
-            checkpoint.write_atomically(folder / "recipe.toml", recipe.to_toml())
+            files.write_atomically(folder / "recipe.toml", recipe.to_toml())
             yield folder
         except BaseException:
             if new:

@@ -5,12 +5,10 @@ the same bits as one that was never killed (on a CPU, with the same number of th
 finishes the step and saves.
 """
 
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,18 +16,20 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from .. import isolator, regate
+from .. import regate
 from ..data import conversations, digits, feature_cache
 from ..data.examples import Source
 from ..dualspeed import DualSpeed
-from ..models import loading, precision
+from ..models import assembling, isolator_file, loading, precision, trainable
 from ..models.export import merge, only_training, save_adapter
+from ..models.precision import device_of
 from ..recipe import Recipe, of_run
 from ..recipe.schedules import schedule_of
 from ..util import files, paths, provenance
 from ..util.errors import UserError, counted
 from . import answer_gate, checkpoint, run_folder
 from .loop import StageRun, Totals
+from .stopping import stop_requested
 
 
 @dataclass
@@ -77,7 +77,7 @@ def finish(recipe: Recipe) -> None:
         saved, _ = _newest(recipe)
         discarded = [name for name in saved if only_training(name)]
         with files.atomic(recipe.folder / paths.ISOLATOR) as temporary:
-            isolator.save({name.removeprefix("model/"): saved[name] for name in discarded}, temporary)
+            isolator_file.save({name.removeprefix("model/"): saved[name] for name in discarded}, temporary)
         export(recipe, recipe.folder / "model")
 
 
@@ -166,7 +166,7 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
     if source.bad:
         file = recipe.folder / "skipped.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(file, "\n".join(source.bad) + "\n")
+        files.write_atomically(file, "\n".join(source.bad) + "\n")
         count = f"{len(source.bad):,} of {counted(len(source.records), 'record')}"
         print(f"{count} left out, listed in {file}; the first: {source.bad[0]}", file=sys.stderr)
 
@@ -190,7 +190,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
     """A loaded model with what training adds to it."""
     if recipe.lora.rank:
         lora = asdict(recipe.lora)
-        plain = loading.add_lora(plain, **lora, seed=recipe.run.seed, views=recipe.dualspeed.views)
+        plain = lora.add_lora(plain, **lora, seed=recipe.run.seed, views=recipe.dualspeed.views)
     settings = recipe.dualspeed
     model = DualSpeed(
         plain,
@@ -205,7 +205,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
         seed=recipe.run.seed,
     )
     if settings.isolator_from:
-        isolator.load_into(model.only_training, paths.isolator(settings.isolator_from))
+        isolator_file.load_into(model.only_training, paths.isolator(settings.isolator_from))
     return model
 
 
@@ -214,7 +214,7 @@ def base(recipe: Recipe) -> str:
     if recipe.model.path:
         return recipe.model.path
     if recipe.model.llm:
-        return str(loading.assemble(recipe.model.tower, recipe.model.llm, recipe.folder / "base", recipe.run.seed))
+        return str(assembling.assemble(recipe.model.tower, recipe.model.llm, recipe.folder / "base", recipe.run.seed))
     sizes = recipe.digits
     how = {"tower_steps": sizes.tower_steps, "device": place(recipe)[0], **sizes.sizes}
     return str(digits.prepare(recipe.folder / "base", recipe.run.seed, **how))
@@ -226,18 +226,12 @@ def place(recipe: Recipe) -> tuple[torch.device, str]:
     return device, precision.resolve(recipe.model.precision, device)
 
 
-def device_of(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError('run.device = "cuda", but torch finds no CUDA device; use "auto" or "cpu"')
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-
-
 def load_trained(recipe: Recipe) -> DualSpeed:
     """The model of a run as its newest checkpoint has it, isolator included."""
     set_threads(recipe)
     saved, state = _newest(recipe)
     model = build_model(recipe)
-    loading.set_trainable(model.model, recipe.stages()[state["stage"]][0])
+    trainable.set_trainable(model.model, recipe.stages()[state["stage"]][0])
     checkpoint.fill({f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad}, saved)
     return model
 
@@ -299,7 +293,7 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
     saved, _ = _newest(recipe)
     with files.atomic(out) as temporary:
         if adapter_only:
-            save_adapter(saved, loading.lora_config(**asdict(lora)), base(recipe), temporary)
+            save_adapter(saved, lora.lora_config(**asdict(lora)), base(recipe), temporary)
         else:
             merge(saved, lora.scale, base(recipe), temporary)
         loading.load_processor(base(recipe)).save_pretrained(temporary)
@@ -314,30 +308,3 @@ def _share(folder: Path) -> None:
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(plain, weights)
     plain.unlink()
-
-
-@contextmanager
-def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM put their number into. A second SIGINT ends the process as usual; a second SIGTERM
-    does not, since schedulers send it to a whole tree of processes, and parents pass it on."""
-    stop: list[int] = []
-    before = {}
-
-    def ask(number, frame):
-        stop.append(number)
-        if not quiet and len(stop) == 1:  # not print: the signal may have come in the middle of another write
-            more = "; once more to quit at once" if number == signal.SIGINT else ""
-            with suppress(OSError):  # a log on a full disk
-                os.write(2, f"\n{signal.Signals(number).name}: this step, then saving{more}\n".encode())
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    except ValueError:  # not the main thread: signals are somebody else's business
-        pass
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

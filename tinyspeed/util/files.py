@@ -13,12 +13,18 @@ import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from . import files
 from .errors import UserError
 
+# What reading a damaged file of ours may raise.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
 STALE = 3600.0  # seconds
 MANY = 1000  # files
 MENDS = {
@@ -149,3 +155,17 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    with files.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def fingerprint(path: Path) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
+    crc = size = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return size, crc

@@ -7,8 +7,12 @@ drawing as it will be saved.
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
+
+from . import files
+from .errors import UserError
 
 
 def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
@@ -88,3 +92,77 @@ def _arrange(at: list, sizes: list, taken: list, area, nearest: int) -> list:
                 places[-1] = box, edge
                 break
     return places
+
+
+DPI = 120
+
+
+# Okabe and Ito's colours, the pale ones darkened so that names can be written in them. With each goes a dash and a
+# marker; the three cycles have lengths 7, 4 and 9, so no two of the first 252 arms look alike.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#008060", "#AA4499", "#8C6500", "#777777")
+
+
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)))
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+
+
+GREY = "#666666"
+
+
+def figure(width: float, height: float):
+    """An empty matplotlib Figure (inches) that draws itself and knows nothing of windows or pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def save(fig, out: Path | str) -> Path:
+    """Write a Figure where the user wants it, in the format that the file's name asks for."""
+    out = Path(out) if Path(out).suffix else Path(f"{out}.png")
+    try:
+        with files.about(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic(out) as temporary:
+            fig.savefig(temporary, dpi=DPI, format=out.suffix[1:])
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write the picture {out}: {error.strerror}") from error
+    except ValueError as error:  # matplotlib's word for an unknown suffix
+        raise UserError(f"cannot write the picture {out}: choose a name that ends in .png, .svg or .pdf") from error
+    return out
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A centred running mean over a twentieth of the values, and of few values over at least 15 or a third of them.
+    At the ends half of its window is missing, which bends the curve a little and keeps the last value trustworthy."""
+    n = len(values)
+    half = max(n // 20, min(n // 3, 15)) // 2
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    return (total[high] - total[low]) / (high - low)
+
+
+def plain_axes(ax) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def fit_scale(ax, heights: list[float]) -> None:
+    """Show the curves, whatever single steps do; logarithmically where they fall far."""
+    low, high = min(heights, default=0), max(heights, default=1)
+    if low > 0 and high / low > 8:
+        ax.set_yscale("log")
+        ax.set_ylim(low / 1.3, high * 1.3)
+        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        ax.yaxis.get_minor_locator().set_params(subs=())
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        pad = 0.08 * (high - low) or 0.1 * abs(high) or 1
+        ax.set_ylim(low - pad, high + pad)

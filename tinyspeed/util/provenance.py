@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..training.checkpoint import write_atomically
 from .errors import UserError
+from .files import write_atomically
 
 PACKAGES = ("tinyspeed", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
 

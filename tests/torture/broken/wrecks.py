@@ -20,7 +20,8 @@ from torture.broken import mangle, watch
 from torture.broken.trial import Case
 from torture.kills import unlike
 
-from tinyspeed import isolator, recipe
+from tinyspeed import recipe
+from tinyspeed.models import isolator_file
 from tinyspeed.training import checkpoint
 from tinyspeed.training import train as core
 from tinyspeed.util import paths
@@ -291,7 +292,7 @@ class Part:
     def isolator(self, made: recipe.Recipe, folder: Path) -> None:
         want = load_file(self.home / "kept" / "whole" / "isolator.safetensors")
         got = {name: torch.zeros_like(tensor) for name, tensor in want.items()}
-        isolator.load_into(got, paths.isolator(str(folder)))
+        isolator_file.load_into(got, paths.isolator(str(folder)))
         assert all(torch.equal(got[name], want[name]) for name in want), "another isolator"
 
     def exported(self, step: str) -> dict[str, torch.Tensor]:

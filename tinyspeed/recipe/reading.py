@@ -1,0 +1,131 @@
+"""From a TOML file to a recipe. An unknown key is an error that names the nearest known one.
+
+`--set section.key=value` on the command line changes a value before the sections check theirs, so a change is checked
+exactly as the file is.
+"""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from reprlib import repr as short
+
+from ..util import paths
+from ..util.errors import UserError, unknown
+from .sections import LARGEST, LAST, Recipe
+
+BUILT_IN = Path(__file__).parent / "presets"
+
+
+def read(path: str, changes: list[str] = ()) -> Recipe:
+    """The recipe in a TOML file (or a built-in one, by name), with `section.key=value` changes."""
+    tables, file = tables_of(path, BUILT_IN, "recipe file")
+    for change in changes:
+        section, key, value = setting("--set", change)
+        if not isinstance(tables.setdefault(section, {}), dict):
+            raise UserError(f"{file}: {section} must be a table, [{section}]")
+        tables[section][key] = value_of(section, key, value)
+    return _absolute(from_tables(tables, f"{file}, with --set" if changes else file))
+
+
+def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
+    """The recipe with what these tables say otherwise."""
+    every = dataclasses.asdict(recipe)
+    for section, values in tables.items():
+        every[section] = {**every.get(section, {}), **values} if isinstance(values, dict) else values
+    return _absolute(from_tables(every, where))
+
+
+def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
+    """What is in a TOML file, or in the built-in one of this name, and where that is."""
+    file = Path(path) if Path(path).is_file() else built_in / f"{path}.toml"
+    if not file.is_file():
+        known = sorted(p.stem for p in built_in.glob("*.toml"))
+        raise UserError(f"there is no {kind} {path}; built in: {', '.join(known)}")
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
+    except (ValueError, RecursionError) as error:  # ValueError: also text that is none, a number of 5,000 digits
+        raise UserError(f"{file} is not valid TOML: {error}") from error
+
+
+def setting(flag: str, text: str) -> tuple[str, str, str]:
+    """Section, key and value of what a flag says."""
+    key, equals, value = text.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot):
+        example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
+        raise UserError(f"{flag} {text}: write it as section.key=value, for example {example}")
+    return section, name, value
+
+
+def value_of(section: str, key: str, text: str):
+    """A value as a TOML file would hold it; one that is no TOML is a string."""
+    kind = next((f.type for f in dataclasses.fields(Recipe) if f.name == section), None)
+    try:
+        value, *more = tomllib.loads(f"value = {text}").values()
+    except (ValueError, RecursionError):
+        return text.strip()
+    if more:  # it went on behind a line break, with keys of its own
+        return text.strip()
+    if kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind)):
+        return value if isinstance(value, str) else text.strip()  # run.name=2026-11-20 is a name, not a date
+    return value
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Files and folders by their whole path: a run is exported and asked from anywhere, and a folder that is not where
+    it was must not be taken for a model of that name on the hub."""
+    for path in (recipe.run.folder, recipe.run.cache):
+        paths.expanded(path)
+    model = {name: paths.absolute(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
+    data = {name: paths.absolute(getattr(recipe.data, name)) for name in ("file", "images")}
+    dual = {"isolator_from": paths.absolute(recipe.dualspeed.isolator_from)}
+    gate = {"reference": paths.absolute(recipe.regate.reference)}
+    changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
+    return dataclasses.replace(
+        recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
+    )
+
+
+def from_tables(tables: dict, where: str) -> Recipe:
+    sections = {f.name: f for f in dataclasses.fields(Recipe)}
+    typed = {}
+    for section, values in tables.items():
+        if section not in sections:
+            raise UserError(f"{where}: {unknown('section', section, sections)}")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {section} must be a table, [{section}]")
+        kind = sections[section].type
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        for key, value in values.items():
+            if key not in fields:
+                raise UserError(f"{where}: {unknown('key', key, fields, f'{section}.')}")
+            wanted = fields[key].type
+            if type(value) is int and not -LARGEST <= value <= (2**32 if key == "seed" else LARGEST):
+                raise UserError(f"{where}: {section}.{key} = {short(value)} is too large a number")
+            if wanted is float and type(value) is int:
+                values = {**values, key: float(value)}
+            elif type(value) is not wanted:
+                raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
+            elif wanted is str and paths.NO_NAME.search(value):
+                raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
+        typed[section] = values
+    made = {}
+    for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):
+        try:
+            made[section] = sections[section].type(**values)
+        except UserError as error:
+            raise UserError(f"{where}: [{section}] {error}") from error
+    try:
+        return Recipe(**made)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def of_run(folder: str) -> Recipe:
+    """The recipe that a run was made with, pointing at where the run is now."""
+    file = Path(folder) / "recipe.toml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run: it has no recipe.toml")
+    here = Path(folder).resolve()
+    recipe = read(str(file))
+    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))
