@@ -4,11 +4,10 @@ import functools
 import os
 
 import pytest
-import real
-import tiny
 import torch
-from album import album
 from hypothesis import HealthCheck, settings
+from support import published_models, tiny
+from support.album import album
 
 from tinyspeed.models import published
 
@@ -65,7 +64,7 @@ def home(tmp_path_factory):
 def models(tmp_path_factory):
     """Folders with the configurations of real models, and no weights."""
     folder = tmp_path_factory.mktemp("models")
-    for name, config in real.REAL.items():
+    for name, config in published_models.REAL.items():
         config().save_pretrained(folder / name)
     return folder
 

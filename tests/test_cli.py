@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.runs import fails
 
 from tinyspeed import cli, recipe
 from tinyspeed.data import digits
@@ -27,15 +28,6 @@ def small(base, tmp_path):
     values = [f"model.path={base}", f"run.folder={tmp_path}", "align.steps=1", "train.steps=2", "train.batch=2"]
     values += ["align.batch=2", "data.eval_pictures=10"]
     return ["digits", *(word for value in values for word in ("--set", value))]
-
-
-def fails(capsys, *words):
-    assert cli.main([str(w) for w in words]) == 2
-    out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if line.startswith("tinyspeed: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in err + out
-    return lines[0]
 
 
 def test_code_from_the_hub_is_not_installed_to_us(tmp_path):

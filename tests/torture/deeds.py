@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow
-import tiny
-from album import album
 from pyarrow import parquet
+from support import tiny
+from support.album import album
 from torture import kills
 
 SIZES = (

@@ -21,9 +21,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.runs import timeless
 from torture import outcome
 from torture.deeds import Deed, all_of_them
-from torture.kills import timeless
 from torture.volume import Volume, refused
 
 from tinyspeed import UserError, cli

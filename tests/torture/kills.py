@@ -10,7 +10,6 @@ kill leaves more than one half-written file, which the first run an hour later t
 """
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -19,14 +18,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import psutil
-import tiny
-import torch
-from album import album
-from safetensors.torch import load_file
+from support import tiny
+from support.album import album
+from support.runs import unlike
 from torture import outcome
 
 from tinyspeed import recipe
@@ -58,7 +55,6 @@ PICTURES = (
     "digits.pictures=1000000", *ANSWERS,
 )  # fmt: skip
 MOMENTS = ("anywhere", "while saving", "just saved")
-UNSURE = ("seconds", "rows_per_second", "speedup", "memory_mib")  # of a line of the log: what differs every time
 PATIENCE = 300.0  # seconds, after which a run hangs
 
 
@@ -216,24 +212,6 @@ def kill(run: subprocess.Popen) -> int:
 
 def names(made) -> list[str]:
     return [str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file()]
-
-
-def unlike(made, whole) -> list[str]:
-    """Where two ends differ, bit for bit: exported weights, the last checkpoint, the numbers of every step."""
-    found = []
-    for read in (
-        lambda run: load_file(run.folder / "model" / "model.safetensors"),
-        lambda run: checkpoint.read(checkpoint.newest(run.folder / "checkpoints"))[0],
-    ):
-        a, b = read(made), read(whole)
-        found += [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
-    logs = [timeless((run.folder / "metrics.jsonl").read_bytes()) for run in (made, whole)]
-    return found + [f"line {i} of the metrics" for i, (a, b) in enumerate(zip_longest(*logs)) if a != b]
-
-
-def timeless(log: bytes) -> list[dict]:
-    """Lines of a log without times and memory."""
-    return [{name: n for name, n in json.loads(line).items() if name not in UNSURE} for line in log.splitlines()]
 
 
 def torture(home: Path, systems: list[str], ranks: list[int], kills: int, seed: int, say=print) -> list[Torture]:

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-import tiny
-from album import album
 from safetensors.torch import load_file
+from support import tiny
+from support.album import album
+from support.runs import unlike
 from torture import outcome
-from torture.kills import unlike
 from torture.poisons import KINDS, VALUES, injected
 
 from tinyspeed import adaptive, cli, recipe

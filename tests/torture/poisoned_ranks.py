@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from torture.kills import unlike
+from support.runs import unlike
 from torture.poison import SYSTEMS, begin, look, settings, steps_of
 from torture.poisons import VALUES, WITHIN, injected
 

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiny
-from album import album
-from torture import bait, outcome
+from support import hostile_model as bait
+from support import tiny
+from support.album import album
+from torture import outcome
 from torture.world import World
 
 RECIPE = """

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torture import bait, sealed
+from support import hostile_model as bait
+from torture import sealed
 from torture.world import ROOT, World
 
 SHORT = ("train", "export", "look by a tower")

@@ -29,11 +29,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiny
 import torch
-from album import album
+from support import tiny
+from support.album import album
+from support.runs import timeless
 from torture import outcome
-from torture.kills import timeless
 
 from tinyspeed import recipe
 from tinyspeed.data import digits

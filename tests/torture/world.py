@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torture import bait
+from support import hostile_model as bait
 
 ROOT = Path(__file__).parents[2]
 CONFINE = """

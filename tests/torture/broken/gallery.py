@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torture.bait import Code
+from support.hostile_model import Code
 
 ORIENTATION = 0x0112  # in EXIF
 

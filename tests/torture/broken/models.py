@@ -10,11 +10,11 @@ import shutil
 import struct
 from pathlib import Path
 
-import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torture.bait import Code
+from support import tiny
+from support.hostile_model import Code
 from torture.broken import mangle
 from torture.broken.trial import Case
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import tiny
-from album import album
 from pyarrow import parquet as pq
+from support import tiny
+from support.album import album
 from torture.broken import mangle
 from torture.broken.trial import Case
 

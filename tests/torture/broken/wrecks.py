@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from support.runs import unlike
 from torture.broken import mangle, watch
 from torture.broken.trial import Case
-from torture.kills import unlike
 
 from tinyspeed import recipe
 from tinyspeed.models import isolator_file

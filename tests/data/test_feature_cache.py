@@ -1,0 +1,192 @@
+"""Features kept on disk are the tower's own, are found by content, stay within their size, and change no run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import tiny
+from support.runs import Killed, die_before, settings, unlike
+
+from tinyspeed import DualSpeed, UserError, recipe
+from tinyspeed.data import feature_cache
+from tinyspeed.data.conversations import Conversations
+from tinyspeed.data.examples import collate
+from tinyspeed.data.feature_cache import Features, fill
+from tinyspeed.models.families import family as adapter
+from tinyspeed.recipe import DataSection
+from tinyspeed.scheduler import Plan
+from tinyspeed.training import train
+
+
+def source(home, family):
+    data = DataSection(kind="chat", file=str(home / "train.json"), images=str(home / "images"), workers=0, max_rows=512)
+    return Conversations(data, tiny.processor(family), home / "cache", bar=False)
+
+
+def kept(folder, made, net, most=1e9, precision="fp32"):
+    vlm, prepare = adapter(net), made.processor.image_processor
+    store = Features(folder, vlm, prepare, precision)
+    fill(store, made.pictures(), vlm, prepare, precision, most, bar=False)
+    return store
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_training_from_features_is_training_from_pictures(home, family, tmp_path):
+    net, made = tiny.model(family), source(home, family)
+    plain = collate([made.example(i) for i in range(10)], tiny.PAD)
+    made.features = kept(tmp_path, made, net)
+    stored = collate([made.example(i) for i in range(10)], tiny.PAD)
+    assert "pixel_values" not in stored
+    model = DualSpeed(net, keep=0.3).train()
+    for plan in (Plan("full"), Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
+        found = []
+        for batch in (plain, stored):
+            model.zero_grad(set_to_none=True)
+            loss = model(**batch, plan=plan).loss
+            loss.backward()
+            found.append({"loss": loss, **tiny.gradients(model)})
+        assert not tiny.difference(found[1], found[0])
+
+
+def test_no_picture_is_decoded_and_no_tower_runs(home, family, tmp_path, monkeypatch):
+    net, made = tiny.model(family), source(home, family)
+    made.features = kept(tmp_path, made, net)
+    monkeypatch.setattr(feature_cache.images, "load", None)
+    batch = collate([made.example(i) for i in range(10)], tiny.PAD)
+    net.model.vision_tower.forward = None
+    assert DualSpeed(net, keep=0.3).train()(**batch, plan=Plan("fast", keep=0.3)).loss.isfinite()
+
+
+def test_files_are_found_by_content_and_made_once(home, family, tmp_path):
+    net, made = tiny.model(family), source(home, family)
+    kept(tmp_path, made, net)
+    first = {p: p.stat().st_mtime_ns for p in files(tmp_path)}
+    assert len(first) == len(set(made.pictures()))
+    shutil.copytree(home / "images", tmp_path / "moved" / "images")
+    shutil.copy(home / "train.json", tmp_path / "moved")
+    again = source(tmp_path / "moved", family)
+    store = kept(tmp_path, again, tiny.model(family))
+    assert {p: p.stat().st_mtime_ns for p in first} == first, "other paths, same pictures"
+    other = kept(tmp_path, made, tiny.model(family, seed=1))
+    half = Features(tmp_path, adapter(net), made.processor.image_processor, "bf16")
+    picture = next(iter(made.pictures()))
+    assert len({store.file(picture), other.file(picture), half.file(picture)}) == 3, "another tower, another precision"
+    Image.open(picture).convert("RGB").rotate(90).save(tmp_path / "turned.png")
+    assert store.file(tmp_path / "turned.png") != store.file(picture)
+
+
+def test_the_size_is_never_exceeded_and_old_features_make_room(home, tmp_path):
+    made, one, other = source(home, "llava"), tiny.model("llava"), tiny.model("llava", seed=1)
+    kept(tmp_path, made, one)
+    needed = sum(p.stat().st_size for p in files(tmp_path))
+    old = files(tmp_path)
+    for age, file in enumerate(old):
+        os.utime(file, (age, age))
+    kept(tmp_path, made, other, most=1.5 * needed)
+    assert sum(p.stat().st_size for p in files(tmp_path)) <= 1.5 * needed
+    left = [p for p in old if p.exists()]
+    assert 0 < len(left) < len(old)
+    assert left == old[-len(left) :], "the oldest go first"
+    with pytest.raises(UserError, match=r"take more than 0\.0 GB.*feature_cache_gb"):
+        kept(tmp_path / "small", made, one, most=0.5 * needed)
+    assert sum(p.stat().st_size for p in files(tmp_path / "small")) <= 0.5 * needed
+
+
+def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
+    made, net, count = source(home, "llava"), tiny.model("llava"), []
+
+    def dying(*arguments):
+        count.append(1)
+        if len(count) == 4:
+            raise Killed
+        return original(*arguments)
+
+    original = feature_cache.images.load
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache.images, "load", dying)
+        with pytest.raises(Killed):
+            kept(tmp_path, made, net)
+    assert len(files(tmp_path)) == 3
+    store = kept(tmp_path, made, net)
+    whole = kept(tmp_path / "whole", made, net)
+    for picture in made.pictures():
+        assert torch.equal(store.read(picture)[0], whole.read(picture)[0])
+
+
+def test_an_interruption_while_a_file_is_written_leaves_no_half_of_it_behind(home, tmp_path, monkeypatch):
+    made, net, original = source(home, "llava"), tiny.model("llava"), Path.write_bytes
+
+    def half(path, content):
+        original(path, content[: len(content) // 2])
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", half)
+        with pytest.raises(Killed):
+            kept(tmp_path, made, net)
+    assert not files(tmp_path)
+    store = kept(tmp_path, made, net)
+    assert all(store.read(picture)[0].isfinite().all() for picture in made.pictures())
+
+
+def test_a_damaged_file_is_named(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    store = kept(tmp_path, made, net)
+    picture = next(made.pictures())
+    store.file(picture).write_bytes(b"not what was written")
+    with pytest.raises(UserError, match=r"cannot be read .*delete the file"):
+        store.read(picture)
+    store.file(picture).unlink()
+    with pytest.raises(UserError, match=r"are gone.*--resume"):
+        store.read(picture)
+
+
+def test_features_that_are_not_finite_are_neither_kept_nor_read(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    store = kept(tmp_path, made, net)
+    picture = next(made.pictures())
+    tensors = load_file(store.file(picture))
+    tensors["features"].view(-1)[7] = float("inf")
+    save_file(tensors, store.file(picture))
+    with pytest.raises(UserError, match=rf"features of {picture} .*not finite.*delete the file"):
+        store.read(picture)
+    with torch.no_grad():
+        next(net.model.vision_tower.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match=r"features of .* are not finite.*precision"):
+        kept(tmp_path / "other", made, net)
+    assert not files(tmp_path / "other")
+
+
+def test_what_a_killed_run_left_half_written_is_swept(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    kept(tmp_path, made, net)
+    old, new = (files(tmp_path)[0].parent / f".{name}.safetensors.1.tmp" for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    kept(tmp_path, made, net)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_a_killed_run_with_features_resumes_bit_for_bit(home, tmp_path, monkeypatch):
+    how = (f"run.cache={tmp_path}/cache", "data.feature_cache_gb=0.1", "model.precision=bf16", "lora.rank=4")
+    whole, made = (settings(home, tmp_path, name, *how, family="llava_next") for name in ("whole", "run"))
+    train.train(whole, bar=False)
+    with monkeypatch.context() as patch:
+        die_before(patch, 3)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
+    train.train(made, resume=True, bar=False)
+    assert not unlike(made, whole)
+    assert files(tmp_path / "cache" / "features")
+    assert json.loads((made.folder / "metrics.jsonl").read_text().splitlines()[0])["rows_full"]
+    assert recipe.of_run(str(made.folder)).data.feature_cache_gb == 0.1

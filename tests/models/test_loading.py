@@ -1,0 +1,654 @@
+"""4 bits, adapters, parts, hub ids: what should change does, what should not does not, and damage on disk is named."""
+
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import hostile_model as bait
+from support import tiny
+from support.runs import finish, run_cli, settings, unlike
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
+
+from tinyspeed import DualSpeed, UserError
+from tinyspeed.models import assembling, export, loading, lora, precision, trainable
+from tinyspeed.scheduler import Plan
+from tinyspeed.training import train
+
+KINDS = ("fp32", "bf16", "fp16")
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def base(request, tmp_path_factory):
+    return str(tiny.checkpoint(request.param, tmp_path_factory.mktemp("base") / request.param))
+
+
+def kind(base: str) -> str:
+    return json.loads(open(f"{base}/config.json").read())["model_type"]
+
+
+# 4 bits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_only_the_llms_linear_layers_are_in_4_bits(base, name):
+    model = loading.load_model(base, name, quantise="nf4")
+    quantised = {n for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert quantised == {n for n in linear if "language_model.layers" in n}
+    assert len(quantised) == 7 * 3
+    for n, module in model.named_modules():
+        if n in quantised:
+            state = module.weight.quant_state
+            assert (state.quant_type, state.nested) == ("nf4", True)
+            assert module.compute_dtype == precision.DTYPES[name]
+    others = [p for n, p in model.named_parameters() if n.rpartition(".")[0] not in quantised]
+    assert {p.dtype for p in others} == {precision.DTYPES[name]}, "frozen parts are never upcast"
+
+
+def test_a_skip_list_that_does_nothing_is_noticed(base, monkeypatch):
+    monkeypatch.setattr(loading, "UNQUANTISED", ("vision_tower", "multi_modal_projector", "lm_head"))
+    with pytest.raises(UserError, match=r"did the wrong thing to model\.(vision_tower|multi_modal_projector)"):
+        loading.load_model(base, quantise="nf4")
+
+
+def test_4_bit_weights_are_near_the_real_ones_and_no_forward_changes_them(tmp_path):
+    shape = tiny.config("llava")  # as wide as a block of 64, which real models are many times over
+    shape.text_config.update({"hidden_size": 64, "intermediate_size": 128})
+    LlavaForConditionalGeneration(shape).save_pretrained(tmp_path)
+    base = str(tmp_path)
+    plain, four = loading.load_model(base), loading.load_model(base, quantise="nf4")
+    layer = "model.language_model.layers.1.mlp.down_proj"
+    packed = four.get_submodule(layer).weight
+    before = packed.data.clone()
+    x = torch.randn(200, packed.quant_state.shape[1])
+    with torch.no_grad():
+        near, far = four.get_submodule(layer)(x), plain.get_submodule(layer)(x)
+    assert 0.05 < ((near - far).norm() / far.norm()) < 0.12
+    # Some CPUs re-pack the weight in eval mode without gradients, which rounds its scales for good.
+    with torch.no_grad():
+        four.eval()(**{k: v for k, v in tiny.batch("llava").items() if k != "labels"})
+    assert torch.equal(packed.data, before)
+    assert packed.quant_state.nested
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_in_4_bits_reaches_adapters_projector_and_isolator_and_nothing_else(base, name):
+    net = lora.add_lora(loading.load_model(base, name, quantise="nf4"), rank=4, dropout=0.1)
+    model = DualSpeed(net, keep=0.3).train()
+    trainable.set_trainable(net, "train")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for plan in (Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
+        with precision.autocast(name, torch.device("cpu")):
+            loss = model(**tiny.batch(kind(base)), plan=plan).loss
+        loss.backward()
+    gradients = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])}
+    wanted = {n for n in before if re.search(r"language_model.*lora_|multi_modal_projector|isolator", n)}
+    assert gradients == wanted
+    assert moved <= wanted
+    assert moved >= {n for n in wanted if "lora_A" not in n}, "B starts at zero, so A has no gradient yet"
+    assert {p.dtype for n, p in model.named_parameters() if n in wanted} == {torch.float32}
+    assert not any("lora" in n for n in before if "vision_tower" in n or "projector" in n)
+
+
+# Adapters
+
+
+def test_adapters_sit_on_the_llms_linear_layers_alone(base):
+    net = lora.add_lora(loading.load_model(base), rank=4)
+    adapted = {n for n, m in net.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert len(adapted) == 7 * 3
+    assert all(n.startswith("model.language_model.layers.") for n in adapted)
+
+
+def test_new_adapters_change_nothing_and_are_drawn_by_seed(base):
+    batch = tiny.batch(kind(base))
+    plain = loading.load_model(base).eval()
+    state = torch.get_rng_state()
+    one, same, other = (lora.add_lora(loading.load_model(base), rank=4, seed=seed).eval() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers are shifted"
+    assert torch.equal(one(**batch).logits, plain(**batch).logits)
+    a, b, c = ({n: p for n, p in net.named_parameters() if "lora_A" in n} for net in (one, same, other))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not any(torch.equal(a[n], c[n]) for n in a)
+    assert one.peft_config["default"].lora_alpha == 8, "twice the rank, where nothing is said"
+
+
+# Merging
+
+
+def train_a_little(net: nn.Module, base: str) -> nn.Module:
+    """Move everything that trains, adapters' B included, far from where it began."""
+    trainable.set_trainable(net, "train")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return net.eval()
+
+
+def learned(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
+def saved(net: nn.Module) -> dict[str, torch.Tensor]:
+    """As a checkpoint has it."""
+    return {f"model/{name}": p.detach() for name, p in learned(net).items()}
+
+
+def test_a_model_trained_in_full_is_written_as_its_base_was(base, tmp_path):
+    net = train_a_little(loading.load_model(base), base)
+    export.merge(saved(net), 1.0, base, tmp_path / "out")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    ours = merged.state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in net.state_dict().items())
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {n for n in before if torch.equal(before[n], after[n])} == {n for n in before if "vision_tower" in n}
+
+
+def test_a_merged_model_is_the_trained_model(base, tmp_path):
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
+    export.merge(saved(net), 2.0, base, tmp_path / "out")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    batch = tiny.batch(kind(base))
+    assert not tiny.difference(merged(**batch).logits, net(**batch).logits)
+    before, after = load_file(f"{base}/model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {n for n in before if re.search(r"language_model.*layers.*_proj|multi_modal_projector", n)}
+    theirs = net.merge_and_unload().state_dict()  # peft's own arithmetic
+    ours = merged.state_dict()
+    assert not tiny.difference(ours, {n: theirs[n] for n in ours})
+
+
+def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, tmp_path):
+    four = train_a_little(lora.add_lora(loading.load_model(base, quantise="nf4"), rank=4), base)
+    export.merge(saved(four), 2.0, base, tmp_path / "out")
+    whole = lora.add_lora(loading.load_model(base), rank=4)
+    trainable.set_trainable(whole, "train")
+    assert learned(four)
+    unexpected = whole.load_state_dict(learned(four), strict=False).unexpected_keys
+    assert not unexpected
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    batch = tiny.batch(kind(base))
+    assert not tiny.difference(merged(**batch).logits, whole.eval()(**batch).logits)
+
+
+def test_a_base_in_several_files_and_in_half_precision_keeps_its_layout(base, tmp_path, monkeypatch):
+    held, original = [], export.save_file
+
+    def watched(tensors, *rest, **how):
+        gc.collect()
+        assert not any(tensor() is not None for tensor in held), "files before this one are still in memory"
+        held.extend(map(weakref.ref, tensors.values()))
+        original(tensors, *rest, **how)
+
+    monkeypatch.setattr(export, "save_file", watched)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    files = sorted(p.name for p in (tmp_path / "base").glob("*.safetensors"))
+    assert len(files) > 2
+    net = train_a_little(lora.add_lora(loading.load_model(str(tmp_path / "base"), "bf16"), rank=4), base)
+    export.merge(saved(net), 2.0, str(tmp_path / "base"), tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == files
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert held
+    theirs = net.merge_and_unload()
+    for (name, ours), other in zip(merged.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.float(), other.float(), rtol=0.01, atol=0.01, msg=name)
+
+
+def test_another_base_than_the_trained_one_is_refused(base, tmp_path):
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
+    small = tiny.model(kind(base), layers=2)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="not the model that was trained"):
+        export.merge(saved(net), 2.0, str(tmp_path / "small"), tmp_path / "out")
+
+
+def test_an_export_that_would_not_be_finite_is_refused(base, tmp_path):
+    """Of fp16, what is too large for it; and what the base has so."""
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
+    tensors = saved(net)
+    name = next(n for n in tensors if "projector" in n and n.endswith("weight"))
+    tensors[name] = tensors[name].clone().fill_(1e6)
+    AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    with pytest.raises(UserError, match=r"nothing was exported.*projector.*\(.*inf\).*too large for torch.float16"):
+        export.merge(tensors, 2.0, str(tmp_path / "half"), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    export.merge(tensors, 2.0, base, tmp_path / "whole")
+    broken = load_file(f"{base}/model.safetensors")
+    next(t for n, t in broken.items() if "vision_tower" in n).view(-1)[3] = float("nan")
+    shutil.copytree(base, tmp_path / "broken")
+    save_file(broken, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"nothing was exported.*vision_tower.*nan.*broken has it so"):
+        export.merge(tensors, 2.0, str(tmp_path / "broken"), tmp_path / "other")
+
+
+def test_an_adapter_alone_carries_the_projector_too(base, tmp_path):
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
+    export.save_adapter(saved(net), lora.lora_config(4), base, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "adapter").eval()
+    batch = tiny.batch(kind(base))
+    assert torch.equal(again(**batch).logits, net(**batch).logits)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 200_000
+
+
+# From parts
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    return tiny.parts(tmp_path_factory.mktemp("parts"))
+
+
+def test_parts_become_a_llava_that_transformers_loads_and_that_keeps_every_weight(parts, tmp_path):
+    tower, llm = parts
+    folder = assembling.assemble(tower, llm, tmp_path / "base", seed=1)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    text = LlamaForCausalLM.from_pretrained(llm)
+    vision = CLIPVisionModel.from_pretrained(tower, dtype=torch.bfloat16)
+    for ours, theirs in ((model.model.language_model, text.model), (model.model.vision_tower, vision)):
+        theirs = theirs.state_dict()
+        for name, tensor in ours.state_dict().items():
+            wanted = theirs[name]
+            assert torch.equal(tensor[: len(wanted)] if "embed_tokens" in name else tensor, wanted), name
+    weights = [m.weight for m in model.model.multi_modal_projector.modules() if isinstance(m, nn.Linear)]
+    assert all(w.float().std() > 0.01 for w in weights)
+    processor = AutoProcessor.from_pretrained(folder)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+    assert model.config.image_token_id < model.get_input_embeddings().num_embeddings
+    same, other = (assembling.assemble(tower, llm, tmp_path / f"{seed}", seed=seed) for seed in (1, 2))
+    read = lambda path: load_file(path / "model.safetensors")["multi_modal_projector.linear_1.weight"]
+    assert torch.equal(read(folder), read(same))
+    assert not torch.equal(read(folder), read(other))
+
+
+def test_a_new_word_starts_as_the_average_word(parts, tmp_path):
+    tower, llm = parts
+    text = LlamaForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    kept = text.model.embed_tokens.weight[:200].clone()
+    text.resize_token_embeddings(200)
+    text.config.vocab_size = 200
+    text.save_pretrained(tmp_path / "few")
+    tiny.tokenizer().save_pretrained(tmp_path / "few")
+    folder = assembling.assemble(tower, str(tmp_path / "few"), tmp_path / "base", seed=1)
+    table = AutoModelForImageTextToText.from_pretrained(folder).get_input_embeddings().weight
+    assert len(table) == 320, "260 words, and a round number"
+    assert torch.equal(table[:200], kept)
+    torch.testing.assert_close(table[200:], kept.mean(0).expand(120, -1))
+
+
+def test_other_parts_than_the_folder_was_made_of_are_refused(parts, tmp_path):
+    folder = assembling.assemble(*parts, tmp_path / "base", seed=1)
+    assert assembling.assemble(*parts, folder, seed=1) == folder
+    with pytest.raises(UserError, match="was not built with"):
+        assembling.assemble(*parts, folder, seed=2)
+    with pytest.raises(UserError, match="cannot load"):
+        assembling.assemble(str(tmp_path / "absent"), parts[1], tmp_path / "other", seed=1)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_llm_whose_tokenizer_is_a_sentencepiece_file(parts, tmp_path, monkeypatch):
+    """As Vicuna's on the hub is."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    tower, llm = parts[0], tmp_path / "llm"
+    LlamaForCausalLM.from_pretrained(parts[1]).save_pretrained(llm)
+    words = iter(f"what is in picture {i} a cat or {i * 7} dogs" for i in range(500))
+    how = {"vocab_size": 100, "model_type": "bpe", "unk_id": 0, "bos_id": 1, "eos_id": 2, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=words, model_prefix=str(llm / "tokenizer"), **how)
+    named = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    named["add_bos_token"] = True
+    (llm / "tokenizer_config.json").write_text(json.dumps(named))
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sentencepiece", None)
+        with pytest.raises(UserError, match="SentencePiece file: pip install"):
+            assembling.assemble(tower, str(llm), tmp_path / "base", seed=1)
+    folder = assembling.assemble(tower, str(llm), tmp_path / "base", seed=1)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(llm / "tokenizer.model"))
+    text = "what is a cat or 7 dogs"
+    assert loading.load_processor(str(folder)).tokenizer(text)["input_ids"] == [1, *pieces.encode(text)]
+
+
+def test_pickled_parts_are_not_opened(parts, tmp_path):
+    llm = tmp_path / "llm"
+    shutil.copytree(parts[1], llm)
+    torch.save(load_file(llm / "model.safetensors"), llm / "pytorch_model.bin")
+    (llm / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="Only safetensors are read"):
+        assembling.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
+
+
+# The hub
+
+
+def test_a_hub_id_is_another_name_for_a_folder(home, tmp_path, monkeypatch):
+    """A cache as the hub's client leaves it, and no network: every command finds the model there, and the same one."""
+    commit = "1f" * 20
+    repository = tmp_path / "hf" / "hub" / "models--org--tiny"
+    snapshot = repository / "snapshots" / commit
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for number, file in enumerate((home / "llava").iterdir()):
+        blob = shutil.copy(file, repository / "blobs" / f"{number:040x}")
+        (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    changes = ("lora.rank=2", "train.steps=2")
+    local, made = (settings(home, tmp_path, name, *changes) for name in ("local", "run"))
+    train.train(local, bar=False)
+    toml, merged, adapter = tmp_path / "run.toml", tmp_path / "merged", tmp_path / "adapter"
+    words = [word for change in (*changes, "model.path=org/tiny") for word in ("--set", change)]
+    finish(run_cli("train", toml, *words, folder=tmp_path))
+    assert not unlike(made, local)
+    record, other = (json.loads((run.folder / "record.json").read_text()) for run in (made, local))
+    assert (record["base"], record["revision"]) == ("org/tiny", commit), "which of the hub's versions it was"
+    assert (other["base"], other["revision"]) == (str(home / "llava"), None)
+
+    question = (home / "images" / "p0-0.jpg", "What is number 0, 0?", "--max-new-tokens", "4")
+    commands = [
+        ("ask", made.folder, *question), ("ask", local.folder, *question), ("ask", "org/tiny", *question),
+        ("export", made.folder, merged), ("export", made.folder, adapter, "--adapter"),
+        ("estimate", toml, *words), ("look", question[0], "--tower", "org/tiny", "--out", tmp_path / "kept.png"),
+        ("ask", "org/tinny", *question),
+    ]  # fmt: skip
+    script = (
+        "import contextlib, io, json, sys; from tinyspeed import cli\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out: code = cli.main(command)\n"
+        "    print(json.dumps([code, out.getvalue()]))\n"
+    )
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, given],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    codes, said = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
+    assert codes == (0, 0, 0, 0, 0, 0, 0, 2), done.stderr[-2000:]
+    assert said[0] == said[1] != ""
+    assert "org/tinny" in done.stderr.splitlines()[-1]
+
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
+    plain, base = (AutoModelForImageTextToText.from_pretrained(folder).eval() for folder in (merged, home / "llava"))
+    batch = {k: v for k, v in tiny.batch("llava").items() if k != "labels"}
+    before = base(**batch).logits
+    wanted = plain(**batch).logits
+    assert tiny.difference(wanted, before), "two steps have changed the model"
+    assert not tiny.difference(PeftModel.from_pretrained(base, adapter).eval()(**batch).logits, wanted, rel=1e-4)
+
+
+# What the disk holds
+
+
+def test_missing_weights_are_not_drawn_at_random_in_silence(base, tmp_path):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the model's weights \(.*layers\.1\.mlp\.up_proj"):
+        loading.load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("patch_size", None), ("num_additional_image_tokens", 0), ("vision_feature_select_strategy", None)],
+)
+def test_a_processor_that_would_count_placeholders_wrong_is_put_right(base, tmp_path, capsys, name, wrong):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: wrong}))
+    assert getattr(loading.load_processor(str(folder)), name) == getattr(tiny.processor(kind(base)), name)
+    assert f"the processor's {name} is {wrong}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantise", ["none", "nf4"])
+def test_weights_of_another_shape_are_refused(base, tmp_path, quantise):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:, :16].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError):
+        loading.load_model(str(folder), quantise=quantise)
+
+
+def broken(base, tmp_path, file, change):
+    """A copy of the model in which one JSON file is another."""
+    folder = tmp_path / "broken"
+    shutil.copytree(base, folder)
+    told = json.loads((folder / file).read_text())
+    change(told)
+    (folder / file).write_text(json.dumps(told))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", lambda told: told["text_config"].update(hidden_size=[16])),
+        ("config.json", lambda told: told.update(text_config="llava")),
+        ("config.json", lambda told: told.update(model_type=["llava"])),
+        ("config.json", lambda told: told.update(image_token_index=7, image_token_id=7)),
+        ("config.json", lambda told: told["text_config"].update(vocab_size=100)),
+        ("tokenizer.json", lambda told: told["model"]["vocab"].update(a="x")),
+        ("tokenizer.json", lambda told: told["added_tokens"][0].update(id=[0])),
+        ("tokenizer_config.json", lambda told: told.update(pad_token={"a": 1})),
+        ("processor_config.json", lambda told: told.update(image_processor=True)),
+        ("processor_config.json", lambda told: told["image_processor"]["crop_size"].update(width=3)),
+        ("processor_config.json", lambda told: told["image_processor"].update(image_std=[0, 0, 0])),
+    ],
+)
+def test_a_folder_with_anything_wrong_in_it_is_refused_by_its_name(base, tmp_path, file, change):
+    folder = broken(base, tmp_path, file, change)
+    with pytest.raises(UserError, match=re.escape(folder)):
+        loading.load_processor(folder), loading.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/secret.safetensors", "a/b.safetensors", "pytorch_model.bin", 7]
+)
+def test_an_index_that_leads_elsewhere_is_refused(base, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    shutil.copyfile(folder / "model.safetensors", tmp_path / "secret.safetensors")
+    with safe_open(folder / "model.safetensors", "pt") as tensors:
+        where = dict.fromkeys(tensors.keys(), name)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for use in (loading.load_model, lambda path: export.merge({}, 1.0, path, tmp_path / "out")):
+        with pytest.raises(UserError, match="index"):
+            use(str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json"])
+def test_code_that_a_model_brings_is_neither_run_nor_asked_about(base, tmp_path, monkeypatch, file):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    kinds = ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor", "AutoModelForImageTextToText")
+
+    def change(told):
+        told |= {"auto_map": dict.fromkeys(kinds, "evil.Evil"), "tokenizer_class": "Evil", "processor_class": "Evil"}
+
+    folder = Path(broken(base, tmp_path, file, change))
+    (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    with suppress(UserError):
+        loading.load_processor(str(folder))
+        loading.load_model(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_is_never_opened(base, tmp_path):
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load"):
+        loading.load_model(str(folder))
+
+
+def test_an_index_of_weights_that_names_a_pickle_is_refused(base, tmp_path):
+    code = bait.Code(tmp_path / "canary")
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    bait.index_of_pickles(folder, code)
+    with pytest.raises(UserError, match=r"names 'weights\.bin'. Only safetensors are read"):
+        loading.load_model(str(folder))
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="is no index of weights"):
+        loading.load_model(str(folder))
+
+
+@pytest.fixture
+def willing(monkeypatch):
+    """Somebody who says yes to whatever transformers asks; and what it asked."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    return asked
+
+
+OWN_CODE = (bait.unknown_processor, bait.unknown_tokenizer, bait.unknown_image_processor, bait.unknown_llm)
+
+
+@pytest.mark.parametrize("plant", OWN_CODE, ids=lambda plant: plant.__name__)
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(plant, base, tmp_path, willing):
+    code = bait.Code(tmp_path / "canary")
+    folder = tiny.checkpoint(kind(base), tmp_path / "model")
+    plant(folder, code)
+    with suppress(UserError):
+        loading.load_processor(str(folder))
+    with suppress(UserError):
+        loading.load_model(str(folder))
+    assert not willing
+    assert not code.canary.exists()
+
+
+def test_code_that_comes_with_parts_is_not_run_either(parts, tmp_path, willing):
+    code = bait.Code(tmp_path / "canary")
+    for plant in (bait.unknown_model, bait.unknown_tokenizer):
+        llm = bait.copy(parts[1], tmp_path / plant.__name__)
+        plant(llm, code)
+        with pytest.raises(UserError, match="code that comes with it, and such code is never run here"):
+            assembling.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
+    assert not willing
+    assert not code.canary.exists()
+
+
+# Precision
+
+
+def test_auto_is_fp32_on_a_cpu_and_names_stay_what_they_are():
+    cpu = torch.device("cpu")
+    assert precision.resolve("auto", cpu) == "fp32"
+    assert [precision.resolve(name, cpu) for name in KINDS] == list(KINDS)
+
+
+@pytest.mark.parametrize(("capability", "wanted"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_is_bf16_where_the_gpu_has_it(monkeypatch, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert precision.resolve("auto", torch.device("cuda")) == wanted
+    if wanted == "fp16":
+        with pytest.raises(UserError, match="has no bf16"):
+            precision.resolve("bf16", torch.device("cuda"))
+
+
+@given(overflows=st.lists(st.booleans(), max_size=60))
+def test_the_loss_scale_is_a_power_of_two_that_only_moves_on_overflow_or_after_long(overflows):
+    scale = precision.LossScale.of("fp16")
+    halved = 0
+    for bad in overflows:
+        if bad:
+            before = scale.scale
+            assert scale.overflowed() == (before > scale.SMALLEST)
+            halved += scale.scale < before
+        else:
+            scale.stepped()
+    assert scale.scale == 2.0 ** (16 - halved)
+    for _ in range(scale.GROW_AFTER):
+        scale.stepped()
+    assert scale.scale == 2.0 ** (17 - halved)
+    again = precision.LossScale()
+    again.load_state_dict(scale.state_dict())
+    assert again == scale
+
+
+def test_other_precisions_do_not_forgive_an_overflow():
+    for name in ("fp32", "bf16"):
+        scale = precision.LossScale.of(name)
+        assert not scale.overflowed()
+        for _ in range(2 * scale.GROW_AFTER):
+            scale.stepped()
+        assert scale.scale == 1.0
+
+
+def test_an_export_is_loaded_by_transformers_in_a_process_that_never_saw_tinyspeed(base, tmp_path):
+    net = train_a_little(lora.add_lora(loading.load_model(base), rank=4), base)
+    export.merge(saved(net), 2.0, base, tmp_path / "out")
+    loading.load_processor(base).save_pretrained(tmp_path / "out")
+    script = (
+        "import sys, torch; from transformers import AutoModelForImageTextToText as M, AutoProcessor as P\n"
+        "from PIL import Image\n"
+        "m, p = M.from_pretrained(sys.argv[1]).eval(), P.from_pretrained(sys.argv[1])\n"
+        "chat = [{'role': 'user', 'content': [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]}]\n"
+        "b = p(images=Image.new('RGB', (40, 30), 'red'), text=p.apply_chat_template(chat, add_generation_prompt=True),"
+        " return_tensors='pt')\n"
+        "print(m.generate(**b, max_new_tokens=5, do_sample=False)[0, b['input_ids'].shape[1]:].tolist())\n"
+        "assert not any(name.split('.')[0] == 'tinyspeed' for name in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    from PIL import Image
+
+    processor = tiny.processor(kind(base))
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    batch = processor(images=Image.new("RGB", (40, 30), "red"), text=text, return_tensors="pt")
+    wanted = net.generate(**batch, max_new_tokens=5, do_sample=False)[0, batch["input_ids"].shape[1] :].tolist()
+    assert json.loads(done.stdout) == wanted
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(UserError, match=r"no_such/model: We couldn't connect.*no such folder here.\)$"):
+        loading.config("no_such/model")

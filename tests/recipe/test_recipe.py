@@ -1,0 +1,198 @@
+"""Recipes: what is written is what is read, and a mistake is named."""
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyspeed import UserError, recipe
+from tinyspeed.bench.estimate import estimate
+from tinyspeed.models.memory import GIB
+from tinyspeed.training import run_folder
+
+README = Path(__file__).parents[2] / "README.md"
+share = st.floats(0.01, 1)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    keep=share,
+    slow=share,
+    lr=st.floats(1e-8, 1),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="/\\.", exclude_categories=["C"]), min_size=1),
+    folder=st.text(st.characters(codec="utf-8", exclude_categories=["C"])),
+)
+def test_a_recipe_survives_toml(seed, keep, slow, lr, name, folder):
+    made = recipe.Recipe(
+        run=recipe.RunSection(name=name, folder=folder, seed=seed),
+        dualspeed=recipe.DualSpeedSection(keep=keep, slow=slow),
+        train=recipe.StageSection(steps=3, lr=lr),
+    )
+    assert recipe.from_tables(recipe.tomllib.loads(made.to_toml()), "here") == made
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("*.toml")))
+def test_built_in_recipes_are_valid(name):
+    assert recipe.read(name).stages()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*gb*.toml")))
+def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name):
+    """For which card, how much memory, how much faster, and how that is known."""
+    gib = int(re.search(r"(\d+)gb", name)[1])
+    found = estimate(recipe.read(name), gib)
+    _, full, ours = found.work("train")
+    assert found.peak < gib * GIB
+    memory, speedup = f"{found.peak / GIB:#.3g} GiB", f"{full / ours:.2f}x"
+    opening = (recipe.BUILT_IN / f"{name}.toml").read_text().split("[run]")[0]
+    card, said, faster, checked, *_ = opening.splitlines()
+    assert f"{gib} GB" in card
+    assert re.search(r"^# Memory: (\S+ GiB) ", said)[1] == memory
+    assert re.search(r"^# Speed-up: (\S+) less", faster)[1] == speedup
+    assert re.search(r"^# Checked: .* measured on a GPU", checked)
+    row = next(line for line in README.read_text().splitlines() if line.startswith(f"| [{name}]"))
+    assert [cell.strip() for cell in row.split("|")][-3:-1] == [memory, speedup]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("train.lrr=1", "did you mean 'train.lr'"),
+        ("train.learning_rate=1", "known: train.batch, .*train.lr, "),
+        ("lora.r=8", "known: lora.alpha, lora.dropout, lora.rank$"),
+        ("trian.lr=1", "did you mean 'train'"),
+        ("train.lr=fast", "must be of type float"),
+        ("train.steps=1.5", "must be of type int"),
+        ("train.steps=true", "must be of type int"),
+        ("train.lr=0", "above 0"),
+        ("train.lr=nan", "above 0"),
+        ("train.batch=0", "at least 1"),
+        ("dualspeed.plugin=divprun", "did you mean 'divprune'"),
+        ("dualspeed.positions=orignal", "did you mean 'original'"),
+        ("dualspeed.schedule=sometimes", "known:"),
+        ("dualspeed.keep=0.0", "above 0"),
+        ("dualspeed.keep=1.5", "at most 1"),
+        ("dualspeed.slow=-1", "between 0 and 1"),
+        ("dualspeed.distill=-1", "negative"),
+        ("dualspeed.isolator=-1", "negative"),
+        ("dualspeed.views=true", "set lora.rank"),
+        ("run.seed=-1", "between 0"),
+        ("train.epochs=inf", "infinite"),
+        ("run.name=../up", "plain folder name"),
+        ("lr=1", "section.key=value"),
+        ("train.lr", "section.key=value"),
+        ("train.steps=" + "9" * 5000, "must be of type int"),
+        ("train.lr=" + "9" * 400, "too large"),
+        ("train.steps=" + "[" * 5000, "must be of type int"),
+        ("train.steps=3\ntrain.batch=4", "must be of type int"),
+        ("train.steps=2000000000", "at most 1,000,000,000"),
+        ("train.epochs=1e300", "at most 1,000,000"),
+        ("train.batch=10000000", "at most 1,000,000"),
+        ("train.lr=11.0", "at most 10"),
+        ("train.weight_decay=1000.0", "set it lower"),
+        ("run.threads=100000", "at most 1,024"),
+        ("run.name=a\x7fb", "plain folder name"),
+        ("run.name=" + "a" * 300, "plain folder name"),
+        ("run.folder=~nobody-here/runs", "no such user"),
+        ("run.cache=~nobody-here/cache", "no such user"),
+        ("model.path=~nobody-here/model", "no such user"),
+        ("model.path=" + "a" * 300, "too long"),
+        ("data.system=a\0b", "no file can have"),
+        ("data.system=\udc80", "no file can have"),
+        ("lora.rank=1000000", "at most 65,536"),
+        ("lora.alpha=8", "set lora.rank too"),
+        ("digits.side=1000", "at most 96"),
+        ("dualspeed.isolator=100000", "at most 4,096"),
+        ("dualspeed.temperature=1e-30", "at least 0.01"),
+        ("scale.timeout=1e30", "at most"),
+        ("scale.window=1000000", "at most 10,000"),
+    ],
+)
+def test_mistakes_are_named(change, says):
+    with pytest.raises(UserError, match=says):
+        recipe.read("digits", [change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["sts.skip=0.5", "sts.every=1"], "skip none"),
+        (["regate.keep=0.5", "regate.cycle=8", "regate.refresh=8"], "none would skip"),
+        (["lora.rank=4", "dualspeed.views=true", "dualspeed.slow=0.0"], "there are none"),
+        (["lora.rank=4", "dualspeed.views=true", "dualspeed.schedule=fast"], "there are none"),
+        (["sts.skip=0.34", "dualspeed.slow=1.0"], "every step runs every layer"),
+        (["regate.keep=0.5", "regate.fusion=mix"], "set regate.reference"),
+        (["regate.keep=0.5", "regate.weight=0.9"], "set regate.reference"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        recipe.read("digits", changes)
+
+
+def test_a_home_is_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipe.read("digits", ["run.folder=~/runs", "run.name=a"]).folder == tmp_path / "runs" / "a"
+
+
+def test_every_string_that_is_taken_can_be_written_down():
+    made = recipe.read("digits", ["data.system=a\x7f\x1fb"])
+    assert recipe.from_tables(recipe.tomllib.loads(made.to_toml()), "here").data.system == "a\x7f\x1fb"
+
+
+def test_a_name_that_looks_like_a_date_or_a_number_is_a_name():
+    assert recipe.read("digits", ["run.name=2026-11-20"]).run.name == "2026-11-20"
+    assert recipe.read("digits", ["run.name=3"]).run.name == "3"
+
+
+def test_changes_apply_and_keep_the_rest():
+    changed, plain = recipe.read("digits", ["train.lr=1e-5", "dualspeed.plugin=grid"]), recipe.read("digits")
+    assert changed.train.lr == 1e-5
+    assert changed.dualspeed.plugin == "grid"
+    assert dataclasses.replace(changed, train=plain.train, dualspeed=plain.dualspeed) == plain
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match=r"built in: .*digits"):
+        recipe.read(str(tmp_path / "absent.toml"))
+    (tmp_path / "bad.toml").write_text("[train\nlr = 1")
+    with pytest.raises(UserError, match="not valid TOML"):
+        recipe.read(str(tmp_path / "bad.toml"))
+    for text in ("train.steps = " + "9" * 5000, "a = " + "[" * 5000):
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(UserError, match="not valid TOML"):
+            recipe.read(str(tmp_path / "bad.toml"))
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(UserError, match="trains nothing"):
+        recipe.read(str(tmp_path / "empty.toml"))
+    (tmp_path / "flat.toml").write_text("train = 3")
+    with pytest.raises(UserError, match="must be a table"):
+        recipe.read(str(tmp_path / "flat.toml"))
+    with pytest.raises(UserError, match="must be a table"):
+        recipe.read(str(tmp_path / "flat.toml"), ["train.lr=1"])
+
+
+def test_local_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "mine.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    made = recipe.read("digits", ["model.path=model", "data.kind=chat", "data.file=mine.json", "data.images=absent"])
+    assert made.model.path == str(tmp_path / "model")
+    assert made.data.file == str(tmp_path / "mine.json")
+    assert made.data.images == "absent", "what is not there may be a hub id, or a mistake that is named later"
+    assert recipe.read("llava-1.5-7b-qlora-12gb").model.path == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_a_checkpoint_is_of_one_recipe_wherever_its_files_are():
+    """Each key in turn: what the numbers of a run follow from, or not."""
+    made = recipe.read("digits")
+    for section, table in dataclasses.asdict(made).items():
+        for key in table:
+            changed = copy.deepcopy(made)
+            object.__setattr__(getattr(changed, section), key, "another")
+            free = key in (*run_folder.FREE.get(section, ()), *run_folder.PLACES.get(section, ()))
+            assert (run_folder.fingerprint(changed) == run_folder.fingerprint(made)) == free, f"{section}.{key}"

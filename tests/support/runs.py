@@ -1,0 +1,101 @@
+"""Whole runs: their recipes, runs that are killed and resumed, commands in processes of their own, and what differs."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tinyspeed import cli, recipe
+from tinyspeed.training import checkpoint, train
+from tinyspeed.training.loop import StageRun
+
+UNSURE = ("seconds", "rows_per_second", "speedup", "memory_mib")  # of a line of the log: what differs every time
+
+
+def unlike(made, whole) -> list[str]:
+    """Where two ends differ, bit for bit: exported weights, the last checkpoint, the numbers of every step."""
+    found = []
+    for read in (
+        lambda run: load_file(run.folder / "model" / "model.safetensors"),
+        lambda run: checkpoint.read(checkpoint.newest(run.folder / "checkpoints"))[0],
+    ):
+        a, b = read(made), read(whole)
+        found += [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
+    logs = [timeless((run.folder / "metrics.jsonl").read_bytes()) for run in (made, whole)]
+    return found + [f"line {i} of the metrics" for i, (a, b) in enumerate(zip_longest(*logs)) if a != b]
+
+
+def timeless(log: bytes) -> list[dict]:
+    """Lines of a log without times and memory."""
+    return [{name: n for name, n in json.loads(line).items() if name not in UNSURE} for line in log.splitlines()]
+
+
+def train_through(monkeypatch, made, *steps):
+    """Train to the end, killed before each of these steps and resumed."""
+    with monkeypatch.context() as patch:
+        die_before(patch, *steps)
+        for attempt in range(len(steps)):
+            with pytest.raises(Killed):
+                train.train(made, resume=attempt > 0, bar=False)
+            torch.rand(5)  # whoever resumes has drawn other numbers meanwhile
+    train.train(made, resume=True, bar=False)
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_before(monkeypatch, *steps):
+    """As SIGKILL does: no saving, no cleaning up, at the beginning of these optimizer steps (each once)."""
+    left, original = list(steps), StageRun._step
+
+    def step(self, *args):
+        if left and self.totals.steps == left[0]:
+            left.pop(0)
+            raise Killed
+        return original(self, *args)
+
+    monkeypatch.setattr(StageRun, "_step", step)
+
+
+def settings(home, folder, name, *changes, family="llava"):
+    tables = {
+        "run": {"name": name, "folder": str(folder), "threads": 1, "device": "cpu", "save_every": 2},
+        "model": {"path": str(home / family)},
+        "data": {"kind": "chat", "file": str(home / "train.json"), "images": str(home / "images"), "workers": 0},
+        "dualspeed": {"slow": 0.4, "keep": 0.3},
+        "train": {"steps": 6, "batch": 4, "lr": 0.01, "connector_lr": 0.002},
+    }
+    made = recipe.from_tables(tables, "here")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.toml").write_text(made.to_toml())
+    return recipe.read(str(folder / f"{name}.toml"), list(changes))
+
+
+def finish(process) -> tuple[str, str]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
+
+
+def run_cli(*arguments, folder, **how):
+    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[2])}
+    command = [sys.executable, "-m", "tinyspeed", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
+    )
+
+
+def fails(capsys, *words):
+    assert cli.main([str(w) for w in words]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("tinyspeed: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err + out
+    return lines[0]
