@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from support import hostile_model as bait
 from support import tiny
 from support.runs import finish, run_cli, settings, unlike
+from support.waiting import HANGS
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -400,7 +401,7 @@ def test_a_hub_id_is_another_name_for_a_folder(home, tmp_path, monkeypatch):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS,
     )
     codes, said = zip(*map(json.loads, done.stdout.splitlines()), strict=True)
     assert codes == (0, 0, 0, 0, 0, 0, 0, 2), done.stderr[-2000:]
