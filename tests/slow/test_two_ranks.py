@@ -84,7 +84,7 @@ def test_a_rank_is_killed_and_the_run_ends_as_if_it_had_not_been(home, tmp_path)
     assert torchrun(tmp_path, "-m", "scale", recipe_file(whole)).wait(HANGS) == 0, log(tmp_path)
     made = settings(home, tmp_path, "killed", *changes)
     agent = torchrun(tmp_path, HELD_RUN, 6, "scale", recipe_file(made), restarts=1)
-    until(lambda: steps_done(made) == 6, "it stands still behind step 6")
+    until(lambda: steps_done(made) == 6, "it stands still behind step 6", agent)
     os.kill(rank_of(agent, 1), signal.SIGKILL)
     assert agent.wait(HANGS) == 0, log(tmp_path)
     assert "going on behind step 4 of" in log(tmp_path), "torchrun has started it again"
@@ -103,7 +103,7 @@ def test_stopped_on_two_ranks_resumed_on_one_and_then_on_two_again(home, tmp_pat
     file = recipe_file(made)
 
     agent = torchrun(tmp_path, HELD_RUN, 3, "scale", file)
-    until(lambda: steps_done(made) == 3, "two ranks stand still behind step 3")
+    until(lambda: steps_done(made) == 3, "two ranks stand still behind step 3", agent)
     agent.send_signal(signal.SIGTERM)
     agent.wait(HANGS)
     assert steps_done(made) == 3, log(tmp_path)
@@ -111,7 +111,7 @@ def test_stopped_on_two_ranks_resumed_on_one_and_then_on_two_again(home, tmp_pat
     assert log(tmp_path).count("the same command goes on") == 1
 
     one = run_held(9, "scale", file, folder=tmp_path)
-    until(lambda: steps_done(made) == 9, "one rank has gone on")
+    until(lambda: steps_done(made) == 9, "one rank has gone on", one)
     one.send_signal(signal.SIGTERM)
     one.communicate(timeout=HANGS)
     assert one.returncode == 143
@@ -130,12 +130,12 @@ def test_stopped_on_two_ranks_resumed_on_one_and_then_on_two_again(home, tmp_pat
 def test_a_rank_that_hangs_ends_the_run_and_the_step_is_named(home, tmp_path):
     made = settings(home, tmp_path, "run", "lora.rank=4", "train.steps=9")
     agent = torchrun(tmp_path, HELD_RUN, 3, "scale", recipe_file(made))
-    until(lambda: steps_done(made) == 3, "it stands still behind step 3")
+    until(lambda: steps_done(made) == 3, "it stands still behind step 3", agent)
     hangs = rank_of(agent, 1)
     os.kill(hangs, signal.SIGSTOP)
     (tmp_path / "late").touch()
     try:
-        until(lambda: "no progress" in log(tmp_path), "the other one complains")
+        until(lambda: "no progress" in log(tmp_path), "the other one complains", agent)
     finally:
         os.kill(hangs, signal.SIGCONT)
     assert agent.wait(HANGS) != 0
