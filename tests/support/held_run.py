@@ -3,9 +3,9 @@
     python held_run.py STEP tinyspeed train recipe.toml
     torchrun --nproc-per-node 2 held_run.py STEP scale recipe.toml      (the last rank stands still)
 
-A test that kills or stops the run then always does so at this step, however busy the machine is. Ranks that torchrun has
-started again do not stand still. `scale` finds out from its clock that a rank makes no progress; here this clock runs
-away as soon as the working directory has a file `late`, so no test has to wait for `scale.timeout`.
+A test that kills or stops the run then always does so at this step, however busy the machine is. Ranks that torchrun
+has started again do not stand still. `scale` finds out from its clock that a rank makes no progress; here this clock
+runs away as soon as the working directory has a file `late`, so no test has to wait for `scale.timeout`.
 """
 
 import os
