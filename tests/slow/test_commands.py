@@ -13,7 +13,18 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import digits_runs, tiny
 from support.digits_runs import ALIGN, TUNE, small_base
-from support.runs import SMALL_GPU, finish, recipe_file, run_cli, run_held, settings, steps_done, train_through, unlike
+from support.runs import (
+    SMALL_GPU,
+    finish,
+    recipe_file,
+    run_cli,
+    run_held,
+    run_python,
+    settings,
+    steps_done,
+    train_through,
+    unlike,
+)
 from support.trained import saved, train_a_little
 from support.waiting import HANGS, until
 from transformers import AutoModelForImageTextToText

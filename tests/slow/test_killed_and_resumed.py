@@ -1,4 +1,4 @@
-"""Killed and resumed is never killed, bit for bit: of every system, alone and together, and of every way to fit a GPU."""
+"""Killed and resumed is never killed, bit for bit: every system, alone and together, and every way to fit a GPU."""
 
 import itertools
 import re
