@@ -1,10 +1,9 @@
 """The launch files: what they start, with which arguments, and what comes back into the queue. Cluster and torchrun are
-stand-ins that write down how they were called; one run is real, on two processes that are a node each."""
+stand-ins that write down how they were called; a real run is in tests/slow/test_torchrun.py."""
 
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,38 +156,3 @@ def test_there_is_time_to_save_before_the_limit(call, monkeypatch):
     if not hasattr(launched, "shutdown_timeout"):
         pytest.skip("this torch's torchrun waits 30 seconds, whatever it is told")
     assert launched.shutdown_timeout == int(patience)
-
-
-def test_two_nodes_meet_and_train(tmp_path):
-    """Both are this machine, with one process each; the rest is as it would be: real torchruns, and a real run."""
-    shim = tmp_path / "torchrun"  # there need not be one on the PATH
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m torch.distributed.run "$@"\n')
-    shim.chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    changes = ("run.device=cpu", "digits.tower_steps=5", "data.eval_pictures=20", "align.steps=2", "train.steps=3")
-    arguments = [word for change in ("run.name=two", *changes) for word in ("--set", change)]
-    environment = {
-        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "NNODES": "2", "GPUS": "1",
-        "HEAD": f"localhost:{port}", "RESTARTS": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    logs = [tmp_path / "log0", tmp_path / "log1"]
-    nodes = [
-        subprocess.Popen(
-            ["bash", TORCHRUN, "digits", *arguments], cwd=tmp_path, env=environment, stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for log in logs
-    ]  # fmt: skip
-    try:
-        codes = [node.wait(timeout=HANGS) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    said = "".join(log.read_text() for log in logs)
-    assert codes == [0, 0], said
-    assert said.count("5 steps, ") == 1
-    run = tmp_path / "runs" / "two"
-    assert (run / "model" / "model.safetensors").is_file()
-    assert list((run / "checkpoints").glob("*/*-00001-of-00002*")), "both wrote their part of the checkpoint"

@@ -12,6 +12,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from support import digits_runs, tiny
+from support.album import album
 from support.digits_runs import ALIGN, TUNE, small_base
 from support.runs import (
     SMALL_GPU,
@@ -29,6 +30,7 @@ from support.trained import saved, train_a_little
 from support.waiting import HANGS, until
 from transformers import AutoModelForImageTextToText
 
+from scale import __main__
 from tinyspeed import cli, recipe
 from tinyspeed.data import digits
 from tinyspeed.data.examples import collate
@@ -329,3 +331,28 @@ def test_a_run_with_two_views_on_the_command_line(tmp_path, monkeypatch):
     assert not tiny.difference(plain(**batch).logits, want)
     ours.views.use("fast")
     assert tiny.difference(ours.model(**batch).logits, want)
+
+
+def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch):
+    """The recipes themselves, on a tiny tower and a tiny LLM. Changed are places, the batch, and how far stage 1
+    takes the isolator: further than stage 2 could, had it begun with a new one."""
+    monkeypatch.chdir(tmp_path)
+    tower, llm = tiny.parts(tmp_path)
+    data = {"file": album(tmp_path, 10), "images": "images", "max_rows": 0, "workers": 0, "skip_bad": "true"}
+    common = ["model.precision=fp32", "run.device=cpu", *(f"data.{key}={value}" for key, value in data.items())]
+    stages = {
+        "llava-1.5-7b-stage1": [f"model.tower={tower}", f"model.llm={llm}", "align.batch=2", "align.lr=0.1"],
+        "llava-1.5-7b-stage2": ["train.batch=4"],
+        "llava-1.5-7b-stage2-lora": ["train.batch=4"],
+    }
+    for name, changes in stages.items():
+        assert __main__.main([name, *(word for change in common + changes for word in ("--set", change))]) == 0
+    learned = [load_file(f"runs/{name}/isolator.safetensors")["isolator.weight"] for name in stages]
+    for later in learned[1:]:
+        assert 0 < (later - learned[0]).abs().max() < 0.001
+    before, after = (load_file(f"runs/{name}/model/model.safetensors") for name in (*stages,)[:2])
+    assert before.keys() == after.keys()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved
+    assert not any("vision_tower" in key for key in moved)
+    assert any("language_model" in key for key in moved)

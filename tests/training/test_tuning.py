@@ -6,14 +6,12 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import tiny
 from support.album import album
 from support.runs import SMALL_GPU, Killed, die_before, settings, unlike
 
 from tinyspeed import UserError, cli, recipe
 from tinyspeed.data import conversations, loader
-from tinyspeed.evaluation import accuracy
 from tinyspeed.models import precision
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import build, checkpoint, optimizer, train, trained
@@ -97,33 +95,13 @@ def test_what_is_frozen_stays_in_half_precision_and_what_trains_is_fp32(home, tm
     assert {dtypes[n] for n in run.names.values()} == {torch.float32}
 
 
-def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
-    """As on a T4: frozen weights in fp16, what trains in fp32, autocast, a loss scale that finds its size."""
-    made = settings(
-        home, tmp_path, "run", "model.precision=fp16", "model.quantise=nf4", "lora.rank=4", "train.steps=200",
-        "run.save_every=500", "train.lr=0.003", "train.batch=2", "dualspeed.slow=0.1",
-    )  # fmt: skip
-    train.train(made, bar=False)
-    lines = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 200
-    skipped = [line["step"] for line in lines if line["skipped"]]
-    assert len(skipped) < 12
-    assert not skipped or max(skipped) < 60, "the scale has found its size"
-    losses = [line["ce"] for line in lines]
-    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
-    tensors, state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))
-    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
-    assert state["scale"]["scale"] == 2.0 ** (16 - len(skipped))
-
-
 def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, monkeypatch):
     made = settings(home, tmp_path, "run", "model.precision=fp16", "lora.rank=4", "train.steps=4")
-    original, calls = StageRun._micro_batch, []
+    original = StageRun._micro_batch
 
     def overflowing(self, *arguments):
         out = original(self, *arguments)
-        calls.append(1)
-        if len(calls) == 7:  # five are the probe's
+        if self.totals.steps == 1:
             next(p for p in self.names if p.grad is not None).grad.fill_(float("inf"))
         return out
 
@@ -134,7 +112,6 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, monkeyp
     assert lines[1]["grad_norm"] is None
     assert checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]["scale"]["scale"] == 2.0**15
     # In any other precision there is no scale to blame.
-    calls.clear()
     made = settings(home, tmp_path, "other", "model.precision=bf16", "lora.rank=4")
     with pytest.raises(UserError, match="gradient norm inf"):
         train.train(made, bar=False)
@@ -365,20 +342,6 @@ def test_an_adapter_that_was_never_trained_is_not_exported(home, tmp_path):
     train.train(made, bar=False)
     with pytest.raises(UserError, match="no adapter has been trained"):
         trained.export(made, tmp_path / "out", adapter_only=True)
-
-
-def test_a_model_in_half_precision_is_evaluated_as_it_trained(tmp_path):
-    """Full tuning in bf16: the trained weights are fp32, and the export has the precision of its base."""
-    changes = ["digits.tower_steps=2", "align.steps=1", "train.steps=2", "model.precision=bf16", "run.device=cpu"]
-    changes += ["digits.width=32", "digits.tower_width=16", "data.eval_pictures=8", f"run.folder={tmp_path}"]
-    made = recipe.read("digits", changes)
-    model = train.train(made, bar=False).model
-    trained = [p for p in model.model.parameters() if p.requires_grad]
-    assert {p.dtype for p in trained} == {torch.float32}
-    scores = accuracy.held_out(model, made, bar=False)
-    assert scores == accuracy.held_out(trained.load_trained(made), made, bar=False)
-    saved = load_file(made.folder / "model" / "model.safetensors")
-    assert {t.dtype for t in saved.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])
