@@ -1,6 +1,6 @@
 """The page of a recipe's options, made from the dataclasses that hold them: the comment behind a field is its text.
 
-    python tutorials/options.py               writes tutorials/guide/options.md; `make options` does the same
+python tutorials/options.py               writes tutorials/guide/options.md; `make options` does the same
 """
 
 import ast
@@ -18,11 +18,11 @@ PAGE = Path(__file__).parent / "guide" / "options.md"
 OPENING = """\
 # Every key of a recipe
 
-Each key has the default below until a recipe's TOML file or `--set section.key=value` gives it another value. A misspelt
-key is an error that names the nearest one. `runs/NAME/recipe.toml` lists every key with the value that a run had.
+Each key has the default below until a recipe's TOML file or `--set section.key=value` gives it another value. A
+misspelt key is an error that names the nearest one. `runs/NAME/recipe.toml` lists every key with the value that a run had.
 
-This page is generated: `make options` writes it from the comments in [sections.py](../../tinyspeed/recipe/sections.py) and
-[regate.py](../../tinyspeed/regate.py)."""
+This page is generated: `make options` writes it from the comments in
+[sections.py](../../tinyspeed/recipe/sections.py) and [regate.py](../../tinyspeed/regate.py)."""
 MORE = {
     "data": "Formats and checks: [your own pictures](pictures.md).",
     "digits": "The pictures of the embedded default, and the sizes of its model.",

@@ -49,11 +49,11 @@ def test_the_page_of_options_is_what_the_dataclasses_say():
     assert pages.read(options.PAGE) == options.page(), "run `make options`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_keys_exist(page):
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "your-own-loop"], ids=name)
+def test_keys_exist(page):  # in a loop of one's own, `model.step` is an attribute
     sections = {section.name: section.type for section in dataclasses.fields(recipe.Recipe)}
     for section, key in re.findall(r"`(?:--set )?(\w+)\.(\w+)(?: ?= ?[^`]*)?`", pages.read(page)):
-        if section in sections:
+        if section in sections and key != "py":
             assert key in {field.name for field in dataclasses.fields(sections[section])}, f"{section}.{key}"
 
 
@@ -91,7 +91,9 @@ def test_a_command_is_one_that_the_program_knows(page, command):
     elif program == "make":
         subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
     elif program == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
         assert set(re.findall(r"\[(\w+)\]", command)) <= set(extras)
     elif program.startswith("scale/"):
         assert (ROOT / program).is_file()
