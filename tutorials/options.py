@@ -19,7 +19,7 @@ OPENING = """\
 # Every key of a recipe
 
 Each key has the default below until a recipe's TOML file or `--set section.key=value` gives it another value. A
-misspelt key is an error that names the nearest one. `runs/NAME/recipe.toml` lists every key with the value that a run had.
+misspelt key is an error that names the nearest one. `runs/NAME/recipe.toml` lists every key with the value of that run.
 
 This page is generated: `make options` writes it from the comments in
 [sections.py](../../tinyspeed/recipe/sections.py) and [regate.py](../../tinyspeed/regate.py)."""
