@@ -1,17 +1,19 @@
 """All three systems in one recipe: rows that DualSpeed prunes, layers that STS skips, answers that ReGATE skips."""
 
 import re
-from pathlib import Path
+
+from support import pages
 
 from tinyspeed import pruning, recipe
 from tinyspeed.recipe import schedules
 from tinyspeed.training import answer_gate
 
 
-def test_the_readmes_recipe_for_all_of_them_skips_rows_layers_and_answers():
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
-    (command,) = re.findall(r"`tinyspeed train digits ([^`]*regate[^`]*)`", readme)
-    made = recipe.read("digits", command.replace("--set ", "").split())
+def test_the_guides_recipe_for_all_of_them_skips_rows_layers_and_answers():
+    (command,) = [
+        command for command in pages.commands(pages.ROOT / "tutorials" / "guide" / "methods.md") if "regate" in command
+    ]
+    made = recipe.read("digits", re.findall(r"--set (\S+)", command))
     answer_gate.require_some_skipping(made, made.digits.pictures)
     plans = list(map(schedules.schedule_of(made, "train", made.digits.layers).plan, range(made.train.steps)))
     assert any(plan.keep < 1 and plan.answer_keep < 1 for plan in plans)
