@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from slow.attacks import outcomes
+from slow.attacks.sandbox import World
 from support import hostile_model as bait
 from support import tiny
 from support.album import album
-from torture import outcome
-from torture.world import World
 
 RECIPE = """
 [run]
@@ -326,10 +326,10 @@ MIXED = (
 
 
 if __name__ == "__main__":
-    asked = outcome.parser(__doc__, count=30).parse_args()
+    asked = outcomes.parser(__doc__, count=30).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder).resolve())
         tried, lost = one_by_one(world, asked.count, asked.seed, say=lambda line: print(line, flush=True))
         if not world.confined:
             print("without namespaces: seen by Python's hook and by the files alone")
-    sys.exit(outcome.write(asked.out, tried, lost))
+    sys.exit(outcomes.write(asked.out, tried, lost))

@@ -1,12 +1,12 @@
-"""SIGKILL at random moments, again and again: a run must end with the bits of one that nobody touched.
+"""SIGKILL at random moments, again and again: the run must end with the same bits as one that was never killed.
 
-    make torture ONLY=kills        200 of them: every system, on one process and on two, in turn
+    make torture ONLY=killed_runs        200 kills: every system in turn, on one process and on two
 
-A life begins with the command that a user types again, and ends with a SIGKILL at one of three moments: anywhere, start
-and resume included; while a checkpoint is being written; or as soon as one has its name. When a life ends by itself the
-run is compared with the undisturbed one, and the next run begins. After every life the disk is looked at: one
-checkpoint more than is kept and one half-written at most, and the newest complete one can be read. In the caches no
-kill leaves more than one half-written file, which the first run an hour later takes away.
+Each attempt starts the command that a user would type again, and kills it at one of three moments: at any moment, also
+while it starts or resumes; while it writes a checkpoint; or as soon as a checkpoint has its name. If the run ends before
+that moment, it is compared with the undisturbed run, and a new run begins. After each attempt the disk is checked: there
+is at most one checkpoint beyond those that are kept, at most one half-written one, and the newest complete one can be
+read. In the caches each kill leaves at most one half-written file, which the first run an hour later removes.
 """
 
 import contextlib
@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from slow.attacks import outcomes
 from support import tiny
 from support.album import album
-from support.runs import unlike
-from torture import outcome
+from support.runs import ROOT, unlike
+from support.waiting import HANGS
 
 from tinyspeed import recipe
 from tinyspeed.data import digits
@@ -32,7 +33,6 @@ from tinyspeed.recipe import Recipe
 from tinyspeed.training import checkpoint
 from tinyspeed.util import files
 
-ROOT = Path(__file__).parents[2]
 KEPT = 2
 COMMON = (
     "run.threads=1", "run.device=cpu", "run.save_every=3", f"run.keep_checkpoints={KEPT}", "data.workers=0",
@@ -49,26 +49,24 @@ SYSTEMS = {
     "all of it": ("dualspeed.schedule=adaptive", *LAYERS, *ANSWERS),
     "pictures": (),  # PICTURES
 }
-# In two processes without the features, which several ranks cannot share.
 PICTURES = (
     "data.kind=chat", "data.workers=2", "model.quantise=nf4", "lora.rank=4", "align.steps=0", "train.steps=24",
     "digits.pictures=1000000", *ANSWERS,
 )  # fmt: skip
-MOMENTS = ("anywhere", "while saving", "just saved")
-PATIENCE = 300.0  # seconds, after which a run hangs
+MOMENTS = ("at any moment", "while saving", "just after saving")
 
 
 @dataclass
-class Torture:
-    """One system on so many ranks."""
+class Attack:
+    """One system on a number of ranks: its undisturbed run, and the one that is killed."""
 
     home: Path
     system: str
     ranks: int
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOMENTS, 0))
-    ends: int = 0  # runs that came to their end, each as the undisturbed one
-    seconds: float = 0.0  # that the undisturbed one took
-    lost: str = ""  # what was
+    ends: int = 0  # runs that ended, each like the undisturbed one
+    seconds: float = 0.0  # of the undisturbed run
+    failure: str = ""
 
     def __post_init__(self):
         self.made = {which: self._recipe(which) for which in ("whole", "killed")}
@@ -88,22 +86,23 @@ class Torture:
         return made
 
     def _pictures(self) -> tuple[str, ...]:
-        """Conversations about pictures, with all that is made of them before the first step."""
+        """Conversations about pictures, with everything that is computed from them before the first step. Several ranks
+        cannot share a feature cache, so they have none."""
         data = album(self.home, 12)
         model, reference = self.home / "llava", self.home / "reference"
         if not reference.exists():
             tiny.checkpoint("llava", model)
             tiny.llm(reference)
         files = (f"model.path={model}", f"data.file={data}", f"data.images={self.home / 'images'}")
-        kept = ("data.feature_cache_gb=1",) if self.ranks == 1 else ()
-        return (*PICTURES, *files, f"regate.reference={reference}", *kept)
+        cache = ("data.feature_cache_gb=1",) if self.ranks == 1 else ()
+        return (*PICTURES, *files, f"regate.reference={reference}", *cache)
 
-    def begin(self, which: str) -> subprocess.Popen:
+    def start(self, which: str) -> subprocess.Popen:
         made = self.made[which]
         file = f"{made.run.name}.toml"
         if self.ranks == 1:
             words = ["tinyspeed", "train", file]
-            if (made.folder / "recipe.toml").is_file():  # what the command itself says when it is given without
+            if (made.folder / "recipe.toml").is_file():  # without --resume the command would ask for it
                 words.append("--resume")
         else:
             words = f"torch.distributed.run --standalone --nproc-per-node {self.ranks} -m scale {file}".split()
@@ -112,53 +111,49 @@ class Torture:
             words = [sys.executable, "-m", *words]
             return subprocess.Popen(words, cwd=self.home, env=environment, stdout=log, stderr=log)
 
-    def undisturbed(self) -> None:
-        began = time.monotonic()
-        self.end("whole")
-        self.seconds = time.monotonic() - began
-
-    def end(self, which: str) -> None:
-        """Leave it to come to its end."""
-        run = self.begin(which)
+    def finish(self, which: str) -> None:
+        """Let it run to its end."""
+        run = self.start(which)
         try:
-            code = run.wait(PATIENCE)
+            code = run.wait(HANGS)
         finally:
             kill(run)
         assert code == 0, self.log(which)
 
-    def life(self, draw: random.Random) -> str | None:
-        """Begin, or go on, and be killed; the moment, or None if the run was done before it came."""
-        moment, folder = draw.choice(MOMENTS), self.made["killed"].folder / "checkpoints"
-        until = draw.uniform(0, 1.1 * self.seconds)
-        run = self.begin("killed")
-        began, before, hangs = time.monotonic(), checkpoint.newest(folder), False
-        wanted = draw.randrange(1, 4)  # the first, second or third one from here
-        seen = set()
-        while run.poll() is None:
-            if moment == "anywhere" and time.monotonic() - began > until:
-                break
-            now = {checkpoint.newest(folder)} - {before}
-            if moment == "while saving":
-                now = {*checkpoint.unfinished(folder)}
-            seen |= now - {None}
-            if moment != "anywhere" and len(seen) >= wanted:
-                break
-            hangs = time.monotonic() - began > PATIENCE
-            if hangs:
-                break
-            time.sleep(0.0002)
-        done = run.poll() is not None
-        code = kill(run)
-        assert done or not hangs, f"hangs\n{self.log('killed')}"
-        assert not done or code == 0, f"exit code {code}\n{self.log('killed')}"
-        self.look()
-        if done:
-            return None
-        self.kills[moment] += 1
-        return moment
+    def undisturbed(self) -> None:
+        began = time.monotonic()
+        self.finish("whole")
+        self.seconds = time.monotonic() - began
 
-    def look(self) -> None:
-        """At what is on disk after any end."""
+    def start_and_kill(self, draw: random.Random) -> bool:
+        """Start or resume the run and kill it. Returns False if the run ended before its moment came."""
+        moment, folder = draw.choice(MOMENTS), self.made["killed"].folder / "checkpoints"
+        lifetime = draw.uniform(0, 1.1 * self.seconds)
+        wanted = draw.randrange(1, 4)  # kill it at the first, second or third checkpoint
+        run = self.start("killed")
+        began, before, hangs = time.monotonic(), checkpoint.newest(folder), False
+        seen = set()
+        while run.poll() is None and not hangs:
+            if moment == "at any moment":
+                if time.monotonic() - began > lifetime:
+                    break
+            else:
+                saving = moment == "while saving"
+                seen |= {*checkpoint.unfinished(folder)} if saving else {checkpoint.newest(folder)} - {before, None}
+                if len(seen) >= wanted:
+                    break
+            hangs = time.monotonic() - began > HANGS
+            time.sleep(0.0002)
+        ended = run.poll() is not None
+        code = kill(run)
+        assert ended or not hangs, f"hangs\n{self.log('killed')}"
+        assert not ended or code == 0, f"exit code {code}\n{self.log('killed')}"
+        self.check_disk()
+        if not ended:
+            self.kills[moment] += 1
+        return not ended
+
+    def check_disk(self) -> None:
         folder = self.made["killed"].folder / "checkpoints"
         complete = sorted(folder.glob("step-*"))
         assert len(complete) <= KEPT + 1, complete
@@ -166,26 +161,27 @@ class Torture:
         if complete:
             checkpoint.read(complete[-1])
 
-    def done(self) -> None:
-        """The run came to its end: it must be the undisturbed one's."""
+    def check_end(self) -> None:
+        """The run has ended: it must be like the undisturbed one."""
         whole, killed = self.made["whole"], self.made["killed"]
         assert not (wrong := unlike(killed, whole)), f"{self.system}, {self.ranks} rank(s): {wrong[:10]}"
         strays = [p for p in killed.folder.rglob("*") if ".tmp" in p.name]
         assert not strays, strays
         assert sorted(names(killed)) == sorted(names(whole))
-        self._caches()
+        self._check_caches()
         self.ends += 1
         shutil.rmtree(killed.folder)
 
-    def _caches(self) -> None:
-        """They hold what the undisturbed run's hold, and at most one half-written file a kill; which goes."""
+    def _check_caches(self) -> None:
+        """The caches hold what the undisturbed run's hold, and at most one half-written file for each kill. Such a file
+        stays as long as somebody may be writing it, and is removed when it is old."""
         caches = [Path(made.run.cache) for made in (self.made["killed"], self.made["whole"])]
         killed, whole = ({p.relative_to(cache): p for p in cache.rglob("*") if p.is_file()} for cache in caches)
         strays = [p for name, p in killed.items() if name not in whole]
         assert all(p.name.endswith(".tmp") for p in strays), strays
         assert len(strays) <= sum(self.kills.values()), strays
         files.remove_stale(strays)
-        assert all(p.exists() for p in strays), "one that is being written was taken away"
+        assert all(p.exists() for p in strays), "a file that may still be written was removed"
         for path in strays:
             os.utime(path, (0, 0))
         files.remove_stale(strays)
@@ -199,7 +195,7 @@ class Torture:
 
 
 def kill(run: subprocess.Popen) -> int:
-    """A process and all that it has started, at once, as when a machine goes; its exit code."""
+    """Kill a process and all that it has started, at once, as when a machine fails. Returns its exit code."""
     everyone = []
     with contextlib.suppress(psutil.NoSuchProcess):
         first = psutil.Process(run.pid)
@@ -210,42 +206,42 @@ def kill(run: subprocess.Popen) -> int:
     return run.wait()
 
 
-def names(made) -> list[str]:
+def names(made: Recipe) -> list[str]:
     return [str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file()]
 
 
-def torture(home: Path, systems: list[str], ranks: list[int], kills: int, seed: int, say=print) -> list[Torture]:
-    """So many kills, dealt out over all systems and numbers of ranks; then every run is left to come to its end. A
-    system that loses something is not killed again."""
-    every = [Torture(home, system, count) for count in ranks for system in systems]
+def attack(home: Path, systems: list[str], ranks: list[int], kills: int, seed: int, say=print) -> list[Attack]:
+    """Deal the kills out over all systems and numbers of ranks, then let every run come to its end. A system that has
+    failed is not killed again."""
+    every = [Attack(home, system, count) for count in ranks for system in systems]
     for number, one in enumerate(every):
         share = kills // len(every) + (number < kills % len(every))
         try:
-            through(one, share, random.Random(f"{seed} {one.system} {one.ranks}"))
-        except Exception as lost:
-            one.lost = f"{one.system}, {one.ranks} rank(s), after kills {one.kills}: {lost!r}"
-        done = f"{one.ends} runs ended, as the undisturbed one did"
-        say(one.lost or f"{one.system}, {one.ranks} rank(s): kills {one.kills}; {done}")
+            kill_repeatedly(one, share, random.Random(f"{seed} {one.system} {one.ranks}"))
+        except Exception as error:
+            one.failure = f"{one.system}, {one.ranks} rank(s), after kills {one.kills}: {error!r}"
+        ended = f"{one.ends} runs ended like the undisturbed one"
+        say(one.failure or f"{one.system}, {one.ranks} rank(s): kills {one.kills}; {ended}")
     return every
 
 
-def through(one: Torture, kills: int, draw: random.Random) -> None:
+def kill_repeatedly(one: Attack, kills: int, draw: random.Random) -> None:
     one.undisturbed()
     while sum(one.kills.values()) < kills:
-        if one.life(draw) is None:
-            one.done()
-    one.end("killed")
-    one.done()
+        if not one.start_and_kill(draw):
+            one.check_end()
+    one.finish("killed")
+    one.check_end()
 
 
 if __name__ == "__main__":
-    parser = outcome.parser(__doc__, count=200)
+    parser = outcomes.parser(__doc__, count=200)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--ranks", default="1,2")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         chosen = asked.systems.split(","), [int(n) for n in asked.ranks.split(",")]
-        every = torture(Path(folder), *chosen, asked.count, asked.seed, say=lambda line: print(line, flush=True))
-    tried = {f"kills, {moment}": sum(one.kills[moment] for one in every) for moment in MOMENTS}
-    lost = [one.lost for one in every if one.lost]
-    sys.exit(outcome.write(asked.out, tried, lost, ends=sum(one.ends for one in every)))
+        every = attack(Path(folder), *chosen, asked.count, asked.seed, outcomes.say)
+    tried = {f"killed {moment}": sum(one.kills[moment] for one in every) for moment in MOMENTS}
+    failures = [one.failure for one in every if one.failure]
+    sys.exit(outcomes.write(asked.out, tried, failures, ends=sum(one.ends for one in every)))

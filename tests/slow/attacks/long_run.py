@@ -26,8 +26,8 @@ import tracemalloc
 from pathlib import Path
 
 import psutil
-from torture import outcome
-from torture.logbook import wrong_lines, wrong_losses
+from slow.attacks import outcomes
+from slow.attacks.log_checks import wrong_lines, wrong_losses
 
 from tinyspeed import recipe
 from tinyspeed.data import digits
@@ -224,7 +224,17 @@ def grew(samples: list[dict]) -> list[str]:
 
 def child(home: Path, variant: str, steps: int, leaks: list[str], seed: int) -> dict[str, list[dict]]:
     """What was measured of a variant, or of it with each of these leaks, in one fresh process."""
-    words = [sys.executable, "-m", "torture.steady", "--measure", variant, "--count", str(steps), "--home", str(home)]
+    words = [
+        sys.executable,
+        "-m",
+        "slow.attacks.long_run",
+        "--measure",
+        variant,
+        "--count",
+        str(steps),
+        "--home",
+        str(home),
+    ]
     words += ["--leaks", ",".join(leaks), "--seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=home)
@@ -277,7 +287,7 @@ def torture(
 
 
 if __name__ == "__main__":
-    parser = outcome.parser(__doc__, count=10_000)
+    parser = outcomes.parser(__doc__, count=10_000)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--leaks", default="", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -289,4 +299,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         say = lambda line: print(line, flush=True)
         tried, lost = torture(Path(folder), jobs, [*LEAKS], max(50, asked.count // 20), asked.seed, say)
-    sys.exit(outcome.write(asked.out, tried, lost))
+    sys.exit(outcomes.write(asked.out, tried, lost))

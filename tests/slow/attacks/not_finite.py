@@ -24,11 +24,11 @@ from pathlib import Path
 from unittest import mock
 
 from safetensors.torch import load_file
+from slow.attacks import outcomes
+from slow.attacks.injections import KINDS, VALUES, injected
 from support import tiny
 from support.album import album
 from support.runs import unlike
-from torture import outcome
-from torture.poisons import KINDS, VALUES, injected
 
 from tinyspeed import adaptive, cli, recipe
 from tinyspeed.data import digits
@@ -244,7 +244,7 @@ def on_two_ranks(home: Path, count: int, starts: int, seed: int, say=print) -> t
 
 
 if __name__ == "__main__":
-    parser = outcome.parser(__doc__, count=240)
+    parser = outcomes.parser(__doc__, count=240)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--kinds", default=";".join(KINDS))
     parser.add_argument("--ranks", type=int, default=24, help="so many more, on one of two ranks")
@@ -260,4 +260,4 @@ if __name__ == "__main__":
         if asked.ranks:
             more, wrong = on_two_ranks(Path(folder), asked.ranks, asked.starts, asked.seed, say)
             tried, lost = {**tried, **more}, lost + wrong
-    sys.exit(outcome.write(asked.out, tried, lost))
+    sys.exit(outcomes.write(asked.out, tried, lost))

@@ -17,9 +17,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from slow.attacks.injections import VALUES, WITHIN, injected
+from slow.attacks.not_finite import SYSTEMS, begin, look, settings, steps_of
 from support.runs import unlike
-from torture.poison import SYSTEMS, begin, look, settings, steps_of
-from torture.poisons import VALUES, WITHIN, injected
 
 from scale import __main__, run, world
 from scale.stage import ShardedStage

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from slow.attacks import outcomes
 from support import tiny
 from support.album import album
 from support.runs import timeless
-from torture import outcome
 
 from tinyspeed import recipe
 from tinyspeed.data import digits
@@ -144,7 +144,7 @@ class Way:
             **os.environ, "PYTHONPATH": f"{self.at / 'watch'}:{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1",
             "HOME": str(self.at / "home"), "TMPDIR": temporary, "PYTHONHASHSEED": str(int(shuffled) + 7),
         }  # fmt: skip
-        words = [sys.executable, "-m", "torture.twice", "--train", str(file)]
+        words = [sys.executable, "-m", "slow.attacks.repeatability", "--train", str(file)]
         done = subprocess.run(words, env=environment, cwd=self.at / "here", capture_output=True, text=True)
         shutil.rmtree(temporary)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -242,7 +242,7 @@ def _train(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = outcome.parser(__doc__, count=3 * len(SYSTEMS))
+    parser = outcomes.parser(__doc__, count=3 * len(SYSTEMS))
     parser.add_argument("--train", type=Path)
     asked = parser.parse_args()
     if asked.train:
@@ -251,4 +251,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         chosen = [([*SYSTEMS][n % len(SYSTEMS)], asked.seed + n // len(SYSTEMS)) for n in range(asked.count)]
         tried, lost = torture(Path(folder), chosen, [*NEARLY], say=lambda line: print(line, flush=True))
-    sys.exit(outcome.write(asked.out, tried, lost))
+    sys.exit(outcomes.write(asked.out, tried, lost))

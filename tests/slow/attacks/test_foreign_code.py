@@ -1,4 +1,4 @@
-"""The short form of `sealed.py`; and that its baits are real and its witnesses awake."""
+"""The short form of `foreign_code.py`; and that its baits are real and its witnesses awake."""
 
 import ast
 import pickle
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow.attacks import foreign_code
+from slow.attacks.sandbox import ROOT, World
 from support import hostile_model as bait
-from torture import sealed
-from torture.world import ROOT, World
 
 SHORT = ("train", "export", "look by a tower")
 BAITS = (  # those that once were taken, and one of every other kind
@@ -28,9 +28,9 @@ def world():
 
 
 def test_nothing_gets_in_or_out(world):
-    attacks = [attack for attack in sealed.ATTACKS if attack.name in BAITS]
+    attacks = [attack for attack in foreign_code.ATTACKS if attack.name in BAITS]
     assert len(attacks) == len(BAITS)
-    assert not sealed.at_once(world, [*SHORT], attacks)
+    assert not foreign_code.at_once(world, [*SHORT], attacks)
     if not world.confined:
         pytest.skip("no namespaces here (unshare): seen by Python's hook and by the files, not by the kernel")
 

@@ -1,14 +1,14 @@
-"""The short form of `disk.py`: a run in which everything has a state of its own, and each kind of trouble."""
+"""The short form of `full_disk.py`: a run that has everything with a state of its own, and some faults."""
 
 import pytest
-from torture import disk, volume
+from slow.attacks import full_disk, small_disk
 
-REASON = volume.refused()
+REASON = small_disk.why_not()
 
 
 @pytest.mark.skipif(bool(REASON), reason=REASON)
-def test_a_disk_that_says_no_loses_nothing_and_says_how_to_go_on(tmp_path):
-    torture = disk.Torture(tmp_path, ["digits"], seed=0)
-    torture.go(4)
-    assert not torture.lost
-    assert sum(torture.tried.values()) >= 4
+def test_a_disk_that_fails_loses_nothing_and_the_line_says_how_to_go_on(tmp_path):
+    attack = full_disk.Attack(tmp_path, ["digits"], seed=0)
+    attack.go(4)
+    assert not attack.failures
+    assert sum(attack.tried.values()) >= 4

@@ -1,24 +1,24 @@
-"""The short form of `kills.py`: everything that has a state of its own in one run."""
+"""The short form of `killed_runs.py`: one run that has everything with a state of its own."""
 
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torture import kills
+from slow.attacks import killed_runs
 
-SHORT = 2
+KILLS = 2
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path):
-    (one,) = kills.torture(tmp_path, ["all of it"], [1], SHORT, seed=0)
-    assert not one.lost
-    assert sum(one.kills.values()) == SHORT
+    (one,) = killed_runs.attack(tmp_path, ["all of it"], [1], KILLS, seed=0)
+    assert not one.failure
+    assert sum(one.kills.values()) == KILLS
     assert one.ends >= 1
-    assert_the_least_difference_is_seen(one)
+    assert_the_smallest_difference_is_found(one)
 
 
-def assert_the_least_difference_is_seen(one: kills.Torture):
+def assert_the_smallest_difference_is_found(one: killed_runs.Attack):
     """One bit of one weight, one number of one step, one file too many."""
     whole, killed = one.made["whole"].folder, one.made["killed"].folder
     for name, change in (
@@ -29,10 +29,10 @@ def assert_the_least_difference_is_seen(one: kills.Torture):
         shutil.copytree(whole, killed)
         change(killed / name)
         with pytest.raises(AssertionError):
-            one.done()
+            one.check_end()
         shutil.rmtree(killed)
         shutil.copytree(whole, killed)
-        one.done()
+        one.check_end()
 
 
 def flip_a_bit(file):

@@ -1,4 +1,4 @@
-"""The short form of `steady.py`; and that shares of slow steps are what they should be, without training."""
+"""The short form of `long_run.py`; and that shares of slow steps are what they should be, without training."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
-from torture import steady
-from torture.logbook import UNLIKELY, wrong_lines
+from slow.attacks import long_run
+from slow.attacks.log_checks import UNLIKELY, wrong_lines
 
 from tinyspeed.recipe.schedules import schedule_of
 
@@ -17,10 +17,10 @@ STEPS = 10_000
 
 
 def test_nothing_grows_the_log_is_true_and_leaks_would_be_seen(tmp_path):
-    tried, lost = steady.torture(tmp_path, {"all of it": 160}, ["python", "files", "log"], 50)
+    tried, lost = long_run.torture(tmp_path, {"all of it": 160}, ["python", "files", "log"], 50)
     assert not lost
     assert tried["losses by transformers, all of it"] >= 1
-    assert_lies_are_found(steady.made(tmp_path, "all of it", 160))
+    assert_lies_are_found(long_run.made(tmp_path, "all of it", 160))
 
 
 def assert_lies_are_found(made):
@@ -43,11 +43,11 @@ def assert_lies_are_found(made):
 def test_what_comes_once_is_no_growth_and_what_grows_is(many, every, grows, jump, at):
     steps = [every * (number + 1) for number in range(many)]
     samples = [{"step": step, "c": grows * step + jump * (step > at * steps[-1])} for step in steps]
-    assert steady.slope(samples, "c") == pytest.approx(grows)
+    assert long_run.slope(samples, "c") == pytest.approx(grows)
 
 
 def slow_steps(tmp_path, kind: str, share: float, seed: int) -> int:
-    made = steady.made(tmp_path, "bernoulli", 1)
+    made = long_run.made(tmp_path, "bernoulli", 1)
     d = replace(made.dualspeed, schedule=kind, slow=share)
     schedule = schedule_of(replace(made, dualspeed=d, run=replace(made.run, seed=seed)), "train", 3)
     return sum(schedule.plan(step).mode == "slow" for step in range(STEPS))

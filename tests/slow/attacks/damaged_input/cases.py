@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from torture.broken import watch
+from slow.attacks.damaged_input import file_access
 
 from tinyspeed import UserError
 
@@ -55,7 +55,7 @@ def limited(seconds: float) -> Iterator[None]:
 def judge(case: Case) -> tuple[str, str]:
     """How it ended, "worked" or "refused"; and what is wrong with that, or nothing."""
     how, wrong = "worked", ""
-    with watch.only(case.opens, case.programs) as touched:
+    with file_access.only(case.opens, case.programs) as touched:
         try:
             with limited(case.seconds):
                 case.act()

@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 
 import matplotlib
-from torture.broken import models, recipes, records, wrecks
-from torture.broken.trial import Case
+from slow.attacks.damaged_input import models, recipes, records, run_folders
+from slow.attacks.damaged_input.cases import Case
 
 from tinyspeed import UserError, cli, recipe
 
@@ -42,7 +42,7 @@ class Part:
         for name in ("records", "recipes", "models", "wrecks"):
             (home / name).mkdir()
         self.records, self.recipes = records.Part(home / "records"), recipes.Part(home / "recipes")
-        self.models, self.wrecks = models.Part(home / "models"), wrecks.Part(home / "wrecks")
+        self.models, self.wrecks = models.Part(home / "models"), run_folders.Part(home / "wrecks")
 
     def case(self, draw: random.Random) -> Case:
         return getattr(
@@ -115,5 +115,12 @@ class Part:
                 ["eval", str(folder)],
             )
         )
-        opens = (folder, self.wrecks.home / "cache", out, out.with_name(".out.tmp"), wrecks.LINKED, recipe.BUILT_IN)
+        opens = (
+            folder,
+            self.wrecks.home / "cache",
+            out,
+            out.with_name(".out.tmp"),
+            run_folders.LINKED,
+            recipe.BUILT_IN,
+        )
         return self.command(f"{words[0]} of a wreck", words, opens, note)

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from PIL import Image
-from torture.broken.gallery import encoded
+from slow.attacks.damaged_input.image_files import encoded
 
 
 def hostile(folder: Path, home: Path) -> dict[str, bool]:

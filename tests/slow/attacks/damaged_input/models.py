@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from slow.attacks.damaged_input import mutations
+from slow.attacks.damaged_input.cases import Case
 from support import tiny
 from support.hostile_model import Code
-from torture.broken import mangle
-from torture.broken.trial import Case
 
 from tinyspeed import UserError
 from tinyspeed.evaluation import ask
 from tinyspeed.models import loading
 
 ODD = (
-    *mangle.ODD[:8], 10**9, "llama", "llava", "../../secret", "/etc/passwd", "a\0b", "gelu", "eager", "bfloat16",
+    *mutations.ODD[:8], 10**9, "llama", "llava", "../../secret", "/etc/passwd", "a\0b", "gelu", "eager", "bfloat16",
     "fp8", [], {}, [1],
     {"a": 1}, "tiny--model.Evil", 2, 3, 16, 0.5,
 )  # fmt: skip
@@ -90,13 +90,13 @@ class Part:
 
     def bytes(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         file = draw.choice(sorted(path for path in folder.iterdir()))
-        content, what = mangle.octets(draw, file.read_bytes())
+        content, what = mutations.octets(draw, file.read_bytes())
         file.write_bytes(content)
         return f"{file.name} {what}", False
 
     def structure(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         file = folder / draw.choice(TEXTS)
-        value, what = mangle.structure(draw, json.loads(file.read_text()), ODD)
+        value, what = mutations.structure(draw, json.loads(file.read_text()), ODD)
         file.write_bytes(json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass"))
         return f"{file.name}: {what}", False
 
@@ -163,7 +163,7 @@ class Part:
         if what == "swapped":
             index["weight_map"] = dict(zip(where, reversed(where.values()), strict=True))
         elif what == "shape":
-            index, _ = mangle.structure(draw, index, ODD)
+            index, _ = mutations.structure(draw, index, ODD)
         elif what != "right":
             index["weight_map"] = {name: draw.choice((what, file)) for name, file in where.items()}
         (folder / "model.safetensors.index.json").write_bytes(
@@ -174,7 +174,7 @@ class Part:
     def template(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         text = draw.choice(TEMPLATES)
         if draw.random() < 0.3:
-            text, _ = mangle.tokens(draw, tiny.CHAT_TEMPLATE)
+            text, _ = mutations.tokens(draw, tiny.CHAT_TEMPLATE)
         (folder / "chat_template.jinja").write_text(text, errors="surrogateescape")
         return f"template {text!r:.80}", False
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from torture.broken import mangle
-from torture.broken.gallery import NONE, ORIENTATION, chunk, coloured, encoded, every_kind, lie, zeros
-from torture.broken.names import hostile, spelled
-from torture.broken.trial import Case
+from slow.attacks.damaged_input import mutations
+from slow.attacks.damaged_input.cases import Case
+from slow.attacks.damaged_input.file_names import hostile, spelled
+from slow.attacks.damaged_input.image_files import NONE, ORIENTATION, chunk, coloured, encoded, every_kind, lie, zeros
 
 from tinyspeed import UserError
 from tinyspeed.data import images
@@ -124,7 +124,7 @@ class Part:
         kind = draw.choice(sorted(self.files))
         content, note = self.files[kind], kind
         for _ in range(draw.choice((1, 1, 2, 4))):
-            content, what = mangle.octets(draw, content)
+            content, what = mutations.octets(draw, content)
             note += "; " + what
         return self.made("damaged", content, both, note)
 

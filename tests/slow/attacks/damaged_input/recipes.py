@@ -11,8 +11,8 @@ import random
 import tomllib
 from pathlib import Path
 
-from torture.broken import mangle
-from torture.broken.trial import Case
+from slow.attacks.damaged_input import mutations
+from slow.attacks.damaged_input.cases import Case
 
 from tinyspeed import recipe
 from tinyspeed.data import digits, loader
@@ -69,11 +69,11 @@ class Part:
     def file(self, draw: random.Random) -> Case:
         text, note = toml(draw) if draw.random() < 0.6 else (draw.choice(built_in()), "built in")
         for _ in range(draw.choice((0, 1, 1, 2))):
-            text, what = mangle.tokens(draw, text)
+            text, what = mutations.tokens(draw, text)
             note += "; " + what
         content = text.encode(errors="surrogatepass")
         if draw.random() < 0.25:
-            content, what = mangle.octets(draw, content) if draw.random() < 0.7 else mangle.reencoded(draw, text)
+            content, what = mutations.octets(draw, content) if draw.random() < 0.7 else mutations.reencoded(draw, text)
             note += "; " + what
         file = self.home / "file.toml"
         file.write_bytes(content)
@@ -90,7 +90,7 @@ class Part:
             parts.append(f"[{name}]\n{key} = {value}\n" if flat else f"[{name}.{section}]\n{key} = {value}\n")
         text, note = "".join(parts), "arms"
         if draw.random() < 0.3:
-            text, note = mangle.tokens(draw, text)
+            text, note = mutations.tokens(draw, text)
         file = self.home / "arms.toml"
         file.write_bytes(text.encode(errors="surrogatepass"))
         only = draw.choice((None, None, "full", "a,b", ",", "", "a,a"))

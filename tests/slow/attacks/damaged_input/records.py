@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import parquet as pq
+from slow.attacks.damaged_input import mutations
+from slow.attacks.damaged_input.cases import Case
 from support import tiny
 from support.album import album
-from torture.broken import mangle
-from torture.broken.trial import Case
 
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.recipe import DataSection
@@ -76,18 +76,18 @@ class Part:
         note, faults = [], draw.choice((0, 1, 1, 1, 2, 4))
         for _ in range(faults):
             if draw.random() < 0.6:
-                records, what = mangle.structure(draw, records)
+                records, what = mutations.structure(draw, records)
                 note.append(what)
         lines = kind == "jsonl" and isinstance(records, list) and records
         ascii_only = draw.random() < 0.5
         with_marks = [json.dumps(raw, ensure_ascii=ascii_only) for raw in (records if lines else [records])]
         text = draw.choice(("\n", "\r\n", "\n\n")).join(with_marks)
         while len(note) < faults and draw.random() < 0.6:
-            text, what = mangle.tokens(draw, text)
+            text, what = mutations.tokens(draw, text)
             note.append(what)
         content = text.encode(errors="surrogatepass")
         if len(note) < faults:
-            content, what = mangle.octets(draw, content) if draw.random() < 0.8 else mangle.reencoded(draw, text)
+            content, what = mutations.octets(draw, content) if draw.random() < 0.8 else mutations.reencoded(draw, text)
             note.append(what)
         return Written(f"a.{'jsonl' if lines else 'json'}", content, plainly(content), "; ".join(note))
 
@@ -226,7 +226,7 @@ def parquet(draw: random.Random, raws: list, home: Path) -> Written:
         ]
         row.pop("image", None)
     if draw.random() < 0.5:
-        rows, what = mangle.structure(draw, rows)
+        rows, what = mutations.structure(draw, rows)
         note.append(what)
     columns = {}
     for key in dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row):
@@ -263,7 +263,7 @@ def parquet(draw: random.Random, raws: list, home: Path) -> Written:
     pq.write_table(table, buffer, compression=draw.choice(("NONE", "SNAPPY", "ZSTD", "GZIP")), row_group_size=2)
     content, records = buffer.getvalue(), None
     if not note or draw.random() < 0.3:
-        content, what = mangle.octets(draw, content)
+        content, what = mutations.octets(draw, content)
         note.append(what)
     with contextlib.suppress(pa.ArrowException, OSError, ValueError, OverflowError):
         records = unpacked(pq.read_table(io.BytesIO(content)).to_pylist())

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from slow.attacks.damaged_input import file_access, mutations
+from slow.attacks.damaged_input.cases import Case
 from support.runs import unlike
-from torture.broken import mangle, watch
-from torture.broken.trial import Case
 
 from tinyspeed import recipe
 from tinyspeed.models import isolator_file
@@ -109,7 +109,7 @@ class Part:
 
     def bytes(self, draw: random.Random, folder: Path) -> str:
         file = draw.choice(files(folder))
-        content, what = mangle.octets(draw, file.read_bytes())
+        content, what = mutations.octets(draw, file.read_bytes())
         file.write_bytes(content)
         return f"{file.relative_to(folder)} {what}"
 
@@ -164,7 +164,7 @@ class Part:
         """JSON of another shape, with a checksum that is right."""
         file = newest(folder) / "state.json"
         state = json.loads(file.read_text())["state"]
-        state, what = mangle.structure(draw, state, ODD)
+        state, what = mutations.structure(draw, state, ODD)
         if isinstance(state, dict) and draw.random() < 0.3:
             name = draw.choice(
                 ("../../recipe.toml", "/etc/passwd", "../tensors.safetensors", "a\0b", "", ".", "state.json")
@@ -265,7 +265,7 @@ class Part:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             core.train(made, resume=True, bar=False)
         gone = "log begins at step" in said.getvalue()
-        with watch.asleep():
+        with file_access.asleep():
             different = (unlike_but_the_log if gone else unlike)(made, self.whole)
         # A state that is forged well is another state: nothing can tell it from what was written.
         assert not different or self.how == "forged", f"it ends otherwise: {different[:4]}"
