@@ -1,8 +1,8 @@
-"""The numbers that training goes by, each with a way to put NaN or inf into one; and how a run that has one must end.
+"""The numbers that training depends on, each with a way to make one of them NaN or inf, and how the run must then end.
 
-A poison does its work at once (`BEFORE` a step, `WHEN_SAVING`), or in a context around the step (`WITHIN` it), and
-returns what the line that a user is told must say of it: a pattern, or something that gives one when the step is over.
-None: this step has no such number.
+An injection happens at once (`BEFORE` a step, `WHEN_SAVING`) or in a context around the step (`WITHIN` it). It returns
+a pattern for the line that the user must be told, or a function that returns the pattern once the step is over. It
+returns None if this step has no such number.
 """
 
 import math
@@ -24,7 +24,7 @@ AGAIN = r"Resume the run.* if it stops t?here again, .*"
 
 @dataclass
 class Step:
-    """The step that is poisoned, as its poisons see it."""
+    """The step that gets the number."""
 
     run: StageRun
     step: int  # of the stage
@@ -36,20 +36,20 @@ class Step:
         return self.run.model.schedule.plan(self.step)
 
     def record(self, i: int) -> str:
-        """What an error must call example i."""
+        """Returns the pattern of what an error must call example i."""
         if self.run.recipe.data.kind == "digits":
             return f"picture {i}"
         number = int(self.run.source.good[i])
         return re.escape(f"train.json: record {number + 1} (id r{number})")
 
     def into(self, tensor: torch.Tensor) -> None:
-        """One entry of what this process has of it."""
+        """Put the number into one entry of the part that this process has."""
         with torch.no_grad():
             here = self.run._local(tensor)[0]
             here.view(-1)[self.draw.randrange(here.numel())] = self.value
 
     def some(self, every) -> tuple[torch.Tensor, str]:
-        """A parameter of these, of which this process has something, and its name."""
+        """Returns one of these parameters, of which this process has a part, and its name."""
         return self.draw.choice([(p, self.run.names[p]) for p in every if self.run._local(p)[0].numel()])
 
 
@@ -69,7 +69,7 @@ def moment(at: Step):
 
 
 def schedule(at: Step, names=("shares", "sums")):
-    """What it goes by: an adaptive schedule's shares and sums, the influence of layers."""
+    """What a schedule decides by: an adaptive schedule's shares and sums, the influence of layers."""
     parts = [at.run.model.schedule, *getattr(at.run.model.schedule, "parts", ())]
     parts = [getattr(part, "schedule", part) for part in parts]
     lists = [(of, getattr(part, of)) for part in parts for of in names if getattr(part, of, None)]
@@ -77,7 +77,7 @@ def schedule(at: Step, names=("shares", "sums")):
         return None
     of, numbers = at.draw.choice(lists)
     place = at.draw.randrange(len(numbers))
-    if of == "shares":  # of which the newest is the one that is asked for
+    if of == "shares":  # the schedule reads only the newest
         numbers[:] = [at.value] * len(numbers)
         return rf"the adaptive share of slow steps is {at.value}"
     if isinstance(numbers[place], list):
@@ -87,8 +87,8 @@ def schedule(at: Step, names=("shares", "sums")):
     return rf"the state of schedule\.\S*sums\.{place}\S* is {at.value}"
 
 
-def remembered(at: Step):
-    """ReGATE's difficulty of a sample that the step sees."""
+def difficulty(at: Step):
+    """What ReGATE remembers of a sample that the step sees."""
     if not at.run.gate:
         return None
     i = at.draw.choice(at.run.order.batch(at.step, at.run.stage.batch))
@@ -104,7 +104,8 @@ def loss_scale(at: Step):
 
 @contextmanager
 def within(at: Step, change: Callable):
-    """`change(number of the micro-batch, how to run it, batch)` in place of each micro-batch of the step."""
+    """Call `change(number of the micro-batch, function that runs it, batch)` instead of each micro-batch of the
+    step."""
     original, count = at.run._micro_batch, iter(range(10**6))
     at.run._micro_batch = lambda batch, *given: change(next(count), lambda b: original(b, *given), batch)
     try:
@@ -114,7 +115,7 @@ def within(at: Step, change: Callable):
 
 
 def images(at: Step) -> tuple[int, int, int]:
-    """A micro-batch of the step, one of its images, and whose that is."""
+    """Returns a micro-batch of the step, one of its images, and the example that the image belongs to."""
     parts = [part for part, _ in at.run._parts(at.step, at.plan)]
     every = [
         (m, k, i)
@@ -124,34 +125,34 @@ def images(at: Step) -> tuple[int, int, int]:
     return at.draw.choice(every) if every else (0, 0, -1)
 
 
-def of_image(at: Step, poisoned: Callable, stack: ExitStack):
+def of_image(at: Step, damaged: Callable, stack: ExitStack):
     m, k, i = images(at)
     if i < 0:
         return None
 
     def change(number, run, batch):
-        return poisoned(k, run, batch) if number == m else run(batch)
+        return damaged(k, run, batch) if number == m else run(batch)
 
     stack.enter_context(within(at, change))
     return rf"the features of a picture of {at.record(i)} \("
 
 
 def pixels(at: Step, stack: ExitStack):
-    def poisoned(k, run, batch):
+    def damaged(k, run, batch):
         name = "tower_features" if "tower_features" in batch else "pixel_values"
         batch = {**batch, name: batch[name].clone()}
         at.into(batch[name][k])
         return run(batch)
 
-    return of_image(at, poisoned, stack)
+    return of_image(at, damaged, stack)
 
 
 def features(at: Step, stack: ExitStack):
-    """Out of the projector."""
+    """What comes out of the projector."""
 
-    def poisoned(k, run, batch):
+    def damaged(k, run, batch):
         def hook(module, given, out):
-            if out.dim() == 3:  # not those that a fast step projects again: they are `kept`
+            if out.dim() == 3:  # not the tokens that a fast step projects again, see `kept`
                 out = out.clone()
                 at.into(out[k])
             return out
@@ -162,11 +163,11 @@ def features(at: Step, stack: ExitStack):
         finally:
             handle.remove()
 
-    return of_image(at, poisoned, stack)
+    return of_image(at, damaged, stack)
 
 
 def kept(at: Step, stack: ExitStack):
-    """The rows that a fast step keeps, when they are projected for the second time."""
+    """The tokens that a fast step keeps, when they are projected for the second time."""
     if at.plan.mode != "fast":
         return None
     hit = []
@@ -219,7 +220,7 @@ def gradient(at: Step, stack: ExitStack):
 
 
 def cached(at: Step):
-    """The features of a picture on disk, which the step is to read."""
+    """The features of a picture on disk that the step will read."""
     if getattr(at.run.source, "features", None) is None:
         return None
     source, batch = at.run.source, at.run.order.batch(at.step, at.run.stage.batch)
@@ -234,16 +235,16 @@ def cached(at: Step):
     return rf"the features of {re.escape(str(picture))} in {re.escape(str(file))} .*not finite.*: delete the file"
 
 
-BEFORE = {f.__name__: f for f in (weight, moment, schedule, remembered, loss_scale, cached)}
+BEFORE = {f.__name__: f for f in (weight, moment, schedule, difficulty, loss_scale, cached)}
 WITHIN = {f.__name__: f for f in (pixels, features, kept, loss, gradient)}
 WHEN_SAVING = {
     "when saving, a weight": weight,
     "when saving, a moment": moment,
-    "when saving, the schedule": lambda at: schedule(at, ("sums",)),  # shares follow from them, and are not saved
-    "when saving, the memory": remembered,
+    "when saving, the schedule": lambda at: schedule(at, ("sums",)),  # shares are computed from sums, and not saved
+    "when saving, a difficulty": difficulty,
 }
 KINDS = [*BEFORE, *WITHIN, *WHEN_SAVING]
-SAVED_AS = {  # by what a checkpoint calls it
+SAVED_AS = {  # how the line names it -> how a checkpoint names it
     "^the weight ": "model/",
     r"^the optimizer's (\S+) of ": r"optimizer/\1/",
     "^the state of ": "",
@@ -252,14 +253,14 @@ SAVED_AS = {  # by what a checkpoint calls it
 
 
 def bits(run: StageRun) -> dict[str, bytes]:
-    """All that training changes; not the random state, which every forward moves."""
+    """Everything that training changes, without the random state, which every forward changes."""
     tensors = ((n, run._local(t)[0]) for n, t in run._tensors().items() if n.startswith(("model/", "optimizer/")))
     return {n: t.detach().cpu().numpy().tobytes() for n, t in tensors}
 
 
 @dataclass
-class Done:
-    """What a poison did."""
+class Injected:
+    """What an injection did."""
 
     kind: str
     run: StageRun | None = None  # None: nothing yet
@@ -268,7 +269,7 @@ class Done:
     says: str | Callable = ""
 
     def wrong(self, line: str, mode: str, stage: str) -> str:
-        """What is wrong with the line that a user was told, and with what the run has then; "" if nothing is."""
+        """Returns what is wrong with the line that the user was told or with the state of the run; "" if nothing is."""
         pattern = self.says() if callable(self.says) else self.says
         if self.kind in WHEN_SAVING:
             for said, name in SAVED_AS.items():
@@ -278,28 +279,29 @@ class Done:
             known = rf"({mode}, )?{stage}" if self.kind in BEFORE else f"{mode}, {stage}"
             pattern = rf"step {self.step + 1} \({known}\): .*{pattern}.*{AGAIN}"
         if not re.search(pattern, line):
-            return f"it says {line!r}, and not {pattern!r}"
-        return "" if bits(self.run) == self.before else "something was moved"
+            return f"it says {line!r}, not {pattern!r}"
+        return "" if bits(self.run) == self.before else "weights or moments have changed"
 
 
 @contextmanager
 def injected(kind: str, value: float, begin: int, seed: int, of=StageRun, here: bool = True):
-    """While one runs, the poison is put into the first step from `begin` on that has such a number. `here`: or, on
-    another rank, into none."""
-    done, step_, save_ = Done(kind), of._step, of.save
-    poison = {**BEFORE, **WITHIN, **WHEN_SAVING}[kind] if here else lambda *at: ""
+    """While a run is trained in this context, the first step from `begin` on that has such a number gets the value. On
+    a rank where `here` is False nothing is changed."""
+    done, step_, save_ = Injected(kind), of._step, of.save
+    inject = {**BEFORE, **WITHIN, **WHEN_SAVING}[kind] if here else lambda *at: ""
 
     def step(run, number, *given):
         with ExitStack() as stack:
             if done.run is None and run.totals.steps >= begin and kind not in WHEN_SAVING:
                 at = Step(run, number, value, random.Random(seed))
-                note(run, run.totals.steps, poison(at, stack) if kind in WITHIN else poison(at))
+                note(run, run.totals.steps, inject(at, stack) if kind in WITHIN else inject(at))
             return step_(run, number, *given)
 
     def save(run, folder, number):
         if done.run is None and run.totals.steps > begin and kind in WHEN_SAVING:
             at = Step(run, number - 1, value, random.Random(seed))
-            note(run, run.totals.steps - 1, poison(at))
+            note(run, run.totals.steps - 1, inject(at))
+
         return save_(run, folder, number)
 
     def note(run, step, says):

@@ -3,10 +3,11 @@
     make torture ONLY=killed_runs        200 kills: every system in turn, on one process and on two
 
 Each attempt starts the command that a user would type again, and kills it at one of three moments: at any moment, also
-while it starts or resumes; while it writes a checkpoint; or as soon as a checkpoint has its name. If the run ends before
-that moment, it is compared with the undisturbed run, and a new run begins. After each attempt the disk is checked: there
-is at most one checkpoint beyond those that are kept, at most one half-written one, and the newest complete one can be
-read. In the caches each kill leaves at most one half-written file, which the first run an hour later removes.
+while it starts or resumes; while it writes a checkpoint; or as soon as a checkpoint has its name. If the run ends
+before that moment, it is compared with the undisturbed run, and a new run begins. After each attempt the disk is
+checked: there is at most one checkpoint beyond those that are kept, at most one half-written one, and the newest
+complete one can be read. In the caches each kill leaves at most one half-written file, which the first run an hour
+later removes.
 """
 
 import contextlib

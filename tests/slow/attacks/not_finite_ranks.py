@@ -1,11 +1,11 @@
-"""Poisons on one of two ranks: the program that torchrun starts.
+"""A number that is not finite on one of two ranks: the program that torchrun starts for `not_finite.py`.
 
-    poisoned_ranks.py many HOME OUT COUNT SEED         what both ranks must find out together, many in one start
-    poisoned_ranks.py one HOME OUT KIND VALUE SEED     what only one rank sees: it must end the other, too
-    poisoned_ranks.py on HOME                          that run goes on
+    not_finite_ranks.py many HOME OUT COUNT SEED         numbers that both ranks must find together, many in one start
+    not_finite_ranks.py one HOME OUT KIND VALUE SEED     a number that one rank sees: it must end the other one, too
+    not_finite_ranks.py resume HOME                      that run goes on
 
-A start costs seven seconds. `many` trains, is stopped and goes on within one; `one` is the real program, whose ranks
-end. Both leave in OUT what was tried and what was lost.
+A start costs seconds, so `many` trains, is stopped and goes on within one start. `one` is the real program, whose ranks
+end. Both write what they tried and what failed to OUT.
 """
 
 import gc
@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 from slow.attacks.injections import VALUES, WITHIN, injected
-from slow.attacks.not_finite import SYSTEMS, begin, look, settings, steps_of
+from slow.attacks.not_finite import SYSTEMS, drawn_step, settings, steps_of, wrong_on_disk
 from support.runs import unlike
 
 from scale import __main__, run, world
@@ -26,10 +26,10 @@ from scale.stage import ShardedStage
 from tinyspeed import UserError, adaptive
 
 TOGETHER = ("weight", "moment", "loss", "gradient", "when saving, a weight", "when saving, a moment")
-ALIKE = ("full", "untaught", "all of it")  # systems; the first two have steps whose features nobody looks at beforehand
-UNSEEN = ("pixels", "features")
+MANY = ("full", "no distillation", "all of it")  # systems; the first two have steps that do not check their features
+UNCHECKED = ("pixels", "features")
 COPIES = {"full": ("scale.shard=1",)}  # every rank has a whole model, and could go on with its own
-ALONE = "all of it"
+ONE = "all of it"
 
 
 def recipe_of(home: Path, system: str, name: str):
@@ -38,33 +38,33 @@ def recipe_of(home: Path, system: str, name: str):
 
 
 def many(home: Path, out: Path, count: int, seed: int) -> None:
-    tried, lost = {}, []
+    tried, failures = {}, []
     with world.join() as here:
-        for system in ALIKE:
+        for system in MANY:
             run.train(recipe_of(home, system, "ranks"), here)
             gc.collect()
         for number in range(count):
-            system = ALIKE[number % len(ALIKE)]
-            kinds = [*TOGETHER, *UNSEEN] if system == "full" else TOGETHER
-            kind, value = kinds[number // len(ALIKE) % len(kinds)], VALUES[number % 7 % len(VALUES)]
+            system = MANY[number % len(MANY)]
+            kinds = [*TOGETHER, *UNCHECKED] if system == "full" else TOGETHER
+            kind, value = kinds[number // len(MANY) % len(kinds)], VALUES[number % 7 % len(VALUES)]
             found = together(here, home, system, kind, value, seed + number)
             tried[f"on one of two ranks: {kind}"] = tried.get(f"on one of two ranks: {kind}", 0) + 1
-            lost += [f"{system}, {kind}, {value}, seed {seed + number}: {wrong}" for wrong in found if wrong]
+            failures += [f"{system}, {kind}, {value}, seed {seed + number}: {wrong}" for wrong in found if wrong]
             gc.collect()
         if here.leads:
-            out.write_text(json.dumps({"tried": tried, "lost": lost}))
+            out.write_text(json.dumps({"tried": tried, "failures": failures}))
 
 
 def together(here: world.World, home: Path, system: str, kind: str, value: float, seed: int) -> list[str]:
-    """What is wrong with a poison on one rank, by what each of them saw."""
+    """Inject a number on one rank. Returns what is wrong with how the run ended, as each of the ranks saw it."""
     draw = random.Random(f"{system} {kind} {value} {seed}")
-    whole, made = recipe_of(home, system, "ranks"), recipe_of(home, system, "poisoned")
-    steps, poisoned = steps_of(whole), draw.randrange(here.size)
+    whole, made = recipe_of(home, system, "ranks"), recipe_of(home, system, "injected")
+    steps, damaged = steps_of(whole), draw.randrange(here.size)
     if here.leads:
         shutil.rmtree(made.folder, ignore_errors=True)
     here.wait()
-    first = begin(steps, draw)
-    with injected(kind, value, first, draw.randrange(2**32), ShardedStage, here.rank == poisoned) as done:
+    first = drawn_step(steps, draw)
+    with injected(kind, value, first, draw.randrange(2**32), ShardedStage, here.rank == damaged) as done:
         try:
             run.train(made, here)
             line = "nothing"
@@ -72,10 +72,10 @@ def together(here: world.World, home: Path, system: str, kind: str, value: float
             line = str(error)
     stage, mode = steps[done.step]
     wrong = done.wrong(line, mode, stage)
-    if kind != "gradient" and f"on rank {poisoned} " not in line:  # gradients are of all ranks
-        wrong = wrong or f"rank {poisoned} is not named: {line}"
+    if kind != "gradient" and f"on rank {damaged} " not in line:  # a gradient is the sum of all ranks'
+        wrong = wrong or f"rank {damaged} is not named: {line}"
     if here.leads:
-        wrong = wrong or look(made, steps, done.step)
+        wrong = wrong or wrong_on_disk(made, steps, done.step)
     lines = here.gather([line])
     wrong = wrong or ("" if len({*lines}) == 1 else f"ranks are told different things: {lines}")
     done.run = None
@@ -88,17 +88,18 @@ def together(here: world.World, home: Path, system: str, kind: str, value: float
 
 def one(home: Path, out: Path, kind: str, value: float, seed: int) -> None:
     draw = random.Random(f"{kind} {value} {seed}")
-    steps, poisoned = steps_of(recipe_of(home, ALONE, "ranks")), draw.randrange(2)
-    first = draw.choice([n for n, of in enumerate(steps) if of[1] == "fast"]) if kind in WITHIN else begin(steps, draw)
+    steps, damaged = steps_of(recipe_of(home, ONE, "ranks")), draw.randrange(2)
+    fast = [number for number, (_, mode) in enumerate(steps) if mode == "fast"]
+    first = draw.choice(fast) if kind in WITHIN else drawn_step(steps, draw)
     leave = world.World.leave
 
     def leaves(here, code, message):
         stage, mode = steps[done.step]
         wrong = done.wrong(message, mode, stage) or ("" if code == world.MISTAKE else f"exit code {code}: {message}")
-        out.write_text(json.dumps({"wrong": wrong, "step": done.step, "rank": poisoned}))
+        out.write_text(json.dumps({"wrong": wrong, "step": done.step, "rank": damaged}))
         leave(here, code, message)
 
-    mine = int(os.environ["RANK"]) == poisoned
+    mine = int(os.environ["RANK"]) == damaged
     with (
         injected(kind, value, first, draw.randrange(2**32), ShardedStage, mine) as done,
         mock.patch.object(world.World, "leave", leaves),
