@@ -151,7 +151,7 @@ class Way:
         return [one.folder for one in made]
 
 
-def furnish(home: Path) -> None:
+def provide(home: Path) -> None:
     album(home, 12)
     for name, family in (("llava", "llava"), ("plain", "llava"), ("next", "llava_next")):
         tiny.checkpoint(family, home / name)
@@ -208,7 +208,7 @@ def torture(
     """These systems, each with a seed, and these settings."""
     given = home / "given"
     given.mkdir(parents=True)
-    furnish(given)
+    provide(given)
     every = [(f"{name} {seed}", *SYSTEMS[name], seed) for name, seed in systems]
     first = [(name, parts, steps, (f"run.seed={seed}",)) for name, parts, steps, seed in every]
     second = [(*job, (*more, "data.workers=2", "run.save_every=5")) for *job, more in first]
