@@ -142,7 +142,7 @@ class DualSpeed(DropIn):
         full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
         every = len(full)
         if answers is not None:
-            full = rows.elide(full, labels, answers, self.positions)
+            full = rows.skip_answers(full, labels, answers, self.positions)
 
         images = [*itertools.chain(*features.values())]
         sizes = finite.norms(images)
@@ -212,7 +212,7 @@ class DualSpeed(DropIn):
             kept, *visual, loss = self.chooser(images, keep, heard, self.step)
         run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions)
         if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
-            extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()
+            extra = extra + (loss * rows.answers_per_image(run, len(loss))).sum()
         return [*visual, self.isolator.weight], run, extra
 
     def _answers(
@@ -230,7 +230,7 @@ class DualSpeed(DropIn):
 
     def _gathered(self, ids: Tensor, visual: list[Tensor], selected: rows.Rows) -> tuple[Tensor, rows.Layout]:
         """The selected rows as they are laid out. Nothing but them is left of the table when the LLM runs."""
-        index, selected = rows.looked_up(selected, ids.numel())
+        index, selected = rows.used_words(selected, ids.numel())
         words = self.vlm.embed(ids.flatten()[index])
         placed = rows.lay_out(selected, attention.layout(words, selected) if self.layout == "auto" else self.layout)
         table = torch.cat([words, *(part.to(words.dtype) for part in visual)])

@@ -18,7 +18,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from .util.errors import UserError, unknown
+from .util.errors import UserError, require, require_known
 
 MODES = ("full", "fast", "slow")
 KINDS = ("full", "fast", "bernoulli", "periodic", "adaptive")  # the schedules that a recipe can name
@@ -30,7 +30,7 @@ class Plan:
 
     full: all tokens, no isolator, plain cross-entropy.
     fast: a share `keep` of each image's tokens, with the isolator in front of them.
-    slow: all tokens, no isolator. A fast forward of the same batch is the teacher, and `keep` is what that teacher sees.
+    slow: all tokens, no isolator. A fast forward of the same batch is the teacher, and `keep` is the share it sees.
     """
 
     mode: str
@@ -41,21 +41,17 @@ class Plan:
     measure: bool = False  # whether the step measures how much each layer changes the answer tokens
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
+        require_known("mode", self.mode, MODES)
         for name in ("keep", "answer_keep"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} = {getattr(self, name)}: a share must be above 0 and at most 1")
-        if not 0 <= self.distill < math.inf:
-            raise UserError(f"distill = {self.distill}: a loss weight cannot be negative or infinite")
+            share = getattr(self, name)
+            require(0 < share <= 1, f"{name} = {share}: a share must be above 0 and at most 1")
+        require(0 <= self.distill < math.inf, f"distill = {self.distill}: a loss weight cannot be negative or infinite")
         if self.layers is not None:
-            ascending = list(self.layers) == sorted(set(self.layers))
-            if not self.layers or self.layers[0] < 0 or not ascending:
-                raise UserError(
-                    f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once"
-                )
-            if self.measure:
-                raise UserError("a step that skips layers cannot measure them")
+            require(
+                self.layers and self.layers[0] >= 0 and list(self.layers) == sorted(set(self.layers)),
+                f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once",
+            )
+            require(not self.measure, "a step that skips layers cannot measure them")
 
     @property
     def taught(self) -> bool:
@@ -128,8 +124,7 @@ class DualSpeedSchedule(Schedule):
     """Each step is slow with probability `slow`, independently of the others: the official schedule (`bernoulli`)."""
 
     def __init__(self, slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0):
-        if not 0 <= slow <= 1:
-            raise UserError(f"slow = {slow}: the share of slow steps must be between 0 and 1")
+        require(0 <= slow <= 1, f"slow = {slow}: the share of slow steps must be between 0 and 1")
         Plan("slow", keep=keep, distill=distill)
         self.slow, self.keep, self.distill, self.seed = slow, keep, distill, seed
 
