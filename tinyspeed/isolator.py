@@ -22,16 +22,20 @@ tuning are often two runs, and the second can continue with the first one's isol
 
 Neither mode's gradients reach the other's adapters. The view that is not in use has no gradient, so the optimizer
 leaves it and its moments alone. Both modes train and share the projector. The trade-off: twice the adapter weights and
-moments, and the slow view learns only from slow steps, a tenth of all. What the fast view has learned reaches it through
-the teacher and the projector.
+moments, and the slow view learns only from slow steps, a tenth of all. What the fast view has learned reaches it by way
+of the teacher and the projector.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .util.errors import UserError
+from .util.errors import UserError, require
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class PromptIsolator(nn.Module):
@@ -39,8 +43,7 @@ class PromptIsolator(nn.Module):
 
     def __init__(self, length: int, hidden: int, *, seed: int = 0):
         super().__init__()
-        if length < 0:
-            raise UserError(f"isolator = {length}: the number of isolator tokens cannot be negative")
+        require(length >= 0, f"isolator = {length}: the number of isolator tokens cannot be negative")
         # A generator of its own, so that creating the isolator changes no other random numbers.
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(hidden)  # nn.Linear's default for `hidden` inputs
@@ -61,7 +64,7 @@ class Views(nn.Module):
 
     def __init__(self, model: nn.Module, llm: nn.Module, on: bool):
         super().__init__()
-        self.layers = [module for module in model.modules() if on and hasattr(module, "lora_A")]
+        self.layers: list[LoraLayer] = [module for module in model.modules() if on and hasattr(module, "lora_A")]
         inside = {*llm.modules()}
         if on and {(layer in inside, *sorted(layer.lora_A)) for layer in self.layers} != {(True, "fast", "slow")}:
             raise UserError(

@@ -4,15 +4,15 @@ An answer token that a text-only language model predicts without the image, and 
 little. Each answer token of each sample has a difficulty d:
 
     m <- beta m + (1 - beta) l                    moving average of the student's loss l on this token
-    d  = m + lambda l_ref              "sum"      with the loss of a text-only LLM on the same token
+    d  = m + lambda l_ref               "sum"     with the loss of a text-only LLM on the same token
     d  = (1 - lambda) m + lambda l_ref    "mix"
 
-The k = ceil(share n) most difficult of a sample's n answer tokens stay, the earlier ones if some are equal. The row that
+Of a sample's n answer tokens the k = ceil(share n) most difficult stay, and the earlier ones of equals. The row that
 predicts a skipped token leaves the computation (`rows.skip_answers`).
 
-`Memory` stores m, a float per token, in one flat array. It knows no model. `Cycle` says which steps skip. After a
-warm-up at the start of the run, the first `refresh` steps of every `cycle` see all answers and bring every m up to date,
-and the others skip. Slow steps see all answers too: they keep the model good at whole sequences, and their teacher and
+`Memory` stores m, a float per token, in one flat array. It knows no model. `Cycle` says which steps skip: all but those
+of a warm-up at the start of the run, and the first `refresh` steps of every `cycle`, which see all answers and bring
+every m up to date. Slow steps see all answers too: they keep the model good at whole sequences, and their teacher and
 student need the same answers. They are expensive anyway, so a refresh costs little there.
 
 What differs from the paper: there, inactive tokens bypass every block through the residual stream and are neither

@@ -24,9 +24,9 @@ rows have the position of their image's first row. `compact` numbers the rows th
 the rotary distance between a question and an image token is the same in fast and full mode. With `compact` it is not,
 and that is most of what the two modes disagree about.
 
-Layouts: `padded` is (B, S') with padding on the right. `packed` is (1, R), all samples end to end, and `cu_seqlens` says
-where each begins. Attention is causal within a sample in both, so a padded batch needs no mask: padding comes last, and
-no real row looks at what comes after it.
+Layouts: `padded` is (B, S') with padding on the right. `packed` is (1, R), all samples end to end, and `cu_seqlens`
+says where each begins. Attention is causal within a sample in both. So a padded batch needs no mask: padding comes
+last, and no real row looks ahead.
 
 What differs from the official code: it cuts and joins embeddings and labels in a Python loop over samples, and its
 positions are `compact`.
@@ -124,9 +124,7 @@ def skip_answers(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> R
     skipped[:, :-1] = answer[:, :-1] & answer[:, 1:] & ~stays[:, 1:]
     text = rows.image < 0
     left = (~(text & skipped.flatten()[rows.source.where(text, 0)])).nonzero()[:, 0]
-    sample = rows.sample[left]
-    position = _positions(rows.position[left], sample, rows.samples, positions)
-    return Rows(rows.source[left], rows.target[left], position, sample, rows.image[left], rows.samples)
+    return _take(rows, left, positions)
 
 
 def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str) -> Rows:
@@ -143,13 +141,11 @@ def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str) -
     origin = torch.arange(len(rows), device=times.device).repeat_interleave(times)
     nth = torch.arange(len(origin), device=times.device) - (times.cumsum(0) - times)[origin]
     isolating = first[origin] & (nth < isolator)
-    source = torch.where(isolating, words + kept.sum() + nth, rank[rows.source[origin]])
-    image, sample = rows.image[origin], rows.sample[origin]
-
-    target = rows.target[origin].masked_fill(image >= 0, IGNORE)
-    target[_ends(image)[1]] = rows.target[last]
-    position = _positions(rows.position[origin], sample, rows.samples, positions)
-    return Rows(source, target, position, sample, image, rows.samples)
+    run = _take(rows, origin, positions)
+    source = torch.where(isolating, words + kept.sum() + nth, rank[run.source])
+    target = run.target.masked_fill(run.image >= 0, IGNORE)
+    target[_ends(run.image)[1]] = rows.target[last]
+    return replace(run, source=source, target=target)
 
 
 def _ends(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,13 +157,14 @@ def _ends(image: Tensor) -> tuple[Tensor, Tensor]:
     return first, last
 
 
-def _positions(original: Tensor, sample: Tensor, samples: int, positions: str) -> Tensor:
-    """The rows' original positions, or 0, 1, 2 ... in each sample."""
+def _take(rows: Rows, index: Tensor, positions: str) -> Rows:
+    """The rows at `index`, with the positions that they have, or numbered 0, 1, 2 ... in each sample."""
     require_known("positions", positions, POSITIONS)
-    if positions == "original":
-        return original
-    lengths = torch.bincount(sample, minlength=samples)
-    return torch.arange(len(sample), device=sample.device) - (lengths.cumsum(0) - lengths)[sample]
+    position, sample = rows.position[index], rows.sample[index]
+    if positions == "compact":
+        lengths = torch.bincount(sample, minlength=rows.samples)
+        position = torch.arange(len(sample), device=sample.device) - (lengths.cumsum(0) - lengths)[sample]
+    return Rows(rows.source[index], rows.target[index], position, sample, rows.image[index], rows.samples)
 
 
 def used_words(rows: Rows, words: int) -> tuple[Tensor, Rows]:

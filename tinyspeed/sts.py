@@ -71,7 +71,7 @@ class LayerSkipper(Stateful):
         least = math.ceil(1000 / layers) / 1000  # rounded up, so that the value in the message is enough
         require(
             0 < skip < 1 and self.count > 0,
-            f"skip = {skip}: of {counted(layers, 'layer')} that is none or all; give at least {least:g} and less than 1",
+            f"skip = {skip}: of {counted(layers, 'layer')} that is none or all; give at least {least:g}, and below 1",
         )
         free = len(self.free)
         require(

@@ -15,7 +15,7 @@ from tinyspeed.models import families, loading
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION |= {"image_size": 24, "patch_size": 8}
 COLOUR = (200, 100, 40)
-LOOKED = [name for name in pruning.works_with(()) if not pruning.learned(name)]
+LOOKED = [name for name in pruning.works_with(()) if not pruning.entry(name).learned]
 CLIP_MEAN, CLIP_STD = (
     torch.tensor([0.48145466, 0.4578275, 0.40821073]),
     torch.tensor([0.26862954, 0.26130258, 0.27577711]),
@@ -162,7 +162,7 @@ def test_plugins_that_need_signals_are_looked_at_through_a_llava(kind, photo, tm
         base = pixels if kind == "llava" else pixels[:, 0]
         attention = inner.vision_tower(base, output_attentions=True).attentions[1].mean(1)[0, 0, 1:]
     every = look(photo, tmp_path / "every.png", tower=folder, keep=0.4)
-    assert set(every) == {name for name in pruning.names() if not pruning.learned(name)}
+    assert set(every) == {name for name in pruning.names() if not pruning.entry(name).learned}
     kept = look(photo, tmp_path / "out.png", plugins=["cls_topk", "vispruner"], tower=folder, keep=0.4)
     assert kept == {name: every[name] for name in kept}
     assert kept["cls_topk"] == sorted(attention.topk(3).indices.tolist())
