@@ -5,13 +5,12 @@ A step may skip layers of the LLM, forward and backward. A skipped layer leaves 
     x_{l+1} = x_l + f_l(x_l)     a layer that runs
     x_{l+1} = x_l                a layer that is skipped
 
-What is public, and what is ours. The paper has two parts, and no code has been published. Of the visual token
-compressor for the alignment stage it is known only that it works before the tokens enter the LLM. That is where every
-pruning plugin works, so any of them can take its place: the recipe's `sts.compress` is the share of tokens that the
-plugin keeps. Of the layer skipper for the tuning stage it is known that LLM layers are skipped dynamically, "during
-both forward and backward passes". All details are ours: a step skips the same layers for all samples and on all ranks,
-and exactly int(skip * layers) of them; nothing is rescaled; some layers are protected; some steps run every layer; and
-both ways to choose.
+What is public and what is ours: the paper has no public code. Of its visual token compressor it says only that it works
+before the tokens enter the LLM. Every pruning plugin works there, so any of them can take its place: the recipe's
+`sts.compress` is the share of tokens that the plugin keeps. Of its layer skipper it says that LLM layers are skipped
+dynamically, "during both forward and backward passes". The rest is ours: a step skips the same layers for all samples
+and on all ranks, exactly int(skip * layers) of them; nothing is rescaled; some layers are protected; some steps run
+every layer; and both ways to choose.
 
 random      without replacement, layer l (from 0) with weight l + 1. Deeper layers are skipped more often, as in
             stochastic depth, because the later layers of an LLM change the stream less. A function of (seed, step).
@@ -19,14 +18,14 @@ influence   the layers that change the answer rows least. Steps that run every l
 
                 I_l = mean over answer rows of  1 - cos(x_l, x_{l+1})
 
-            It is the angle and not the size of the change, because every layer reads its input through an RMSNorm: a
-            change of the stream's scale is invisible to all layers that follow. The mean forgets: both of its sums, of
-            the changes and of the answers, are multiplied by 0.9 before a measurement is added.
+            It is the angle and not the size of the change, because every layer reads its input through an RMSNorm and
+            does not notice the stream's scale. The mean forgets: its sums of changes and of answer rows are
+            multiplied by 0.9 before a measurement is added.
 
-Slow steps run every layer, and so do their teachers. A slow step trains the model as it is used at inference. Its
-teacher costs only a few pruned rows, and one with missing layers would teach the student to do without them. Every
-`every`-th step runs all layers too, so that a run without slow steps still measures and trains the whole depth now and
-then. Until the first measurement, `influence` skips nothing.
+Slow steps and their teachers run every layer. A slow step trains what is used at inference. A teacher costs only a few
+pruned rows, and without some layers it would teach the student to do without them. Every `every`-th step runs all
+layers too, so that a run without slow steps still measures and trains the whole depth. Until the first measurement,
+`influence` skips nothing.
 
 The trade-off: `influence` soon skips nearly the same layers in every step and hardly trains them. `random` trains all
 layers but skips some that matter.
@@ -52,7 +51,7 @@ MEMORY = 0.9  # the weight of earlier measurements when a new one is added
 class LayerSkipper(Stateful):
     """Chooses the layers that a step runs. It is a part of `scheduler.Combined`."""
 
-    learned = ("sums", "answers")
+    learned, derived = ("sums", "answers"), ("count", "free")
 
     def __init__(
         self,
@@ -67,6 +66,8 @@ class LayerSkipper(Stateful):
         self.layers, self.skip, self.choose = layers, skip, choose
         self.protect_first, self.protect_last, self.every, self.seed = protect_first, protect_last, every, seed
         self.sums, self.answers = [0.0] * layers, 0.0  # of 1 - cos for each layer, and the number of answer rows
+        self.count = int(skip * layers + 1e-6)  # how many layers a step skips
+        self.free = range(protect_first, layers - protect_last)  # the layers that are not protected
         require_known("way to choose layers", choose, CHOICES)
         least = math.ceil(1000 / layers) / 1000  # rounded up, so that the value in the message is enough
         require(
@@ -80,16 +81,6 @@ class LayerSkipper(Stateful):
             f"last {protect_last}, which are protected, there are {free}",
         )
         require(every >= 0, f"every = {every}: a number of steps, or 0 for none")
-
-    @property
-    def count(self) -> int:
-        """How many layers a step skips."""
-        return int(self.skip * self.layers + 1e-6)
-
-    @property
-    def free(self) -> range:
-        """The layers that are not protected."""
-        return range(self.protect_first, self.layers - self.protect_last)
 
     def change(self, plan: Plan, step: int) -> Plan:
         by_influence = self.choose == "influence"
