@@ -182,7 +182,7 @@ def build(made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: chec
     elif world.leads:
         plain = loading.load_model(path, name)
     else:
-        plain = loading.skeleton(path, name)
+        plain = loading.empty_model(path, name)
     model = core.wrap(made, plain)
     trainable.set_trainable(model.model, stage)
     if before is not None:

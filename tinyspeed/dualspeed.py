@@ -53,7 +53,7 @@ class DualSpeed(DropIn):
     `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: rows of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`loading.add_lora`).
     `distill`, `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or "auto"
-    (`attention.layout`). `schedule`: instead of the default. `chunk`: answer rows whose logits exist at a time.
+    (`attention.choose_layout`). `schedule`: instead of the default. `chunk`: answer rows whose logits exist at a time.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class DualSpeed(DropIn):
         graph = torch.is_grad_enabled() and not twice
         with signals.heard(self.vlm, visual, needs) as heard, torch.set_grad_enabled(graph):
             features = self.vlm.features(visual, plan.mode)
-        return features, heard, self.vlm.idle(features, plan.mode)
+        return features, heard, self.vlm.unused_rows(features, plan.mode)
 
     def _loss(
         self, hidden: Tensor, target: Tensor, teacher: Tensor | None, plan: Plan, extra: Tensor | float, total
@@ -232,7 +232,9 @@ class DualSpeed(DropIn):
         """The selected rows as they are laid out. Nothing but them is left of the table when the LLM runs."""
         index, selected = rows.looked_up(selected, ids.numel())
         words = self.vlm.embed(ids.flatten()[index])
-        placed = rows.lay_out(selected, attention.layout(words, selected) if self.layout == "auto" else self.layout)
+        placed = rows.lay_out(
+            selected, attention.choose_layout(words, selected) if self.layout == "auto" else self.layout
+        )
         table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
         return table.index_select(0, placed.index), placed
 

@@ -37,7 +37,7 @@ from .util.errors import UserError, unknown
 
 IGNORE = -100
 POSITIONS = ("compact", "original")
-LAYOUTS = ("auto", "padded", "packed")  # auto: `attention.layout` decides
+LAYOUTS = ("auto", "padded", "packed")  # auto: `attention.choose_layout` decides
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def gives(vlm: "Family") -> tuple[str, ...]:
 
 def _lacks(vlm: "Family") -> str:
     """Why nobody can be heard attending in this model; "" if they can."""
-    layer, strategy = vlm.looks_at
+    layer, strategy = vlm.feature_source
     kind = vlm.config.vision_config.model_type
     if kind != "clip_vision_model":
         return f"a {kind!r} tower has no [CLS] whose attention is known here"
@@ -61,7 +61,7 @@ def _lacks(vlm: "Family") -> str:
 
 def _block(vlm: "Family") -> int:
     """The block whose output the projector reads. Hidden states are numbered from the embeddings on."""
-    layer, blocks = vlm.looks_at[0], vlm.config.vision_config.num_hidden_layers
+    layer, blocks = vlm.feature_source[0], vlm.config.vision_config.num_hidden_layers
     return (layer if layer >= 0 else layer + blocks + 1) - 1
 
 

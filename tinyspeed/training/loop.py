@@ -237,7 +237,7 @@ class StageRun:
     def laid_out(self, rows: list[int]) -> int:
         """How many there are of these samples' rows when they lie side by side: where they are packed, no more."""
         with precision.autocast(self.precision, self.model.device):
-            packed = attention.packs(self.model.isolator.weight)
+            packed = attention.has_packed_kernel(self.model.isolator.weight)
         return sum(rows) if packed and self.model.layout != "padded" else len(rows) * max(rows)
 
     def _together(self, done: dict) -> dict:
