@@ -186,7 +186,7 @@ def sharded_model(
     elif world.leads:
         plain = loading.load_model(path, name)
     else:
-        plain = loading.skeleton(path, name)
+        plain = loading.empty_model(path, name)
     model = build.wrap(made, plain)
     trainable.set_trainable(model.model, stage)
     if before is not None:

@@ -54,7 +54,7 @@ class DualSpeed(DropIn):
     `plugin` and `keep`: which image tokens fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: the length of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`add_lora`).
     `distill` and `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or
-    "auto" (`attention.layout`). `schedule`: replaces the default one. `chunk`: how many answer rows have logits at a
+    "auto" (`attention.choose_layout`). `schedule`: replaces the default one. `chunk`: how many answer rows have logits at a
     time.
     """
 
@@ -181,7 +181,7 @@ class DualSpeed(DropIn):
         graph = torch.is_grad_enabled() and not twice
         with signals.recording(self.vlm, visual, needs) as recorded, torch.set_grad_enabled(graph):
             features = self.vlm.features(visual, plan.mode)
-        return features, recorded, self.vlm.idle(features, plan.mode)
+        return features, recorded, self.vlm.unused_rows(features, plan.mode)
 
     def _prune(
         self, ids: Tensor, full: rows.Rows, images: list[Tensor], keep: float, recorded: dict[str, list[Tensor]]
@@ -210,7 +210,7 @@ class DualSpeed(DropIn):
         """Gathers the rows in their layout. The rest of the table is freed before the LLM runs."""
         index, run = rows.used_words(run, ids.numel())
         words = self.vlm.embed(ids.flatten()[index])
-        layout = rows.lay_out(run, attention.layout(words, run) if self.layout == "auto" else self.layout)
+        layout = rows.lay_out(run, attention.choose_layout(words, run) if self.layout == "auto" else self.layout)
         table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
         return table.index_select(0, layout.index), layout
 

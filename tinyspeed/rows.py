@@ -43,7 +43,7 @@ from .util.errors import UserError, require_known
 
 IGNORE = -100
 POSITIONS = ("compact", "original")
-LAYOUTS = ("auto", "padded", "packed")  # auto: `attention.layout` decides
+LAYOUTS = ("auto", "padded", "packed")  # auto: `attention.choose_layout` decides
 
 
 @dataclass(frozen=True)

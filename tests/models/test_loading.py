@@ -651,4 +651,4 @@ def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(monke
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
     with pytest.raises(UserError, match=r"no_such/model: We couldn't connect.*no such folder here.\)$"):
-        loading.config("no_such/model")
+        loading.load_config("no_such/model")

@@ -148,7 +148,7 @@ def both(monkeypatch, folder, s, mode, recompute, samples=2, text=TEXT, answers=
     step = Step(Shape(config), s, MicroBatch.of(mode, text, [visual], answers, s, samples), recompute)
     print(f"kept {kept:,}, formula {step.kept:,} ({step.kept / kept - 1:+.1%})", end="; ")
     print(
-        f"peak {peak:,}, formula {step.peak:,} ({step.peak / peak - 1:+.1%}, {max(step.moments, key=step.moments.get)})"
+        f"peak {peak:,}, formula {step.peak:,} ({step.peak / peak - 1:+.1%}, {max(step.phases, key=step.phases.get)})"
     )
     return step, kept, peak
 
@@ -213,7 +213,7 @@ def test_a_plugin_with_a_second_matrix_needs_more_where_pictures_are_large():
     batch = MicroBatch.of("fast", 100, [2880], 60, Settings("bf16", "nf4", rank=8))
     shape = Shape(REAL["next-7b"]())
     first, second = (
-        Step(shape, Settings("bf16", "nf4", rank=8, plugin=plugin), batch, True).moments["pruning"]
+        Step(shape, Settings("bf16", "nf4", rank=8, plugin=plugin), batch, True).phases["pruning"]
         for plugin in ("divprune", "divprune_centred")
     )
     assert second - first == 6 * 2880**2

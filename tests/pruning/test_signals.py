@@ -175,7 +175,7 @@ def test_what_the_projector_reads_must_be_the_patches_of_one_block(change, why, 
 def test_features_kept_on_disk_come_without_attention(family, tmp_path):
     net, batch = tiny.model(family), tiny.batch(family)
     model = DualSpeed(net, plugin="cls_topk").train()
-    batch["tower_features"] = model.vlm.look(batch.pop("pixel_values"), batch.get("image_sizes"))
+    batch["tower_features"] = model.vlm.tower_features(batch.pop("pixel_values"), batch.get("image_sizes"))
     said = refusal(lambda: model(**batch, plan=FAST))
     assert "data.feature_cache_gb = 0" in said
     assert "divprune" in said

@@ -129,7 +129,7 @@ def test_stage_2_goes_on_where_stage_1_ends(name):
     assert then.dualspeed.isolator_from == str(first.folder)
     assert first.data.file.startswith(first.data.images.removesuffix("images"))
     with pytest.raises(UserError, match="no model folder runs/"):
-        loading.config(then.model.path)
+        loading.load_config(then.model.path)
 
 
 def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch):

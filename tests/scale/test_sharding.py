@@ -333,7 +333,7 @@ def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):
 
 
 def test_a_rank_keeps_room_for_what_is_gathered_and_not_for_gradients_of_others(models):
-    shape = memory.Shape(loading.config(str(models / "1.5-7b")))
+    shape = memory.Shape(loading.load_config(str(models / "1.5-7b")))
     model = Model(shape, memory.Settings())
     alone, gradients = model.coming(1), memory.fixed(shape, memory.Settings()).gradients
     assert alone == gradients

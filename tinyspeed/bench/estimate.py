@@ -158,7 +158,7 @@ def shape_of(recipe: Recipe) -> Shape:
     """From a configuration; a model from parts, and the embedded default's, are put together as they will be."""
     model = recipe.model
     if model.path:
-        return Shape(loading.config(model.path))
+        return Shape(loading.load_config(model.path))
     if not model.llm:
         return Shape(digits.build_model(0, **recipe.digits.sizes).config)
     with loading.explaining(f"cannot read the configuration of {model.llm} or {model.tower}"):
@@ -227,8 +227,8 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool,
     patches, tokens = crops * shape.patches, crops * (shape.patches + shape.clip)
     layer = tokens * (4 * tower**2 + 2 * tower * shape.tower_inner) + 2 * tokens**2 // max(1, crops) * tower
     total += shape.tower_layers * layer + patches * 3 * shape.patch**2 * tower
-    projector = patches * (shape.read + hidden) * step.twice
-    projector += (step.seen if step.twice else patches) * (2 * shape.read + 3 * hidden)
+    projector = patches * (shape.read + hidden) * step.projects_twice
+    projector += (step.seen if step.projects_twice else patches) * (2 * shape.read + 3 * hidden)
     return 2 * (total + projector * hidden)
 
 

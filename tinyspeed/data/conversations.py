@@ -209,7 +209,7 @@ class Conversations:
 
 def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     """The conversations that a recipe names, as this model reads them."""
-    data, context = recipe.data, loading.config(model).text_config.max_position_embeddings
+    data, context = recipe.data, loading.load_config(model).text_config.max_position_embeddings
     if data.max_rows > context:
         raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
     data = replace(data, max_rows=data.max_rows or context)

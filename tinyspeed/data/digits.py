@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..models import built
+from ..models import manifest
 from ..recipe import Recipe
 from ..util import files
 from ..util.errors import UserError
@@ -345,7 +345,7 @@ def prepare(
     there yet."""
     how = {"seed": seed, "tower_steps": tower_steps, **sizes}
     if folder.is_dir():
-        built.check(folder, "digits.json", how)
+        manifest.verify(folder, "digits.json", how)
         return folder
     model = build_model(seed, **sizes)
     canvas = Canvas(**{name: sizes[name] for name in ("side", "regions") if name in sizes})
@@ -361,7 +361,7 @@ def prepare(
     with files.atomic(folder) as temporary:
         model.save_pretrained(temporary)
         build_processor(canvas).save_pretrained(temporary)
-        built.label(temporary, "digits.json", how)
+        manifest.write(temporary, "digits.json", how)
     return folder
 
 

@@ -39,7 +39,7 @@ class Features:
         if kind not in ("llava", "llava_next"):
             raise UserError(f"data.feature_cache_gb: features of a {kind!r} model cannot be kept; set it to 0")
         self.folder = folder
-        made = hashlib.blake2b(repr((precision, vlm.looks_at)).encode(), digest_size=16)
+        made = hashlib.blake2b(repr((precision, vlm.feature_source)).encode(), digest_size=16)
         made.update(image_processor.to_json_string().encode())
         for tensor in vlm.tower.state_dict().values():
             made.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -83,7 +83,7 @@ def fill(
         batch = image_processor([images.decode(path, str(path))], return_tensors="pt")
         sizes = batch.get("image_sizes")
         with autocast(precision, device):
-            tensors = {"features": vlm.look(batch["pixel_values"].to(device), sizes).cpu().contiguous()}
+            tensors = {"features": vlm.tower_features(batch["pixel_values"].to(device), sizes).cpu().contiguous()}
         if finite.first_bad(tensors.items()):
             raise UserError(f"the features of {path} are not finite: try another model.precision, or leave it out")
         if sizes is not None:

@@ -51,7 +51,7 @@ def _check(arm: str, recipe: Recipe) -> None:
     """What a run would refuse when its turn comes, perhaps hours from now."""
     run_folder.require_sources(recipe)
     sizes = recipe.digits
-    layers = loading.config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
+    layers = loading.load_config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
     try:
         for stage, _ in recipe.stages():
             schedules.schedule_of(recipe, stage, layers)

@@ -200,7 +200,7 @@ def encode(
         config.text_config.num_hidden_layers = 0
     batch, shown = _preprocess(picture, tower, vision, config.model_type)
     kind = AutoModelForImageTextToText if llava else AutoModel
-    loading.only_safetensors(tower)
+    loading.require_safetensors(tower)
     with _loading(tower):
         model, found = kind.from_pretrained(
             tower, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,

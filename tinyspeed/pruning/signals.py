@@ -48,7 +48,7 @@ def signals_of_model(vlm: "Family") -> tuple[str, ...]:
 
 def _why_no_attention(vlm: "Family") -> str:
     """The reason why this model has no signals of attention; "" if it has them."""
-    layer, strategy = vlm.looks_at
+    layer, strategy = vlm.feature_source
     kind = vlm.config.vision_config.model_type
     if kind != "clip_vision_model":
         return f"a {kind!r} tower has no [CLS] whose attention is known here"
@@ -59,7 +59,7 @@ def _why_no_attention(vlm: "Family") -> str:
 
 def _block(vlm: "Family") -> int:
     """The block whose output the projector reads. Hidden state 0 is the embeddings."""
-    layer, blocks = vlm.looks_at[0], vlm.config.vision_config.num_hidden_layers
+    layer, blocks = vlm.feature_source[0], vlm.config.vision_config.num_hidden_layers
     return (layer if layer >= 0 else layer + blocks + 1) - 1
 
 

@@ -42,7 +42,7 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
         source = digits.from_recipe(recipe)
         answer_gate.require_some_skipping(recipe, len(source))
         base = base_model(recipe, where.device)
-        digits.require_fitting(loading.config(base), base, source.canvas)
+        digits.require_fitting(loading.load_config(base), base, source.canvas)
     else:
         base = base_model(recipe, where.device)
         source = conversations.from_recipe(recipe, base)

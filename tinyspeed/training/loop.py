@@ -237,7 +237,7 @@ class StageRun:
     def laid_out(self, rows: list[int]) -> int:
         """The slots that these samples take: their rows if they are packed, otherwise padding too."""
         with precision.autocast(self.precision, self.model.device):
-            packed = attention.packs(self.model.isolator.weight)
+            packed = attention.has_packed_kernel(self.model.isolator.weight)
         return sum(rows) if packed and self.model.layout != "padded" else len(rows) * max(rows)
 
     def _together(self, done: dict) -> dict:

@@ -120,7 +120,7 @@ class Reference:
             )
 
     def _load(self, device: torch.device) -> nn.Module:
-        loading.only_safetensors(self.files)
+        loading.require_safetensors(self.files)
         how = {"dtype": DTYPES[self.precision], "use_safetensors": True}
         with loading.explaining(f"regate.reference: cannot load {self.path}"):
             model = AutoModelForCausalLM.from_pretrained(self.files, **how, trust_remote_code=False)

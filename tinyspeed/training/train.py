@@ -123,5 +123,5 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     with files.atomic(folder / run_folder.LOG) as temporary:
         temporary.write_bytes(run_folder.log_until(folder, state) if state else b"")
     model = base_model(recipe, device)
-    known = {"seed": recipe.run.seed, "base": model, "revision": loading.revision(model)}
+    known = {"seed": recipe.run.seed, "base": model, "revision": loading.hub_revision(model)}
     provenance.write(folder / "record.json", device=device, **known, **more)
