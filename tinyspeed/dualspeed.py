@@ -54,8 +54,8 @@ class DualSpeed(DropIn):
     `plugin` and `keep`: which image tokens fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: the length of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`add_lora`).
     `distill` and `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or
-    "auto" (`attention.choose_layout`). `schedule`: replaces the default one. `chunk`: how many answer rows have logits at a
-    time.
+    "auto" (`attention.choose_layout`). `schedule`: used instead of the default one. `chunk`: how many answer tokens
+    have logits at a time.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class DualSpeed(DropIn):
         self.forwards += 1
 
         # Encode: features of all images, and all rows of the batch.
-        features, recorded, unused = self._encode(visual, plan)
+        features, recorded, more = self._encode(visual, plan)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
         full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
@@ -154,7 +154,7 @@ class DualSpeed(DropIn):
 
         # Gather the rows and run the LLM on them. This view must stay in use until the backward is over.
         self.views.use("fast" if plan.mode == "fast" else "slow")
-        hidden, target, influence = self._run_llm(input_ids, [*table, *unused], run, plan)
+        hidden, target, influence = self._run_llm(input_ids, [*table, *more], run, plan)
 
         if len(target) == 0 and num_items_in_batch is None:  # one micro-batch of several may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
@@ -181,7 +181,7 @@ class DualSpeed(DropIn):
         graph = torch.is_grad_enabled() and not twice
         with signals.recording(self.vlm, visual, needs) as recorded, torch.set_grad_enabled(graph):
             features = self.vlm.features(visual, plan.mode)
-        return features, recorded, self.vlm.unused_rows(features, plan.mode)
+        return features, recorded, self.vlm.zero_gradient_rows(features, plan.mode)
 
     def _prune(
         self, ids: Tensor, full: rows.Rows, images: list[Tensor], keep: float, recorded: dict[str, list[Tensor]]

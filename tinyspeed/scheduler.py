@@ -48,7 +48,7 @@ class Plan:
         require(0 <= self.distill < math.inf, f"distill = {self.distill}: a loss weight cannot be negative or infinite")
         if self.layers is not None:
             require(
-                self.layers and self.layers[0] >= 0 and list(self.layers) == sorted(set(self.layers)),
+                bool(self.layers) and self.layers[0] >= 0 and list(self.layers) == sorted(set(self.layers)),
                 f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once",
             )
             require(not self.measure, "a step that skips layers cannot measure them")

@@ -11,8 +11,8 @@ A signal that it `takes` is optional. Training does not provide it; only a calle
 `relevance` to a question (`dpp`): a training sample has many questions, and there is no text tower.
 
 A plugin that selects returns which tokens it keeps. One that `merges` also returns a weight map: each token that it
-keeps is replaced by a weighted sum over all tokens. A `learned` plugin is a class of nn.Module instead of a function. It is
-created once, for a width of the features and a largest number of kept tokens, and trains with the model.
+keeps is replaced by a weighted sum over all tokens. A `learned` plugin is a class of nn.Module instead of a function.
+It is created once, for a width of the features and a largest number of kept tokens, and trains with the model.
 
 A plugin that compares tokens with each other needs `pairs` bytes of memory for each pair of an image's tokens, and one
 that merges needs memory for each weight. `models/memory.py` counts with both.
@@ -65,7 +65,7 @@ def register(
     draws: bool = False,
     pairs: int = PAIRS,
 ) -> Callable[[Plugin], Plugin]:
-    """Adds a plugin under `name`, see `Entry`. A taken name is an error, so that no plugin silently replaces another."""
+    """Adds a plugin under `name` (see `Entry`). A taken name is an error: no plugin silently replaces another."""
     if isinstance(needs, str) or isinstance(takes, str):  # each letter would count as a signal
         raise UserError(f"the signals of {name!r} must be a tuple, as needs=('cls_attention',)")
     require_known("kind of rows to merge", merges, MERGES)

@@ -9,6 +9,7 @@ The LLM runs with the attention function of `attention.py`, which is told a step
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from ...rows import Layout
 from ...util.errors import UserError
 from .. import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Family:
@@ -26,12 +30,12 @@ class Family:
 
     def __init__(self, model: nn.Module):
         # peft wraps the model; its base is the same modules with adapters in place.
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config = self.model.config
+        self.model: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config: PreTrainedConfig = self.model.config
         self.language_model.set_attn_implementation(attention.NAME)
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> "PreTrainedModel":
         return self.model.model.vision_tower
 
     @property
@@ -39,7 +43,7 @@ class Family:
         return self.model.model.multi_modal_projector
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> "PreTrainedModel":
         return self.model.model.language_model
 
     @property
@@ -102,7 +106,7 @@ class Family:
         """Arranges values (crops, patches, C) as the features of each image are arranged: (rows, C) per image."""
         return list(values)
 
-    def unused_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
+    def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
         """Table rows that nothing picks, made by those parts of the connector that the batch may not use. These parts
         then get zeros as gradients instead of none, and which parameters a step touches depends on its plan alone."""
         if any(features.values()):
