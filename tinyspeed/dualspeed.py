@@ -113,12 +113,12 @@ class DualSpeed(DropIn):
         or, in eval mode, runs the plain model. The loss is divided by `num_items_in_batch` answer tokens, or by the
         number in this batch. `answers`, bool and shaped like labels, says which answer tokens stay. It goes with a plan
         whose `answer_keep` is below 1, and comes from a `regate.Memory`."""
-        every = {  # by name in the signature, because Trainer looks there for the columns to keep
+        given = {  # by name in the signature, because Trainer looks there for the columns to keep
             "pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos,
             "image_sizes_videos": image_sizes_videos, "batch_num_images": batch_num_images,
             "tower_features": tower_features,
         }  # fmt: skip
-        visual = {name: value for name, value in every.items() if value is not None}
+        visual = {name: value for name, value in given.items() if value is not None}
         if not self.training and plan is None:
             self.views.use("slow")
             return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **visual)
@@ -130,7 +130,7 @@ class DualSpeed(DropIn):
         self.forwards += 1
 
         # Encode: features of all images, and all rows of the batch.
-        features, recorded, more = self._encode(visual, plan)
+        features, recorded, zero_gradient_rows = self._encode(visual, plan)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
         full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
@@ -154,7 +154,7 @@ class DualSpeed(DropIn):
 
         # Gather the rows and run the LLM on them. This view must stay in use until the backward is over.
         self.views.use("fast" if plan.mode == "fast" else "slow")
-        hidden, target, influence = self._run_llm(input_ids, [*table, *more], run, plan)
+        hidden, target, influence = self._run_llm(input_ids, [*table, *zero_gradient_rows], run, plan)
 
         if len(target) == 0 and num_items_in_batch is None:  # one micro-batch of several may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
