@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import tiny
 from support.album import album
+from support.waiting import HANGS
 
 from tinyspeed import UserError
 from tinyspeed.data import conversations, loader, records
@@ -163,7 +164,7 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_wait_for_it(folder, tmp
     deep.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(deep))
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
+    signal.alarm(int(HANGS))
     try:
         with (
             pytest.raises(UserError, match=r"or for what it said above: set data\.workers"),

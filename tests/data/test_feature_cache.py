@@ -1,6 +1,5 @@
 """Features kept on disk are the tower's own, are found by content, stay within their size, and change no run."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import tiny
-from support.runs import Killed, die_before, settings, unlike
+from support.runs import Killed
 
-from tinyspeed import DualSpeed, UserError, recipe
+from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import feature_cache
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
@@ -20,7 +19,6 @@ from tinyspeed.data.feature_cache import Features, fill
 from tinyspeed.models.families import family as adapter
 from tinyspeed.recipe import DataSection
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import train
 
 
 def source(home, family):
@@ -175,18 +173,3 @@ def test_what_a_killed_run_left_half_written_is_swept(home, tmp_path):
     kept(tmp_path, made, net)
     assert not old.exists()
     assert new.exists()
-
-
-def test_a_killed_run_with_features_resumes_bit_for_bit(home, tmp_path, monkeypatch):
-    how = (f"run.cache={tmp_path}/cache", "data.feature_cache_gb=0.1", "model.precision=bf16", "lora.rank=4")
-    whole, made = (settings(home, tmp_path, name, *how, family="llava_next") for name in ("whole", "run"))
-    train.train(whole, bar=False)
-    with monkeypatch.context() as patch:
-        die_before(patch, 3)
-        with pytest.raises(Killed):
-            train.train(made, bar=False)
-    train.train(made, resume=True, bar=False)
-    assert not unlike(made, whole)
-    assert files(tmp_path / "cache" / "features")
-    assert json.loads((made.folder / "metrics.jsonl").read_text().splitlines()[0])["rows_full"]
-    assert recipe.of_run(str(made.folder)).data.feature_cache_gb == 0.1

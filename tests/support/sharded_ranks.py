@@ -1,6 +1,6 @@
-"""What several ranks compute beside one process: torchrun runs this for test_sharding.py, and it writes what it found.
+"""What several ranks compute beside one process: torchrun runs this for test_two_ranks.py, and it writes what it found.
 
-    torchrun --nproc-per-node 2 ranks.py HOME OUT.json
+    torchrun --nproc-per-node 2 sharded_ranks.py HOME OUT.json
 
 Starting two processes costs seven seconds, so all cases share a start. Rank 0 also takes the same step by itself, as
 the core does, which is the oracle.

@@ -178,26 +178,3 @@ def test_a_schedule_with_a_state_resumes_under_the_trainer(tmp_path):
     assert resumed.schedule.state_dict() == whole.schedule.state_dict()
     for (name, p), (_, q) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(p, q), name
-
-
-def test_two_ranks_are_one_with_twice_the_samples(tmp_path):
-    """Under torchrun the Trainer wraps the model in DistributedDataParallel. Modes touch different parameters, but the
-    same ones on all ranks; and the schedule hears what all of them saw."""
-    from support import trainer_ranks
-    from support.launching import log, torchrun
-
-    agent = torchrun(tmp_path, trainer_ranks.__file__, tmp_path)
-    assert agent.wait(240) == 0, log(tmp_path)
-    for number, name in enumerate(trainer_ranks.CASES):
-        alone, state = trainer_ranks.train(name, tmp_path / "alone", ranks=1)
-        for rank in (0, 1):
-            weights, told = torch.load(tmp_path / f"{number}-{rank}.pt")
-            assert weights.keys() == alone.keys()
-            for key, p in weights.items():
-                assert torch.allclose(p, alone[key], rtol=1e-4, atol=1e-6), (name, key)
-            if "adaptive" in name:  # sums over ranks, of numbers that are added in another order
-                told, expected = ([n for pair in found["schedule"]["sums"] for n in pair] for found in (told, state))
-                assert told == pytest.approx(expected, rel=1e-3)
-                assert len(told) == 6  # a sum and a count for each block that is over
-            else:
-                assert told == state
