@@ -18,7 +18,7 @@ from support import tiny
 from support.album import album
 
 from tinyspeed import UserError
-from tinyspeed.data import conversations, loader, records
+from tinyspeed.data import conversations, loader, record_files
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
 from tinyspeed.recipe import DataSection
@@ -294,7 +294,7 @@ def test_memory_is_bounded_and_a_bar_tells_how_far_it_is(tmp_path, monkeypatch, 
     """For 200,000 records: 120 MB while they are checked, and 10 MB that stay."""
     record = {"conversations": [{"from": "human", "value": "x" * 3000}, {"from": "gpt", "value": "Yes."}]}
     (tmp_path / "train.json").write_text("\n".join([json.dumps(record)] * 10_000))
-    monkeypatch.setattr(records, "LARGEST", 1 << 16)  # of one record; so much is read at once
+    monkeypatch.setattr(record_files, "LARGEST", 1 << 16)  # of one record; so much is read at once
     monkeypatch.setattr(Conversations, "measure", lambda self, i: (500 + i, [576, 2880 + i], 300 + i, 2**31 + i))
     tracemalloc.start()
     made = source(tmp_path, images=str(tmp_path), bar=True)

@@ -17,7 +17,7 @@ from support import tiny
 
 from scale import world
 from tinyspeed import UserError, cli, recipe
-from tinyspeed.data import records
+from tinyspeed.data import parquet
 from tinyspeed.models import isolator_file
 from tinyspeed.training import checkpoint, run_folder, train
 from tinyspeed.util import files, plots
@@ -337,13 +337,14 @@ def test_a_run_that_ended_before_it_had_pruned_does_so_when_it_goes_on(tmp_path)
 
 
 def test_parquet_that_is_unpacked_is_read_without_writing(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pyarrow")
     import pyarrow
+    import pyarrow.parquet
 
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
-    parquet.write_table(pyarrow.Table.from_pylist([{"conversations": turns}]), tmp_path / "x.parquet")
-    first = records.unpack(tmp_path / "x.parquet", tmp_path / "cache")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"conversations": turns}]), tmp_path / "x.parquet")
+    first = parquet.unpack(tmp_path / "x.parquet", tmp_path / "cache")
     for lock in (tmp_path / "cache").glob(".*.lock"):
         lock.unlink()
-    assert records.unpack(tmp_path / "x.parquet", tmp_path / "cache") == first
+    assert parquet.unpack(tmp_path / "x.parquet", tmp_path / "cache") == first
     assert not [*(tmp_path / "cache").glob(".*")]  # on a read-only disk it would have failed

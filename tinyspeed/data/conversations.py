@@ -33,7 +33,8 @@ from . import images
 from .chat import Chat
 from .examples import Example
 from .loader import at_most, explaining_crashes, ignore_signals
-from .records import Record, Records
+from .record_files import RecordFile
+from .records import Record
 
 AT_ONCE = 64  # records a worker checks before it reports
 WORTH_WORKERS = 2000  # fewer records are checked before a worker has started
@@ -55,7 +56,7 @@ class Conversations:
     ):
         paths.conversations(data.file, data.images)
         self.data, self.processor = data, processor
-        self.records = Records(data.file, data.images or None, cache=cache, bar=bar)
+        self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
         self.mine = mine  # of the parts, where several processes share the checking
         self.features = None  # a `features.Features` to read instead of decoding pictures
