@@ -137,7 +137,7 @@ def test_with_skip_bad_nothing_is_learned_of_a_picture_damaged_in_the_middle(fol
 def test_workers_leave_signals_to_the_main_process():
     before = signal.getsignal(signal.SIGINT)
     try:
-        loader.ignore_signals(0)
+        loader.ignore_signals()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -248,7 +248,7 @@ def test_bad_records_are_counted_and_all_are_listed_until_there_are_enough(folde
 
 
 def test_a_record_too_long_is_an_error_or_cut_but_never_through_a_picture(folder):
-    with pytest.raises(UserError, match=r"rows, and data\.max_rows is 60"):
+    with pytest.raises(UserError, match=r"pictures included, and data\.max_rows is 60"):
         source(folder, max_rows=60)
     whole, cut = source(folder), source(folder, max_rows=60, too_long="cut", skip_bad=True)
     assert len(cut.good)

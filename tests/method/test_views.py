@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, Trainer
 
 from tinyspeed import DualSpeed, UserError, cli, recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits, digits_model
 from tinyspeed.data.examples import collate
 from tinyspeed.evaluation import accuracy
 from tinyspeed.models import export, loading, lora, trainable
@@ -208,7 +208,7 @@ def test_a_run_on_the_command_line(tmp_path, monkeypatch):
 
 
 def test_the_trainer_trains_both_views(tmp_path):
-    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
+    base = digits_model.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
     lora = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS), adapter_name="slow")
     lora.add_adapter("fast", LoraConfig(r=4, target_modules=TARGETS))  # peft leaves it frozen
 

@@ -27,7 +27,7 @@ from support.runs import unlike
 from torture import outcome
 
 from tinyspeed import recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.recipe import Recipe
 from tinyspeed.training import checkpoint
 from tinyspeed.util import files
@@ -84,7 +84,7 @@ class Torture:
             more = (f"model.path={self.home / 'base'}", *SYSTEMS[self.system])
         made = recipe.read("digits", [*COMMON, *where, *more])
         if self.system != "pictures":
-            digits.prepare(self.home / "base", 0, tower_steps=5, **made.digits.sizes, bar=False)
+            digits_model.prepare(self.home / "base", 0, tower_steps=5, **made.digits.sizes, bar=False)
         return made
 
     def _pictures(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from torture import outcome
 from torture.poisons import KINDS, VALUES, injected
 
 from tinyspeed import adaptive, cli, recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.training import checkpoint, train
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def settings(home: Path, system: str, name: str) -> recipe.Recipe:
 
 def prepare(home: Path) -> None:
     """The base models, and pictures with conversations."""
-    digits.prepare(home / "base", 0, tower_steps=5, **settings(home, "dualspeed", "base").digits.sizes, bar=False)
+    digits_model.prepare(home / "base", 0, tower_steps=5, **settings(home, "dualspeed", "base").digits.sizes, bar=False)
     tiny.checkpoint("llava", home / "llava")
     album(home, 12)
 

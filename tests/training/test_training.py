@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.runs import train_through, unlike
 
 from tinyspeed import UserError, recipe
-from tinyspeed.data import digits, loader
+from tinyspeed.data import digits, digits_model, loader
 from tinyspeed.data.examples import collate
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import build, checkpoint, run_folder, train, trained
@@ -32,7 +32,7 @@ ALIGN, TUNE = 3, 7
 def base(tmp_path_factory):
     """A tiny base model with attention dropout, so that the random state matters to a resumed run."""
     folder = tmp_path_factory.mktemp("base") / "base"
-    digits.prepare(folder, 0, bar=False, width=32, layers=2, tower_width=16, tower_layers=1, tower_steps=2)
+    digits_model.prepare(folder, 0, bar=False, width=32, layers=2, tower_width=16, tower_layers=1, tower_steps=2)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["attention_dropout"] = 0.2
     (folder / "config.json").write_text(json.dumps(config))

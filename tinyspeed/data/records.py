@@ -10,7 +10,6 @@ read or refused with an error that says where it is; nothing is dropped silently
 """
 
 import difflib
-import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from reprlib import repr as short
@@ -94,7 +93,10 @@ def parse(raw: object, where: str) -> Record:
     for number, (role, parts) in enumerate(FORMATS[key](raw, len(given), where), 1):
         at = f"{where}, turn {number}"
         if role not in FOLLOWS[before]:
-            _refuse(at, f"a turn of the {role} is out of turn; questions and answers alternate, after at most one system turn")
+            _refuse(
+                at,
+                f"a turn of the {role} is out of turn; questions and answers alternate, after at most one system turn",
+            )
         if role != "user" and any(isinstance(part, Picture) for part in parts):
             _refuse(at, f"has a picture ({MARKER}), which only questions can have")
         if role == "assistant":

@@ -15,7 +15,7 @@ import statistics
 import tomllib
 from pathlib import Path
 
-from ..data import digits
+from ..data import digits_model
 from ..models import loading
 from ..recipe import Recipe, comparison, from_tables, schedules
 from ..training import answer_gate, run_folder
@@ -73,7 +73,7 @@ def _compare(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], 
             with files.about(home):
                 home.mkdir(exist_ok=True)
             sizes = recipe.digits
-            digits.prepare(
+            digits_model.prepare(
                 home / "base", seed, tower_steps=sizes.tower_steps, **sizes.sizes, bar=bar, device=place(recipe)[0]
             )
         for arm, made in missing.items():

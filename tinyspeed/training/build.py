@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..data import conversations, digits, feature_cache
+from ..data import conversations, digits, digits_model, feature_cache
 from ..data.examples import Source
 from ..dualspeed import DualSpeed
 from ..models import assembling, isolator_file, loading, lora, precision
@@ -42,7 +42,7 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
         source = digits.from_recipe(recipe)
         answer_gate.require_some_skipping(recipe, len(source))
         base = base_model(recipe, where.device)
-        digits.require_fitting(loading.config(base), base, source.canvas)
+        digits_model.require_fitting(loading.config(base), base, source.canvas)
     else:
         base = base_model(recipe, where.device)
         source = conversations.from_recipe(recipe, base)
@@ -76,7 +76,7 @@ def base_model(recipe: Recipe, device: torch.device) -> str:
         return str(assembling.assemble(recipe.model.tower, recipe.model.llm, folder, recipe.run.seed))
     sizes = recipe.digits
     how = {"tower_steps": sizes.tower_steps, "device": device, **sizes.sizes}
-    return str(digits.prepare(folder, recipe.run.seed, **how))
+    return str(digits_model.prepare(folder, recipe.run.seed, **how))
 
 
 def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
