@@ -16,7 +16,7 @@ from tinyspeed import DualSpeed, UserError, recipe
 from tinyspeed.data import feature_cache
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
-from tinyspeed.data.feature_cache import Features, fill
+from tinyspeed.data.feature_cache import FeatureCache
 from tinyspeed.models.families import family as adapter
 from tinyspeed.recipe import DataSection
 from tinyspeed.scheduler import Plan
@@ -29,9 +29,8 @@ def source(home, family):
 
 
 def kept(folder, made, net, most=1e9, precision="fp32"):
-    vlm, prepare = adapter(net), made.processor.image_processor
-    store = Features(folder, vlm, prepare, precision)
-    fill(store, made.pictures(), vlm, prepare, precision, most, bar=False)
+    store = FeatureCache(folder, adapter(net), made.processor.image_processor, precision)
+    store.fill(made.pictures(), adapter(net), most, bar=False)
     return store
 
 
@@ -59,7 +58,7 @@ def test_training_from_features_is_training_from_pictures(home, family, tmp_path
 def test_no_picture_is_decoded_and_no_tower_runs(home, family, tmp_path, monkeypatch):
     net, made = tiny.model(family), source(home, family)
     made.features = kept(tmp_path, made, net)
-    monkeypatch.setattr(feature_cache.images, "load", None)
+    monkeypatch.setattr(feature_cache.images, "decode", None)
     batch = collate([made.example(i) for i in range(10)], tiny.PAD)
     net.model.vision_tower.forward = None
     assert DualSpeed(net, keep=0.3).train()(**batch, plan=Plan("fast", keep=0.3)).loss.isfinite()
@@ -76,7 +75,7 @@ def test_files_are_found_by_content_and_made_once(home, family, tmp_path):
     store = kept(tmp_path, again, tiny.model(family))
     assert {p: p.stat().st_mtime_ns for p in first} == first, "other paths, same pictures"
     other = kept(tmp_path, made, tiny.model(family, seed=1))
-    half = Features(tmp_path, adapter(net), made.processor.image_processor, "bf16")
+    half = FeatureCache(tmp_path, adapter(net), made.processor.image_processor, "bf16")
     picture = next(iter(made.pictures()))
     assert len({store.file(picture), other.file(picture), half.file(picture)}) == 3, "another tower, another precision"
     Image.open(picture).convert("RGB").rotate(90).save(tmp_path / "turned.png")
@@ -109,9 +108,9 @@ def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    original = feature_cache.images.load
+    original = feature_cache.images.decode
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache.images, "load", dying)
+        patch.setattr(feature_cache.images, "decode", dying)
         with pytest.raises(Killed):
             kept(tmp_path, made, net)
     assert len(files(tmp_path)) == 3
@@ -145,7 +144,7 @@ def test_a_damaged_file_is_named(home, tmp_path):
     with pytest.raises(UserError, match=r"cannot be read .*delete the file"):
         store.read(picture)
     store.file(picture).unlink()
-    with pytest.raises(UserError, match=r"are gone.*--resume"):
+    with pytest.raises(UserError, match=r"were deleted.*--resume"):
         store.read(picture)
 
 

@@ -69,7 +69,7 @@ class Conversations:
         self.data, self.processor = data, processor
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
-        self.features = None  # a `feature_cache.Features` to read from instead of decoding pictures
+        self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures
         self._keep(sorted(gather(self._check(mine, bar)), key=lambda found: found[0]))
 
     def __len__(self) -> int:

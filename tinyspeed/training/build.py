@@ -124,6 +124,5 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
 def keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations, name: str) -> None:
     """Lets the examples read the frozen tower's features from disk, and computes those that are missing."""
     folder, most = paths.expanded(recipe.run.cache) / "features", recipe.data.feature_cache_gb * feature_cache.GB
-    prepare = source.processor.image_processor
-    source.features = feature_cache.Features(folder, model.vlm, prepare, name)
-    feature_cache.fill(source.features, source.pictures(), model.vlm, prepare, name, most, bar=True)
+    source.features = feature_cache.FeatureCache(folder, model.vlm, source.processor.image_processor, name)
+    source.features.fill(source.pictures(), model.vlm, most, bar=True)
