@@ -456,7 +456,7 @@ def test_a_run_without_slow_steps_says_so(home, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("run.device=cuda", "finds no CUDA device"),
+        ("run.device=cuda", "cannot be used here"),
         ("data.max_rows=1000000", "data.max_rows = 1,000,000: the context of"),
         ("run.name=other", "holds a run already"),
         ("model.path=./absent", "no model folder"),
