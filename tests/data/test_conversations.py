@@ -283,8 +283,8 @@ def test_large_files_are_checked_in_worker_processes_with_the_same_outcome(folde
 
     copy = rewrite(folder, tmp_path, blank)
     alone = source(copy, skip_bad=True)
-    monkeypatch.setattr(conversations, "WORTH_WORKERS", 1)
-    monkeypatch.setattr(conversations, "AT_ONCE", 3)
+    monkeypatch.setattr(conversations, "MANY", 1)
+    monkeypatch.setattr(conversations, "CHECKED_AT_ONCE", 3)
     helped = source(copy, skip_bad=True, workers=2)
     assert helped.fingerprint == alone.fingerprint
     assert helped.bad == alone.bad
@@ -337,7 +337,7 @@ def test_whatever_a_record_says_it_trains_right_or_is_refused(data, tmp_path_fac
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_several_processes_share_the_checking(folder, monkeypatch, ranks):
     """Each checks its parts, and what all have found is what one finds alone."""
-    monkeypatch.setattr(conversations, "AT_ONCE", 3)
+    monkeypatch.setattr(conversations, "CHECKED_AT_ONCE", 3)
     alone, found = source(folder), []
     for rank in range(ranks):
         with pytest.raises(LookupError, match="mine"):

@@ -184,11 +184,11 @@ class Torture:
         strays = [p for name, p in killed.items() if name not in whole]
         assert all(p.name.endswith(".tmp") for p in strays), strays
         assert len(strays) <= sum(self.kills.values()), strays
-        files.remove_stale(strays)
+        files.delete_stale(strays)
         assert all(p.exists() for p in strays), "one that is being written was taken away"
         for path in strays:
             os.utime(path, (0, 0))
-        files.remove_stale(strays)
+        files.delete_stale(strays)
         assert not any(p.exists() for p in strays)
         for name, path in whole.items():
             assert killed[name].read_bytes() == path.read_bytes(), name

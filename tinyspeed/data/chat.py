@@ -43,7 +43,7 @@ class Chat:
             raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
         self.image = processor.image_token
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
-        # Those without a name count too: Llama 3's <|eot_id|> ends every turn, but is neither its bos nor its eos token.
+        # Tokens without a name count too: Llama 3's <|eot_id|> ends every turn, and is neither its bos nor its eos.
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.special = sorted({*self.tokenizer.all_special_tokens, *added} - {self.image}, key=len, reverse=True)
         self.turn_ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")")

@@ -43,9 +43,9 @@ from .loader import at_most, explaining_crashes, in_workers
 from .record_files import RecordFile
 from .records import Record
 
-AT_ONCE = 64  # records a worker checks before it reports
-WORTH_WORKERS = 2000  # fewer records are checked before a worker has started
-ENOUGH = 100  # bad records after which nobody wants to wait for the rest
+CHECKED_AT_ONCE = 64  # records a worker checks before it reports
+MANY = 2000  # fewer records are checked before a worker has started
+MOST_BAD = 100  # bad records after which nobody wants to wait for the rest
 
 Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum of its ids and labels
 
@@ -65,7 +65,7 @@ class Conversations:
     ):
         """Where several processes share the check, `mine` is this one's share of its parts, and `gather` returns what
         all of them have found."""
-        paths.conversations(data.file, data.images)
+        paths.require_conversations(data.file, data.images)
         self.data, self.processor = data, processor
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
@@ -174,15 +174,15 @@ class Conversations:
     def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
         """The number of each record in this process's share, and its measure or what is wrong with it."""
         count, found, bad = len(self.records), [], 0
-        parts = [range(begin, min(begin + AT_ONCE, count)) for begin in range(0, count, AT_ONCE)][mine]
-        workers = 0 if count < WORTH_WORKERS else at_most(self.data.workers)
+        parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)][mine]
+        workers = 0 if count < MANY else at_most(self.data.workers)
         line = tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5)
         with explaining_crashes(), line:
             for part in in_workers(self._checked, parts, workers):
                 found += part
                 bad += sum(isinstance(measure, str) for _, measure in part)
                 line.update(len(part))
-                if bad > ENOUGH and not self.data.skip_bad:
+                if bad > MOST_BAD and not self.data.skip_bad:
                     break
         return found
 
@@ -223,5 +223,5 @@ def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
 def _listed(bad: list[str], file: str) -> str:
     if len(bad) == 1:
         return f"{bad[0]} (--skip-bad trains without such records)"
-    count = f"the first {ENOUGH}" if len(bad) > ENOUGH else str(len(bad))
-    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:ENOUGH]])
+    count = f"the first {MOST_BAD}" if len(bad) > MOST_BAD else str(len(bad))
+    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:MOST_BAD]])

@@ -50,7 +50,7 @@ class FeatureCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, picture: Path) -> tuple[Tensor, Tensor | None]:
-        """What the projector gets of a picture (crops, patches, width), and the picture's size if the model needs it."""
+        """What the projector gets of a picture (crops, patches, width), and its size if the model needs that."""
         file = self.file(picture)
         try:
             tensors = load_file(file)
@@ -68,7 +68,7 @@ class FeatureCache:
     @torch.no_grad()
     def fill(self, pictures: Iterable[Path], vlm: Family, most: float, bar: bool) -> None:
         """Makes the features that are missing, so that all files together have at most `most` bytes."""
-        files.remove_stale(self.folder.glob("*/.*.tmp"))
+        files.delete_stale(self.folder.glob("*/.*.tmp"))
         wanted = {self.file(path): path for path in tqdm(pictures, desc="hash", unit="picture", disable=not bar)}
         held = {file: file.stat() for file in self.folder.glob("*/*.safetensors")}
         used = sum(stat.st_size for stat in held.values())
@@ -79,14 +79,14 @@ class FeatureCache:
             while used + len(content) > most and oldest:
                 other = oldest.pop()
                 used -= held[other].st_size
-                files.remove(other)
+                files.delete_if_possible(other)
             used += len(content)
             if used > most:
                 raise UserError(
                     f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB: raise "
                     f"data.feature_cache_gb, or set it to 0 to train without them"
                 )
-            with files.about(file):
+            with files.errors_about(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
             with files.atomic(file, cached=True) as temporary:
                 temporary.write_bytes(content)

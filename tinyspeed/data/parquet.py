@@ -17,7 +17,7 @@ BAR_AFTER = 1  # seconds after which reading shows a progress bar
 
 def unpack(given: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path, Path | None]:
     """Unpacks a file, or a folder of files, into `cache`, unless it was done before: the name there depends on the
-    files' paths, sizes and times. Returns the file of lines, and the folder of the pictures that were inside or None."""
+    files' paths, sizes and times. Returns the file of lines, and the folder of the pictures if any were inside."""
     sources = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
     if not sources:
         raise UserError(f"{given} is a folder without .parquet files; give a file, or another folder")
@@ -28,7 +28,7 @@ def unpack(given: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path,
         key = hashlib.blake2b(json.dumps(versions).encode(), digest_size=8).hexdigest()
         folder = Path(cache).expanduser() / f"{given.stem}-{key}"
         if not folder.is_dir():  # otherwise nothing needs to be written, and the disk may be read-only
-            with files.about(folder):
+            with files.errors_about(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
                     with suppress(ImportError):  # Windows has no such locks; elsewhere the first process unpacks

@@ -16,7 +16,7 @@ from reprlib import repr as short
 from typing import NamedTuple, NoReturn
 
 from ..util.errors import UserError, counted, unknown
-from ..util.paths import NO_NAME
+from ..util.paths import UNENCODABLE
 
 IMAGE = None  # stands for a picture among the parts of a turn; the other parts are text
 MARKER = "<image>"  # stands for a picture inside a text
@@ -206,7 +206,7 @@ def _file_name(name: object, where: str) -> str:
 def _text(text: object, where: str) -> str:
     if not isinstance(text, str):
         _refuse(where, f"a text must be a string, not {short(text)}")
-    if bad := NO_NAME.search(text):
+    if bad := UNENCODABLE.search(text):
         _refuse(where, f"contains {bad[0]!r} in {short(text)}, which no tokenizer can read; delete it")
     return text
 

@@ -91,7 +91,7 @@ def only_safetensors(path: str | Path) -> None:
     except OSError:  # there is no such model: who loads it says so
         return
     if index:
-        paths.weights(Path(index).parent)
+        paths.weight_files(Path(index).parent)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def _reason(error: Exception) -> str:
 
 def _where(path: str) -> str | Path:
     """The folder, or the hub id as it is; a folder that cannot be a model of ours is refused before it is read."""
-    found = paths.model(path)
+    found = paths.model_folder_or_hub_id(path)
     if isinstance(found, Path):
         try:
             kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -129,7 +129,7 @@ def _where(path: str) -> str | Path:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
-        paths.weights(found)
+        paths.weight_files(found)
     return found
 
 

@@ -117,7 +117,7 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
         seed=recipe.run.seed,
     )
     if settings.isolator_from:
-        isolator_file.load_into(model.only_training, paths.isolator(settings.isolator_from))
+        isolator_file.load_into(model.only_training, paths.require_isolator(settings.isolator_from))
     return model
 
 
