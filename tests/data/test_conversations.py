@@ -134,10 +134,11 @@ def test_with_skip_bad_nothing_is_learned_of_a_picture_damaged_in_the_middle(fol
     assert "left out: train.json: record 2 (id r1)" in capfd.readouterr().err
 
 
-def test_workers_leave_signals_to_the_main_process():
+def test_workers_leave_signals_to_the_main_process(monkeypatch):
+    monkeypatch.setattr(loader.Queue, "_on_queue_feeder_error", None)  # restored afterwards
     before = signal.getsignal(signal.SIGINT)
     try:
-        loader.ignore_signals()
+        loader._begin(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:

@@ -43,9 +43,9 @@ from .loader import at_most, explaining_crashes, in_workers
 from .record_files import RecordFile
 from .records import Record
 
-CHECKED_AT_ONCE = 64  # records a worker checks before it reports
+CHECKED_AT_ONCE = 64  # records that a worker checks before it reports
 MANY = 2000  # fewer records are checked before a worker has started
-MOST_BAD = 100  # bad records after which nobody wants to wait for the rest
+MOST_BAD = 100  # bad records, after which nobody wants to wait for the rest
 
 Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum of its ids and labels
 
@@ -54,14 +54,7 @@ class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
     def __init__(
-        self,
-        data: DataSection,
-        processor,
-        cache: Path,
-        *,
-        bar: bool = True,
-        mine: slice = slice(None),
-        gather: Callable[[list], list] = list,
+        self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather: Callable = list
     ):
         """Where several processes share the check, `mine` is this one's share of its parts, and `gather` returns what
         all of them have found."""
@@ -94,10 +87,13 @@ class Conversations:
         for i in self.good:
             yield from self._paths(self.records[int(i)])
 
-    def measure(self, number: int) -> Measure:
-        """Checks record `number` of the file and measures it."""
-        with self._record(number) as record:
-            _, _, rows, ids, labels = self._read(record)
+    def measure(self, number: int) -> Measure | str:
+        """Checks record `number` of the file. Returns its measure, or what is wrong with it."""
+        try:
+            with self._record(number) as record:
+                _, _, rows, ids, labels = self._read(record)
+        except UserError as error:
+            return str(error)
         checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes()))
         return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum
 
@@ -172,13 +168,15 @@ class Conversations:
         return ids, labels
 
     def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
-        """The number of each record in this process's share, and its measure or what is wrong with it."""
+        """The numbers of the records in this process's share, with their measures or what is wrong with them."""
         count, found, bad = len(self.records), [], 0
-        parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)][mine]
+        parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
         workers = 0 if count < MANY else at_most(self.data.workers)
-        line = tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5)
-        with explaining_crashes(), line:
-            for part in in_workers(self._checked, parts, workers):
+        with (
+            explaining_crashes(),
+            tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line,
+        ):
+            for part in in_workers(self._measures, parts[mine], workers):
                 found += part
                 bad += sum(isinstance(measure, str) for _, measure in part)
                 line.update(len(part))
@@ -186,17 +184,11 @@ class Conversations:
                     break
         return found
 
-    def _checked(self, numbers: range) -> list[tuple[int, Measure | str]]:
-        found = []
-        for number in numbers:
-            try:
-                found.append((number, self.measure(number)))
-            except UserError as error:
-                found.append((number, str(error)))
-        return found
+    def _measures(self, numbers: range) -> list[tuple[int, Measure | str]]:
+        return [(number, self.measure(number)) for number in numbers]
 
     def _keep(self, found: list[tuple[int, Measure | str]]) -> None:
-        """Keeps the measures of the good records in arrays."""
+        """Keeps the measures of the good records in arrays, or refuses the file."""
         self.bad = [measure for _, measure in found if isinstance(measure, str)]
         if self.bad and not self.data.skip_bad:
             raise UserError(_listed(self.bad, self.data.file))

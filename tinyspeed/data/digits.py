@@ -33,7 +33,6 @@ PLACES = {  # the names of the lines and columns of regions, by how many there a
     3: (("top", "middle", "bottom"), ("left", "centre", "right")),
     4: (("top", "upper", "lower", "bottom"), ("left", "inner-left", "inner-right", "right")),
 }
-DIGITS = tuple("0123456789")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
@@ -67,7 +66,7 @@ class Canvas:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        words = ("digit", "any", "none", "yes", "no", *self.places, *NUMBERS, *DIGITS)
+        words = ("digit", "any", "none", "yes", "no", *self.places, *NUMBERS, *"0123456789")
         return {word: i for i, word in enumerate(SPECIAL + words)}
 
 

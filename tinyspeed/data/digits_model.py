@@ -18,16 +18,7 @@ from ..util.errors import UserError
 from .digits import BLANK, CELL, DEFAULT, Canvas, picture, pixel_values
 
 
-def build_model(
-    seed: int,
-    *,
-    width: int = 128,
-    layers: int = 2,
-    tower_width: int = 64,
-    tower_layers: int = 2,
-    side: int = DEFAULT.side,
-    regions: int = DEFAULT.regions,
-) -> nn.Module:
+def build_model(seed: int, *, width=128, layers=2, tower_width=64, tower_layers=2, side=12, regions=2) -> nn.Module:
     """The untrained model: CLIP tower, two-layer projector, Llama."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -82,12 +73,7 @@ def context(canvas: Canvas) -> int:
 
 
 def train_tower(
-    tower: nn.Module,
-    seed: int,
-    steps: int,
-    batch: int = 32,
-    report=lambda step, loss: None,
-    canvas: Canvas = DEFAULT,
+    tower: nn.Module, seed: int, steps: int, batch: int = 32, report=lambda step, loss: None, canvas: Canvas = DEFAULT
 ) -> float:
     """Teaches the tower what each cell holds and where the cell is; returns its accuracy on held-out digits.
 

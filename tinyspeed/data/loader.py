@@ -91,7 +91,10 @@ def at_most(workers: int) -> int:
 
 
 def _begin(worker: int) -> None:
-    ignore_signals()
+    # A job's scheduler signals all its processes, and the main one needs its workers to finish the step. They end when
+    # it tells them to, or when it is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Python would drop a batch that cannot be sent, print a message and go on; the main process would wait for ever.
     Queue._on_queue_feeder_error = staticmethod(_cannot_send)
 
@@ -101,10 +104,3 @@ def _cannot_send(error: Exception, batch: object) -> None:
     where = f"through shared memory and a socket in {tempfile.gettempdir()}"
     print(f"tinyspeed: a batch cannot be sent {where}: {error}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def ignore_signals() -> None:
-    """A job's scheduler signals all its processes, and the main one needs its workers to finish the step. They end when
-    it tells them to, or when it is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
