@@ -167,7 +167,7 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_wait_for_it(folder, tmp
     signal.alarm(60)
     try:
         with (
-            pytest.raises(UserError, match=r"or for what it said above: set data\.workers"),
+            pytest.raises(UserError, match=r"or for the reason that it printed above: set data\.workers"),
             loader.explaining_crashes(),
         ):
             list(loader.batches(source(folder), [[0, 1], [2]], 0, workers=1))

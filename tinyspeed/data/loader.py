@@ -38,7 +38,7 @@ def _batch(source: Source, pad: int, part: list[int]) -> dict[str, Tensor]:
 
 
 def in_workers(make: Callable[[Any], Any], parts: Iterable, workers: int, pin: bool = False) -> Iterator:
-    """What `make` returns for each part, in order, made by so many worker processes; 0 of them is the main process."""
+    """What `make` returns for each part, in order, made by so many worker processes; with 0 of them, by this one."""
     if workers == 0:
         yield from map(make, parts)
         return
@@ -71,17 +71,17 @@ class _Made(Dataset):
 
 @contextmanager
 def explaining_crashes() -> Iterator[None]:
-    """Turns the death of a worker into advice. torch reports it wherever the main process happens to be."""
+    """Turns the death of a worker into advice. torch raises it wherever the main process happens to be."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        with suppress(RuntimeError):  # torch reports it twice: when a batch is missing, and when the signal arrives
+        with suppress(RuntimeError):  # it comes twice: when a batch is missing, and when the signal arrives
             time.sleep(0.5)
         raise UserError(
-            "a process that decodes pictures was killed, most likely because (shared) memory ran out, or for what it "
-            "said above: set data.workers lower, or to 0, and continue with --resume"
+            "a process that decodes pictures was killed, most likely because (shared) memory ran out, or for the "
+            "reason that it printed above: set data.workers lower, or to 0, and continue with --resume"
         ) from error
 
 

@@ -59,15 +59,15 @@ def llava(record: dict, images: int, where: str) -> Turns:
 def chat(record: dict, images: int, where: str) -> Turns:
     """The chat format of the OpenAI API and of TRL: a turn is such a text, or a list of text parts and image parts."""
     roles = {role: role for role in ("system", "user", "assistant")}
-    found = list(_turns(record, "messages", "role", "content", roles, str | list, where))
-    turns = [
-        (role, _split(content, at) if isinstance(content, str) else [_part(part, at) for part in content])
-        for at, role, content in found
-    ]
-    question = next((content for _, role, content in found if role == "user"), None)
-    if isinstance(question, str) and not any(isinstance(part, Picture) for _, parts in turns for part in parts):
-        # Where no turn has a marker, TRL puts the pictures before the first question.
-        next(parts for role, parts in turns if role == "user")[:0] = [Picture()] * images
+    turns, questions = [], []
+    for at, role, content in _turns(record, "messages", "role", "content", roles, str | list, where):
+        parts = _split(content, at) if isinstance(content, str) else [_part(part, at) for part in content]
+        turns.append((role, parts))
+        if role == "user":
+            questions.append((content, parts))
+    unmarked = not any(isinstance(part, Picture) for _, parts in turns for part in parts)
+    if unmarked and questions and isinstance(questions[0][0], str):  # TRL puts the pictures before the first question
+        questions[0][1][:0] = [Picture()] * images
     return turns
 
 
@@ -93,10 +93,7 @@ def parse(raw: object, where: str) -> Record:
     for number, (role, parts) in enumerate(FORMATS[key](raw, len(given), where), 1):
         at = f"{where}, turn {number}"
         if role not in FOLLOWS[before]:
-            _refuse(
-                at,
-                f"a turn of the {role} is out of turn; questions and answers alternate, after at most one system turn",
-            )
+            _refuse(at, f"{role!r} is out of turn; questions and answers alternate, after at most one system turn")
         if role != "user" and any(isinstance(part, Picture) for part in parts):
             _refuse(at, f"has a picture ({MARKER}), which only questions can have")
         if role == "assistant":
@@ -120,8 +117,7 @@ def parse(raw: object, where: str) -> Record:
 
 
 def worth_reading(columns: list[str], where: str) -> list[str]:
-    """The columns of a table that `parse` looks at. Those with nearly the right name are among them: `parse` names the
-    mistake."""
+    """The columns of a table that `parse` looks at, and those with nearly such a name, for `parse` to report them."""
     if not _one_of(FORMATS, dict.fromkeys(columns, ""), where):
         _refuse(where, f"has neither {' nor '.join(FORMATS)} among its columns {short(columns)}")
     known = ("id", *FORMATS, *PICTURES, *UNREAD)
@@ -131,7 +127,7 @@ def worth_reading(columns: list[str], where: str) -> list[str]:
 def _turns(
     record: dict, key: str, role_key: str, content_key: str, roles: dict[str, str], kind: type, where: str
 ) -> Iterator[tuple[str, str, str | list]]:
-    """Of each turn in the list `key`: its place for errors, its role by our name, and its content, as yet unread."""
+    """The place of each turn for errors, its role by our name, and its content as it stands there."""
     if not isinstance(record[key], list) or not record[key]:
         _refuse(where, f"{key} must be a list of turns, the last one an answer")
     for number, turn in enumerate(record[key], 1):
@@ -197,10 +193,9 @@ def _object(raw: object, unread: set[str], where: str) -> dict:
 
 
 def _file_name(name: object, where: str) -> str:
-    name = _text(name, where)
-    if not name.strip() or "://" in name or name.startswith("data:"):
+    if not isinstance(name, str) or not name.strip() or "://" in name or name.startswith("data:"):
         _refuse(where, f"{short(name)} is not the name of a file; pictures must be files in one folder")
-    return name
+    return _text(name, where)
 
 
 def _text(text: object, where: str) -> str:
