@@ -18,9 +18,8 @@ from torch import Tensor
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """The norm of all tensors together; 0 for no tensors. Integer tensors are skipped, since they are always finite.
-
-    Squares of entries beyond 1e19 overflow, but weights and moments of that size are as useless as infinite ones. (The
-    largest entry would show them apart, and takes a CPU twenty times as long.)"""
+    Squares of entries beyond 1e19 overflow, but weights and moments of that size are as useless as infinite ones. (To
+    find the largest entry instead takes a CPU twenty times as long.)"""
     return torch.nn.utils.get_total_norm([t for t in tensors if t.is_floating_point()])
 
 

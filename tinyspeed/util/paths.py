@@ -59,23 +59,20 @@ def model_folder_or_hub_id(path: str) -> Path | str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model's weights. An index may name files next to it only."""
+    """The files of a model's weights."""
     index = folder / INDEX
     if not index.is_file():
         return [folder / "model.safetensors"]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        pickles = [name for name in names if not name.endswith(".safetensors")]
-        elsewhere = [name for name in names if Path(name).name != name]
+        bad = [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of weights: {error!r}") from error
-    if pickles:
+    if bad:
         raise UserError(
-            f"{index} names {pickles[0]!r}. Only safetensors are read, since a pickle can run code: save the model "
-            f"again with save_pretrained"
+            f"{index} names {bad[0]!r}. Only safetensors are read, since a pickle can run code, and only from the same "
+            f"folder: save the model again with save_pretrained"
         )
-    if elsewhere:
-        raise UserError(f"{index} names {elsewhere[0]!r}, which is not a file in the same folder")
     return [folder / name for name in names]
 
 
