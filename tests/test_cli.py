@@ -13,14 +13,14 @@ import pytest
 from support.runs import fails
 
 from tinyspeed import cli, recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.models import loading
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "base"
-    return digits.prepare(folder, 0, bar=False, width=16, layers=1, tower_width=16, tower_layers=1, tower_steps=1)
+    return digits_model.prepare(folder, 0, bar=False, width=16, layers=1, tower_width=16, tower_layers=1, tower_steps=1)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from support import tiny
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from tinyspeed import UserError, pruning
-from tinyspeed.data import digits
+from tinyspeed.data import digits, digits_model
 from tinyspeed.evaluation.look import DIM, GRID, PATCH, encode, look, melt, patches, read_picture, shade
 from tinyspeed.models import families, loading
 
@@ -99,7 +99,7 @@ def test_of_llava_next_the_base_view_is_looked_at(photo, tmp_path):
 
 def test_the_digits_model_works_with_and_without_an_image_processor(tmp_path):
     """Its features are those of the last layer; without a processor the picture is normalised as CLIP's are."""
-    model = rough(digits.build_model(0, width=32, layers=1, tower_width=16, tower_layers=2))
+    model = rough(digits_model.build_model(0, width=32, layers=1, tower_width=16, tower_layers=2))
     model.save_pretrained(tmp_path / "model")
     canvas, _ = digits.picture(np.random.default_rng(0), "eval")
     Image.fromarray(canvas).save(tmp_path / "canvas.png")

@@ -440,7 +440,7 @@ def test_an_index_of_weights_that_names_a_pickle_is_refused(base, tmp_path):
     with pytest.raises(UserError, match=r"names 'weights\.bin'. Only safetensors are read"):
         loading.load_model(str(folder))
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UserError, match="is no index of weights"):
+    with pytest.raises(UserError, match="is not an index of weights"):
         loading.load_model(str(folder))
 
 
