@@ -14,7 +14,7 @@ from support import tiny
 from support.album import album
 
 from scale import __main__
-from scale.dealing import WINDOW, Alike
+from scale.balancing import WINDOW, LengthGroupedOrder
 from scale.planner import hardware, plan
 from tinyspeed import UserError, recipe
 from tinyspeed.models import assembling, loading, memory
@@ -54,7 +54,7 @@ def planned(models, tmp_path_factory):
             if name in ALIGNS:
                 changes = [f"model.tower={folder / 'clip'}", f"model.llm={folder / size(name)}"]
             (job,) = plan.jobs(recipe.read(name, changes), SAMPLES[kind(name)])
-            found[name, gpu] = plan.cost(job, hardware.Layout(hardware.GPUS[gpu], 8, 8))
+            found[name, gpu] = plan.cost(job, hardware.Sharding(hardware.GPUS[gpu], 8, 8))
         return found[name, gpu]
 
     return made
@@ -184,8 +184,8 @@ def test_a_checkpoint_is_as_large_as_the_recipe_says(planned, name):
 def test_batches_are_made_alike_where_ranks_would_wait_for_each_other(planned, name, monkeypatch):
     """A picture and its caption are like any other; instructions are not."""
     cost = planned(name, "a100-80")
-    monkeypatch.setattr(plan, "Alike", partial(Alike, window=1))
-    drawn = plan.cost(dataclasses.replace(cost.job), cost.layout)
+    monkeypatch.setattr(plan, "LengthGroupedOrder", partial(LengthGroupedOrder, window=1))
+    drawn = plan.cost(dataclasses.replace(cost.job), cost.sharding)
     waiting = 1 - 1 / drawn.waiting
     window = recipe.read(name).scale.window
     if name in ALIGNS:

@@ -22,9 +22,9 @@ from support.runs import settings, unlike
 from support.sharded_ranks import CASES, PLANS
 from transformers import AutoModelForImageTextToText
 
-from scale import __main__, run, shard, world
-from scale.planner.traffic import Model
-from scale.stage import ShardedStage
+from scale import __main__, ranks, run, shard
+from scale.loop import ShardedStage
+from scale.planner.sharded_model import ShardedModel
 from tinyspeed import DualSpeed, UserError, adaptive
 from tinyspeed.models import loading, memory
 from tinyspeed.training import checkpoint, train
@@ -59,8 +59,8 @@ def saved(made) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks(home, tmp_path_factory):
-    """What two ranks and the core found, for every case of ranks.py."""
+def computed(home, tmp_path_factory):
+    """What two ranks and the core found, for every case of sharded_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
     agent = torchrun(folder, SUPPORT / "sharded_ranks.py", home, folder / "found.json")
     assert agent.wait(240) == 0, log(folder)
@@ -69,10 +69,10 @@ def ranks(home, tmp_path_factory):
 
 @pytest.mark.parametrize("mode", PLANS)
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_are_one_process_in_two_micro_batches(ranks, name, mode):
+def test_two_ranks_are_one_process_in_two_micro_batches(computed, name, mode):
     """The difference is that of sums in another order: 1e-5 of the largest gradient. In bf16, where the core casts only
     what enters a matrix product and FSDP casts all that it gathers, a few of its roundings, 2^-8 each."""
-    found, half = ranks[name][mode], "bf16" in name
+    found, half = computed[name][mode], "bf16" in name
     assert not found["different"]
     near = 1e-3 if half else 1e-6
     assert found["losses"][0] == pytest.approx(found["losses"][1], rel=near, abs=near * found["losses"][1][0])
@@ -88,17 +88,17 @@ def test_two_ranks_are_one_process_in_two_micro_batches(ranks, name, mode):
         assert found["samples"] == [[1, 0], [1, 1]], "and one of these forwards has nothing to learn"
 
 
-def test_ranks_adapt_as_one_process_does(ranks):
-    one, other = ranks["adapting"]["ranks"]
+def test_ranks_adapt_as_one_process_does(computed):
+    one, other = computed["adapting"]["ranks"]
     assert one == other, "what they heard is the same to the last bit"
-    (modes, shares), (alone, want) = one, ranks["adapting"]["alone"]
+    (modes, shares), (alone, want) = one, computed["adapting"]["alone"]
     assert modes == alone
     assert shares == pytest.approx(want, rel=0.02)  # a gap is a difference of sums that are taken in another order
     assert len(set(shares)) > 2
 
 
-def test_every_rank_is_told_of_what_is_wrong_on_one(ranks):
-    found = ranks["mistakes"]
+def test_every_rank_is_told_of_what_is_wrong_on_one(computed):
+    found = computed["mistakes"]
     assert all(re.match(r"step 1 \(\w+, train\): loss nan.*: on rank 1 the loss of ", told) for told in found["NaN"])
     assert all(re.search(r": on rank 1 the optimizer's exp_avg_sq of \S+ \(1 of .*inf\)", t) for t in found["moment"])
     assert all(re.search(r"was not written: on rank 1 model/\S+ \(1 of .*nan\)", told) for told in found["saving"])
@@ -149,7 +149,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(home, tmp_path, monkeypa
         return write(temporary, *given)
 
     monkeypatch.setattr(checkpoint, "write", slowly)
-    with world.join() as here:
+    with ranks.join() as here:
         assert run.train(made, here) is None
     assert min(gone[:2]) >= 3, "behind the last step there is nothing to go on with"
     assert kept == [[], ["step-00000010"], ["step-00000010", "step-00000020"]], "half-written ones have no name"
@@ -176,7 +176,7 @@ def test_a_checkpoint_under_way_outlives_a_loss_that_is_not_finite(home, tmp_pat
 
     monkeypatch.setattr(checkpoint, "write", slowly)
     monkeypatch.setattr(ShardedStage, "_micro_batch", broken)
-    with world.join() as here, pytest.raises(UserError, match=r"step 3 .*loss nan"):
+    with ranks.join() as here, pytest.raises(UserError, match=r"step 3 .*loss nan"):
         run.train(made, here)
     state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]
     assert state["step"] == 2
@@ -189,10 +189,10 @@ def test_a_run_goes_on_only_with_its_own_model_and_data(home, tmp_path):
     made = settings(home, tmp_path, "run", *own)
 
     def refused(message: str, *changes: str) -> None:
-        with world.join() as here, pytest.raises(UserError, match=message):
+        with ranks.join() as here, pytest.raises(UserError, match=message):
             run.train(settings(home, tmp_path, "run", *own, *changes), here)
 
-    with world.join() as here:
+    with ranks.join() as here:
         assert run.train(made, here) is None
     refused("train.lr differs", "train.lr=0.5")
     records = json.loads((tmp_path / "train.json").read_text())
@@ -301,8 +301,8 @@ def test_a_folder_that_one_rank_cannot_see_is_told_once_and_at_once(home, tmp_pa
 def test_four_bits_as_bytes_are_refused(home):
     model = DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4"))
     with pytest.raises(UserError, match=r"uint8.*storage=torch.bfloat16"):
-        shard.check_storage(model)
-    shard.check_storage(DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4", storage=torch.bfloat16)))
+        shard.has_4_bits(model)
+    assert shard.has_4_bits(DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4", storage=torch.bfloat16)))
 
 
 @pytest.mark.parametrize(
@@ -315,10 +315,10 @@ def test_four_bits_as_bytes_are_refused(home):
     ],
 )
 def test_what_cannot_be_spread_is_refused(home, tmp_path, changes, message):
-    two = world.World(0, 2, torch.device("cpu"), None)
-    run.supported(settings(home, tmp_path, "run", "lora.rank=4"), two)
+    two = ranks.Ranks(0, 2, torch.device("cpu"), None)
+    run.require_supported(settings(home, tmp_path, "run", "lora.rank=4"), two)
     with pytest.raises(UserError, match=message):
-        run.supported(settings(home, tmp_path, "run", "lora.rank=4", *changes), two)
+        run.require_supported(settings(home, tmp_path, "run", "lora.rank=4", *changes), two)
 
 
 def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):
@@ -334,7 +334,7 @@ def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):
 
 def test_a_rank_keeps_room_for_what_is_gathered_and_not_for_gradients_of_others(models):
     shape = memory.Shape(loading.load_config(str(models / "1.5-7b")))
-    model = Model(shape, memory.Settings())
+    model = ShardedModel(shape, memory.Settings())
     alone, gradients = model.coming(1), memory.fixed(shape, memory.Settings()).gradients
     assert alone == gradients
     assert model.coming(8) == gradients // 8 + model.borrowed

@@ -21,8 +21,8 @@ from support.runs import unlike
 from torture.poison import SYSTEMS, begin, look, settings, steps_of
 from torture.poisons import VALUES, WITHIN, injected
 
-from scale import __main__, run, world
-from scale.stage import ShardedStage
+from scale import __main__, ranks, run
+from scale.loop import ShardedStage
 from tinyspeed import UserError, adaptive
 
 TOGETHER = ("weight", "moment", "loss", "gradient", "when saving, a weight", "when saving, a moment")
@@ -39,7 +39,7 @@ def recipe_of(home: Path, system: str, name: str):
 
 def many(home: Path, out: Path, count: int, seed: int) -> None:
     tried, lost = {}, []
-    with world.join() as here:
+    with ranks.join() as here:
         for system in ALIKE:
             run.train(recipe_of(home, system, "ranks"), here)
             gc.collect()
@@ -51,18 +51,18 @@ def many(home: Path, out: Path, count: int, seed: int) -> None:
             tried[f"on one of two ranks: {kind}"] = tried.get(f"on one of two ranks: {kind}", 0) + 1
             lost += [f"{system}, {kind}, {value}, seed {seed + number}: {wrong}" for wrong in found if wrong]
             gc.collect()
-        if here.leads:
+        if here.is_main:
             out.write_text(json.dumps({"tried": tried, "lost": lost}))
 
 
-def together(here: world.World, home: Path, system: str, kind: str, value: float, seed: int) -> list[str]:
+def together(here: ranks.Ranks, home: Path, system: str, kind: str, value: float, seed: int) -> list[str]:
     """What is wrong with a poison on one rank, by what each of them saw."""
     draw = random.Random(f"{system} {kind} {value} {seed}")
     whole, made = recipe_of(home, system, "ranks"), recipe_of(home, system, "poisoned")
     steps, poisoned = steps_of(whole), draw.randrange(here.size)
-    if here.leads:
+    if here.is_main:
         shutil.rmtree(made.folder, ignore_errors=True)
-    here.wait()
+    here.barrier()
     first = begin(steps, draw)
     with injected(kind, value, first, draw.randrange(2**32), ShardedStage, here.rank == poisoned) as done:
         try:
@@ -74,14 +74,14 @@ def together(here: world.World, home: Path, system: str, kind: str, value: float
     wrong = done.wrong(line, mode, stage)
     if kind != "gradient" and f"on rank {poisoned} " not in line:  # gradients are of all ranks
         wrong = wrong or f"rank {poisoned} is not named: {line}"
-    if here.leads:
+    if here.is_main:
         wrong = wrong or look(made, steps, done.step)
     lines = here.gather([line])
     wrong = wrong or ("" if len({*lines}) == 1 else f"ranks are told different things: {lines}")
     done.run = None
     gc.collect()
     run.train(made, here)
-    if here.leads:
+    if here.is_main:
         wrong = wrong or str(unlike(made, whole)[:5] or "")
     return here.gather([wrong])
 
@@ -90,18 +90,18 @@ def one(home: Path, out: Path, kind: str, value: float, seed: int) -> None:
     draw = random.Random(f"{kind} {value} {seed}")
     steps, poisoned = steps_of(recipe_of(home, ALONE, "ranks")), draw.randrange(2)
     first = draw.choice([n for n, of in enumerate(steps) if of[1] == "fast"]) if kind in WITHIN else begin(steps, draw)
-    leave = world.World.leave
+    leave = ranks.Ranks.abort
 
     def leaves(here, code, message):
         stage, mode = steps[done.step]
-        wrong = done.wrong(message, mode, stage) or ("" if code == world.MISTAKE else f"exit code {code}: {message}")
+        wrong = done.wrong(message, mode, stage) or ("" if code == ranks.MISTAKE else f"exit code {code}: {message}")
         out.write_text(json.dumps({"wrong": wrong, "step": done.step, "rank": poisoned}))
         leave(here, code, message)
 
     mine = int(os.environ["RANK"]) == poisoned
     with (
         injected(kind, value, first, draw.randrange(2**32), ShardedStage, mine) as done,
-        mock.patch.object(world.World, "leave", leaves),
+        mock.patch.object(ranks.Ranks, "abort", leaves),
     ):
         sys.exit(__main__.main([str(home / "alone.toml")]))
 
