@@ -52,11 +52,11 @@ def require_supported(recipe: Recipe, ranks: Ranks) -> None:
 
 def train(recipe: Recipe, ranks: Ranks) -> int | None:
     """Runs a recipe to its end. Returns the signal that stopped it early, if one did."""
-    mesh = _prepare(recipe, ranks)
+    mesh = prepare(recipe, ranks)
     with ExitStack() as stack:
         if ranks.is_main:
             stack.enter_context(run_folder.claimed(recipe, resume=recipe.folder.is_dir()))
-        source = _source(recipe, ranks)
+        source = read_source(recipe, ranks)
         stop = stack.enter_context(stopping.stop_requested(quiet=not ranks.is_main))
         totals, stopped = _stages(recipe, ranks, mesh, source, stop)
         if ranks.is_main and totals.steps:
@@ -66,8 +66,8 @@ def train(recipe: Recipe, ranks: Ranks) -> int | None:
 
 def dry_run(recipe: Recipe, ranks: Ranks) -> list[dict]:
     """Takes one step of every mode of every stage on the longest example, the same one on every rank."""
-    mesh, largest = _prepare(recipe, ranks), core.of_all_answers(recipe)
-    source, found = _source(largest, ranks), []
+    mesh, largest = prepare(recipe, ranks), core.of_all_answers(recipe)
+    source, found = read_source(largest, ranks), []
     answer_gate.require_some_skipping(recipe, len(source))
     for number, (name, stage) in enumerate(largest.stages()):
         model = sharded_model(largest, name, ranks, mesh, None)
@@ -77,7 +77,7 @@ def dry_run(recipe: Recipe, ranks: Ranks) -> list[dict]:
     return found
 
 
-def _prepare(recipe: Recipe, ranks: Ranks) -> DeviceMesh:
+def prepare(recipe: Recipe, ranks: Ranks) -> DeviceMesh:
     if recipe.run.device == "cpu":
         ranks.device = torch.device("cpu")
     build.place(recipe)  # refuses a device or a precision that is not there
@@ -99,7 +99,7 @@ def require_same_recipe(recipe: Recipe, ranks: Ranks) -> None:
             raise UserError(f"rank {rank} was started with another recipe than rank 0: {', '.join(differ)}")
 
 
-def _source(recipe: Recipe, ranks: Ranks) -> Source:
+def read_source(recipe: Recipe, ranks: Ranks) -> Source:
     """The training examples. Each rank checks its share of the records, and all learn what the others found."""
     ranks.progress("looking for model and data", patient=True)
     if ranks.is_main:

@@ -73,7 +73,7 @@ def test_before_a_model_is_put_together_its_data_cannot_be_read_and_the_publishe
     changes = [f"{key}={tmp_path / name}" for key, name in where.items()]
     (job,) = plan.jobs(recipe.read("llava-1.5-7b-stage1", changes))
     assert job.steps == STEPS["1.5 stage1"]
-    assert "LLaVA's captions" in job.said
+    assert "LLaVA's captions" in job.source
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -99,7 +99,7 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 def parity(here: ranks.Ranks, home: Path, name: str, changes: tuple[str, ...]) -> dict:
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.dropout=0.0", *changes, family=name.split()[0])
-    source, mesh = run._source(made, here), here.device_mesh(made.scale.shard)
+    source, mesh = run.read_source(made, here), here.device_mesh(made.scale.shard)
     found = {}
     for mode, plan in (SKIPPING if "skipping" in name else PLANS).items():
         model = run.sharded_model(made, "train", here, mesh, None)
@@ -132,7 +132,7 @@ def adapting(here: ranks.Ranks, home: Path) -> dict:
     changes = ("lora.rank=4", "lora.dropout=0.0", "train.row_budget=60", "train.lr=0.001")
     changes += ("dualspeed.schedule=adaptive", "dualspeed.slow=0.8", "dualspeed.gap=0.002")
     made = settings(home, home.parent / f"run{here.rank}", "run", *changes)
-    source, mesh = run._source(made, here), here.device_mesh(made.scale.shard)
+    source, mesh = run.read_source(made, here), here.device_mesh(made.scale.shard)
     model = run.sharded_model(made, "train", here, mesh, None)
     found = here.gather([steps(loop.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals()))])
     if here.is_main:
@@ -159,7 +159,7 @@ def mistakes(here: ranks.Ranks, home: Path) -> dict:
 
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", "train.steps=2")
     other = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", f"train.lr={0.1 + here.rank}")
-    source, mesh = run._source(made, here), here.device_mesh(0)
+    source, mesh = run.read_source(made, here), here.device_mesh(0)
     alive = []
 
     def watched(model, *given, **how):
