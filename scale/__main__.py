@@ -17,8 +17,8 @@ from tinyspeed import cli  # light: no torch yet
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    cli.quiet()
-    cli.alone()
+    cli.silence_libraries()
+    cli.block_hub_kernels()
     if argv[:1] == ["plan"]:
         from .planner.plan import main as plan
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     from . import ranks
 
     try:
-        with redirect_stderr(cli.Notices(sys.stderr)), ranks.join() as here:
+        with redirect_stderr(cli.SafeStream(sys.stderr)), ranks.join() as here:
             stopped = _run(a, here)
     except UserError as error:  # the ranks have not found each other
         print(f"tinyspeed: {error}", file=sys.stderr)
@@ -63,7 +63,7 @@ def _run(a: argparse.Namespace, here) -> int | None:
             print(table(["stage", "mode", "samples", "rows", f"GiB, of rank 0 of {here.size}", "seconds"], rows))
     except (UserError, OSError) as error:
         where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
-        here.abort(ranks.MISTAKE, f"tinyspeed: {where}{cli.said(error)}")
+        here.abort(ranks.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")
     except Exception as error:
         if ranks.means_lost_rank(error):
             here.abort(ranks.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")

@@ -329,6 +329,6 @@ def main(argv: list[str]) -> int:
             write_atomically(Path(a.json), json.dumps(as_json(found), indent=1))
             print(a.json)
     except (UserError, OSError) as error:
-        print(f"scale plan: {cli.said(error)}", file=sys.stderr)
+        print(f"scale plan: {cli.message_of(error)}", file=sys.stderr)
         return 2
     return 0

@@ -72,8 +72,8 @@ def value_of(section: str, key: str, text: str):
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """Makes paths absolute, so that a run can be exported and asked from any folder, and so that a folder which has moved
-    is never taken for a model of that name on the hub."""
+    """Makes paths absolute. A run can then be exported from any folder, and a folder which has moved is never taken for
+    a model of that name on the hub."""
     for path in (recipe.run.folder, recipe.run.cache):
         paths.expanded(path)
     model = {name: paths.absolute(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}

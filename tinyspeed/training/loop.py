@@ -340,8 +340,8 @@ class StageRun:
                     torch.cuda.reset_peak_memory_stats(device)
 
     def rehearse(self, plan: Plan) -> dict[str, float]:
-        """Takes one step of this plan on a micro-batch full of the longest example. Returns its rows, its peak memory (on
-        a CPU: of the process so far) and its seconds. The weights change, so no training may follow."""
+        """Takes one step of this plan on a micro-batch full of the longest example. Returns its rows, peak memory (on a
+        CPU: of the process so far) and seconds. The weights change, so no training may follow."""
         device, plan = self.model.device, replace(plan, answer_keep=1.0)  # skipping no answer takes the most memory
         rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
         longest = max(range(len(rows)), key=rows.__getitem__)

@@ -48,8 +48,8 @@ def make_optimizer(stage: StageSection, connector: list[Tensor], others: list[Te
 
 
 def tensors_read(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The floating-point tensors that a step reads besides gradients: the weights that train, and their moments (of 8-bit
-    moments the scales of their blocks)."""
+    """The floating-point tensors that a step reads besides gradients: the weights that train and their moments. Of
+    8-bit moments that is the scales of the blocks."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     beside = [of for state in optimizer.state.values() for name, of in state.items() if name not in CONSTANT]
     return weights + [of for of in beside if isinstance(of, Tensor) and of.is_floating_point()]

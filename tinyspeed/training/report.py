@@ -33,8 +33,8 @@ NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_taught", "rows_full"
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl in order. If a step was written twice the later line counts. A crash may have cut the
-    last line short, but no other."""
+    """The steps of a metrics.jsonl in order. If a step was written twice the later line counts. A crash may have cut
+    off the last line, but no other."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
-    """Yields a list to which SIGINT and SIGTERM append their number. A second SIGINT ends the process as usual. A second
-    SIGTERM does not: schedulers send it to a whole tree of processes, and parents pass it on."""
+    """Yields a list to which SIGINT and SIGTERM append their number. A second SIGINT ends the process as usual; a
+    second SIGTERM does not, since schedulers send it to a whole tree of processes, and parents pass it on."""
     stop: list[int] = []
     before = {}
 
