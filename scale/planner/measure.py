@@ -27,7 +27,7 @@ from tinyspeed.scheduler import Plan
 from tinyspeed.util.tables import table
 
 TEXT, ANSWERS, KEEP = 100, 60, 0.1
-MODES, LAYERS = ("fast", "slow", "full"), (2, 6)
+MODES = ("fast", "slow", "full")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Size:
     inner: int = 1376
     vocab: int = 2048
     tower: int = 128
+    pixels: int = 336  # patches of 14: 576 visual rows
     samples: int = 2
     repeats: int = 5
 
@@ -57,14 +58,14 @@ def steps(layers: int, size: Size, device: torch.device) -> list[Timed]:
     text = published.vicuna(size.hidden, size.inner, layers, size.hidden // 64, vocab_size=size.vocab)
     vision = published.clip(
         hidden_size=size.tower, intermediate_size=4 * size.tower, num_hidden_layers=layers,
-        num_attention_heads=size.tower // 64,
+        num_attention_heads=size.tower // 64, image_size=size.pixels,
     )  # fmt: skip
     config = published.llava("1.5", text, vision)
     model = DualSpeed(AutoModelForImageTextToText.from_config(config, trust_remote_code=False)).to(device)
     trainable.set_trainable(model.model, "train")
     model.train().step = 0
 
-    sample = (TEXT, [config.image_seq_length], ANSWERS)
+    sample = (TEXT, [(size.pixels // 14) ** 2], ANSWERS)
     source = Noise(config, [sample] * size.samples)
     batch = collate([source.example(i) for i in range(size.samples)], pad=0)
     batch = {name: value.to(device) for name, value in batch.items()}
@@ -80,6 +81,10 @@ def steps(layers: int, size: Size, device: torch.device) -> list[Timed]:
     times = timed({plan.mode: partial(step, plan) for plan in plans}, size.repeats, device)
     work = partial(flops, Shape(config), Settings(precision=name), sample=sample, recompute=False)
     return [Timed(layers, mode, size.samples * work(mode=mode), times[mode]["min_ms"] / 1000) for mode in MODES]
+
+
+def measure(device: torch.device, size: Size, layers: tuple[int, ...] = (2, 6)) -> list[Timed]:
+    return [found for n in layers for found in steps(n, size, device)]
 
 
 def describe(found: list[Timed]) -> str:
@@ -101,7 +106,7 @@ def main() -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
         size = Size()
-    print(describe([found for layers in LAYERS for found in steps(layers, size, device)]))
+    print(describe(measure(device, size)))
     return 0
 
 
