@@ -13,6 +13,7 @@ import traceback
 from contextlib import redirect_stderr
 
 from tinyspeed import cli  # light: no torch yet
+from tinyspeed.util.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,8 +30,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="one step of each mode on the longest record")
     a = parser.parse_args(argv)
 
-    from tinyspeed import UserError
-
     from . import ranks
 
     try:
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(a: argparse.Namespace, here) -> int | None:
     """Trains, or makes the dry run. An error on this rank ends all ranks."""
-    from tinyspeed import UserError, recipe
+    from tinyspeed import recipe
     from tinyspeed.util.tables import table
 
     from . import ranks, run

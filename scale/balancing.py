@@ -1,21 +1,17 @@
 """Which rank gets which samples of a step, so that no rank waits for another.
 
-    assign               distributes an optimizer batch over the ranks: equally many forwards on each, rows as equal as
-                         possible
-    LengthGroupedOrder   chooses which samples form a batch: similar ones, so that they can be distributed evenly
+`assign` gives every rank equally many forwards of nearly equal rows. From the longest sample to the shortest, each goes
+to the rank that has the fewest rows so far. The fullest rank then has at most 4/3 - 1/(3 ranks) times the rows of the
+best assignment (Graham 1969). Each rank cuts its own samples with `batching.cut`. FSDP's all-gathers must meet, so a
+rank that needs fewer micro-batches than another splits its own; if it has too few samples for that, all are assigned
+again with enough reserved for each.
 
-**Assigning.** From the longest sample to the shortest, each goes to the rank that has the fewest rows so far. The
-fullest rank then has at most 4/3 - 1/(3 ranks) times the rows of the best assignment (Graham 1969). Each rank cuts its
-own samples into micro-batches with `batching.cut`. FSDP's all-gathers must meet, so a rank that needs fewer
-micro-batches than another splits its own; if a rank has too few samples for that, all are assigned again with enough
-reserved for each.
-
-**Grouping by length.** No assignment is even when one sample is longer than a rank's share: the fullest rank has at
-least max(mean, longest) rows. With two samples per rank that is nearly every batch of LLaVA's mix, where texts of 2,000
-rows stand beside pictures that a fast step cuts to 60. So batches are made of similar samples, out of a window of
-several batches: its samples are sorted by visual rows, then by text, cut into batches, and these are shuffled. LLaVA's
-own training groups a batch by modality for the same reason and reports that it "does not affect the final outcome"
-(LLaVA-1.5, appendix). Sorting by length beyond that is ours.
+`LengthGroupedOrder` makes batches of similar samples. No assignment is even when one sample is longer than a rank's
+share: the fullest rank has at least max(mean, longest) rows. With two samples per rank that is nearly every batch of
+LLaVA's mix, where texts of 2,000 rows stand beside pictures that a fast step cuts to 60. So a window of several batches
+is sorted by visual rows, then by text, and cut into batches, which are shuffled. LLaVA's own training groups a batch by
+modality for the same reason and reports that it "does not affect the final outcome" (LLaVA-1.5, appendix). Sorting by
+length beyond that is ours.
 
 The price is that a batch is no longer an independent draw. Its loss is divided by its answers, so a short answer weighs
 more among short ones than it would beside long ones. With a window of 1 every batch is what `batching.Order` makes it.
@@ -101,10 +97,9 @@ class LengthGroupedOrder(Order):
             return start, samples
         edges = [start, *range(start // self.size * self.size + self.size, end, self.size), end]
         order = np.random.default_rng([self.seed, start]).permutation(len(edges) - 1)
-        rest, batches = iter(self._sorted(samples)), {}
-        for batch in order:
-            batches[batch] = [next(rest) for _ in range(edges[batch], edges[batch + 1])]
-        return start, [sample for batch in range(len(order)) for sample in batches[batch]]
+        rest = iter(self._sorted(samples))
+        batches = {batch: [next(rest) for _ in range(edges[batch], edges[batch + 1])] for batch in order}
+        return start, [sample for batch in sorted(batches) for sample in batches[batch]]
 
     def _sorted(self, samples: list[int]) -> list[int]:
         """Sorts by visual rows, in classes a fifth apart, and within a class by text: ascending and descending in turn,

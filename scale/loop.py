@@ -51,8 +51,7 @@ class ShardedStage(StageRun):
             self.order = LengthGroupedOrder(source.lengths, len(source), seed, stage.batch, recipe.scale.window)
 
     def _parts(self, step: int, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:
-        """This rank's micro-batches. One without rows is a sample from which nothing is learned: it runs because all
-        ranks must meet in equally many forwards."""
+        """This rank's micro-batches. One without rows teaches nothing: all ranks must run equally many forwards."""
         chosen = self.order.batch(step, self.stage.batch)
         rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in chosen]
         for part in assign(rows, self.ranks.size, self.stage.row_budget)[self.ranks.rank]:
@@ -160,8 +159,8 @@ class ShardedStage(StageRun):
         return here, min(every, per * self._shards.rank())
 
     def save(self, folder: Path, step: int) -> None:
-        """Each rank copies its rows and writes them while training goes on. For all weights of a 7B model and their
-        moments, each of 8 ranks has 10 GB, and a disk is slower than memory."""
+        """Each rank copies its rows and writes them while training goes on: a disk is slower than memory, and of a 7B
+        model's weights and moments each of 8 ranks has 10 GB."""
         self.settle()
         self.ranks.progress(f"copying the checkpoint of step {self.totals.steps}")
         state = {**self._state(step), "step": self.totals.steps}

@@ -1,15 +1,11 @@
 """The processes of a run (ranks), and how they end together.
 
-torchrun starts one process per GPU (or, on a laptop, per CPU core) and starts all of them again when one dies.
+torchrun starts one process per GPU (or, on a laptop, on a CPU) and starts all of them again when one dies. A rank that
+fails (a damaged picture, a full disk) says so in torch's key-value store: the first one to do so prints its message,
+and all leave. A rank without progress for `timeout` seconds says where it is, and all leave.
 
-    device_mesh    the grid of ranks: `shard` of them share one copy of the model, the others hold more copies
-    require_same   a value must be the same on all ranks (a step's plan, the data): a collective checks it now and then
-    abort          a rank that fails (a damaged picture, a full disk) says so in the store. The first one to do so
-                   prints its message, and all leave
-    progress       a rank that reports no progress for `timeout` seconds says where it is, and all leave
-
-The store is torch's key-value store. Each rank checks it once a second from a thread of its own, because a rank that
-waits in a collective for one that is gone cannot look up from it.
+Each rank checks the store once a second from a thread of its own, because a rank that waits in a collective for one
+that is gone cannot do so.
 """
 
 import hashlib
@@ -57,7 +53,7 @@ class Ranks:
         return self.rank == 0
 
     def progress(self, where: str, *, patient: bool = False) -> None:
-        """Reports what this rank does now. With `patient` it may take as long as it needs."""
+        """Reports what this rank does now; with `patient`, without a time limit."""
         self.where, self.last_progress = where, math.inf if patient else time.monotonic()
 
     def abort(self, code: int, message: str) -> NoReturn:

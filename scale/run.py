@@ -2,10 +2,9 @@
 
     torchrun --nproc-per-node 8 -m scale RECIPE.toml     begins, or goes on from the newest complete checkpoint
 
-When a process dies, torchrun starts all of them again with the same arguments, so there is no option for resuming. Each
-stage gets a newly sharded model, filled with the weights that the stage before has trained: other parameters train, and
-FSDP must know which before it shards. Only rank 0 writes the log and makes folders; all ranks share the checking of the
-records.
+When a process dies, torchrun starts all again with the same arguments, so there is no option for resuming. Each stage
+gets a newly sharded model, filled with what the stage before has trained: other parameters train, and FSDP must know
+which before it shards. Only rank 0 writes the log and makes folders; all ranks share the checking of the records.
 """
 
 import dataclasses
@@ -107,7 +106,16 @@ def read_source(recipe: Recipe, ranks: Ranks) -> Source:
         build.base_model(recipe, ranks.device)  # makes it, if it has to be made and is not there yet
     ranks.barrier()
     base = build.base_model(recipe, ranks.device)
-    source = digits.from_recipe(recipe) if recipe.data.kind == "digits" else _conversations(recipe, ranks, base)
+    if recipe.data.kind == "digits":
+        source = digits.from_recipe(recipe)
+    else:
+        ranks.progress("checking the records", patient=True)
+        how = {"bar": ranks.is_main, "mine": slice(ranks.rank, None, ranks.size), "gather": ranks.gather}
+        with nullcontext() if ranks.is_main else redirect_stderr(io.StringIO()):  # one rank's notices are enough
+            source = conversations.from_recipe(recipe, base, **how)
+        if ranks.is_main:
+            build.list_skipped(recipe, source)
+        ranks.require_same("the data", source.fingerprint)
     answer_gate.require_some_skipping(recipe, len(source))
     if recipe.regate.reference:
         ranks.progress("computing the reference's losses", patient=True)
@@ -116,17 +124,6 @@ def read_source(recipe: Recipe, ranks: Ranks) -> Source:
             if computes:
                 answer_gate.Gate(recipe, source, ranks.device, base)
             ranks.barrier()
-    return source
-
-
-def _conversations(recipe: Recipe, ranks: Ranks, base: str) -> conversations.Conversations:
-    ranks.progress("checking the records", patient=True)
-    how = {"bar": ranks.is_main, "mine": slice(ranks.rank, None, ranks.size), "gather": ranks.gather}
-    with nullcontext() if ranks.is_main else redirect_stderr(io.StringIO()):  # one rank's notices are enough
-        source = conversations.from_recipe(recipe, base, **how)
-    if ranks.is_main:
-        build.list_skipped(recipe, source)
-    ranks.require_same("the data", source.fingerprint)
     return source
 
 

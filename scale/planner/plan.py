@@ -34,7 +34,7 @@ from tinyspeed.bench import estimate
 from tinyspeed.data import llava_mix
 from tinyspeed.data.examples import Sample
 from tinyspeed.models.memory import GIB, RESERVE, MicroBatch, Settings, Step
-from tinyspeed.recipe import Recipe
+from tinyspeed.recipe import Recipe, StageSection
 from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
 from tinyspeed.util import plots, tables
@@ -68,31 +68,27 @@ class Job:
     source: str  # where their lengths come from
 
     @property
-    def batch(self) -> int:
-        return getattr(self.recipe, self.stage).batch
+    def settings(self) -> StageSection:
+        return getattr(self.recipe, self.stage)
 
-    @cached_property
-    def shares(self) -> dict[str, float]:
-        return estimate.shares(self.recipe, self.stage)
-
-    @cached_property
+    @property
     def steps(self) -> int:
-        return getattr(self.recipe, self.stage).total(self.epoch)
+        return self.settings.total(self.epoch)
 
     @cached_property
     def batches(self) -> list[list[int]]:
         """The samples of each step of a window."""
-        order = LengthGroupedOrder(self.samples.__getitem__, len(self.samples), SEED, self.batch)
-        return [order.batch(step, self.batch) for step in range(min(self.steps, WINDOW))]
+        order = LengthGroupedOrder(self.samples.__getitem__, len(self.samples), SEED, self.settings.batch)
+        return [order.batch(step, order.size) for step in range(min(self.steps, WINDOW))]
 
     @cache  # noqa: B019
     def assigned(self, mode: str, gpus: int) -> list[list[list[list[int]]]]:
         """The samples of each micro-batch of each rank of each batch."""
-        dual, budget = self.recipe.dualspeed, getattr(self.recipe, self.stage).row_budget
-        plan, found = Plan(mode, keep=self.recipe.pruning(self.stage)[1]), []
+        plan, found = Plan(mode, keep=self.model.s.keep), []
         for chosen in self.batches:
-            rows = [plan_rows(*self.samples[i][:2], plan, dual.isolator) for i in chosen]
-            found.append([[[chosen[i] for i in part] for part in rank] for rank in assign(rows, gpus, budget)])
+            rows = [plan_rows(*self.samples[i][:2], plan, self.model.s.isolator) for i in chosen]
+            ranks = assign(rows, gpus, self.settings.row_budget)
+            found.append([[[chosen[i] for i in part] for part in rank] for rank in ranks])
         return found
 
     @cache  # noqa: B019
@@ -142,10 +138,6 @@ class ModeCost:
     waiting: float  # arithmetic of the rank that has most / of the mean rank
 
     @property
-    def by_network(self) -> bool:
-        return self.network > self.compute + self.ends
-
-    @property
     def step(self) -> float:
         return max(self.compute + self.ends, self.network) + self.between
 
@@ -182,7 +174,7 @@ class Cost:
 
 def cost(job: Job, sharding: Sharding) -> Cost:
     modes, every = {}, job.model.shape.layers
-    for mode, share in job.shares.items():
+    for mode, share in estimate.shares(job.recipe, job.stage).items():
         layers = job.depth(mode)
         name = "skipping" if mode == "full" and layers < every else mode
         modes[name] = _mode(job, sharding, mode, share, layers)
@@ -193,12 +185,11 @@ def cost(job: Job, sharding: Sharding) -> Cost:
 
 def _mode(job: Job, sharding: Sharding, mode: str, share: float, layers: float) -> ModeCost:
     """`layers` is how many run on average. Now and then all of them run, which decides the peak."""
-    model, stage = job.model, getattr(job.recipe, job.stage)
-    held, batch = model.held(sharding.shards), job.largest(mode, sharding.gpus)
+    model, held, batch = job.model, job.model.held(sharding.shards), job.largest(mode, sharding.gpus)
     kind = Step if sharding.shards == 1 else ShardedStep
     peaks = {again: held + kind(model.shape, model.s, batch, again).peak for again in (False, True)}
     fits = peaks[False] <= sharding.gpu.gib * GIB - RESERVE
-    again = {"on": True, "off": False, "auto": not fits}[stage.checkpointing]
+    again = {"on": True, "off": False, "auto": not fits}[job.settings.checkpointing]
     most, mean = job.flops(mode, sharding.gpus, again, layers)
     forwards = float(np.mean([len(step[0]) for step in job.assigned(mode, sharding.gpus)]))
     size, collectives = model.traffic(mode, layers)
@@ -245,11 +236,9 @@ def jobs(chosen: Recipe, samples: int | None = None) -> list[Job]:
 
 def plan(found: list[Job], over: list[Sharding]) -> list[Cost]:
     for job, sharding in product(found, over):
-        if job.batch < sharding.gpus:
-            raise UserError(
-                f"{job.stage}.batch = {job.batch} is less than {sharding.gpus} GPUs, and some would have no sample: "
-                f"set {job.stage}.batch={sharding.gpus} or more"
-            )
+        if (batch := job.settings.batch) < (gpus := sharding.gpus):
+            few = f"{job.stage}.batch = {batch} is less than {gpus} GPUs, and some would have no sample"
+            raise UserError(f"{few}: set {job.stage}.batch={gpus} or more")
     return [cost(job, sharding) for job, sharding in product(found, over)]
 
 
@@ -264,14 +253,14 @@ def describe(found: list[Cost], gpu: str) -> str:
         for c in costs:
             every = c.modes.values()
             again = ", ".join(name for name, m in c.modes.items() if m.recompute) or "no"
-            network = ", ".join(name for name, m in c.modes.items() if m.by_network)
+            network = ", ".join(name for name, m in c.modes.items() if m.network > m.compute + m.ends)
             bound = f"network ({network})" if network else "compute"
             row = [f"{c.sharding.gpus:,}", str(c.sharding), f"{c.peak / GIB:.1f}{'' if c.fits else ' !'}"]
             row += [f"{m.step:.3g}" for m in every] + [f"{m.sent / 1e9:,.0f}" for m in every]
             row += [again, bound, f"{100 * (c.waiting - 1):.1f} %"]
             row += [_hours(n) for n in (c.hours, c.hours * c.sharding.gpus, c.full_hours)]
             rows.append([*row, _hours(c.full_hours * c.sharding.gpus), f"{c.full_hours / c.hours:.2f}x"])
-        about = f"{job.stage}: {job.steps:,} steps of {job.batch:,} samples; {job.source}"
+        about = f"{job.stage}: {job.steps:,} steps of {job.settings.batch:,} samples; {job.source}"
         parts += [about, tables.table(head, rows)]
     over = "" if all(c.fits for c in found) else f"! does not fit {found[0].sharding.gpu.gib:g} GiB. "
     rates = f"{found[0].sharding.gpu.tflops:g} TFLOP/s, of which {SUSTAINED:.0%} are sustained; {hardware.LINKS:.0%}"

@@ -54,8 +54,7 @@ class ShardedModel:
         return memory.fixed(self.shape, self.s).gradients // shards + self.borrowed * (shards > 1)
 
     def traffic(self, mode: str, layers: float | None = None) -> tuple[float, float]:
-        """Bytes that a micro-batch gathers and reduces, and in how many collectives, if this many layers run (default:
-        all)."""
+        """Bytes that a micro-batch gathers and reduces, and in how many collectives, if so many layers run, or all."""
         layers, gathers = layers or self.shape.layers, 3 if mode == "slow" else 2
         size = gathers * layers * self.layer + self.root + 4 * (layers * self.trained[0] + self.trained[1])
         return size, gathers * layers + 1 + layers * (self.trained[0] > 0) + 1

@@ -82,7 +82,7 @@ def test_an_epoch_has_the_published_steps_and_fits(planned, name):
         cost = planned(name, gpu)
         assert cost.job.steps == STEPS[kind(name)]
         assert cost.fits
-        assert not any(cost.modes[mode].recompute for mode in cost.job.shares)
+        assert not any(mode.recompute for mode in cost.modes.values() if mode.share)
 
 
 @pytest.mark.parametrize("name", NAMES)

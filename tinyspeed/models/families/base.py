@@ -19,8 +19,6 @@ from .. import attention
 
 
 class Family:
-    """LLaVA-1.5, and the base of the other families."""
-
     square = True  # the rows of an image form one square picture
     rowwise = True  # the projector makes each feature from a single row of its input
 
@@ -28,28 +26,15 @@ class Family:
         # peft wraps the model; its base is the same modules with adapters in place.
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.model.config
+        self.hidden_size = self.config.text_config.hidden_size
+        self.tower, self.projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
+        self.language_model = self.model.model.language_model
         self.language_model.set_attn_implementation(attention.NAME)
-
-    @property
-    def tower(self) -> nn.Module:
-        return self.model.model.vision_tower
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.model.model.multi_modal_projector
-
-    @property
-    def language_model(self) -> nn.Module:
-        return self.model.model.language_model
 
     @property
     def placeholders(self) -> dict[str, int]:
         """The token that stands for one feature row, by kind, in the order of the table."""
         return {"image": self.config.image_token_id}
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.text_config.hidden_size
 
     @property
     def most_rows(self) -> int:
