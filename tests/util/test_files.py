@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from support import tiny
 
-from scale import world
+from scale import ranks
 from tinyspeed import UserError, cli, recipe
 from tinyspeed.data import parquet
 from tinyspeed.models import isolator_file
@@ -274,20 +274,20 @@ def test_a_rank_that_says_why_is_not_lost_when_the_board_goes_first(monkeypatch)
             return False
 
     board = Board()
-    here = world.World(1, 2, torch.device("cpu"), board)
-    real = world.time.sleep
+    here = ranks.Ranks(1, 2, torch.device("cpu"), board)
+    real = ranks.time.sleep
 
     def asleep(seconds):
         board.gone = True
         real(0.2)
 
-    monkeypatch.setattr(world, "LOOK_EVERY", 0.01)
-    monkeypatch.setattr(world.time, "sleep", asleep)
-    monkeypatch.setattr(world.os, "_exit", codes.append)
+    monkeypatch.setattr(ranks, "CHECK_EVERY", 0.01)
+    monkeypatch.setattr(ranks.time, "sleep", asleep)
+    monkeypatch.setattr(ranks.os, "_exit", codes.append)
     here.watch()
-    here.leave(world.MISTAKE, "why")
+    here.abort(ranks.MISTAKE, "why")
     here.watcher.join()
-    assert codes == [world.MISTAKE]
+    assert codes == [ranks.MISTAKE]
 
 
 def test_a_cache_is_swept_of_what_the_dead_left_and_of_nothing_else(tmp_path):

@@ -2,7 +2,7 @@
 
     load_model("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    14.1 GB of weights become 4.5
 
-Users of other trainers have found out two things the hard way. Both are taken care of here and checked after loading:
+Two things that users of other trainers found out the hard way are taken care of here and checked after loading:
 
 - Only the LLM's layers are quantised. By default transformers also quantises the vision tower and the projector, and a
   skip list whose names do not match (`vision_tower` instead of `model.vision_tower`) does nothing.
@@ -10,7 +10,7 @@ Users of other trainers have found out two things the hard way. Both are taken c
   embeddings and lm_head into fp32, which takes 1.5 GB for nothing.
 
 Weights are read from safetensors only, because a pickle can run code when it is opened. Code that comes with a model is
-never run. transformers must be told so in every call: otherwise it asks the user, and a "y" runs the code.
+never run: transformers must be told so in every call, or it asks the user, and a "y" runs the code.
 """
 
 import json
@@ -94,8 +94,7 @@ def require_safetensors(path: str | Path) -> None:
 
 @contextmanager
 def explaining(what: str) -> Iterator[None]:
-    """Turns any error in its block into a `UserError` of one line: a broken folder makes transformers raise nearly
-    anything."""
+    """Turns any error into a `UserError` of one line: a broken folder makes transformers raise nearly anything."""
     try:
         yield
     except UserError:

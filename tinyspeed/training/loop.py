@@ -161,7 +161,7 @@ class StageRun:
     def _announce(self) -> None:
         """Warns of a short run that draws no slow step: its model never sees a whole picture and is poor at them."""
         modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
-        if "fast" in modes and "slow" not in modes and self.name == "train":
+        if self.lead and self.name == "train" and "fast" in modes and "slow" not in modes:
             print(
                 f"in {counted(self.steps, 'step')} no whole picture is seen: train for more steps (more train.epochs, "
                 f'a smaller train.batch), or set dualspeed.schedule = "periodic" and a larger dualspeed.slow',
