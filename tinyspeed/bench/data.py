@@ -36,7 +36,7 @@ from ..models import assembling, loading, published
 from ..models.memory import Settings, Shape
 from ..models.precision import device_of
 from ..recipe import DataSection, Recipe
-from ..training import train
+from ..training import build
 from ..util import files, tables
 from ..util.errors import UserError
 from . import bars, estimate
@@ -68,7 +68,7 @@ def bench_data(
         else:
             if recipe.data.kind != "chat":
                 raise UserError('bench data: the recipe\'s data must be conversations, data.kind = "chat"')
-            base = train.base(recipe)
+            base = build.base_model(recipe, build.place(recipe).device)
             config, source = loading.config(base), conversations.from_recipe(recipe, base)
             rank, said = recipe.lora.rank, recipe.data.file
             some = [source.lengths(i) for i in range(min(len(source), 1024))]

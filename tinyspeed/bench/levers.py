@@ -29,7 +29,7 @@ from ..models.memory import GIB, Settings, Shape
 from ..models.precision import device_of
 from ..rows import plan_rows
 from ..scheduler import Plan
-from ..training import loop, train
+from ..training import build, loop
 from ..training.loop import StageRun, Totals
 from ..util import malloc, tables
 from . import bars, estimate
@@ -159,7 +159,7 @@ def bench_levers(
     config, where = published.shaped(size, family), device_of(device)
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
     name = precision.resolve(recipe.model.precision, where)
-    model = train.wrap(recipe, random(config, name, tune, where))
+    model = build.wrap(recipe, random(config, name, tune, where))
     source = Noise(config, llava_mix.mix(batch, 0, family))
     run = StageRun(recipe, model, source, "train", 0, recipe.train, Totals())
     changes = CHANGES | (COMPILED if compiled else {})

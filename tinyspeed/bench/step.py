@@ -37,7 +37,7 @@ from ..models.precision import device_of
 from ..recipe import Recipe, from_tables
 from ..rows import plan_rows
 from ..scheduler import Plan, Schedule
-from ..training import train
+from ..training import build
 from ..training.loop import StageRun, Totals
 from ..util import files, tables
 from ..util.errors import UserError, unknown
@@ -87,7 +87,7 @@ def bench_step(
     drawn = {text: samples(text, batch, family) for text in texts}
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where, checkpointing)
     name = precision.resolve(recipe.model.precision, where)
-    model = train.wrap(recipe, random(config, name, tune, where))
+    model = build.wrap(recipe, random(config, name, tune, where))
     result = described(
         where, bench="step", size=size, family=family, tune=tune, rank=recipe.lora.rank, batch=batch,
         micro=micro or batch, budget=budget, checkpointing=checkpointing, repeats=repeats, precision=name, texts={},
