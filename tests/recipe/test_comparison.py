@@ -132,18 +132,18 @@ def rows_of(runs: list[dict]) -> dict[str, list[str]]:
 
 
 def test_the_tables_of_ablations_are_what_was_measured():
-    course = Path(__file__).parents[2] / "tutorials"
-    page = (course / "results" / "ablations.md").read_text(encoding="utf-8")
+    results = Path(__file__).parents[2] / "tutorials" / "results"
+    page = (results / "ablations.md").read_text(encoding="utf-8")
     shown: dict[str, set[str]] = {}
     for before, table in re.findall(r"((?:^[^|\n].*\n|^\n)+)((?:^\|.*\n)+)", page, flags=re.MULTILINE):
-        file = re.findall(r"\((results/ablations-[\w-]+\.json)\)", before)[-1]
-        expected = rows_of(json.loads((course / file).read_text(encoding="utf-8"))["runs"])
+        file = re.findall(r"\((ablations-[\w-]+\.json)\)", before)[-1]
+        expected = rows_of(json.loads((results / file).read_text(encoding="utf-8"))["runs"])
         for line in table.splitlines()[2:]:
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             assert cells == expected[cells[0]]
             shown.setdefault(file, set()).add(cells[0])
     measured = {
-        f"results/{file.name}": {run["arm"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]}
-        for file in (course / "results").glob("ablations-*.json")
+        file.name: {run["arm"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]}
+        for file in results.glob("ablations-*.json")
     }
     assert shown == measured, "a result that is shown nowhere, or the other way round"
