@@ -98,12 +98,6 @@ def test_the_command_that_a_built_in_file_opens_with_runs_all_of_its_arms(name, 
     assert len({made.to_toml() for made in arms.values()}) == len(arms), "two arms are the same"
 
 
-def test_the_papers_arms_are_those_of_the_readmes_table():
-    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("## What was measured")[1]
-    table = re.findall(r"^\| (\S.*?) *\|", lines.split("![")[0], flags=re.MULTILINE)
-    assert ["arm", *comparison.read(DIGITS, "paper")] == [name for name in table if not name.startswith("-")]
-
-
 def test_every_plugin_of_the_package_is_among_the_plugins_arms():
     ours = {name for name, plugin in registry.PLUGINS.items() if plugin.__module__.startswith("tinyspeed.")}
     compared = {(made.dualspeed.plugin, made.dualspeed.keep) for made in comparison.read(DIGITS, "plugins").values()}

@@ -572,4 +572,4 @@ def test_slips_of_the_pen_are_named(home, tmp_path, capsys):
     with pytest.raises(UserError, match=r'set data\.kind = "chat" too'):
         settings(home, tmp_path, "run", "data.kind=digits")
     assert cli.main(["ask", str(home / "llava"), str(home / "images" / "p0-0.jpg")]) == 2
-    assert "the last word must be the question" in capsys.readouterr().err
+    assert "the last argument must be the question" in capsys.readouterr().err

@@ -250,7 +250,7 @@ def test_notices_are_lost_and_nothing_else():
         stream = io.TextIOWrapper(full, write_through=True)
         with pytest.raises(OSError, match="No space"):
             print("a line", file=stream, flush=True)
-        notices = cli.Notices(stream)
+        notices = cli.SafeStream(stream)
         print("a line", file=notices, flush=True)
         assert notices.fileno() == full.fileno()
         stream.detach()

@@ -39,11 +39,11 @@ class Result:
 
 
 def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
-    """Run a recipe from the start, or from its newest checkpoint."""
+    """Runs a recipe from the start, or from its newest checkpoint."""
     set_threads(recipe)
     with run_folder.claimed(recipe, resume) as folder:
         model, source = build(recipe)
-        with stop_requested() as stop:  # not before: while the base model is built there is nothing to save
+        with stop_requested() as stop:  # from here on there is something to save
             return _stages(recipe, folder, model, source, stop, bar)
 
 
@@ -51,7 +51,7 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
     saved, state = newest_checkpoint(recipe) if checkpoint.newest(folder / "checkpoints") else (None, None)
     begin(recipe, folder, model.device, state)
     totals = Totals(**state["totals"]) if state else Totals()
-    torch.manual_seed(recipe.run.seed)  # after building: dropout is the only thing that draws from here on
+    torch.manual_seed(recipe.run.seed)  # only dropout draws from here on
     for number, (name, stage) in enumerate(recipe.stages()):
         if state and number < state["stage"]:
             continue
@@ -67,7 +67,7 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
 
 
 def finish(recipe: Recipe) -> None:
-    """What a run leaves when all its steps are done."""
+    """Writes what a finished run leaves: the isolator's file and the exported model."""
     if not (recipe.folder / "model").is_dir():
         saved, _ = newest_checkpoint(recipe)
         discarded = [name for name in saved if only_training(name)]
@@ -77,9 +77,9 @@ def finish(recipe: Recipe) -> None:
 
 
 def dry_run(recipe: Recipe) -> tuple[Source, list[dict]]:
-    """The data, and one step of every mode of every stage on its longest example: what it takes, before training.
+    """Takes one step of every mode of every stage on the longest example. Returns the data and what the steps took.
 
-    Slow steps are rare and long: without this, a run that cannot fit ends after an hour instead of a minute.
+    Slow steps are rare and long: without a dry run, a run that does not fit may fail after an hour instead of a minute.
     """
     set_threads(recipe)
     model, source = build(of_all_answers(recipe))
@@ -88,7 +88,7 @@ def dry_run(recipe: Recipe) -> tuple[Source, list[dict]]:
 
 
 def of_all_answers(recipe: Recipe) -> Recipe:
-    """Its largest steps: no answer is skipped, and no reference is asked which."""
+    """The recipe without ReGATE: its steps skip no answers, and so take the most memory."""
     return replace(recipe, regate=regate.Settings())
 
 
@@ -98,9 +98,9 @@ def rehearsals(recipe: Recipe, model: DualSpeed, source: Source) -> Iterator[dic
 
 
 def rehearsed(run: StageRun) -> Iterator[dict]:
-    """One step of every mode of a stage."""
-    # Beyond the run's own steps: a short one may draw no slow step, and the next, longer one will. Of a mode's steps
-    # one that runs every layer, if there is any.
+    """Takes one step of every mode of a stage."""
+    # The plans of 10,000 steps, since a short run may draw no slow step and a longer one will. The last plan of each
+    # mode counts, and plans that run every layer come last.
     drawn = sorted(map(run.model.schedule.plan, range(10_000)), key=lambda plan: plan.layers is None)
     plans = {plan.mode: plan for plan in drawn}
     for plan in plans.values():
@@ -108,11 +108,12 @@ def rehearsed(run: StageRun) -> Iterator[dict]:
 
 
 def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None, **more) -> None:
-    """The run's log, cut off where the newest checkpoint, whose state this is, was written."""
+    """Prepares the run's folder: deletes half-written checkpoints, cuts the log off at the checkpoint with this state,
+    and writes record.json."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
         files.remove(half)
-    checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # it may have ended between new and old
+    checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # the run may have ended before it did
     if state and state["threads"] != torch.get_num_threads():
         print(
             f"the run used {counted(state['threads'], 'thread')} and goes on with {torch.get_num_threads()}: "
