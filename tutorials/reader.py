@@ -4,8 +4,8 @@
     tinyspeed compare --arms tutorials/reference.toml --seeds 3 --set run.name=reference --set digits.pictures=2000
 
 The model has one layer. It reads conversations about pictures that no student sees, with pad tokens in place of the
-picture. So it learns only which answers are likely whatever the picture shows: that `</s>` ends them, that a place holds
-a digit or none, and what earlier answers reveal about later ones.
+picture. So it learns only which answers are likely whatever the picture shows: that `</s>` ends them, that a place
+holds a digit or none, and what earlier answers reveal about later ones.
 """
 
 import sys
