@@ -23,7 +23,7 @@ from tinyspeed.util import malloc
 
 ROOT = Path(__file__).parents[2]
 FAST = Plan("fast", keep=0.3)
-ONCE = [name for name in pruning.names() if pruning.merges(name) == "features"]
+ONCE = [name for name in pruning.names() if pruning.entry(name).merges == "features"]
 
 
 def backward(model, batch):
@@ -55,7 +55,7 @@ def test_projecting_what_stays_once_more_is_projecting_everything_with_a_graph(f
         near = 1e-5 * float(gradient.abs().max())
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=near, msg=name)
     projected = [counter.get_flop_counts()["Global"] for counter in (less, more)]
-    assert (sum(projected[0].values()) < sum(projected[1].values())) == (pruning.merges(plugin) == "")
+    assert (sum(projected[0].values()) < sum(projected[1].values())) == (pruning.entry(plugin).merges == "")
 
 
 @pytest.mark.parametrize("frozen", ["projector", "nothing"])

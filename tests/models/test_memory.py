@@ -204,7 +204,7 @@ def test_what_plugins_hold_for_each_pair_of_rows(name, keep):
         peaks.append(live.peak)
     found = (peaks[0] - 2 * peaks[1]) / (images * (n**2 - 2 * (n // 2) ** 2))
     slack = 3.7 if name == "dpp" else 2.7  # its factor is as wide as what is kept; counted is the widest
-    assert found - 0.1 <= pruning.pairs(name, keep) <= found + slack
+    assert found - 0.1 <= pruning.entry(name).pair_bytes(keep) <= found + slack
     asked = recipe.read("digits", [f"dualspeed.plugin={name}"])
     assert Settings.of(asked, "train", "fp32").plugin == name
 

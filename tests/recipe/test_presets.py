@@ -8,12 +8,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
-import torch
-from safetensors.torch import load_file
-from support import tiny
-from support.album import album
 
-from scale import __main__
 from scale.balancing import WINDOW, LengthGroupedOrder
 from scale.planner import hardware, plan
 from tinyspeed import UserError, recipe
@@ -130,31 +125,6 @@ def test_stage_2_goes_on_where_stage_1_ends(name):
     assert first.data.file.startswith(first.data.images.removesuffix("images"))
     with pytest.raises(UserError, match="no model folder runs/"):
         loading.load_config(then.model.path)
-
-
-def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch):
-    """The recipes themselves, on a tiny tower and a tiny LLM. Changed are places, the batch, and how far stage 1
-    takes the isolator: further than stage 2 could, had it begun with a new one."""
-    monkeypatch.chdir(tmp_path)
-    tower, llm = tiny.parts(tmp_path)
-    data = {"file": album(tmp_path, 10), "images": "images", "max_rows": 0, "workers": 0, "skip_bad": "true"}
-    common = ["model.precision=fp32", "run.device=cpu", *(f"data.{key}={value}" for key, value in data.items())]
-    stages = {
-        "llava-1.5-7b-stage1": [f"model.tower={tower}", f"model.llm={llm}", "align.batch=2", "align.lr=0.1"],
-        "llava-1.5-7b-stage2": ["train.batch=4"],
-        "llava-1.5-7b-stage2-lora": ["train.batch=4"],
-    }
-    for name, changes in stages.items():
-        assert __main__.main([name, *(word for change in common + changes for word in ("--set", change))]) == 0
-    learned = [load_file(f"runs/{name}/isolator.safetensors")["isolator.weight"] for name in stages]
-    for later in learned[1:]:
-        assert 0 < (later - learned[0]).abs().max() < 0.001
-    before, after = (load_file(f"runs/{name}/model/model.safetensors") for name in (*stages,)[:2])
-    assert before.keys() == after.keys()
-    moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert moved
-    assert not any("vision_tower" in key for key in moved)
-    assert any("language_model" in key for key in moved)
 
 
 @pytest.mark.parametrize("name", [name for name in TUNES if "next" not in name])

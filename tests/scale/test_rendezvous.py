@@ -3,7 +3,10 @@
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -11,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.waiting import HANGS
 
 from scale import ranks
 from scale.rendezvous import rendezvous
@@ -42,21 +46,29 @@ def attempt(store: dist.Store, ranks: set[int], patience: float) -> dict[int, di
 def test_all_meet_in_a_new_place_whoever_was_there_before(before):
     store = dist.HashStore()
     for number, some in enumerate(before):
-        found = attempt(store, some, patience=20 if len(some) == SIZE else 0.1)
+        found = attempt(store, some, patience=HANGS if len(some) == SIZE else 0.1)
         for rank, place in found.items():
             if len(some) == SIZE:
                 place.set(f"said by {rank}", str(number))
             else:
                 assert "not come" in place, "and nobody goes on alone"
-    found = attempt(store, set(range(SIZE)), patience=20)
+    found = attempt(store, set(range(SIZE)), patience=HANGS)
     for rank in range(SIZE):
         assert not found[rank].check([f"said by {rank}"]), "nobody was here before"
     found[0].set("word", "hello")
     assert [found[rank].get("word") for rank in range(SIZE)] == [b"hello"] * SIZE
 
 
-def test_who_is_missing_is_said():
-    found = attempt(dist.HashStore(), {0, 2}, patience=0.3)
+def test_who_is_missing_is_said(monkeypatch):
+    store, looks = dist.HashStore(), Counter()
+
+    def clock() -> float:
+        """The time is up for a rank when it has looked around once more after rank 2 had come."""
+        looks[threading.get_ident()] += store.check(["has/2"])
+        return float(looks[threading.get_ident()] > 1)
+
+    monkeypatch.setattr("scale.rendezvous.time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    found = attempt(store, {0, 2}, patience=0.5)
     assert found[0].startswith("ranks [1] of 3 have not come")
     assert found[2].startswith("rank 0 has not come")
 

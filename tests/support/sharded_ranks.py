@@ -1,4 +1,4 @@
-"""What several ranks compute beside one process: torchrun runs this for test_sharding.py, and it writes what it found.
+"""What several ranks compute beside one process: torchrun runs this for test_two_ranks.py, and it writes what it found.
 
     torchrun --nproc-per-node 2 sharded_ranks.py HOME OUT.json
 

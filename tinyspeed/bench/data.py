@@ -60,7 +60,7 @@ def bench_data(
     returns everything, and writes it as JSON to `out` and as a picture to `png`."""
     if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
         raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
-    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.about(folder):
+    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.errors_about(folder):
         if recipe is None:
             config = published.config_of("7b", family)
             source, rank, said = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"

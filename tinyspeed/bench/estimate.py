@@ -20,7 +20,7 @@ from statistics import fmean
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
-from ..data import conversations, digits
+from ..data import conversations, digits, digits_model
 from ..data.examples import Sample, Source
 from ..models import loading, memory, precision
 from ..models.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
@@ -160,7 +160,7 @@ def shape_of(recipe: Recipe) -> Shape:
     if model.path:
         return Shape(loading.load_config(model.path))
     if not model.llm:
-        return Shape(digits.build_model(0, **recipe.digits.sizes).config)
+        return Shape(digits_model.build_model(0, **recipe.digits.sizes).config)
     with loading.explaining(f"cannot read the configuration of {model.llm} or {model.tower}"):
         text = AutoConfig.from_pretrained(model.llm, trust_remote_code=False)
         vision = CLIPVisionConfig.from_pretrained(model.tower)

@@ -58,7 +58,7 @@ def _every_id_embedded(run: StageRun) -> AbstractContextManager:
     def all_of_them(selected: rows.Rows, words: int):
         return torch.arange(words, device=selected.source.device), selected
 
-    return patch.object(rows, "looked_up", all_of_them)
+    return patch.object(rows, "used_words", all_of_them)
 
 
 def _cut_by_samples(run: StageRun) -> AbstractContextManager:

@@ -124,7 +124,7 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
     build.set_threads(recipe)
     (device, name), source = build.place(recipe), longest(recipe, loading.load_config(folder))
     found = {
-        "device": cuda.get_device_name(device) if device.type == "cuda" else provenance.processor(),
+        "device": cuda.get_device_name(device) if device.type == "cuda" else provenance.cpu_name(),
         "gpu_gib": None, "outside_gib": None, "precision": name, "quantise": recipe.model.quantise,
         "rank": recipe.lora.rank, "optimizer": recipe.train.optimizer, "picture": list(source.sizes[0]),
         **dict(zip(("text", "visual", "answers"), source.lengths(0), strict=True)),

@@ -144,7 +144,7 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
     if tune != "qlora":
         return model
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
-        with files.about(folder):
+        with files.errors_about(folder):
             model.save_pretrained(folder)
         del model
         return loading.load_model(folder, name, quantise="nf4", device=device)

@@ -61,7 +61,7 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-    for file in paths.weights(folder):
+    for file in paths.weight_files(folder):
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             metadata = opened.metadata()

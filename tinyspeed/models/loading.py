@@ -89,7 +89,7 @@ def require_safetensors(path: str | Path) -> None:
     except OSError:  # there is no such model, and loading it will say so
         return
     if index:
-        paths.weights(Path(index).parent)
+        paths.weight_files(Path(index).parent)
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def _reason(error: Exception) -> str:
 
 def _resolve(path: str) -> str | Path:
     """Returns the folder, or the hub id as it is. Refuses a folder with a model that tinyspeed does not know."""
-    found = paths.model(path)
+    found = paths.model_folder_or_hub_id(path)
     if isinstance(found, Path):
         try:
             kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -127,7 +127,7 @@ def _resolve(path: str) -> str | Path:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
-        paths.weights(found)
+        paths.weight_files(found)
     return found
 
 

@@ -26,7 +26,7 @@ from functools import cache, cached_property
 import torch
 from torch import cuda
 
-from ..pruning import keep_count, make, merges, pairs
+from ..pruning import entry, keep_count, make
 from ..rows import plan_rows
 from ..scheduler import Plan
 from .families import FAMILIES
@@ -247,8 +247,8 @@ class Step:
 
     @cached_property
     def projects_twice(self) -> bool:
-        """Whether all rows are projected without a graph and those that stay once more with one (`choosing.py`)."""
-        return self.batch.mode == "fast" and self.shape.rowwise and merges(self.s.plugin) != "features"
+        """Whether all rows are projected without a graph and those that stay once more with one (`chooser.py`)."""
+        return self.batch.mode == "fast" and self.shape.rowwise and entry(self.s.plugin).merges != "features"
 
     @property
     def text(self) -> int:
@@ -290,7 +290,7 @@ class Step:
         tower = self.crops * (shape.patches + 1) * (3 * shape.tower_inner * b + 4 * shape.tower * 4)
         # Features, twice; an fp32 copy; and what the plugin holds of each pair.
         pruning = batch.visual * h * (2 * b + 4 * s.half)
-        pruning += int(pairs(s.plugin, s.keep) * batch.visual**2) // max(batch.images, 1)
+        pruning += int(entry(s.plugin).pair_bytes(s.keep) * batch.visual**2) // max(batch.images, 1)
         chosen = self.crops * shape.patches * shape.read * b if self.projects_twice else self._projector
         features, gathered = self.seen * h * b, rows * h * s.stream
         table = (2 * self.text + self.seen) * h * s.stream  # words, and words with the features behind them

@@ -149,7 +149,7 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once a step, since a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # after a power cut the log must reach as far as the checkpoint
-                        with files.about(folder / LOG):
+                        with files.errors_about(folder / LOG):
                             files.flush(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:

@@ -112,7 +112,7 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     and writes record.json."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
-        files.remove(half)
+        files.delete_if_possible(half)
     checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # the run may have ended before it did
     if state and state["threads"] != torch.get_num_threads():
         print(

@@ -9,6 +9,7 @@ The LLM runs with the attention function of `attention.py`, which is told a step
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from ...rows import Layout
 from ...util.errors import UserError
 from .. import attention
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
 
 class Family:
     square = True  # the rows of an image form one square picture
@@ -24,11 +28,12 @@ class Family:
 
     def __init__(self, model: nn.Module):
         # peft wraps the model; its base is the same modules with adapters in place.
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config = self.model.config
-        self.hidden_size = self.config.text_config.hidden_size
-        self.tower, self.projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
-        self.language_model = self.model.model.language_model
+        self.model: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config: PreTrainedConfig = self.model.config
+        self.hidden_size: int = self.config.text_config.hidden_size
+        self.tower: PreTrainedModel = self.model.model.vision_tower
+        self.projector: nn.Module = self.model.model.multi_modal_projector
+        self.language_model: PreTrainedModel = self.model.model.language_model
         self.language_model.set_attn_implementation(attention.NAME)
 
     @property
@@ -87,7 +92,7 @@ class Family:
         """Arranges values (crops, patches, C) as the features of each image are arranged: (rows, C) per image."""
         return list(values)
 
-    def unused_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
+    def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
         """Table rows that nothing picks, made by those parts of the connector that the batch may not use. These parts
         then get zeros as gradients instead of none, and which parameters a step touches depends on its plan alone."""
         if any(features.values()):

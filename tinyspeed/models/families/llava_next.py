@@ -55,9 +55,9 @@ class LlavaNext(Family):
         finally:
             self.newline.requires_grad_(was)
 
-    def unused_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
+    def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
         newline = [] if plan_mode == "fast" else [self.newline[None]]  # a batch of videos may have no newline
-        return super().unused_rows(features, plan_mode) + newline
+        return super().zero_gradient_rows(features, plan_mode) + newline
 
     def prunable(self, features: Tensor) -> Tensor:
         """Newline rows are structure. They are copies of the newline, so comparing finds them wherever they were put,
