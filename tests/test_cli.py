@@ -13,14 +13,14 @@ import pytest
 from support.runs import fails
 
 from tinyspeed import cli, recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.models import loading
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "base"
-    return digits.prepare(folder, 0, bar=False, width=16, layers=1, tower_width=16, tower_layers=1, tower_steps=1)
+    return digits_model.prepare(folder, 0, bar=False, width=16, layers=1, tower_width=16, tower_layers=1, tower_steps=1)
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_one_folder_collects_arms_and_measures_none_twice(capsys, tmp_path, smal
         assert (told.train.lr == 1e-4) == (run["arm"] == "own arm")
         assert {"commit", "device", "versions", "threads"} <= set(run["record"])
         assert min(run["rows"], run["seconds"], run["steps"]) > 0
-        assert run["area"] == run["rows"] * loading.config(told.model.path).text_config.num_hidden_layers
+        assert run["area"] == run["rows"] * loading.load_config(told.model.path).text_config.num_hidden_layers
     table = (tmp_path / "c-compare" / "compare.md").read_text().splitlines()[2:]
     assert [line.split("|")[1].strip() for line in table] == [run["arm"] for run in runs]
     mine.write_text('[late.train]\nlr = 1e-5\n["own arm".train]\nlr = 1e-3\n')  # refused before `late` is run

@@ -15,7 +15,7 @@ from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import feature_cache
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
-from tinyspeed.data.feature_cache import Features, fill
+from tinyspeed.data.feature_cache import FeatureCache
 from tinyspeed.models.families import family as adapter
 from tinyspeed.recipe import DataSection
 from tinyspeed.scheduler import Plan
@@ -27,9 +27,8 @@ def source(home, family):
 
 
 def kept(folder, made, net, most=1e9, precision="fp32"):
-    vlm, prepare = adapter(net), made.processor.image_processor
-    store = Features(folder, vlm, prepare, precision)
-    fill(store, made.pictures(), vlm, prepare, precision, most, bar=False)
+    store = FeatureCache(folder, adapter(net), made.processor.image_processor, precision)
+    store.fill(made.pictures(), adapter(net), most, bar=False)
     return store
 
 
@@ -74,7 +73,7 @@ def test_files_are_found_by_content_and_made_once(home, family, tmp_path):
     store = kept(tmp_path, again, tiny.model(family))
     assert {p: p.stat().st_mtime_ns for p in first} == first, "other paths, same pictures"
     other = kept(tmp_path, made, tiny.model(family, seed=1))
-    half = Features(tmp_path, adapter(net), made.processor.image_processor, "bf16")
+    half = FeatureCache(tmp_path, adapter(net), made.processor.image_processor, "bf16")
     picture = next(iter(made.pictures()))
     assert len({store.file(picture), other.file(picture), half.file(picture)}) == 3, "another tower, another precision"
     Image.open(picture).convert("RGB").rotate(90).save(tmp_path / "turned.png")
@@ -143,7 +142,7 @@ def test_a_damaged_file_is_named(home, tmp_path):
     with pytest.raises(UserError, match=r"cannot be read .*delete the file"):
         store.read(picture)
     store.file(picture).unlink()
-    with pytest.raises(UserError, match=r"are gone.*--resume"):
+    with pytest.raises(UserError, match=r"were deleted.*--resume"):
         store.read(picture)
 
 

@@ -19,4 +19,4 @@ def test_the_guides_recipe_for_all_of_them_skips_rows_layers_and_answers():
     assert any(plan.keep < 1 and plan.answer_keep < 1 for plan in plans)
     skipper = schedules.skipper_of(made, "train", made.digits.layers)
     assert skipper.on_average < made.digits.layers
-    assert pruning.needs(made.dualspeed.plugin)
+    assert pruning.entry(made.dualspeed.plugin).needs

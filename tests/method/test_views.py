@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, Trainer
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.models import export, loading, lora, trainable
 from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import PeriodicSchedule, Plan
@@ -177,7 +177,7 @@ def test_what_is_exported_is_the_slow_view(family, tmp_path):
 
 
 def test_the_trainer_trains_both_views(tmp_path):
-    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
+    base = digits_model.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
     lora = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS), adapter_name="slow")
     lora.add_adapter("fast", LoraConfig(r=4, target_modules=TARGETS))  # peft leaves it frozen
 

@@ -439,7 +439,7 @@ def test_an_index_of_weights_that_names_a_pickle_is_refused(base, tmp_path):
     with pytest.raises(UserError, match=r"names 'weights\.bin'. Only safetensors are read"):
         loading.load_model(str(folder))
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(UserError, match="is no index of weights"):
+    with pytest.raises(UserError, match="is not an index of weights"):
         loading.load_model(str(folder))
 
 
@@ -532,4 +532,4 @@ def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(monke
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
     with pytest.raises(UserError, match=r"no_such/model: We couldn't connect.*no such folder here.\)$"):
-        loading.config("no_such/model")
+        loading.load_config("no_such/model")

@@ -13,9 +13,9 @@ from support.runs import recipe_file, settings, steps_done, unlike
 from support.waiting import HANGS, until
 from transformers import AutoModelForImageTextToText
 
-from scale import __main__, run, shard, world
-from scale.planner.traffic import Model
-from scale.stage import ShardedStage
+from scale import __main__, ranks, run, shard
+from scale.loop import ShardedStage
+from scale.planner.sharded_model import ShardedModel
 from tinyspeed import DualSpeed, UserError, adaptive
 from tinyspeed.models import loading, memory
 from tinyspeed.training import checkpoint, train
@@ -58,7 +58,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(home, tmp_path, monkeypa
         return write(temporary, *given)
 
     monkeypatch.setattr(checkpoint, "write", slowly)
-    with world.join() as here:
+    with ranks.join() as here:
         assert run.train(made, here) is None
     assert min(gone[:2]) >= 3, "behind the last step there is nothing to go on with"
     assert kept == [[], ["step-00000010"], ["step-00000010", "step-00000020"]], "half-written ones have no name"
@@ -85,7 +85,7 @@ def test_a_checkpoint_under_way_outlives_a_loss_that_is_not_finite(home, tmp_pat
 
     monkeypatch.setattr(checkpoint, "write", slowly)
     monkeypatch.setattr(ShardedStage, "_micro_batch", broken)
-    with world.join() as here, pytest.raises(UserError, match=r"step 3 .*loss nan"):
+    with ranks.join() as here, pytest.raises(UserError, match=r"step 3 .*loss nan"):
         run.train(made, here)
     state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]
     assert state["step"] == 2
@@ -98,10 +98,10 @@ def test_a_run_goes_on_only_with_its_own_model_and_data(home, tmp_path):
     made = settings(home, tmp_path, "run", *own)
 
     def refused(message: str, *changes: str) -> None:
-        with world.join() as here, pytest.raises(UserError, match=message):
+        with ranks.join() as here, pytest.raises(UserError, match=message):
             run.train(settings(home, tmp_path, "run", *own, *changes), here)
 
-    with world.join() as here:
+    with ranks.join() as here:
         assert run.train(made, here) is None
     refused("train.lr differs", "train.lr=0.5")
     records = json.loads((tmp_path / "train.json").read_text())
@@ -130,8 +130,8 @@ def test_a_dry_run_takes_a_step_of_each_mode_and_leaves_nothing(home, tmp_path, 
 def test_four_bits_as_bytes_are_refused(home):
     model = DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4"))
     with pytest.raises(UserError, match=r"uint8.*storage=torch.bfloat16"):
-        shard.check_storage(model)
-    shard.check_storage(DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4", storage=torch.bfloat16)))
+        shard.has_4_bits(model)
+    assert shard.has_4_bits(DualSpeed(loading.load_model(str(home / "llava"), quantise="nf4", storage=torch.bfloat16)))
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_four_bits_as_bytes_are_refused(home):
     ],
 )
 def test_what_cannot_be_spread_is_refused(home, tmp_path, changes, message):
-    two = world.World(0, 2, torch.device("cpu"), None)
-    run.supported(settings(home, tmp_path, "run", "lora.rank=4"), two)
+    two = ranks.Ranks(0, 2, torch.device("cpu"), None)
+    run.require_supported(settings(home, tmp_path, "run", "lora.rank=4"), two)
     with pytest.raises(UserError, match=message):
-        run.supported(settings(home, tmp_path, "run", "lora.rank=4", *changes), two)
+        run.require_supported(settings(home, tmp_path, "run", "lora.rank=4", *changes), two)
 
 
 def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):
@@ -162,8 +162,8 @@ def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):
 
 
 def test_a_rank_keeps_room_for_what_is_gathered_and_not_for_gradients_of_others(models):
-    shape = memory.Shape(loading.config(str(models / "1.5-7b")))
-    model = Model(shape, memory.Settings())
+    shape = memory.Shape(loading.load_config(str(models / "1.5-7b")))
+    model = ShardedModel(shape, memory.Settings())
     alone, gradients = model.coming(1), memory.fixed(shape, memory.Settings()).gradients
     assert alone == gradients
     assert model.coming(8) == gradients // 8 + model.borrowed

@@ -35,7 +35,7 @@ def run(dwarf, request):
     family, tune, budget = request.param
     picture = {"1.5": 16, "next": 40}[family]
     samples = [(30, [picture], 9), (12, [], 5), (70, [picture], 20)]
-    config, recipe = published.shaped("dwarf", family), recipe_of(tune, 2, len(samples), budget, CPU)
+    config, recipe = published.config_of("dwarf", family), recipe_of(tune, 2, len(samples), budget, CPU)
     model = build.wrap(recipe, random(config, "fp32", tune, CPU))
     return StageRun(recipe, model, Noise(config, samples), "train", 0, recipe.train, Totals())
 

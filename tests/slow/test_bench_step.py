@@ -28,7 +28,7 @@ def test_all_contestants_learn_the_same_from_the_same(dwarf, tmp_path, capsys, f
     assert (result["bench"], result["batch"], result["micro"]) == ("step", 3, 2)
     assert list(result["texts"]) == list(texts)
     assert Image.open(png).size[0] > 400
-    shape, s = Shape(published.shaped("dwarf", family)), Settings(rank=result["rank"])
+    shape, s = Shape(published.config_of("dwarf", family)), Settings(rank=result["rank"])
     for found in result["texts"].values():
         every, samples = found["contestants"], found["samples"]
         losses = {name: f["loss"] for name, f in every.items() if name not in ("fast", "slow", *step.MIXES)}
@@ -95,7 +95,7 @@ def test_four_bits_come_from_disk(dwarf):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     found = step.bench_step("dwarf", tune="qlora", texts=("12",), batch=1, repeats=1)
     assert found["texts"]["12"]["contestants"]["fast"]["loss"] > 0
-    model = step.random(published.shaped("dwarf", "1.5"), "fp32", "qlora", CPU)
+    model = step.random(published.config_of("dwarf", "1.5"), "fp32", "qlora", CPU)
     assert type(model.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 

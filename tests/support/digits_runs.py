@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 from tinyspeed import recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 
 ALIGN, TUNE = 3, 7  # steps
 
 
 def small_base(folder: Path) -> str:
     """A base model with attention dropout, so that the random state matters to a resumed run."""
-    digits.prepare(folder, 0, bar=False, width=32, layers=2, tower_width=16, tower_layers=1, tower_steps=2)
+    digits_model.prepare(folder, 0, bar=False, width=32, layers=2, tower_width=16, tower_layers=1, tower_steps=2)
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["attention_dropout"] = 0.2
     (folder / "config.json").write_text(json.dumps(config))

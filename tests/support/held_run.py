@@ -47,9 +47,9 @@ if __name__ == "__main__":
     _, behind, module, *arguments = sys.argv
     kind = StageRun
     if module == "scale":
-        from scale import stage, world
+        from scale import loop, ranks
 
-        kind, world.time = stage.ShardedStage, Runaway()
+        kind, ranks.time = loop.ShardedStage, Runaway()
     if LAST and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         hold(kind, int(behind))
     sys.argv = [module, *arguments]

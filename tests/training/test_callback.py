@@ -6,7 +6,7 @@ from support.trainers import Pictures, adapting, arguments, gather, wrapped
 from transformers import Trainer
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.scheduler import FastSchedule, PeriodicSchedule
 from tinyspeed.training.callback import SetStep
 
@@ -46,7 +46,7 @@ def test_the_loss_is_token_weighted_over_accumulated_batches(tmp_path):
 def test_lora_on_a_bf16_model_as_the_readme_has_it(tmp_path, checkpointing):
     from peft import LoraConfig, get_peft_model
 
-    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1).bfloat16()
+    base = digits_model.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1).bfloat16()
     before = {name: p.clone() for name, p in base.named_parameters()}
     lora = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*_proj"))
     base.model.multi_modal_projector.float().requires_grad_(True)
@@ -130,7 +130,7 @@ def test_trl_with_compute_loss_given_back(tmp_path):
     pictures = Pictures(16)
     trainer = Sft(
         model, run, train_dataset=numbers, data_collator=lambda items: gather([pictures[x["i"]] for x in items]),
-        processing_class=digits.build_processor(), callbacks=[SetStep(model)],
+        processing_class=digits_model.build_processor(), callbacks=[SetStep(model)],
     )  # fmt: skip
     trainer.train()
     assert model.forwards >= 2

@@ -29,7 +29,7 @@ from support.runs import ROOT, unlike
 from support.waiting import HANGS
 
 from tinyspeed import recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.recipe import Recipe
 from tinyspeed.training import checkpoint
 from tinyspeed.util import files
@@ -83,7 +83,7 @@ class Attack:
             more = (f"model.path={self.home / 'base'}", *SYSTEMS[self.system])
         made = recipe.read("digits", [*COMMON, *where, *more])
         if self.system != "pictures":
-            digits.prepare(self.home / "base", 0, tower_steps=5, **made.digits.sizes, bar=False)
+            digits_model.prepare(self.home / "base", 0, tower_steps=5, **made.digits.sizes, bar=False)
         return made
 
     def _pictures(self) -> tuple[str, ...]:
@@ -181,11 +181,11 @@ class Attack:
         strays = [p for name, p in killed.items() if name not in whole]
         assert all(p.name.endswith(".tmp") for p in strays), strays
         assert len(strays) <= sum(self.kills.values()), strays
-        files.remove_stale(strays)
+        files.delete_stale(strays)
         assert all(p.exists() for p in strays), "a file that may still be written was removed"
         for path in strays:
             os.utime(path, (0, 0))
-        files.remove_stale(strays)
+        files.delete_stale(strays)
         assert not any(p.exists() for p in strays)
         for name, path in whole.items():
             assert killed[name].read_bytes() == path.read_bytes(), name

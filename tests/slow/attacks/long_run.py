@@ -33,7 +33,7 @@ from slow.attacks.log_checks import wrong_lines, wrong_losses
 from support.runs import ROOT
 
 from tinyspeed import recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.recipe import Recipe
 from tinyspeed.training import train
 from tinyspeed.training.loop import StageRun
@@ -238,7 +238,7 @@ def _measure(home: Path, variant: str, steps: int, leaks: list[str], seed: int) 
     samples, seconds = {}, []
     for leak in leaks or [""]:
         chosen = settings(home / leak, variant, steps, seed)
-        digits.prepare(home / leak / "base", seed, tower_steps=2, **chosen.digits.sizes, bar=False)
+        digits_model.prepare(home / leak / "base", seed, tower_steps=2, **chosen.digits.sizes, bar=False)
         began = time.monotonic()
         samples[leak] = measure(chosen, leak or None)
         seconds.append(time.monotonic() - began)

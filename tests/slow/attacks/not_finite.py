@@ -30,7 +30,7 @@ from support.runs import log_of, unlike
 from support.waiting import HANGS
 
 from tinyspeed import adaptive, cli, recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.training import checkpoint, train
 
 SAVED = 3  # steps between checkpoints
@@ -78,7 +78,7 @@ def settings(home: Path, system: str, name: str) -> recipe.Recipe:
 
 def prepare(home: Path) -> None:
     """The base models, and pictures with conversations."""
-    digits.prepare(home / "base", 0, tower_steps=5, **settings(home, "dualspeed", "base").digits.sizes, bar=False)
+    digits_model.prepare(home / "base", 0, tower_steps=5, **settings(home, "dualspeed", "base").digits.sizes, bar=False)
     tiny.checkpoint("llava", home / "llava")
     album(home, 12)
 

@@ -21,8 +21,8 @@ from slow.attacks.injections import VALUES, WITHIN, injected
 from slow.attacks.not_finite import SYSTEMS, drawn_step, settings, steps_of, wrong_on_disk
 from support.runs import unlike
 
-from scale import __main__, run, world
-from scale.stage import ShardedStage
+from scale import __main__, ranks, run
+from scale.loop import ShardedStage
 from tinyspeed import UserError, adaptive
 
 TOGETHER = ("weight", "moment", "loss", "gradient", "when saving, a weight", "when saving, a moment")
@@ -39,7 +39,7 @@ def recipe_of(home: Path, system: str, name: str):
 
 def many(home: Path, out: Path, count: int, seed: int) -> None:
     tried, failures = {}, []
-    with world.join() as here:
+    with ranks.join() as here:
         for system in MANY:
             run.train(recipe_of(home, system, "ranks"), here)
             gc.collect()
@@ -55,7 +55,7 @@ def many(home: Path, out: Path, count: int, seed: int) -> None:
             out.write_text(json.dumps({"tried": tried, "failures": failures}))
 
 
-def together(here: world.World, home: Path, system: str, kind: str, value: float, seed: int) -> list[str]:
+def together(here: ranks.Ranks, home: Path, system: str, kind: str, value: float, seed: int) -> list[str]:
     """Inject a number on one rank. Returns what is wrong with how the run ended, as each of the ranks saw it."""
     draw = random.Random(f"{system} {kind} {value} {seed}")
     whole, made = recipe_of(home, system, "ranks"), recipe_of(home, system, "injected")
@@ -81,7 +81,7 @@ def together(here: world.World, home: Path, system: str, kind: str, value: float
     done.run = None
     gc.collect()
     run.train(made, here)
-    if here.leads:
+    if here.is_main:
         wrong = wrong or str(unlike(made, whole)[:5] or "")
     return here.gather([wrong])
 
@@ -91,18 +91,18 @@ def one(home: Path, out: Path, kind: str, value: float, seed: int) -> None:
     steps, damaged = steps_of(recipe_of(home, ONE, "ranks")), draw.randrange(2)
     fast = [number for number, (_, mode) in enumerate(steps) if mode == "fast"]
     first = draw.choice(fast) if kind in WITHIN else drawn_step(steps, draw)
-    leave = world.World.leave
+    leave = ranks.Ranks.leave
 
     def leaves(here, code, message):
         stage, mode = steps[done.step]
-        wrong = done.wrong(message, mode, stage) or ("" if code == world.MISTAKE else f"exit code {code}: {message}")
+        wrong = done.wrong(message, mode, stage) or ("" if code == ranks.MISTAKE else f"exit code {code}: {message}")
         out.write_text(json.dumps({"wrong": wrong, "step": done.step, "rank": damaged}))
         leave(here, code, message)
 
     mine = int(os.environ["RANK"]) == damaged
     with (
         injected(kind, value, first, draw.randrange(2**32), ShardedStage, mine) as done,
-        mock.patch.object(world.World, "leave", leaves),
+        mock.patch.object(ranks.Ranks, "abort", leaves),
     ):
         sys.exit(__main__.main([str(home / "alone.toml")]))
 

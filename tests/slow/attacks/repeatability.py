@@ -37,7 +37,7 @@ from support.album import album
 from support.runs import ROOT, timeless
 
 from tinyspeed import recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.training import checkpoint, train
 from tinyspeed.util import paths
 
@@ -153,7 +153,7 @@ def provide(home: Path) -> None:
         config["text_config"]["attention_dropout"] = 0.2
         (home / name / "config.json").write_text(json.dumps(config))
     sizes = recipe.read("digits", [part.format(home=home) for part in DIGITS]).digits.sizes
-    digits.prepare(home / "digits", 0, tower_steps=2, **sizes, bar=False)
+    digits_model.prepare(home / "digits", 0, tower_steps=2, **sizes, bar=False)
     tiny.llm(home / "llm")
 
 

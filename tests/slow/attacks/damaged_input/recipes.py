@@ -16,7 +16,7 @@ from slow.attacks.damaged_input import mutations
 from slow.attacks.damaged_input.cases import Case
 
 from tinyspeed import recipe
-from tinyspeed.data import digits, loader
+from tinyspeed.data import digits, digits_model, loader
 from tinyspeed.recipe import comparison
 from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
@@ -50,7 +50,7 @@ class Part:
     def __init__(self, home: Path):
         self.home = home
         self.small = recipe.read("digits", [*SMALL, f"model.path={home / 'base'}", f"run.folder={home / 'runs'}"])
-        digits.prepare(home / "base", 0, tower_steps=1, bar=False, **self.small.digits.sizes)
+        digits_model.prepare(home / "base", 0, tower_steps=1, bar=False, **self.small.digits.sizes)
 
     def case(self, draw: random.Random) -> Case:
         return draw.choice((self.set, self.set, self.set, self.file, self.file, self.arms, self.vary))(draw)

@@ -258,7 +258,7 @@ class Part:
     def isolator(self, made: recipe.Recipe, folder: Path) -> None:
         want = load_file(self.home / "kept" / "whole" / "isolator.safetensors")
         got = {name: torch.zeros_like(tensor) for name, tensor in want.items()}
-        isolator_file.load_into(got, paths.isolator(str(folder)))
+        isolator_file.load_into(got, paths.require_isolator(str(folder)))
         assert all(torch.equal(got[name], want[name]) for name in want), "another isolator"
 
     def exported(self, step: str) -> dict[str, torch.Tensor]:

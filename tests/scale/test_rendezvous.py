@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.waiting import HANGS
 
-from scale import meeting, world
-from scale.meeting import meet
+from scale import ranks
+from scale.rendezvous import rendezvous
 from tinyspeed import UserError
 
 SIZE = 3
@@ -29,7 +29,7 @@ def attempt(store: dist.Store, ranks: set[int], patience: float) -> dict[int, di
 
     def come(rank: int) -> None:
         try:
-            found[rank] = meet(store, rank, SIZE, patience)
+            found[rank] = rendezvous(store, rank, SIZE, patience)
         except UserError as error:
             found[rank] = str(error)
 
@@ -45,10 +45,10 @@ def attempt(store: dist.Store, ranks: set[int], patience: float) -> dict[int, di
 @given(before=st.lists(st.sets(st.integers(0, SIZE - 1)), max_size=3))
 def test_all_meet_in_a_new_place_whoever_was_there_before(before):
     store = dist.HashStore()
-    for number, ranks in enumerate(before):
-        found = attempt(store, ranks, patience=HANGS if len(ranks) == SIZE else 0.1)
+    for number, some in enumerate(before):
+        found = attempt(store, some, patience=HANGS if len(some) == SIZE else 0.1)
         for rank, place in found.items():
-            if len(ranks) == SIZE:
+            if len(some) == SIZE:
                 place.set(f"said by {rank}", str(number))
             else:
                 assert "not come" in place, "and nobody goes on alone"
@@ -67,55 +67,57 @@ def test_who_is_missing_is_said(monkeypatch):
         looks[threading.get_ident()] += store.check(["has/2"])
         return float(looks[threading.get_ident()] > 1)
 
-    monkeypatch.setattr(meeting, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    monkeypatch.setattr("scale.rendezvous.time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     found = attempt(store, {0, 2}, patience=0.5)
     assert found[0].startswith("ranks [1] of 3 have not come")
     assert found[2].startswith("rank 0 has not come")
 
 
 def test_one_rank_meets_nobody():
-    place = meet(dist.HashStore(), 0, 1, patience=0.0)
+    place = rendezvous(dist.HashStore(), 0, 1, patience=0.0)
     place.set("word", "hello")
     assert place.get("word") == b"hello"
     with pytest.raises(UserError):
-        meet(dist.HashStore(), 0, 2, patience=0.0)
+        rendezvous(dist.HashStore(), 0, 2, patience=0.0)
 
 
 def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="process 2 of this machine has no GPU, there are 1"), world.join():
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU, there are 1"), ranks.join():
         pass
 
 
-AT_THE_BOARD = """
+READING_THE_STORE = """
 import time
-from scale import meeting, world
+from scale import ranks
 
-def look(self, board):
+def check(self, store):
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        board.check(["anything"])
+        store.check(["anything"])
 
-world.World._look, world.LOOK_EVERY = look, 0.0
-with world.join():
+ranks.Ranks._check, ranks.CHECK_EVERY = check, 0.0
+with ranks.join():
     time.sleep(0.2)
 """
 
 
-def test_a_run_that_is_done_ends_well_while_its_watch_is_at_the_board():
+def test_a_run_that_is_done_ends_well_while_its_thread_reads_the_store():
     root = Path(__file__).parents[2]
-    ran = subprocess.run([sys.executable, "-c", AT_THE_BOARD], cwd=root, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr  # -6: aborted by a thread that comes back from the board to no Python
+    ran = subprocess.run(
+        [sys.executable, "-c", READING_THE_STORE], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr  # -6: aborted by a thread that comes back from the store to no Python
 
 
 def test_one_process_alone_opens_no_port(monkeypatch):
     """torch's store listens on every interface, whatever address it is given; a run of one process needs none."""
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     before = {c.laddr for c in psutil.Process().net_connections("inet")}
-    store = world._store(0, 1)
+    store = ranks._store(0, 1)
     store.set("a", "1")
-    assert store.compare_set(world.NOTE, "", "mine") == b"mine"
-    assert store.clone().compare_set(world.NOTE, "", "another's") == b"mine"
+    assert store.compare_set(ranks.ABORTED, "", "mine") == b"mine"
+    assert store.clone().compare_set(ranks.ABORTED, "", "another's") == b"mine"
     assert {c.laddr for c in psutil.Process().net_connections("inet")} == before
