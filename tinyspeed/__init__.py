@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from . import scheduler
 from .adaptive import AdaptiveSchedule
 from .scheduler import DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Plan
-from .util.errors import UserError
+from .util import UserError
 
 if TYPE_CHECKING:
     from . import pruning
@@ -14,20 +14,8 @@ if TYPE_CHECKING:
     from .models.lora import add_lora
     from .training.callback import SetStep
 
-__all__ = [
-    "AdaptiveSchedule",
-    "DualSpeed",
-    "DualSpeedSchedule",
-    "FastSchedule",
-    "FullSchedule",
-    "PeriodicSchedule",
-    "Plan",
-    "SetStep",
-    "UserError",
-    "add_lora",
-    "pruning",
-    "scheduler",
-]
+__all__ = ["AdaptiveSchedule", "DualSpeed", "DualSpeedSchedule", "FastSchedule", "FullSchedule", "PeriodicSchedule"]
+__all__ += ["Plan", "SetStep", "UserError", "add_lora", "pruning", "scheduler"]
 __version__ = "0.1.0"
 
 # These are imported when they are first asked for: torch takes a second to import and transformers four, and

@@ -60,16 +60,16 @@ def bench_data(
     returns everything, and writes it as JSON to `out` and as a picture to `png`."""
     if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
         raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
-    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.about(folder):
+    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.errors_about(folder):
         if recipe is None:
-            config = published.shaped("7b", family)
+            config = published.config_of("7b", family)
             source, rank, said = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"
             some = llava_mix.mix(1024, 0, family)
         else:
             if recipe.data.kind != "chat":
                 raise UserError('bench data: the recipe\'s data must be conversations, data.kind = "chat"')
             base = build.base_model(recipe, build.place(recipe).device)
-            config, source = loading.config(base), conversations.from_recipe(recipe, base)
+            config, source = loading.load_config(base), conversations.from_recipe(recipe, base)
             rank, said = recipe.lora.rank, recipe.data.file
             some = [source.lengths(i) for i in range(min(len(source), 1024))]
         counts = sorted({loader.at_most(count) for count in workers})

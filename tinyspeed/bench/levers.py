@@ -58,7 +58,7 @@ def _every_id_embedded(run: StageRun) -> AbstractContextManager:
     def all_of_them(selected: rows.Rows, words: int):
         return torch.arange(words, device=selected.source.device), selected
 
-    return patch.object(rows, "looked_up", all_of_them)
+    return patch.object(rows, "used_words", all_of_them)
 
 
 def _cut_by_samples(run: StageRun) -> AbstractContextManager:
@@ -104,7 +104,7 @@ def _features_from_disk(run: StageRun) -> AbstractContextManager:
             return made
         sizes, pixels = made.image_sizes, made.pixel_values.to(run.model.device)
         with torch.no_grad(), precision.autocast(run.precision, run.model.device):
-            looked = vlm.look(pixels, sizes).cpu()
+            looked = vlm.tower_features(pixels, sizes).cpu()
         return replace(made, pixel_values=None, tower_features=looked)
 
     return patch.object(run.source, "example", example)
@@ -156,7 +156,7 @@ def bench_levers(
 ) -> dict:
     """Time fast and slow steps with each change. Prints a table, returns everything, and writes it as JSON to `out`
     and as a picture to `png`."""
-    config, where = published.shaped(size, family), device_of(device)
+    config, where = published.config_of(size, family), device_of(device)
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where)
     name = precision.resolve(recipe.model.precision, where)
     model = build.wrap(recipe, random(config, name, tune, where))

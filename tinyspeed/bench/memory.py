@@ -59,7 +59,7 @@ def bench_memory(recipes: dict[str, Recipe], gpu: float | None = None, out: Path
             raise UserError(f"{name}: its model is put together by the run itself; give a recipe with a model.path")
         if gpu is not None and precision.device_of(recipe.run.device).type != "cuda":
             raise UserError("--gpu: there is no GPU here that could be held to it")
-        longest(recipe, loading.config(recipe.model.path))
+        longest(recipe, loading.load_config(recipe.model.path))
         models.setdefault(recipe.model.path, []).append(name)
     _check_disk(models)
     result = provenance.describe(bench="memory", held_to_gib=gpu, recipes=[])
@@ -113,7 +113,7 @@ def draw(path: str, folder: str, device: str) -> None:
         where = torch.device("cpu")
     with where:
         model = AutoModelForImageTextToText.from_config(
-            loading.config(path), dtype=torch.bfloat16, trust_remote_code=False
+            loading.load_config(path), dtype=torch.bfloat16, trust_remote_code=False
         )
     model.save_pretrained(folder, max_shard_size="5GB")
 
@@ -122,9 +122,9 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
     """A recipe on the weights in `folder`: its modes, and the error that ended them."""
     recipe = changed(recipe, {"model.path": folder})
     build.set_threads(recipe)
-    (device, name), source = build.place(recipe), longest(recipe, loading.config(folder))
+    (device, name), source = build.place(recipe), longest(recipe, loading.load_config(folder))
     found = {
-        "device": cuda.get_device_name(device) if device.type == "cuda" else provenance.processor(),
+        "device": cuda.get_device_name(device) if device.type == "cuda" else provenance.cpu_name(),
         "gpu_gib": None, "outside_gib": None, "precision": name, "quantise": recipe.model.quantise,
         "rank": recipe.lora.rank, "optimizer": recipe.train.optimizer, "picture": list(source.sizes[0]),
         **dict(zip(("text", "visual", "answers"), source.lengths(0), strict=True)),
@@ -171,7 +171,7 @@ def _hold(device: torch.device, gpu: float | None) -> tuple[float, float]:
 
 
 def _size(path: str) -> int:
-    return 2 * sum(Shape(loading.config(path)).parameters.values())
+    return 2 * sum(Shape(loading.load_config(path)).parameters.values())
 
 
 def _check_disk(paths) -> None:

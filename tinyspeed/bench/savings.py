@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..data import digits
+from ..data import digits, digits_model
 from ..dualspeed import DualSpeed
 from ..models.precision import device_of
 from ..rows import IGNORE
@@ -66,7 +66,7 @@ def bench_savings(
     if layers < 4 or width < 8 or width % 8:
         raise UserError(f"layers = {layers}, width = {width}: give at least 4, and a multiple of 8")
     where = device_of(device)
-    net = digits.build_model(0, width=width, layers=layers).to(where).train()
+    net = digits_model.build_model(0, width=width, layers=layers).to(where).train()
     net.model.vision_tower.requires_grad_(False)
     model, batch = DualSpeed(net).train(), _batch(net, where)
     answers = batch.pop("stays")

@@ -42,7 +42,7 @@ def bench_scaling(
     if len(frames) < 2 or min(frames) < 1:
         raise UserError(f"frames = {frames}: at least two numbers, each at least 1")
     where = device_of(device)
-    config = published.shaped(size, "video")
+    config = published.config_of(size, "video")
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with where:

@@ -83,7 +83,7 @@ def bench_step(
         raise UserError(f"tune = {tune!r}: one of {', '.join(TUNE)}")
     if batch < 1 or micro < 0 or budget < 0:
         raise UserError(f"batch = {batch}, micro = {micro}, budget = {budget}: at least 1, 0 and 0")
-    config, where = published.shaped(size, family), device_of(device)
+    config, where = published.config_of(size, family), device_of(device)
     drawn = {text: samples(text, batch, family) for text in texts}
     recipe = recipe_of(tune, min(64, config.text_config.hidden_size // 64), batch, budget, where, checkpointing)
     name = precision.resolve(recipe.model.precision, where)
@@ -144,7 +144,7 @@ def random(config, name: str, tune: str, device: torch.device) -> nn.Module:
     if tune != "qlora":
         return model
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
-        with files.about(folder):
+        with files.errors_about(folder):
             model.save_pretrained(folder)
         del model
         return loading.load_model(folder, name, quantise="nf4", device=device)

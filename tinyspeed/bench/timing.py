@@ -69,12 +69,12 @@ def wait(device: torch.device) -> None:
 def described(device: torch.device, **found) -> dict:
     """What was found, and the machine beside it."""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: disturbed
-    return provenance.describe(device=device, processor=provenance.processor(), load=load, **found)
+    return provenance.describe(device=device, processor=provenance.cpu_name(), load=load, **found)
 
 
 def write(result: dict, out: Path) -> None:
     try:
-        with files.about(out):
+        with files.errors_about(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, json.dumps(result, indent=1) + "\n")
     except OSError as error:

@@ -176,7 +176,7 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
     """What was predicted already; `out` then ends with it, and no longer with half a line."""
     held = out.read_bytes() if out.exists() else b""
     if header.startswith(held):  # nothing yet, or half a header
-        with files.about(out):
+        with files.errors_about(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(out) as temporary:
             temporary.write_bytes(header)
@@ -192,7 +192,7 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
         raise UserError(f"{out} is damaged, delete it to begin anew: {error!r}") from error
     if [id for id, _ in done] != [question.id for question in questions[: len(done)]]:
         raise UserError(f"{out} is damaged, delete it to begin anew: its lines are not the questions in their order")
-    with files.about(out):
+    with files.errors_about(out):
         os.truncate(out, len(whole))
     return dict(done)
 

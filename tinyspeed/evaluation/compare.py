@@ -15,7 +15,7 @@ import statistics
 import tomllib
 from pathlib import Path
 
-from ..data import digits
+from ..data import digits_model
 from ..models import loading
 from ..recipe import Recipe, comparison, from_tables, schedules
 from ..training import answer_gate, run_folder
@@ -41,7 +41,7 @@ def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = Tru
     for arm, made in arms.items():
         _check(arm, made)
     folder = folder_of(recipe)
-    with files.about(folder):
+    with files.errors_about(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         return _compare(recipe, folder, seeds, arms, bar)
@@ -51,7 +51,7 @@ def _check(arm: str, recipe: Recipe) -> None:
     """What a run would refuse when its turn comes, perhaps hours from now."""
     run_folder.require_sources(recipe)
     sizes = recipe.digits
-    layers = loading.config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
+    layers = loading.load_config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
     try:
         for stage, _ in recipe.stages():
             schedules.schedule_of(recipe, stage, layers)
@@ -70,10 +70,10 @@ def _compare(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], 
         todo.append((seed, home, {arm: made for arm, made in every.items() if not _measured(made)}))
     for seed, home, missing in todo:
         if missing and not recipe.model.path:
-            with files.about(home):
+            with files.errors_about(home):
                 home.mkdir(exist_ok=True)
             sizes = recipe.digits
-            digits.prepare(
+            digits_model.prepare(
                 home / "base", seed, tower_steps=sizes.tower_steps, **sizes.sizes, bar=bar, device=place(recipe)[0]
             )
         for arm, made in missing.items():
@@ -113,7 +113,7 @@ def _measured(recipe: Recipe) -> bool:
 
 def _run(recipe: Recipe, arm: str, bar: bool) -> int | None:
     """Measure one arm; the signal that ended it early, if one did."""
-    with files.about(recipe.folder):
+    with files.errors_about(recipe.folder):
         files.delete(recipe.folder)  # of an arm that was cut off: its seconds would not be whole
     trained = train(recipe, bar=bar)
     if trained.stopped_by is not None:

@@ -50,14 +50,14 @@ def look(
     Without `plugins`: of all that choose without having learned, and whose signals are there."""
     every, plugins = plugins is None, list(dict.fromkeys(_untaught(()) if plugins is None else plugins))
     for name in plugins:
-        if pruning.learned(name):
+        if pruning.entry(name).learned:
             raise UserError(f"{name!r} learns what to keep while it trains: before that there is nothing to look at")
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     if out.resolve() == Path(image).resolve():
         raise UserError(f"{out} is the picture itself: choose another place for the drawing")
     if not plugins:
         raise UserError(f"no plugin to look at; known: {', '.join(pruning.names())}")
-    needs = sorted({signal for name in plugins for signal in pruning.needs(name)})
+    needs = sorted({signal for name in plugins for signal in pruning.entry(name).needs})
     given = {} if tower is None else {signal: torch.ones(1, 1) for signal in needs}
     for name in plugins:  # a single row is kept by all: this only checks name and share, before anything is loaded
         pruning.select(name, torch.ones(1, 1, 1), keep=keep, signals=given)
@@ -100,7 +100,7 @@ def look(
 
 
 def _untaught(signals) -> list[str]:
-    return [name for name in pruning.works_with(signals) if not pruning.learned(name)]
+    return [name for name in pruning.works_with(signals) if not pruning.entry(name).learned]
 
 
 def shade(picture: np.ndarray, kept: Sequence[int], rows: int, columns: int) -> np.ndarray:
@@ -200,7 +200,7 @@ def encode(
         config.text_config.num_hidden_layers = 0
     batch, shown = _preprocess(picture, tower, vision, config.model_type)
     kind = AutoModelForImageTextToText if llava else AutoModel
-    loading.only_safetensors(tower)
+    loading.require_safetensors(tower)
     with _loading(tower):
         model, found = kind.from_pretrained(
             tower, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
@@ -216,18 +216,18 @@ def encode(
     pixels, sizes = batch["pixel_values"], batch.get("image_sizes")
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     cells = rows * columns
-    asking = [name for name in plugins or () if pruning.needs(name)]
+    asking = [name for name in plugins or () if pruning.entry(name).needs]
     if asking and not llava:
         raise UserError(f"the plugin {asking[0]!r} needs what a LLaVA's projector reads: give a LLaVA as tower")
     heard, family = {}, families.family(model) if llava else None
     for name in asking:
         signals.require_signals(family, name)
-    needs = {signal for name in asking for signal in pruning.needs(name)}
+    needs = {signal for name in asking for signal in pruning.entry(name).needs}
     if llava and plugins is None:
-        needs = {*signals.gives(family)}
+        needs = {*signals.signals_of_model(family)}
     try:
         if llava:
-            with signals.heard(family, batch, sorted(needs)) as heard:
+            with signals.recording(family, batch, sorted(needs)) as heard:
                 features = family.encode(pixels, sizes, "full")[0]
         else:
             features = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states[-2][0]

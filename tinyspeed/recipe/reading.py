@@ -9,8 +9,7 @@ import tomllib
 from pathlib import Path
 from reprlib import repr as short
 
-from ..util import paths
-from ..util.errors import UserError, unknown
+from ..util import UserError, paths, unknown
 from .sections import LARGEST, LAST, Recipe
 
 BUILT_IN = Path(__file__).parent / "presets"
@@ -106,7 +105,7 @@ def from_tables(tables: dict, where: str) -> Recipe:
                 values = {**values, key: float(value)}
             elif type(value) is not wanted:
                 raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
-            elif wanted is str and paths.NO_NAME.search(value):
+            elif wanted is str and paths.UNENCODABLE.search(value):
                 raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
         typed[section] = values
     made = {}
