@@ -122,7 +122,7 @@ def test_mistakes_are_named(change, says):
     ("changes", "says"),
     [
         (["sts.skip=0.5", "sts.every=1"], "skip none"),
-        (["regate.keep=0.5", "regate.cycle=8", "regate.refresh=8"], "none would skip"),
+        (["regate.keep=0.5", "regate.cycle=8", "regate.refresh=8"], "no step would skip"),
         (["lora.rank=4", "dualspeed.views=true", "dualspeed.slow=0.0"], "there are none"),
         (["lora.rank=4", "dualspeed.views=true", "dualspeed.schedule=fast"], "there are none"),
         (["sts.skip=0.34", "dualspeed.slow=1.0"], "every step runs every layer"),
