@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+from tinyspeed.bench.noise import Noise
 
 from tinyspeed import DualSpeed, cli
 from tinyspeed.bench import levers
-from tinyspeed.bench.noise import Noise
 from tinyspeed.bench.step import PLANS, random, recipe_of
 from tinyspeed.data.examples import collate
 from tinyspeed.models import published

@@ -12,11 +12,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.published_models import REAL
 from support.shapes import ANSWERS, LAYERS, TEXT, batch_of, small
+from tinyspeed.bench.live import Live, storages
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
 from tinyspeed import DualSpeed, pruning, recipe
-from tinyspeed.bench.live import Live, storages
 from tinyspeed.models import loading, lora, memory, precision, trainable
 from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.models.published import GRIDS, clip

@@ -1,7 +1,7 @@
-"""The picture of a benchmark: a bar for each contestant, as long as what it took, in a panel for each case.
+"""The picture of a benchmark: a panel for each case, and in it a bar for each contestant.
 
-The dark part of a bar is what it could not do without, where that is known. Blue is ours; what it is compared with is
-black, so that the two differ without colours too.
+The dark part of a bar is its floor, where one is known. Our contestants are blue and the others black, so the two
+differ without colours too.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from ..util import plots
 class Bar:
     name: str
     length: float
-    note: str = ""  # behind the bar
-    dark: float = 0.0  # how much of it is its floor
+    note: str = ""  # written behind the bar
+    dark: float = 0.0  # how much of the bar is dark
     ours: bool = True
 
 
 def draw(panels: dict[str, list[Bar]], unit: str):
-    """The same contestants in every panel, from top to bottom; one that is missing in a panel leaves a gap."""
+    """Draws the same contestants from top to bottom in every panel. One that a panel lacks leaves a gap there."""
     names = list(dict.fromkeys(bar.name for bars in panels.values() for bar in bars))
-    left, right = 0.3 + 0.075 * max(map(len, names)), 0.3
+    left, right = 0.3 + 0.075 * max(map(len, names)), 0.3  # inches
     width, height = left + 3.2 * len(panels) + right, 1.1 + 0.3 * len(names)
     fig = plots.figure(width, height)
     axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]

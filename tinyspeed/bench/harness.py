@@ -1,0 +1,98 @@
+"""Runs a benchmark: contestants are timed in turns, and the results are written beside the machine that they are of.
+
+The contestants of a round run in a shuffled order, so that a drifting clock or a busy neighbour slows all of them
+alike. A time is the median over the rounds, and a speed-up is the median of the ratios within each round.
+"""
+
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from ..models.precision import device_of
+from ..util import files, plots, provenance
+from ..util.errors import UserError
+
+Results = Iterator[tuple[str, dict]]  # what a benchmark yields
+
+
+def run(
+    benchmark: ModuleType, device: str = "cpu", out: Path | str | None = None, png: Path | str | None = None, **settings
+) -> dict:
+    """Runs a module of this package and returns its results, which also go to the JSON file `out`.
+
+    Its `measure(device, **settings)` yields a text to print and all results so far, whenever there are new ones; its
+    `draw(results)` makes the picture that is saved as `png`."""
+    where = device_of(device)
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: others disturb
+    machine = provenance.describe(where, processor=provenance.processor(), load=load)
+    print("{device}; {cores} cores, {threads} threads, load {load}".format(**machine))
+    for text, results in benchmark.measure(where, **settings):
+        print(f"\n{text}")
+        results = {**machine, "bench": benchmark.__name__.split(".")[-1], **results}
+        if out is not None:
+            write(results, Path(out))
+    if png is not None:
+        print(plots.save(benchmark.draw(results), png))
+    return results
+
+
+def write(results: dict, out: Path) -> None:
+    try:
+        with files.about(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(out, json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the results to {out}: {error.strerror}") from error
+
+
+def time_in_turns(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict]:
+    """Returns the milliseconds of each contestant in each round, after two rounds of warm-up, with their median and
+    minimum."""
+    if repeats < 1:
+        raise UserError(f"repeats = {repeats}: measure at least once")
+    order = random.Random(0)
+    milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(-2, repeats):
+        for name in order.sample(list(contestants), len(contestants)):
+            synchronize(device)
+            start = time.perf_counter()
+            contestants[name]()
+            synchronize(device)
+            if repeat >= 0:
+                milliseconds[name].append(1000 * (time.perf_counter() - start))
+    return {name: summary(ms) for name, ms in milliseconds.items()}
+
+
+def summary(ms: list[float]) -> dict:
+    return {"median_ms": statistics.median(ms), "min_ms": min(ms), "ms": ms}
+
+
+def speedup(slow: dict, fast: dict) -> float:
+    """Returns how many times faster `fast` is: the median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(slow["ms"], fast["ms"], strict=True))
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable, int]:
+    """Returns a product of matrices as large as an LLM's, and its FLOPs: how fast this machine computes at best. On a
+    GPU many products are queued at once, so that launching them does not count."""
+    rows, width, times = (256, 4096, 1) if device.type == "cpu" else (8192, 4096, 100)
+    left, right = (torch.randn(n, width, device=device, dtype=dtype) for n in (rows, width))
+
+    def multiply() -> None:
+        for _ in range(times):
+            left @ right
+
+    return multiply, times * 2 * rows * width**2
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished its work: a GPU only queues it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
