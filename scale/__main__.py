@@ -17,8 +17,8 @@ from tinyspeed import cli  # light: no torch yet
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    cli.quiet()
-    cli.alone()
+    cli.silence_libraries()
+    cli.block_hub_kernels()
     if argv[:1] == ["plan"]:
         from .planner.plan import main as plan
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(_taken(found, here.size))
         except (UserError, OSError) as error:
             where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
-            here.leave(world.MISTAKE, f"tinyspeed: {where}{cli.said(error)}")
+            here.leave(world.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")
         except Exception as error:
             if world.lost(error):
                 here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             os._exit(130)
 
     try:
-        with redirect_stderr(cli.Notices(sys.stderr)), world.join() as here:
+        with redirect_stderr(cli.SafeStream(sys.stderr)), world.join() as here:
             stopped = trained(here)
     except UserError as error:  # ranks that have not found each other
         print(f"tinyspeed: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ from tinyspeed.data import conversations, digits
 from tinyspeed.data.examples import Source
 from tinyspeed.models import loading, precision, trainable
 from tinyspeed.recipe import Recipe
-from tinyspeed.training import answer_gate, checkpoint, report, run_folder, stopping
+from tinyspeed.training import answer_gate, build, checkpoint, report, run_folder, stopping, trained
 from tinyspeed.training import train as core
 from tinyspeed.training.loop import Totals
 from tinyspeed.util.errors import counted
@@ -69,7 +69,7 @@ def dry_run(made: Recipe, world: World) -> list[dict]:
     source, found = _source(every, world), []
     answer_gate.require_some_skipping(made, len(source))
     for number, (name, stage) in enumerate(every.stages()):
-        model = build(every, name, world, mesh, None)
+        model = sharded_model(every, name, world, mesh, None)
         found += core.rehearsed(ShardedStage(world, mesh, every, model, source, name, number, stage, Totals()))
         del model
         gc.collect()
@@ -79,8 +79,8 @@ def dry_run(made: Recipe, world: World) -> list[dict]:
 def _prepare(made: Recipe, world: World) -> DeviceMesh:
     if made.run.device == "cpu":
         world.device = torch.device("cpu")
-    core.place(made)  # refuses a device or a precision that is not there
-    core.set_threads(made)
+    build.place(made)  # refuses a device or a precision that is not there
+    build.set_threads(made)
     if not world.leads:
         logging.disable_progress_bar()
     supported(made, world)
@@ -103,7 +103,7 @@ def _source(made: Recipe, world: World) -> Source:
     world.at("looking for model and data", patient=True)
     if world.leads:
         run_folder.require_sources(made)
-        core.base(made)  # puts it together, if it is not there yet
+        build.base_model(made, world.device)  # puts it together, if it is not there yet
     world.wait()
     source = digits.from_recipe(made) if made.data.kind == "digits" else _conversations(made, world)
     answer_gate.require_some_skipping(made, len(source))
@@ -112,7 +112,7 @@ def _source(made: Recipe, world: World) -> Source:
         # The others read them: from one `run.cache` for all, or else from their machine's own.
         for computes in (world.leads, world.first_here):
             if computes:
-                answer_gate.Gate(made, source, world.device, core.base(made))
+                answer_gate.Gate(made, source, world.device, build.base_model(made, world.device))
             world.wait()
     return source
 
@@ -121,9 +121,11 @@ def _conversations(made: Recipe, world: World) -> conversations.Conversations:
     world.at("checking the records", patient=True)
     mine = slice(world.rank, None, world.size)
     with nullcontext() if world.leads else redirect_stderr(io.StringIO()):  # one rank's notices are enough
-        source = conversations.from_recipe(made, core.base(made), bar=world.leads, mine=mine, gather=world.gather)
+        source = conversations.from_recipe(
+            made, build.base_model(made, world.device), bar=world.leads, mine=mine, gather=world.gather
+        )
     if world.leads:
-        core.list_skipped(made, source)
+        build.list_skipped(made, source)
     world.agree("the data", source.fingerprint)
     return source
 
@@ -133,7 +135,7 @@ def _stages(made: Recipe, world: World, mesh: DeviceMesh, source: Source, stop: 
     newest = checkpoint.newest(folder / "checkpoints")
     state = checkpoint.read(newest, slice(world.rank, None, world.size))[1] if newest else None
     if state:
-        core.check_state(made, newest, state)
+        trained.check_state(made, newest, state)
     world.agree("the checkpoint to go on from", state and state["step"])
     if world.leads:
         core.begin(made, folder, world.device, state, ranks=world.size)
@@ -162,7 +164,7 @@ def _stopped(
     # By name: what is newest may look different from another node.
     saved = checkpoint.read(checkpoint.folder_of(checkpoints, totals.steps), slice(0))[0] if totals.steps else None
     with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
-        model = build(made, name, world, mesh, saved)
+        model = sharded_model(made, name, world, mesh, saved)
     run = ShardedStage(world, mesh, made, model, source, name, number, stage, totals)
     if state and number == state["stage"]:
         run.restore(saved, state)
@@ -172,18 +174,20 @@ def _stopped(
     return run.stopped
 
 
-def build(made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: checkpoint.Saved | None) -> DualSpeed:
+def sharded_model(
+    made: Recipe, stage: str, world: World, mesh: DeviceMesh, before: checkpoint.Saved | None
+) -> DualSpeed:
     """The sharded model of a stage, with what the stage before has trained."""
     world.at("loading the model", patient=True)
     device, name = world.device, precision.resolve(made.model.precision, world.device)
-    path, quantise = core.base(made), made.model.quantise
+    path, quantise = build.base_model(made, world.device), made.model.quantise
     if quantise != "none":
         plain = loading.load_model(path, name, quantise=quantise, storage=torch.bfloat16, device=device)
     elif world.leads:
         plain = loading.load_model(path, name)
     else:
         plain = loading.skeleton(path, name)
-    model = core.wrap(made, plain)
+    model = build.wrap(made, plain)
     trainable.set_trainable(model.model, stage)
     if before is not None:
         here = {f"model/{n}": p for n, p in model.named_parameters() if not p.is_meta}

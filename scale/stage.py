@@ -148,9 +148,9 @@ class ShardedStage(StageRun):
         copies = self.world.size // self._shards.size()
         return (squares / copies).sqrt().float(), beside.float()
 
-    def _whose(self) -> tuple[int, str, str]:
+    def _find_cause(self) -> tuple[int, str, str]:
         """With which rank it began, where that can be known: gradients are of all ranks."""
-        place, *found = super()._whose()
+        place, *found = super()._find_cause()
         place, rank, said, mend = min(self.world.gather([(place, self.world.rank, *found)]))
         return place, said if place >= diagnosis.SHARED else f"on rank {rank} {said}", mend
 
@@ -209,7 +209,7 @@ class ShardedStage(StageRun):
             checkpoint.finish(temporary, state, files, self.recipe.run.keep_checkpoints)
         self.world.wait()
 
-    def _go_on_drawing(self, saved: checkpoint.Saved) -> None:
+    def _restore_random_state(self, saved: checkpoint.Saved) -> None:
         """Each rank as it drew before; one that was not there before draws on its own."""
         mine = f"/{self.world.rank}" if self.world.rank else ""
         if f"rng/cpu{mine}" not in saved:

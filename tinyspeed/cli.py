@@ -1,7 +1,7 @@
-"""The command line: one program, `tinyspeed`. A mistake of the user's is one line and exit code 2.
+"""The command line: one program, `tinyspeed`. A user's mistake is reported in one line, with exit code 2.
 
-torch takes a second to import, and transformers four. So nothing here imports either until the recipe, the paths and
-the arguments have been looked at: a slip of the pen costs no time.
+torch takes a second to import and transformers four. So neither is imported before the recipe, the paths and the
+arguments have been checked, and a typing mistake is reported at once.
 """
 
 import argparse
@@ -21,37 +21,37 @@ from .util.errors import UserError, counted
 
 
 def main(argv: list[str] | None = None) -> int:
-    with redirect_stderr(Notices(sys.stderr)):
+    with redirect_stderr(SafeStream(sys.stderr)):
         return _main(argv)
 
 
 def _main(argv: list[str] | None) -> int:
-    quiet()
-    alone()
+    silence_libraries()
+    block_hub_kernels()
     arguments = _parser().parse_args(argv)
     try:
         code = arguments.command(arguments)
-        sys.stdout.flush()  # where that fails later, nobody says so
+        sys.stdout.flush()  # at exit nobody would report that this fails
         return code
     except (UserError, OSError) as error:
-        print(f"tinyspeed: {said(error)}", file=sys.stderr)
+        print(f"tinyspeed: {message_of(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # outside of the steps, which save first
+    except KeyboardInterrupt:  # while no step runs; a step saves first
         print("tinyspeed: interrupted", file=sys.stderr)
         return 130
 
 
-def quiet() -> None:
-    """The bars and notices of ours are enough: transformers' own would drown them."""
+def silence_libraries() -> None:
+    """Turns off the progress bars and notices of transformers and others, so that ours can be seen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when workers are forked
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns about forked workers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about each other
 
 
-class Notices:
-    """The standard error stream, but nothing goes wrong with it: no run ends because its log is on a full disk."""
+class SafeStream:
+    """Standard error that never raises: no run should end because its log is on a full disk."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -69,14 +69,14 @@ class Notices:
         return getattr(self._stream, name)
 
 
-def alone() -> None:
-    """No code from the hub. With the package `kernels` others get compiled code there and run it: bitsandbytes when it
-    is imported, transformers when a model's configuration says so. To us that package is not installed."""
+def block_hub_kernels() -> None:
+    """Hides the package `kernels`, with which bitsandbytes and transformers would download compiled code from the hub
+    and run it."""
     sys.modules.setdefault("kernels", None)
 
 
-def said(error: UserError | OSError) -> str:
-    """One line about a mistake; an OSError is a disk that says no, or a folder that is a file."""
+def message_of(error: UserError | OSError) -> str:
+    """The line that reports an error. An OSError is a full disk, or a path that is not what it should be."""
     if isinstance(error, UserError):
         return str(error)
     if number := files.errno_of(error):
@@ -131,17 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     arms = made.add_mutually_exclusive_group()
     arms.add_argument("--arms", default="paper", help="a TOML file of arms, or a built-in one (default: paper)")
     arms.add_argument(
-        "--vary", action="append", metavar="section.key=v1,v2", help="full, and an arm for each value; repeat: products"
+        "--vary", action="append", metavar="section.key=v1,v2", help="an arm for each value, or combination of values"
     )
     made.add_argument("--only", metavar="ARM,ARM", help="only these arms")
 
-    made = command("eval", _eval, "a model's score in an official benchmark; of a run on digits, its accuracy")
+    made = command("eval", _eval, "the score of a model in an official benchmark, or the accuracy of a run on digits")
     made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
     made.add_argument("--task", help="pope, scienceqa, textvqa, vqav2 or gqa")
     made.add_argument("--questions", metavar="PATH", help="the benchmark's own file, or folder of files")
     made.add_argument("--beside", metavar="PATH", help="textvqa: a file of OCR tokens; vqav2: the annotations")
-    made.add_argument("--images", metavar="FOLDER", help="where its pictures are")
-    made.add_argument("--out", metavar="FILE", help="predictions, to go on with (default: in the run, or here)")
+    made.add_argument("--images", metavar="FOLDER", help="the folder of its pictures")
+    made.add_argument("--out", metavar="FILE", help="file of predictions (default: in the run's folder, or here)")
 
     made = command("export", _export, "write a run's newest checkpoint as a plain Hugging Face folder")
     made.add_argument("run", metavar="RUN")
@@ -150,11 +150,11 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
     made.add_argument("image")
-    said = "repeat for several; default: all that need not learn and whose signals the tower has"
-    made.add_argument("--plugin", action="append", metavar="NAME", help=said)
+    message_of = "repeat for several; default: all that need not learn and whose signals the tower has"
+    made.add_argument("--plugin", action="append", metavar="NAME", help=message_of)
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
-    made.add_argument("--seed", type=int, default=0, help="for plugins that draw")
+    made.add_argument("--seed", type=int, default=0, help="of plugins that draw at random")
     made.add_argument("--out", default="look.png")
 
     says = "measure speed and memory on this machine"
@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stopped(number: int | None, go_on: str = "saved; continue with --resume") -> int:
-    """Exit code of a run: 0, also for Ctrl-C (it is saved); 143 for SIGTERM, as job schedulers expect."""
+    """The exit code of a run: 143 after SIGTERM, as job schedulers expect, otherwise 0, also after Ctrl-C."""
     if number is not None:
         print(go_on, file=sys.stderr)
     return 143 if number == signal.SIGTERM else 0
@@ -229,11 +229,11 @@ def _ask(a) -> int:
 
     *pictures, question = a.words
     if Path(question).is_file():
-        raise UserError(f"{question} is a file, and the last word must be the question")
+        raise UserError(f"{question} is a file, but the last argument must be the question")
     _check_model(a.model)
     pictures = [images.decode(Path(picture), "ask") for picture in pictures]
     from .evaluation import ask
-    from .training.train import open_model
+    from .training.trained import open_model
 
     with open_model(a.model) as (model, processor, _):
         ask.answer(
@@ -268,7 +268,7 @@ def _eval(a) -> int:
     if chosen.data.kind != "digits":
         raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
     from .evaluation import accuracy
-    from .training.train import load_trained
+    from .training.trained import load_trained
 
     full, pruned = accuracy.held_out(load_trained(chosen), chosen)
     print(tables.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
@@ -288,7 +288,7 @@ def _benchmark(a) -> int:
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
     print(f"predictions go to {out}", file=sys.stderr)
     from .evaluation import ask, benchmarks
-    from .training.train import open_model
+    from .training.trained import open_model
     from .util.files import write_atomically
 
     with open_model(a.model) as (model, processor, name):
@@ -315,7 +315,7 @@ def _check_model(path: str) -> None:
 
 
 def _predictions(model: str, task: str) -> Path:
-    """A run keeps its own. A model's folder is somebody's model, and nothing else belongs into it."""
+    """In the run's folder; for any other model in the current one, since nothing is written into a model's folder."""
     if paths.is_run(model):
         return Path(model) / f"{task}.jsonl"
     whole = paths.expanded(model).resolve()
@@ -328,7 +328,7 @@ def _export(a) -> int:
     if Path(a.out).exists():
         raise UserError(f"{a.out} exists already; nothing was overwritten")
     run = of_run(a.run)
-    from .training.train import export
+    from .training.trained import export
 
     export(run, Path(a.out), adapter_only=a.adapter)
     by = "peft.PeftModel.from_pretrained(base, ...)" if a.adapter else "transformers.AutoModelForImageTextToText"

@@ -12,7 +12,7 @@ from tinyspeed.bench import levers
 from tinyspeed.bench.step import PLANS, random, recipe_of
 from tinyspeed.data.examples import collate
 from tinyspeed.models import published
-from tinyspeed.training import train
+from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
 from tinyspeed.util import malloc
 
@@ -36,7 +36,7 @@ def run(dwarf, request):
     picture = {"1.5": 16, "next": 40}[family]
     samples = [(30, [picture], 9), (12, [], 5), (70, [picture], 20)]
     config, recipe = published.shaped("dwarf", family), recipe_of(tune, 2, len(samples), budget, CPU)
-    model = train.wrap(recipe, random(config, "fp32", tune, CPU))
+    model = build.wrap(recipe, random(config, "fp32", tune, CPU))
     return StageRun(recipe, model, Noise(config, samples), "train", 0, recipe.train, Totals())
 
 

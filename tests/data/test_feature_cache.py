@@ -59,7 +59,7 @@ def test_training_from_features_is_training_from_pictures(home, family, tmp_path
 def test_no_picture_is_decoded_and_no_tower_runs(home, family, tmp_path, monkeypatch):
     net, made = tiny.model(family), source(home, family)
     made.features = kept(tmp_path, made, net)
-    monkeypatch.setattr(feature_cache.images, "load", None)
+    monkeypatch.setattr(feature_cache.images, "decode", None)
     batch = collate([made.example(i) for i in range(10)], tiny.PAD)
     net.model.vision_tower.forward = None
     assert DualSpeed(net, keep=0.3).train()(**batch, plan=Plan("fast", keep=0.3)).loss.isfinite()
@@ -109,9 +109,9 @@ def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
             raise Killed
         return original(*arguments)
 
-    original = feature_cache.images.load
+    original = feature_cache.images.decode
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache.images, "load", dying)
+        patch.setattr(feature_cache.images, "decode", dying)
         with pytest.raises(Killed):
             kept(tmp_path, made, net)
     assert len(files(tmp_path)) == 3

@@ -16,7 +16,7 @@ from tinyspeed.models.memory import Settings, Shape
 from tinyspeed.util import tables
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "tinyspeed" / "PERFORMANCE.md"
+PAGE = ROOT / "tutorials" / "results" / "performance.md"
 RESULTS = sorted((ROOT / "tutorials" / "results").glob("bench-*.json"))
 SHAPES = {
     "LLaVA-1.5-7B": ("7b", "1.5"),

@@ -14,7 +14,7 @@ from tutorials import run
 ROOT = Path(__file__).parents[2]
 COURSE = ROOT / "tutorials"
 CHAPTERS = sorted(COURSE.glob("[0-9]*.ipynb"))
-PAGES = [*CHAPTERS, COURSE / "README.md", COURSE / "ablations.md"]
+PAGES = [*CHAPTERS, COURSE / "README.md", COURSE / "results" / "ablations.md"]
 
 
 def read(file: Path) -> nbformat.NotebookNode:

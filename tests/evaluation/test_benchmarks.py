@@ -480,7 +480,7 @@ def test_wherever_the_file_was_cut_off_only_the_rest_is_asked(tmp_path):
 SCRIPT = """
 import json, os, signal, sys
 from pathlib import Path
-from tinyspeed.benchmarks import Question, run
+from tinyspeed.evaluation.benchmarks import Question, run
 
 questions = [Question(*fields) for fields in json.loads(sys.argv[2])]
 said = []

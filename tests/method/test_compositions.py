@@ -12,7 +12,7 @@ from support.runs import settings, train_through, unlike
 from tinyspeed import UserError, adaptive, pruning, recipe
 from tinyspeed.data import conversations
 from tinyspeed.recipe import schedules
-from tinyspeed.training import answer_gate, checkpoint, train
+from tinyspeed.training import answer_gate, build, checkpoint, train
 from tinyspeed.training.batching import Order
 
 TOGETHER = (
@@ -81,16 +81,16 @@ def test_a_learned_plugin_learns_is_never_the_wiser_for_being_killed_and_stays_b
 
     saved, _ = checkpoint.read(checkpoint.newest(whole.folder / "checkpoints"))
     trained = {name.removeprefix("model/"): saved[name] for name in saved if name.startswith("model/chooser.")}
-    fresh = train.build_model(whole)
+    fresh = build.build_model(whole)
     for name, weight in fresh.chooser.named_parameters():
         assert not torch.equal(trained[f"chooser.{name}"], weight)
     exported = load_file(whole.folder / "model" / "model.safetensors")
     assert not [name for name in exported if "chooser" in name]
 
     more = settings(home, tmp_path, "more", *asked, f"dualspeed.isolator_from={whole.folder}")
-    for name, weight in train.build_model(more).chooser.named_parameters():
+    for name, weight in build.build_model(more).chooser.named_parameters():
         assert torch.equal(trained[f"chooser.{name}"], weight)
     other = settings(home, tmp_path, "other", "dualspeed.plugin=grid")
     train.train(other, bar=False)
     with pytest.raises(UserError, match="that run had another"):
-        train.build_model(settings(home, tmp_path, "none", *asked, f"dualspeed.isolator_from={other.folder}"))
+        build.build_model(settings(home, tmp_path, "none", *asked, f"dualspeed.isolator_from={other.folder}"))

@@ -20,7 +20,7 @@ from tinyspeed.data import loader
 from tinyspeed.recipe import schedules
 from tinyspeed.scheduler import Combined, FastSchedule, FullSchedule, PeriodicSchedule, Plan
 from tinyspeed.sts import LayerSkipper
-from tinyspeed.training import train
+from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
 
 FAST, FULL, SLOW = Plan("fast", keep=0.3), Plan("full"), Plan("slow", keep=0.3, distill=1.0)
@@ -315,7 +315,7 @@ def test_what_a_run_measures_chooses_what_it_skips(home, tmp_path):
     """Two steps of a run, beside what its own model says of their samples one by one, before it moves."""
     changes = ("sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0", "sts.protect_last=0")
     made = settings_of(home, tmp_path, "run", "train.row_budget=60", *changes)
-    model, source = train.build(made)
+    model, source = build.build(made)
     run = StageRun(made, model, source, "train", 0, made.train, Totals())
     skipper, batches = model.schedule.parts[0], loader.batches(source, run._ahead(), run.pad)
     skipper.every = 1  # which no recipe may ask for: it would skip nothing

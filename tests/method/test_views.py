@@ -19,7 +19,7 @@ from tinyspeed.evaluation import accuracy
 from tinyspeed.models import export, loading, lora, trainable
 from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import PeriodicSchedule, Plan
-from tinyspeed.training import checkpoint, optimizer, train
+from tinyspeed.training import checkpoint, optimizer, trained
 from tinyspeed.training.callback import SetStep
 
 # The view that a step learns in.
@@ -193,7 +193,7 @@ def test_a_run_on_the_command_line(tmp_path, monkeypatch):
     train_through(monkeypatch, made, 1, 4, 6)
     assert not unlike(made, whole)
 
-    ours = train.load_trained(made)
+    ours = trained.load_trained(made)
     lora = {name: p for name, p in ours.named_parameters() if "lora_B" in name}
     for view in ("fast", "slow"):
         assert any(view_of(name) == view and p.any() for name, p in lora.items()), "both were trained and came back"

@@ -114,7 +114,7 @@ def test_a_step_reads_only_words_that_it_uses():
 FAULTS = """
 import resource
 import torch
-from tinyspeed import heap
+from tinyspeed.util import malloc
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -123,7 +123,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 given_back = faults()
-kept = heap.keep()
+kept = malloc.keep_freed_memory()
 faults()
 print(kept, given_back, faults())
 """

@@ -133,7 +133,7 @@ def rows_of(runs: list[dict]) -> dict[str, list[str]]:
 
 def test_the_tables_of_ablations_are_what_was_measured():
     course = Path(__file__).parents[2] / "tutorials"
-    page = (course / "ablations.md").read_text(encoding="utf-8")
+    page = (course / "results" / "ablations.md").read_text(encoding="utf-8")
     shown: dict[str, set[str]] = {}
     for before, table in re.findall(r"((?:^[^|\n].*\n|^\n)+)((?:^\|.*\n)+)", page, flags=re.MULTILINE):
         file = re.findall(r"\((results/ablations-[\w-]+\.json)\)", before)[-1]

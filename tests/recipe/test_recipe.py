@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_recipe_survives_toml(seed, keep, slow, lr, name, folder):
         dualspeed=recipe.DualSpeedSection(keep=keep, slow=slow),
         train=recipe.StageSection(steps=3, lr=lr),
     )
-    assert recipe.from_tables(recipe.tomllib.loads(made.to_toml()), "here") == made
+    assert recipe.from_tables(tomllib.loads(made.to_toml()), "here") == made
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("*.toml")))
@@ -141,7 +142,7 @@ def test_a_home_is_the_users_own(tmp_path, monkeypatch):
 
 def test_every_string_that_is_taken_can_be_written_down():
     made = recipe.read("digits", ["data.system=a\x7f\x1fb"])
-    assert recipe.from_tables(recipe.tomllib.loads(made.to_toml()), "here").data.system == "a\x7f\x1fb"
+    assert recipe.from_tables(tomllib.loads(made.to_toml()), "here").data.system == "a\x7f\x1fb"
 
 
 def test_a_name_that_looks_like_a_date_or_a_number_is_a_name():

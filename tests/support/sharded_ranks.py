@@ -22,7 +22,7 @@ from scale import run, shard, stage, world
 from tinyspeed import UserError, adaptive
 from tinyspeed.data import loader
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import train
+from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
 
 PLANS = {
@@ -81,7 +81,7 @@ def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def one(made, plan: Plan) -> tuple[list[float], list[float], dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
     """Losses, influence of layers and gradients as the core computes them, in one process; and how far a step goes, and
     where it leads."""
-    model, source = train.build(made)
+    model, source = build.build(made)
     alone = StageRun(made, model, source, "train", 0, made.train, Totals())
     parts = (part for part, _ in alone._parts(STEP, plan))
     done = alone._forward_backward(STEP, plan, loader.batches(source, parts, 0))
@@ -102,7 +102,7 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
     source, mesh = run._source(made, here), here.mesh(made.scale.shard)
     found = {}
     for mode, plan in (SKIPPING if "skipping" in name else PLANS).items():
-        model = run.build(made, "train", here, mesh, None)
+        model = run.sharded_model(made, "train", here, mesh, None)
         sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
         parts = list(sharded._parts(STEP, plan))
         done = sharded._forward_backward(STEP, plan, loader.batches(source, (part for part, _ in parts), 0))
@@ -133,10 +133,10 @@ def adapting(here: world.World, home: Path) -> dict:
     changes += ("dualspeed.schedule=adaptive", "dualspeed.slow=0.8", "dualspeed.gap=0.002")
     made = settings(home, home.parent / f"run{here.rank}", "run", *changes)
     source, mesh = run._source(made, here), here.mesh(made.scale.shard)
-    model = run.build(made, "train", here, mesh, None)
+    model = run.sharded_model(made, "train", here, mesh, None)
     found = here.gather([steps(stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals()))])
     if here.leads:
-        model, source = train.build(made)
+        model, source = build.build(made)
         return {"ranks": found, "alone": steps(StageRun(made, model, source, "train", 0, made.train, Totals()))}
     return {}
 
@@ -168,7 +168,7 @@ def mistakes(here: world.World, home: Path) -> dict:
         alive.append(sum(ref() is not None for ref in whole))
 
     run.shard = watched
-    model = run.build(made, "train", here, mesh, None)
+    model = run.sharded_model(made, "train", here, mesh, None)
     sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
     backward = sharded._micro_batch
 

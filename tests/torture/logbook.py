@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 from tinyspeed.data import digits, loader
 from tinyspeed.data.examples import collate
 from tinyspeed.recipe import Recipe
-from tinyspeed.training import checkpoint, train
+from tinyspeed.training import build, checkpoint
 from tinyspeed.training.loop import StageRun, Totals
 
 UNLIKELY = 1e-9  # the chance of a share of slow steps that is called wrong
@@ -149,7 +149,7 @@ def wrong_losses(made: Recipe) -> tuple[Counter, list[str]]:
 def _losses(made: Recipe, saved: checkpoint.Saved, state: dict, entry: dict) -> Iterator[tuple[str, float, float]]:
     """(what, computed anew, logged)"""
     step = state["stage_step"]
-    model, source = train.build(made)
+    model, source = build.build(made)
     run = StageRun(made, model, source, "train", 0, made.train, Totals(**state["totals"]))
     run.restore(saved, state)
     plan = model.schedule.plan(step)

@@ -86,7 +86,7 @@ def test_a_step_under_another_ones_name_is_noticed(tmp_path):
 def test_no_file_outside_of_a_checkpoint_is_read(tmp_path, name):
     path = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
     forge(path, lambda state: state["files"].update({name: state["files"][checkpoint.TENSORS]}))
-    with pytest.raises(UserError, match="no file of a checkpoint"):
+    with pytest.raises(UserError, match="is not the name of a checkpoint's file"):
         checkpoint.read(path)
 
 

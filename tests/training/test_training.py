@@ -20,7 +20,7 @@ from tinyspeed import UserError, recipe
 from tinyspeed.data import digits, loader
 from tinyspeed.data.examples import collate
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import checkpoint, run_folder, train
+from tinyspeed.training import build, checkpoint, run_folder, train, trained
 from tinyspeed.training.loop import StageRun, Totals
 from tinyspeed.training.optimizer import learning_rate
 from tinyspeed.util import paths
@@ -120,12 +120,12 @@ def test_a_signal_finishes_the_step_and_saves(number, step, base, uninterrupted,
 def test_micro_batches_change_nothing(base, uninterrupted, tmp_path):
     made = settings(base, tmp_path, "run", "train.row_budget=100", "align.row_budget=100")
     # Dropout draws differently for differently cut batches: leave it out on both sides.
-    model = train.build(made)[0]
+    model = build.build(made)[0]
     model.model.config.text_config.attention_dropout = 0.0
     gradients = []
     for budget in (0, 100, 10**6):
         stage = recipe.StageSection(steps=5, batch=6, row_budget=budget)
-        run = StageRun(made, model.eval(), train.build(made)[1], "train", 1, stage, Totals())
+        run = StageRun(made, model.eval(), build.build(made)[1], "train", 1, stage, Totals())
         model.vlm.language_model.config.attention_dropout = 0.0
         for layer in model.vlm.language_model.layers:
             layer.self_attn.attention_dropout = 0.0
@@ -165,20 +165,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(base, tmp_path, mo
 def test_a_second_run_goes_on_with_the_isolator_of_the_first(base, uninterrupted, tmp_path):
     first = uninterrupted.folder
     made = settings(base, tmp_path, "second", f"dualspeed.isolator_from={first}", "dualspeed.isolator=4")
-    learned = train.load_trained(uninterrupted).isolator.weight
-    assert torch.equal(train.build_model(made).isolator.weight, learned)
-    assert not torch.equal(train.build_model(settings(base, tmp_path, "other")).isolator.weight, learned)
+    learned = trained.load_trained(uninterrupted).isolator.weight
+    assert torch.equal(build.build_model(made).isolator.weight, learned)
+    assert not torch.equal(build.build_model(settings(base, tmp_path, "other")).isolator.weight, learned)
     with pytest.raises(UserError, match=r"isolator.weight in .* is \(4, 32\), not \(2, 32\)"):
-        train.build_model(settings(base, tmp_path, "two", f"dualspeed.isolator_from={first}", "dualspeed.isolator=2"))
+        build.build_model(settings(base, tmp_path, "two", f"dualspeed.isolator_from={first}", "dualspeed.isolator=2"))
     with pytest.raises(UserError, match="was that run finished"):
-        train.build_model(settings(base, tmp_path, "none", f"dualspeed.isolator_from={tmp_path / 'absent'}"))
+        build.build_model(settings(base, tmp_path, "none", f"dualspeed.isolator_from={tmp_path / 'absent'}"))
 
 
 def test_an_isolator_that_is_something_else_is_refused(base, tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / paths.ISOLATOR).write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=r"isolator\.safetensors is damaged, or of an older version"):
-        train.build_model(settings(base, tmp_path, "run", f"dualspeed.isolator_from={tmp_path / 'first'}"))
+        build.build_model(settings(base, tmp_path, "run", f"dualspeed.isolator_from={tmp_path / 'first'}"))
 
 
 def test_the_tower_stays_frozen_and_stage_one_trains_only_projector_and_isolator(base, uninterrupted, tmp_path):
@@ -215,7 +215,7 @@ def test_an_exported_model_is_a_plain_llava(uninterrupted):
 
     assert "tinyspeed" not in (uninterrupted.folder / "model" / "config.json").read_text()
     plain = AutoModelForImageTextToText.from_pretrained(uninterrupted.folder / "model").eval()
-    ours = train.load_trained(uninterrupted).eval()
+    ours = trained.load_trained(uninterrupted).eval()
     batch = collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)
     assert not any("isolator" in name for name, _ in plain.named_parameters())
     assert torch.equal(plain(**batch).logits, ours(**batch).logits)
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, base, tmp_path):
     newest = checkpoint.newest(stopped.folder / "checkpoints")
     shutil.rmtree(newest)
     shutil.copytree(checkpoint.newest(other.folder / "checkpoints"), newest.with_name("step-00000010"))
-    for use in (lambda: train.train(stopped, resume=True, bar=False), lambda: train.load_trained(stopped)):
+    for use in (lambda: train.train(stopped, resume=True, bar=False), lambda: trained.load_trained(stopped)):
         with pytest.raises(UserError, match="is of another run"):
             use()
 
@@ -375,10 +375,10 @@ def test_a_damaged_isolator_is_named_before_it_is_used(uninterrupted, base, tmp_
     (first / "isolator.safetensors").write_bytes(content)
     made = settings(base, tmp_path, "second", f"dualspeed.isolator_from={first}")
     with pytest.raises(UserError, match="damaged"):
-        train.build_model(made)
+        build.build_model(made)
     (first / "isolator.safetensors").write_bytes(content[:20])
     with pytest.raises(UserError, match="damaged"):
-        train.build_model(made)
+        build.build_model(made)
     (first / "isolator.safetensors").unlink()
     with pytest.raises(UserError, match="was that run finished"):
         run_folder.require_sources(made)

@@ -250,7 +250,7 @@ def test_notices_are_lost_and_nothing_else():
         stream = io.TextIOWrapper(full, write_through=True)
         with pytest.raises(OSError, match="No space"):
             print("a line", file=stream, flush=True)
-        notices = cli.Notices(stream)
+        notices = cli.SafeStream(stream)
         print("a line", file=notices, flush=True)
         assert notices.fileno() == full.fileno()
         stream.detach()
@@ -309,7 +309,7 @@ def test_a_run_that_could_not_write_its_recipe_leaves_nothing(tmp_path, monkeypa
     def full(path, text):
         raise files.DiskError(path, errno.ENOSPC)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     with pytest.raises(files.DiskError), run_folder.claimed(made, resume=False):
         pass
     assert not [*tmp_path.iterdir()]

@@ -36,7 +36,7 @@ from ..data.examples import Sample, Source
 from ..models import assembling, loading, published
 from ..models.memory import Settings, Shape
 from ..recipe import DataSection, Recipe
-from ..training import train
+from ..training import build
 from ..util import files, tables
 from ..util.errors import UserError
 from . import bars, estimate
@@ -61,7 +61,7 @@ def measure(
         else:
             if recipe.data.kind != "chat":
                 raise UserError('bench data: the recipe\'s data must be conversations, data.kind = "chat"')
-            base = train.base(recipe)
+            base = build.base_model(recipe, build.place(recipe).device)
             config, source = loading.config(base), conversations.from_recipe(recipe, base)
             rank, name = recipe.lora.rank, recipe.data.file
             lengths = [source.lengths(i) for i in range(min(len(source), 1024))]

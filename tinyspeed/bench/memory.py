@@ -37,7 +37,7 @@ from transformers import AutoModelForImageTextToText
 from ..models import loading, precision
 from ..models.memory import GIB, Shape
 from ..recipe import Recipe
-from ..training import train
+from ..training import build, train
 from ..util import provenance
 from ..util.errors import UserError, require
 from ..util.tables import table
@@ -117,8 +117,8 @@ def write_random_weights(path: str, folder: str, device: str) -> None:
 def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
     """Measures every mode of a recipe on the weights in `folder`, up to an error, which is returned too."""
     recipe = changed(recipe, {"model.path": folder})
-    train.set_threads(recipe)
-    (device, name), source = train.place(recipe), longest_example(recipe, loading.config(folder))
+    build.set_threads(recipe)
+    (device, name), source = build.place(recipe), longest_example(recipe, loading.config(folder))
     found = {
         "device": cuda.get_device_name(device) if device.type == "cuda" else provenance.processor(),
         "gpu_gib": None, "outside_gib": None, "precision": name, "quantise": recipe.model.quantise,
@@ -127,7 +127,7 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
         "modes": [], "error": None,
     }  # fmt: skip
     try:
-        model = train.build_model(recipe)
+        model = build.build_model(recipe)
         if device.type == "cuda":
             found["gpu_gib"], found["outside_gib"] = _limit(model.device, gpu)
         case = Case(Shape(source.config), [source.lengths(0)], 1, "noise", name, found["gpu_gib"])

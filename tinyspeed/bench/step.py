@@ -36,7 +36,7 @@ from ..models.memory import GIB, Settings, Shape
 from ..recipe import Recipe, from_tables
 from ..rows import plan_rows
 from ..scheduler import DualSpeedSchedule, FastSchedule, FullSchedule
-from ..training import train
+from ..training import build
 from ..training.loop import StageRun, Totals
 from ..util import files, tables
 from ..util.errors import UserError, require_known
@@ -106,7 +106,7 @@ def random_model(
         "train": {"steps": 1, "batch": batch, "row_budget": budget, "lr": lr, "checkpointing": checkpointing},
     }
     recipe = from_tables(tables, "the benchmark")
-    return recipe, train.wrap(recipe, random_weights(config, recipe, device))
+    return recipe, build.wrap(recipe, random_weights(config, recipe, device))
 
 
 def random_weights(config, recipe: Recipe, device: torch.device) -> nn.Module:

@@ -365,9 +365,8 @@ def prepare(
     return folder
 
 
-def check_model(model: nn.Module, path: str, canvas: Canvas) -> None:
-    """Refuse a model that cannot read these pictures or these words."""
-    c = model.config
+def require_fitting(c, path: str, canvas: Canvas) -> None:
+    """Refuses a model whose configuration says that it cannot read these pictures or these words."""
     words, image, size = c.text_config.vocab_size, c.image_token_id, c.vision_config.image_size
     wanted = (len(canvas.ids), canvas.ids["<image>"], canvas.pixels)
     if (words, image, size) != wanted:

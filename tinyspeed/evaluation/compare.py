@@ -19,8 +19,9 @@ from ..data import digits
 from ..models import loading
 from ..recipe import Recipe, comparison, from_tables, schedules
 from ..training import answer_gate, run_folder
+from ..training.build import place, set_threads
 from ..training.checkpoint import only_one
-from ..training.train import place, set_threads, train
+from ..training.train import train
 from ..util import files, provenance, tables
 from ..util.errors import UserError
 from ..util.files import write_atomically

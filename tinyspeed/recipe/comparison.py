@@ -1,6 +1,6 @@
-"""The arms of a comparison: what each changes in the recipe.
+"""The arms of a comparison: the recipes that are trained side by side.
 
-A file of arms is TOML. Each table at its top is an arm, and holds sections of a recipe:
+A file of arms is TOML. Each table at its top level is an arm, and holds sections of a recipe with its changes:
 
     [full.dualspeed]
     schedule = "full"
@@ -9,9 +9,9 @@ A file of arms is TOML. Each table at its top is an arm, and holds sections of a
     plugin = "dpp"
     keep = 0.25
 
-`vary` makes arms on the fly: every combination of some values, named by them, beside `full`, which tables measure the
-others against. All arms of a seed start from one base model and see one run's pictures; what would give an arm others
-is refused.
+`vary` makes an arm of every combination of some values, and names it by them. It adds the arm `full`, which the tables
+measure the others against. All arms of a seed start from the same base model and see the same pictures, so an arm may
+not change what these depend on.
 """
 
 import itertools
@@ -23,12 +23,12 @@ from .sections import Recipe
 
 BUILT_IN = Path(__file__).parent / "comparisons"
 FULL = {"full": {"dualspeed": {"schedule": "full"}}}
-# What all arms share: sections, or keys of a section.
+# What all arms share: whole sections (None), or keys of a section.
 SHARED = {"run": None, "digits": None, "model": ("path", "tower", "llm"), "data": ("kind",)}
 
 
 def read(recipe: Recipe, file: str, only: str | None = None) -> dict[str, Recipe]:
-    """The arms of a file (or a built-in one, by name), in its order; `only` names some, separated by commas."""
+    """The arms of a file (or of a built-in one, by its name). `only` names some of them, separated by commas."""
     tables, where = tables_of(file, BUILT_IN, "file of arms")
     return _made(recipe, tables, where, only)
 
@@ -80,7 +80,7 @@ def _made(recipe: Recipe, arms: dict, where: str, only: str | None) -> dict[str,
 def _arm(recipe: Recipe, tables: dict, where: str) -> Recipe:
     if not isinstance(tables, dict):
         raise UserError(f"{where}: an arm must be a table of recipe sections")
-    made = changed(recipe, tables, where)  # first: it names what no recipe has
+    made = changed(recipe, tables, where)  # first, since it names keys that no recipe has
     for section, values in tables.items():
         keys = SHARED.get(section, ())
         for key in values:

@@ -28,7 +28,7 @@ def read(path: str, changes: list[str] = ()) -> Recipe:
 
 
 def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
-    """The recipe with what these tables say otherwise."""
+    """The recipe with the changes in these tables."""
     every = dataclasses.asdict(recipe)
     for section, values in tables.items():
         every[section] = {**every.get(section, {}), **values} if isinstance(values, dict) else values
@@ -36,19 +36,19 @@ def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
 
 
 def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
-    """What is in a TOML file, or in the built-in one of this name, and where that is."""
+    """The tables of a TOML file, or of the built-in one of this name, and the path of that file."""
     file = Path(path) if Path(path).is_file() else built_in / f"{path}.toml"
     if not file.is_file():
         known = sorted(p.stem for p in built_in.glob("*.toml"))
         raise UserError(f"there is no {kind} {path}; built in: {', '.join(known)}")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
-    except (ValueError, RecursionError) as error:  # ValueError: also text that is none, a number of 5,000 digits
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not text, or 5,000 digits
         raise UserError(f"{file} is not valid TOML: {error}") from error
 
 
 def setting(flag: str, text: str) -> tuple[str, str, str]:
-    """Section, key and value of what a flag says."""
+    """Splits a flag's section.key=value."""
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
     if not (equals and dot):
@@ -58,13 +58,13 @@ def setting(flag: str, text: str) -> tuple[str, str, str]:
 
 
 def value_of(section: str, key: str, text: str):
-    """A value as a TOML file would hold it; one that is no TOML is a string."""
+    """Reads a value as a TOML file would. Text that is not TOML is a string."""
     kind = next((f.type for f in dataclasses.fields(Recipe) if f.name == section), None)
     try:
         value, *more = tomllib.loads(f"value = {text}").values()
     except (ValueError, RecursionError):
         return text.strip()
-    if more:  # it went on behind a line break, with keys of its own
+    if more:  # the text had a line break and keys of its own behind it
         return text.strip()
     if kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind)):
         return value if isinstance(value, str) else text.strip()  # run.name=2026-11-20 is a name, not a date
@@ -72,8 +72,8 @@ def value_of(section: str, key: str, text: str):
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """Files and folders by their whole path: a run is exported and asked from anywhere, and a folder that is not where
-    it was must not be taken for a model of that name on the hub."""
+    """Makes paths absolute. A run can then be exported from any folder, and a folder which has moved is never taken for
+    a model of that name on the hub."""
     for path in (recipe.run.folder, recipe.run.cache):
         paths.expanded(path)
     model = {name: paths.absolute(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
@@ -122,7 +122,7 @@ def from_tables(tables: dict, where: str) -> Recipe:
 
 
 def of_run(folder: str) -> Recipe:
-    """The recipe that a run was made with, pointing at where the run is now."""
+    """The recipe that a run was made with, with the folder in which the run is now."""
     file = Path(folder) / "recipe.toml"
     if not file.is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.toml")

@@ -1,8 +1,8 @@
-"""The schedule of a recipe's stage: which rows its steps see (DualSpeed), which layers run (STS), and which answers
-(ReGATE).
+"""The schedule that a recipe asks for in a stage: which rows a step sees (DualSpeed), which layers run (STS), and which
+answers stay (ReGATE).
 
-STS splits the savings by stage, and so does this: while aligning, visual rows are compressed; while tuning, layers are
-skipped. DualSpeed's pruning goes on in both. Its own compressor is not public: any pruning plugin takes its place.
+STS saves something else in each stage: visual rows are compressed while aligning, layers are skipped while tuning.
+DualSpeed prunes in both.
 """
 
 from ..adaptive import AdaptiveSchedule
@@ -14,7 +14,7 @@ from . import Recipe
 
 
 def by_name(kind: str, *, slow: float, keep: float, distill: float, seed: int, gap: float) -> Schedule:
-    """The schedule that a recipe names."""
+    """The schedule of this name."""
     if kind == "full":
         return FullSchedule()
     if kind == "fast":
@@ -29,7 +29,7 @@ def by_name(kind: str, *, slow: float, keep: float, distill: float, seed: int, g
 
 
 def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
-    """Aligning is all fast (unless the recipe trains without pruning altogether); tuning follows the recipe."""
+    """Decides the modes and rows. Aligning is all fast, unless the recipe prunes nothing; tuning follows the recipe."""
     d = recipe.dualspeed
     fast = stage == "align" and (d.schedule != "full" or recipe.sts.compress)
     _, keep = recipe.pruning(stage)
@@ -38,7 +38,7 @@ def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
 
 
 def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:
-    """What chooses among the LLM's `depth` layers, if the stage skips some."""
+    """Chooses among the LLM's `depth` layers, if the stage skips some."""
     s = recipe.sts
     if stage == "align" or not s.skip:
         return None
@@ -46,7 +46,7 @@ def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:
 
 
 def schedule_of(recipe: Recipe, stage: str, depth: int) -> Schedule:
-    """All that decides about a stage's steps."""
+    """Everything that decides about the steps of a stage."""
     schedule, skipper = rows_schedule(recipe, stage), skipper_of(recipe, stage, depth)
     gates = stage == "train" and recipe.regate.keep < 1
     parts = [*([skipper] if skipper else []), *([Cycle(recipe.regate)] if gates else [])]

@@ -1,9 +1,9 @@
-"""Recipes: a TOML file, read into frozen dataclasses; an unknown key is an error that names the nearest known one.
+"""The sections of a recipe, with their keys, defaults and checks.
 
     [run] [model] [lora] [data] [digits] [dualspeed] [sts] [regate] [align] [train] [scale]
 
-`align` and `train` are LLaVA's two stages: first the projector alone, every step fast, then the LLM too, fast and slow.
-The same file runs on one CPU and on a cluster; `--set train.lr=1e-4` changes a value on the command line.
+`align` and `train` are LLaVA's two stages. First the projector alone is trained and every step is fast; then the LLM is
+trained too, by fast and slow steps. The same recipe runs on one CPU and on a cluster.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from ..util.errors import require, require_known, require_range
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTISATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
-LARGEST = 2**31 - 1  # whole number, but for the seed; what is larger is a slip, or no machine could do it
-LAST = ("dualspeed", "sts")  # they may import torch: mistakes of others are named before
+LARGEST = 2**31 - 1  # the largest whole number of any key but the seed
+LAST = ("dualspeed", "sts")  # their checks may import torch, so those of other sections come first
 
 
 @dataclass(frozen=True)

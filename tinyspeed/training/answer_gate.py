@@ -1,12 +1,12 @@
-"""ReGATE in a run: each step's answers that stay, marked in its batches; what it learned of them, remembered.
+"""ReGATE in a run: marks the answers that stay in each step's batches, and remembers their losses.
 
     begin(samples of the step)  ->  mark(micro-batch), ran(its losses)  ...  ->  learn(losses())
 
-All micro-batches of a step are decided by what was known before it, so cutting them otherwise changes nothing.
-Micro-batches are cut by rows as if every answer stayed: a memory that is still learning cannot say now what a batch
-that is made ahead will skip. Where several ranks share a step, their losses are added up before anybody learns, so
-that all remember the same and decide the same. Every step teaches the memory, whatever it pruned: an easy token is easy
-in both modes.
+Every micro-batch of a step is decided by what was known before the step, so it does not matter how the step is cut.
+Micro-batches are cut by their rows as if every answer stayed: they are made ahead of their step, when the memory does
+not know yet what the step will skip. If several ranks share a step, their losses are added up before any of them
+learns, so that all ranks remember and decide the same. Every step teaches the memory, whatever it pruned: a token that
+is easy in one mode is easy in the other.
 """
 
 import math
@@ -27,12 +27,12 @@ from .reference import Reference
 
 
 def require_some_skipping(recipe: Recipe, samples: int) -> None:
-    """That some step will skip answers, if they are to be skipped."""
+    """Refuses a recipe that asks for skipped answers but whose steps would skip none."""
     settings, stage = recipe.regate, recipe.train
     if settings.keep == 1:
         return
     steps = stage.total(samples)
-    known = 0 if settings.reference else math.ceil(samples / stage.batch)  # from here on all have been seen before
+    known = 0 if settings.reference else math.ceil(samples / stage.batch)  # steps after which all samples were seen
     if known >= steps:
         raise UserError(
             "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
@@ -48,14 +48,14 @@ def require_some_skipping(recipe: Recipe, samples: int) -> None:
 
 
 class Gate:
-    """Whose answers a step of `train` skips."""
+    """Decides which answers a step of the stage `train` skips."""
 
     def __init__(self, recipe: Recipe, source: Source, device: torch.device, base: str):
         number, stage = next((n, stage) for n, (name, stage) in enumerate(recipe.stages()) if name == "train")
         order, drawn = Order(len(source), recipe.run.seed + number), stage.total(len(source)) * stage.batch
-        window = stage.batch * recipe.scale.window  # within which `scale` may draw in another order
+        window = stage.batch * recipe.scale.window  # positions within which `scale` may reorder samples
         seen = sorted({order[position] for position in range(-(-drawn // window) * window)})
-        settings, losses, self.reference = recipe.regate, None, ""  # what the losses are of
+        settings, losses, self.reference = recipe.regate, None, ""
         if settings.reference:
             name = precision.resolve(recipe.model.precision, device)
             folder = paths.expanded(recipe.run.cache) / "reference"
@@ -64,29 +64,31 @@ class Gate:
         self.memory = Memory(settings, seen, [source.lengths(i)[2] for i in seen], losses)
 
     def begin(self, samples: list[int], share: float) -> int:
-        """Decide for a step; how many answer tokens stay."""
+        """Decides for a step, and returns how many answer tokens stay."""
         self.share, self.stays = share, {i: self.memory.keep(i, share) for i in samples}
-        self.done: list[tuple[list[int], Tensor]] = []  # micro-batches: samples, and losses of all their answers
+        self.done: list[
+            tuple[list[int], Tensor]
+        ] = []  # of each micro-batch its samples and the losses of their answers
         return sum(int(self.stays[i].sum()) for i in samples)
 
     def mark(self, samples: list[int], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The micro-batch of these samples, with the answers that stay."""
+        """Marks the answers that stay in the micro-batch of these samples."""
         answers, self.marked = torch.ones_like(batch["labels"], dtype=torch.bool), []
         for line, labels, i in zip(answers, batch["labels"], samples, strict=True):
             tokens = (labels[1:] != IGNORE).nonzero()[:, 0] + 1
-            if len(tokens):  # a damaged picture's sample has none
+            if len(tokens):  # the sample of a damaged picture has none
                 line[tokens] = torch.from_numpy(self.stays[i])
                 self.marked.append(i)
         return {**batch, "answers": answers} if self.share < 1 else batch
 
     def ran(self, losses: Tensor) -> None:
-        """Of the micro-batch that was marked last; none, if it was run for the sake of other ranks alone."""
+        """Records the losses of the micro-batch that was marked last. A rank may also run an empty one."""
         if len(losses):
             self.done.append((self.marked, losses))
 
     def losses(self) -> Tensor:
-        """The sums of this process's losses, token by token of the step's samples, and how often each sample ran:
-        numbers that several processes can add up."""
+        """The sums of this process's losses for each token of the step's samples, and how often each sample ran. These
+        numbers can be added up over processes."""
         found = {i: torch.zeros(int(stays.sum()) + 1) for i, stays in self.stays.items()}
         for samples, losses in self.done:
             sizes = [len(found[i]) - 1 for i in samples]
@@ -96,12 +98,12 @@ class Gate:
         return torch.cat([*found.values()])
 
     def learn(self, losses: Tensor) -> None:
-        """When the step is done: the sums of all processes. A sample that a step has twice counts once, by its mean."""
+        """Updates the memory with the sums of all processes. A sample that ran twice counts once, with its mean."""
         sizes = [int(stays.sum()) + 1 for stays in self.stays.values()]
         for (i, stays), mine in zip(self.stays.items(), losses.cpu().split(sizes), strict=True):
             if mine[-1]:
                 self.memory.update(i, stays, (mine[:-1] / mine[-1]).numpy())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; to be filled in place by a resumed run."""
+        """What a checkpoint saves, and what a resumed run fills in place."""
         return {"regate/difficulty": torch.from_numpy(self.memory.difficulty)}

@@ -1,12 +1,12 @@
 """Which samples a step sees, and how they are cut into micro-batches.
 
-Samples come in an order that is a pure function of (seed, position): position p belongs to epoch p // n, and an
-epoch is a permutation drawn from (seed, epoch). So the only state of the data is how many samples have been seen,
-and a run resumes anywhere: in the middle of an epoch, at its edge, twice, on another number of machines.
+The order of samples is a pure function of (seed, position): position p belongs to epoch p // n, and an epoch is a
+permutation drawn from (seed, epoch). So the only state of the data is how many samples have been seen, and a run can
+be resumed anywhere: in the middle of an epoch, at its end, twice, or on another number of machines.
 
-An optimizer batch is a fixed number of samples, whatever its plan; micro-batches are cut by rows *after* the plan,
-since rows are what memory holds: a fast step fits in a few large ones, a slow step needs many small ones. The loss
-is divided by the answers of the whole optimizer batch, so how it is cut changes nothing.
+An optimizer batch is a fixed number of samples, whatever its plan. Micro-batches are cut by the rows that are left
+*after* pruning, since these are what memory holds: a fast step fits into a few large micro-batches, a slow step needs
+many small ones. The loss is divided by the answers of the whole optimizer batch, so the cut does not change it.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Order:
-    """Sample numbers by position, for `n` samples."""
+    """Maps positions to the numbers of `n` samples."""
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed = n, seed
@@ -32,8 +32,8 @@ class Order:
 
 
 def cut(rows: list[int], budget: int) -> Iterator[list[int]]:
-    """Micro-batches of samples with these rows: longest first, each at most `budget` rows once padded to its longest
-    sample (one sample may exceed it alone). Sorting puts like lengths together, which is what keeps padding small."""
+    """Cuts samples with these rows into micro-batches of at most `budget` rows, padding included. A single sample may
+    exceed it. Longest samples come first: sorting puts similar lengths together, which keeps padding small."""
     part: list[int] = []
     longest = 0
     for sample in sorted(range(len(rows)), key=lambda s: (-rows[s], s)):

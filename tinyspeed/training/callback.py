@@ -1,12 +1,12 @@
-"""DualSpeed under `transformers.Trainer`: two lines, and people keep their own loop.
+"""DualSpeed under `transformers.Trainer`, in two lines.
 
     model = tinyspeed.DualSpeed(hf_model)
     Trainer(model=model, ..., callbacks=[SetStep(model)])
 
-The callback tells the model which optimizer step it is in, so that every micro-batch of a step (and every rank, and a
-resumed run) draws the same mode. It tells the schedule what a step saw, summed over micro-batches and ranks, and keeps
-the schedule's state in the Trainer's. It also refuses to go on when a step ended without our forward: TRL's SFTTrainer,
-for one, replaces `forward` and can train the plain model in silence.
+The callback tells the model which optimizer step it is in, so that all micro-batches of a step, all ranks and a resumed
+run draw the same mode. It tells the schedule what a step measured, summed over micro-batches and ranks, and keeps the
+schedule's state in the Trainer's. It raises an error if a step ended without DualSpeed's forward: TRL's SFTTrainer, for
+one, replaces `forward` and can silently train the plain model.
 """
 
 import torch
@@ -17,7 +17,7 @@ from ..dualspeed import DualSpeed
 from ..scheduler import Schedule
 from ..util.errors import UserError
 
-STATE = "tinyspeed"  # among what the Trainer's state keeps for callbacks, in trainer_state.json
+STATE = "tinyspeed"  # the key of our entry in trainer_state.json
 
 
 class SetStep(TrainerCallback):
@@ -29,7 +29,7 @@ class SetStep(TrainerCallback):
         model.register_forward_hook(self._look)
 
     def _look(self, model: nn.Module, given: tuple, out) -> None:
-        listens = type(model.schedule).observe is not Schedule.observe  # to look at numbers is to wait for the device
+        listens = type(model.schedule).observe is not Schedule.observe  # reading numbers waits for the device
         if model.training and listens:
             self.seen.append(out["metrics"])
 

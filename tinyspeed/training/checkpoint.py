@@ -1,15 +1,15 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints: complete, or not there at all.
 
     checkpoints/step-00000400/   tensors.safetensors   everything with a shape
                                  state.json            everything else, and the CRC-32 of both
 
-A checkpoint is written under a temporary name, flushed to disk and renamed: whatever kills the run, a folder called
-step-NNNNNNNN is complete. One that is not (a disk fault, a stray copy) is named, and never used in silence. Nothing
-here is pickled: safetensors and JSON only.
+A checkpoint is written under a temporary name, flushed to disk and renamed. Whatever kills the run, a folder called
+step-NNNNNNNN is therefore complete. A damaged one (a disk fault, a stray copy) is reported and never used silently.
+Nothing is pickled: the files are safetensors and JSON.
 
-Several processes write a file each (tensors-00003-of-00008.safetensors), with some rows of each tensor; its header says
-which. Whoever reads asks for the rows it needs, from whichever files have them, so a run goes on with any number of
-processes, and one process can read what many wrote.
+With several processes each writes a file of its own (tensors-00003-of-00008.safetensors) with some rows of each tensor,
+and the file's header says which. A reader asks for the rows that it needs, from whichever files have them. So a run can
+be resumed with any number of processes.
 """
 
 import json
@@ -29,25 +29,25 @@ from ..util import files, finite
 from ..util.errors import UserError
 from ..util.files import UNREADABLE, fingerprint
 
-CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' table of 8-bit values, one for all
+CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' tables of 8-bit values, the same for all parameters
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _OURS = re.compile(r"tensors[-\w]*\.safetensors")
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
-    """Write the checkpoint of `step`, then delete all but the newest `keep`."""
+    """Writes the checkpoint of `step`, then deletes all but the newest `keep`."""
     if found := not_finite(tensors.items(), state):
         raise refusal(step, found)
     try:
         temporary = begin(folder, step)
         return finish(temporary, state, write(temporary, tensors), keep)
     except BaseException:
-        files.remove(temporary_folder_of(folder, step))  # half of one would keep a full disk full
+        files.remove(temporary_folder_of(folder, step))  # a half-written checkpoint would keep a full disk full
         raise
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]], state: dict) -> str | None:
-    """What of a checkpoint must not be saved, since it is not finite: a run that goes on from there is lost."""
+    """Names the first number that is not finite: a run could not recover from a checkpoint that holds one."""
     return finite.first_bad(tensors) or finite.bad_number(state)
 
 
@@ -58,17 +58,17 @@ def refusal(step: int, found: str) -> UserError:
 
 
 def folder_of(folder: Path, step: int) -> Path:
-    """The checkpoint of `step`, which is complete if it is there."""
+    """The folder of the checkpoint of `step`. If it exists it is complete."""
     return folder / f"step-{step:08d}"
 
 
 def temporary_folder_of(folder: Path, step: int) -> Path:
-    """The same while it is written."""
+    """The name of that folder while the checkpoint is being written."""
     return folder / f".tmp-step-{step:08d}"
 
 
 def begin(folder: Path, step: int) -> Path:
-    """An empty folder for the checkpoint of `step`, under its temporary name."""
+    """Makes an empty folder for the checkpoint of `step`, under its temporary name."""
     temporary = temporary_folder_of(folder, step)
     with files.about(folder_of(folder, step)):
         files.delete(temporary)
@@ -79,8 +79,8 @@ def begin(folder: Path, step: int) -> Path:
 def write(
     temporary: Path, tensors: dict[str, Tensor], rows: dict[str, tuple[int, int]] | None = None, part: str = ""
 ) -> dict[str, list[int]]:
-    """One process's file. `rows`: of tensors that are not whole, the first row and how many there are in all files.
-    Returns the file's name with its fingerprint."""
+    """Writes the file of one process and returns its name with its fingerprint. `rows`: for tensors that are split over
+    files, the first row of this part and the number of rows in all files."""
     path = temporary / TENSORS.replace("tensors.", f"tensors{part}.")
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with files.about(_final(temporary) / path.name):
@@ -90,7 +90,7 @@ def write(
 
 
 def finish(temporary: Path, state: dict, written: dict[str, list[int]], keep: int) -> Path:
-    """When all files are written: the state beside them, and the final name."""
+    """Writes the state when all files are there, gives the folder its final name, and deletes old checkpoints."""
     final = _final(temporary)
     state = {**state, "step": int(final.name.rpartition("-")[2]), "files": written}
     with files.about(final / STATE):
@@ -104,27 +104,25 @@ def finish(temporary: Path, state: dict, written: dict[str, list[int]], keep: in
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`. Each loses its name first: a part of one must not look like a whole one."""
+    """Deletes all but the newest `keep`. Each is renamed first, so that a half-deleted one never looks complete."""
     for old in _complete(folder)[:-keep]:
-        with suppress(OSError):  # what cannot be deleted must not end the run
+        with suppress(OSError):  # a checkpoint that cannot be deleted must not end the run
             files.delete(old.rename(old.with_name(f".tmp-{old.name}")))
 
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Refuse a second process in the same run: two would write each other's checkpoints and metrics."""
+    """Refuses a second process in the same folder: two would overwrite each other's checkpoints and metrics."""
     try:
         import fcntl
-    except ImportError:  # Windows: nothing stops a second one there
+    except ImportError:  # Windows has no such locks
         yield
         return
     with files.about(folder / ".lock"):
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     with lock:
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the kernel lets go when the process ends, however it does
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
         except OSError as error:
             raise UserError(f"another process is training in {folder}; wait for it, or stop it") from error
         yield
@@ -136,17 +134,17 @@ def newest(folder: Path) -> Path | None:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What a killed run left half-written, or half-deleted. Harmless; the caller may name it."""
+    """Checkpoints that a killed run left half-written or half-deleted. They are harmless."""
     return sorted(folder.glob(".tmp-step-*"))
 
 
 class Saved(Mapping[str, Tensor]):
-    """The tensors of a checkpoint, read when they are asked for."""
+    """The tensors of a checkpoint. Each is read from disk when it is asked for."""
 
     def __init__(self, paths: list[Path]):
         self._parts: dict[str, list[tuple[int, int, object]]] = {}  # name -> (first row, number of rows, file)
         self._folder = paths[0].parent
-        self._rows: dict[str, int] = {}  # of tensors in parts: the number of rows in all files
+        self._rows: dict[str, int] = {}  # name -> the number of rows in all files
         for path in paths:
             file = safe_open(path, framework="pt")
             rows = json.loads(file.metadata()["rows"])
@@ -187,8 +185,7 @@ class Saved(Mapping[str, Tensor]):
         return (self._rows[name], *shape[1:]) if shape else ()
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows `begin` to `end` of a tensor. A version that did not look before it saved may have left some that are
-        not finite."""
+        """Rows `begin` to `end` of a tensor. Refuses values that are not finite, which old versions could save."""
         found = []
         for first, count, file in self._parts[name]:
             low, high = max(begin, first), min(end, first + count)
@@ -202,11 +199,11 @@ def _no_number(name: str) -> NoReturn:
 
 
 def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
-    """Tensors and state of one checkpoint; a damaged one is an error that says so. `mine`: which of the files this
-    process checks, where several share that."""
+    """Reads one checkpoint: its tensors and its state. A damaged one is refused. `mine`: the files that this process
+    verifies, if several processes share the work."""
     with reading(path):
         if not (path / STATE).is_file():
-            raise ValueError(f"{STATE} is not there, or no file")
+            raise ValueError(f"{STATE} is missing, or not a file")
         written = json.loads((path / STATE).read_text(encoding="utf-8"), parse_constant=_no_number)
         state = written["state"]
         if written["crc32"] != _crc(state):
@@ -214,10 +211,10 @@ def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
         if folder_of(path.parent, state["step"]).name != path.name:
             raise ValueError(f"it is the checkpoint of step {state['step']}")
         if strange := [name for name in state["files"] if not _OURS.fullmatch(name)]:
-            raise ValueError(f"{strange[0]!r} is no file of a checkpoint")
+            raise ValueError(f"{strange[0]!r} is not the name of a checkpoint's file")
         for name in sorted(state["files"])[mine]:
-            if not (path / name).is_file():  # a pipe would be waited for
-                raise ValueError(f"{name} is not there, or no file")
+            if not (path / name).is_file():  # opening a pipe would block
+                raise ValueError(f"{name} is missing, or not a file")
             if [*fingerprint(path / name)] != state["files"][name]:
                 raise ValueError(f"{name} is not what was written")
         return Saved([path / name for name in state["files"]]), state
@@ -225,7 +222,7 @@ def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
 
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
-    """Whatever goes wrong while a checkpoint is read: it is damaged."""
+    """Turns whatever goes wrong while a checkpoint is read into the error that it is damaged."""
     try:
         yield
     except UserError:
@@ -238,12 +235,12 @@ def reading(path: Path | str) -> Iterator[None]:
 
 
 def unsharded(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this process has of a tensor, and its first row: all of it."""
+    """The part of a tensor that this process holds, and its first row: here the whole tensor."""
     return tensor, 0
 
 
 def fill(tensors: dict[str, Tensor], saved: Saved, local: Callable[[Tensor], tuple[Tensor, int]] = unsharded) -> None:
-    """Copy what was saved into these tensors; all must be there."""
+    """Copies what was saved into these tensors. Refuses a checkpoint that lacks one of them."""
     with torch.no_grad():
         for name, tensor in tensors.items():
             if name not in saved or saved.shape(name) != tuple(tensor.shape):
@@ -267,7 +264,7 @@ def _crc(state: dict) -> int:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizer's moments under their parameters' names."""
+    """The optimizer's moments, named by their parameters."""
     return {
         f"optimizer/{key}/{names[parameter]}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -282,10 +279,10 @@ def load_optimizer(
     saved: Saved,
     local: Callable[[Tensor], tuple[Tensor, int]] = unsharded,
 ) -> None:
-    """The reverse; the state of every parameter must be there already (see `optimizer.py`)."""
+    """Fills the optimizer's moments, which must exist already (`optimizer.py` makes them before step 0)."""
     current = optimizer_tensors(optimizer, names)
     fill(current, saved, local)
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if not isinstance(value, Tensor):  # bitsandbytes counts its steps in a plain number
+            if not isinstance(value, Tensor):  # bitsandbytes counts steps in a plain int
                 state[key] = current[f"optimizer/{key}/{names[parameter]}"].item()

@@ -1,15 +1,15 @@
-"""One stage of training: its optimizer, its schedule, its steps.
+"""The training loop: one stage with its optimizer, its schedule and its steps.
 
     for step:  plan = schedule.plan(step)
                for each micro-batch, cut by the plan's rows:  loss = sum over its answers / answers of the whole batch
-               clip, check that everything is finite, step
+               clip the gradients, check that everything is finite, step the optimizer
 
-The speed-up shown is an estimate from a measurement: before the stage one full forward and backward is timed on its
-first batch and thrown away, and
+The speed-up shown is an estimate. Before the stage one full forward and backward on its first batch is timed (the
+probe) and thrown away, and
 
-    speed-up = seconds that full steps would have taken, by their rows / seconds taken
+    speed-up = seconds that full steps would have taken, by their number of rows / seconds taken
 
-It is as good as that one timing; `tinyspeed compare` measures whole runs. Saving and the probe are in neither.
+That is as good as one timing can be; `tinyspeed compare` measures whole runs. Saving and the probe count for neither.
 """
 
 import json
@@ -41,30 +41,30 @@ from .answer_gate import Gate
 from .batching import Order, cut
 from .run_folder import LOG, fingerprint, log_fingerprint
 
-PATIENCE = 5.0  # seconds that the probe may go on measuring
+PATIENCE = 5.0  # seconds after which the probe repeats its measurement no more
 
 
 @dataclass
 class Totals:
-    """What the run has done so far; part of every checkpoint."""
+    """What the run has done so far. It is part of every checkpoint."""
 
     steps: int = 0  # over both stages
     seconds: float = 0.0
-    rows: int = 0  # rows the LLM saw, teachers' included
-    rows_full: int = 0  # rows that full training would have shown it
-    full_seconds: float = 0.0  # and the time it would have taken, by the probes
+    rows: int = 0  # that the LLM saw, teachers included
+    rows_full: int = 0  # that full training would have shown it
+    full_seconds: float = 0.0  # that full training would have taken, by the probes
 
     @property
     def speedup(self) -> float | None:
-        """None before the first step, and where a full step does not fit the device and could not be timed."""
+        """None before the first step, and if a full step does not fit on the device and could not be timed."""
         return self.full_seconds / self.seconds if self.full_seconds else None
 
 
 class StageRun:
-    """One stage: its optimizer, its schedule, its steps.
+    """One stage of a run.
 
-    Where several processes share a stage (`scale`), each trains on its part of every batch; what they must agree on
-    passes through `_together`, `_stops`, `_norms` and `_whose`, which have nothing to do in one process.
+    If several processes share a stage (`scale`), each trains on its part of every batch. What they must agree on passes
+    through `_together`, `_stops`, `_norms` and `_find_cause`, which do nothing special in a single process.
     """
 
     lead = True  # whether this process writes the log
@@ -85,13 +85,13 @@ class StageRun:
         self.recipe, self.model, self.source = recipe, model, source
         self.name, self.number, self.stage, self.totals = name, number, stage, totals
         self.steps = stage.total(len(source))
-        self.first = 0  # the step to begin with
+        self.first = 0  # the step that it begins with
         self.stopped = False
         trainable.set_trainable(model.model, name)
         model.schedule = schedule_of(recipe, name, model.config.text_config.num_hidden_layers)
         model.chooser.switch(recipe.pruning(name)[0])
         model.train()
-        model.activation_checkpointing_enable()  # each micro-batch then says whether it needs it
+        model.activation_checkpointing_enable()  # each micro-batch then decides whether it needs it
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         connector = {id(p) for p in [*model.vlm.connector(), *model.only_training.values()]}
         its, others = ([p for p in self.names if (id(p) in connector) == among] for among in (True, False))
@@ -99,21 +99,21 @@ class StageRun:
         self.order = Order(len(source), recipe.run.seed + number)
         self.precision = precision.resolve(recipe.model.precision, model.device)
         self.scale = precision.LossScale.of(self.precision)
-        self.pad = model.config.text_config.pad_token_id or 0  # masked: its value does not matter
+        self.pad = model.config.text_config.pad_token_id or 0  # masked, so its value does not matter
         self.rows_that_fit = self._rows_that_fit()
         self.gate = self._gate()
         self.seen = diagnosis.Seen()
 
     def _gate(self) -> Gate | None:
-        """Which answers are skipped, if the recipe asks for ReGATE."""
+        """What decides which answers are skipped, if the recipe asks for ReGATE."""
         if self.name != "train" or self.recipe.regate.keep == 1:
             return None
-        # Where `train.base` puts a model that has no path.
+        # `build.base_model` puts a model that has no path there.
         base = self.recipe.model.path or str(self.recipe.folder / "base")
         return Gate(self.recipe, self.source, self.model.device, base)
 
     def _rows_that_fit(self) -> float:
-        """Rows of a micro-batch whose activations fit beside what the device holds already; beyond, recompute them."""
+        """The number of rows up to which a micro-batch's activations fit on the device. Larger ones are recomputed."""
         if self.stage.checkpointing != "auto":
             return 0 if self.stage.checkpointing == "on" else math.inf
         return memory.rows_that_fit(self.model, memory.Settings.of(self.recipe, self.name, self.precision))
@@ -124,7 +124,7 @@ class StageRun:
         self._announce()
         full_seconds_per_row = self._probe()
         on_cuda = self.model.device.type == "cuda"
-        # What a worker has ready is a micro-batch: of a step of its own, at the most.
+        # A schedule that adapts allows batches to be made only so many steps ahead, and each holds a step at most.
         workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
         batches = loader.batches(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
         with (
@@ -146,9 +146,9 @@ class StageRun:
                     refresh=False,
                 )
                 line.update()
-                self.stopped = self._stops(stop)  # asked once: a signal may come at any moment
+                self.stopped = self._stops(stop)  # asked once a step, since a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
-                    if self.lead:  # no checkpoint of steps that a power cut takes from the log
+                    if self.lead:  # after a power cut the log must reach as far as the checkpoint
                         with files.about(folder / LOG):
                             files.flush(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
@@ -159,7 +159,7 @@ class StageRun:
         return bool(stop)
 
     def _announce(self) -> None:
-        """A short run may draw no slow step, and a model that never saw a whole picture is poor at them."""
+        """Warns of a short run that draws no slow step: its model never sees a whole picture and is poor at them."""
         modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
         if "fast" in modes and "slow" not in modes and self.name == "train":
             print(
@@ -170,7 +170,7 @@ class StageRun:
 
     @contextmanager
     def _fitting(self, mode: str, rows: list[int]) -> Iterator[None]:
-        """Running out of memory becomes advice."""
+        """Turns running out of memory into advice."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -191,13 +191,13 @@ class StageRun:
             yield [chosen[i] for i in part], [rows[i] for i in part]
 
     def _ahead(self) -> Iterator[list[int]]:
-        """The samples of every micro-batch from here to the end."""
+        """The samples of every micro-batch of the steps that are left."""
         for step in range(self.first, self.steps):
             for part, _ in self._parts(step, self.model.schedule.plan(step)):
                 yield part
 
     def _forward_backward(self, step: int, plan: Plan, batches: Iterator[dict[str, Tensor]]) -> dict:
-        """Gradients of one optimizer batch, times the loss scale, and its summed metrics. Losses stay on the device."""
+        """Computes the gradients of one optimizer batch, times the loss scale, and returns its summed metrics."""
         chosen = self.order.batch(step, self.stage.batch)
         answers = sum(self.source.lengths(i)[2] for i in chosen)
         if self.gate:
@@ -235,38 +235,39 @@ class StageRun:
         return out
 
     def laid_out(self, rows: list[int]) -> int:
-        """How many there are of these samples' rows when they lie side by side: where they are packed, no more."""
+        """The slots that these samples take: their rows if they are packed, otherwise padding too."""
         with precision.autocast(self.precision, self.model.device):
             packed = attention.packs(self.model.isolator.weight)
         return sum(rows) if packed and self.model.layout != "padded" else len(rows) * max(rows)
 
     def _together(self, done: dict) -> dict:
-        """Sums over this process's part of the batch to sums over the batch."""
+        """Turns sums over this process's part of the batch into sums over the whole batch."""
         return done
 
     def _sum(self, numbers: Tensor) -> Tensor:
-        """The same of any numbers."""
+        """The same for a tensor."""
         return numbers
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.names if p.grad is not None]
 
     def _norms(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Of these, and the size of what the optimizer reads beside them."""
+        """The norm of the gradients, and the norm of the weights and moments that the optimizer reads besides."""
         beside = finite.norm(self._local(t)[0] for t in optimizer.tensors_read(self.optimizer))
         return torch.nn.utils.get_total_norm(gradients), beside
 
-    def _whose(self) -> tuple[int, str, str]:
+    def _find_cause(self) -> tuple[int, str, str]:
         return diagnosis.find_cause(self)
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
-        """Clip, check that everything is finite, step. Numbers for the log, and whether the step was left out."""
+        """Clips, checks that everything is finite, and steps. Returns numbers for the log, and whether the step was
+        skipped because the loss scale overflowed."""
         gradients = self._gradients()
         norm, beside = self._norms(gradients)
         norm = norm / self.scale.scale
         factor = (self.stage.clip / (norm + 1e-6)).clamp(max=1.0) / self.scale.scale
-        numbers = torch.stack([norm, beside, loss, *others]).tolist()  # waits for the device
-        rest = all(map(math.isfinite, numbers[1:]))  # for which no loss scale is to blame
+        numbers = torch.stack([norm, beside, loss, *others]).tolist()  # the step's one wait for the device
+        rest = all(map(math.isfinite, numbers[1:]))  # the loss scale can only make the gradients overflow
         fine = rest and math.isfinite(numbers[0])
         if not fine and not (rest and self.scale.overflowed()):
             raise diagnosis.stopped(self, numbers)
@@ -312,8 +313,8 @@ class StageRun:
         }  # fmt: skip
 
     def _probe(self) -> float | None:
-        """Seconds a row of a full step (forward and backward), measured on this stage's first micro-batch and undone;
-        None if a full step does not fit the device, which a run of fast steps need not care about."""
+        """Measures the seconds a row of a full step takes (forward and backward) on the first micro-batch, and throws
+        the gradients away. None if a full step does not fit on the device: a run of fast steps does not need one."""
         device, seconds, plan = self.model.device, math.inf, Plan("full")
         on_cuda = [device] if device.type == "cuda" else []
         samples, rows = next(self._parts(0, plan))
@@ -321,7 +322,7 @@ class StageRun:
         with torch.random.fork_rng(on_cuda):
             try:
                 begins = time.perf_counter()
-                for _ in range(5):  # the first ones pay for memory that later steps reuse
+                for _ in range(5):  # the first ones also allocate memory, which later ones reuse
                     began = time.perf_counter()
                     if self._stops([1] * (began - begins > PATIENCE)):
                         break
@@ -334,14 +335,14 @@ class StageRun:
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
             finally:
-                if on_cuda:  # the run's peak is its own, not the probe's
+                if on_cuda:  # the run's peak memory must not include the probe's
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
 
     def rehearse(self, plan: Plan) -> dict[str, float]:
-        """One step of this plan on the longest example there is, as often as a micro-batch holds it: rows, peak memory
-        (of a CPU: of the process so far) and seconds. The weights move: what comes after is no training."""
-        device, plan = self.model.device, replace(plan, answer_keep=1.0)  # the most that it can take
+        """Takes one step of this plan on a micro-batch full of the longest example. Returns its rows, peak memory (on a
+        CPU: of the process so far) and seconds. The weights change, so no training may follow."""
+        device, plan = self.model.device, replace(plan, answer_keep=1.0)  # skipping no answer takes the most memory
         rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
         longest = max(range(len(rows)), key=rows.__getitem__)
         share = math.ceil(self.stage.batch / self.processes)
@@ -353,7 +354,7 @@ class StageRun:
         self.model.step = 0
         began = time.perf_counter()
         with self._fitting(plan.mode, [rows[longest]] * len(samples)):
-            for _ in range(2):  # the second one beside the gradients of the first
+            for _ in range(2):  # the second one runs beside the gradients of the first
                 out = self._micro_batch(batch, [rows[longest]] * len(samples), plan, 1)
         self._update(plan, out.loss.detach(), [])
         return {
@@ -366,7 +367,7 @@ class StageRun:
         checkpoint.save(folder, self.totals.steps, self._tensors(), self._state(step), self.recipe.run.keep_checkpoints)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything with a shape that a resumed run needs."""
+        """All tensors that a resumed run needs."""
         tensors = {f"model/{name}": p for p, name in self.names.items()}
         tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names)
         tensors["rng/cpu"] = torch.get_rng_state()
@@ -399,12 +400,12 @@ class StageRun:
         with checkpoint.reading(f"of step {state['step']}"):
             self.model.schedule.load_state_dict(state["schedule"])
             self.scale.load_state_dict(state["scale"])
-        self._go_on_drawing(saved)
+        self._restore_random_state(saved)
         self.first = state["stage_step"]
 
-    _local = staticmethod(checkpoint.unsharded)  # what this process has of a tensor
+    _local = staticmethod(checkpoint.unsharded)  # the part of a tensor that this process holds
 
-    def _go_on_drawing(self, saved: checkpoint.Saved) -> None:
+    def _restore_random_state(self, saved: checkpoint.Saved) -> None:
         torch.set_rng_state(saved["rng/cpu"])
         if "rng/cuda" in saved and self.model.device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng/cuda"], self.model.device)

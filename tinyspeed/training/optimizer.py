@@ -1,13 +1,13 @@
-"""AdamW, in 32 or in 8 bits, with moments for every parameter from the start.
+"""AdamW with moments in 32 or 8 bits, which exist for every parameter from the start.
 
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2;   w <- w - lr (m' / (sqrt(v') + eps) + decay w)
 
-32-bit moments are 8 bytes a parameter: 320 MB beside LoRA adapters of rank 16, 56 GB beside a 7B model trained in
+32-bit moments take 8 bytes a parameter: 320 MB for LoRA adapters of rank 16, 56 GB for a 7B model that is trained in
 full. bitsandbytes keeps them in 8 bits with a scale for each block, and "paged" moves them to CPU memory when the GPU
-runs out.
+has none left.
 
-Moments exist, as zeros, before step 0. A parameter that no step has touched yet (an isolator before the first fast
-step) would otherwise be missing from the first checkpoint and could not be restored.
+Moments are made as zeros before step 0. Otherwise a parameter that no step has touched yet (an isolator before the
+first fast step) would be missing from the first checkpoint and could not be restored.
 """
 
 import math
@@ -21,8 +21,8 @@ from .checkpoint import CONSTANT
 
 
 def make_optimizer(stage: StageSection, connector: list[Tensor], others: list[Tensor]) -> torch.optim.Optimizer:
-    """Projector and isolator learn at `connector_lr`, the others at `lr`."""
-    # An isolator without rows has nothing to learn, and cannot be sharded, so it cannot be stepped with what is.
+    """AdamW in which projector and isolator learn at `connector_lr`, and all other parameters at `lr`."""
+    # An isolator without rows has nothing to learn, and it cannot be sharded like the others.
     connector, others = ([p for p in group if p.numel()] for group in (connector, others))
     lrs = (stage.connector_lr or stage.lr, stage.lr)
     groups = [{"params": p, "lr": lr, "base_lr": lr} for p, lr in zip((connector, others), lrs, strict=True) if p]
@@ -48,15 +48,15 @@ def make_optimizer(stage: StageSection, connector: list[Tensor], others: list[Te
 
 
 def tensors_read(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What steps read beside gradients: every weight that trains and what is remembered of it, as far as that is
-    numbers. Of 8-bit moments these are the scales of their blocks."""
+    """The floating-point tensors that a step reads besides gradients: the weights that train and their moments. Of
+    8-bit moments that is the scales of the blocks."""
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     beside = [of for state in optimizer.state.values() for name, of in state.items() if name not in CONSTANT]
     return weights + [of for of in beside if isinstance(of, Tensor) and of.is_floating_point()]
 
 
 def learning_rate(stage: StageSection, step: int, steps: int) -> float:
-    """The share of the learning rate at this step: linear warm-up, then half a cosine down to zero."""
+    """The factor of the learning rate at this step: linear warm-up, then half a cosine down to zero."""
     warm = math.ceil(stage.warmup * steps)
     if step < warm:
         return (step + 1) / warm

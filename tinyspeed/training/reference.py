@@ -1,16 +1,17 @@
-"""What a text-only language model thinks of every answer token, once, on disk: l_ref of ReGATE.
+"""The loss of a text-only language model on every answer token, computed once and kept on disk: l_ref of ReGATE.
 
     folder = hash( reference's files | data | which samples | both tokenizers | precision )
     folder/00000.safetensors ...   the losses of 1,024 samples each
 
-The reference is frozen and sees no picture (its rows are the pad token, or the unknown one, so that the text stands
-where it stands for the student), so its losses never change. They are found by everything that they depend on: what
-was made for other data or by another model is never read. Each file also says what it is of, with a checksum, and one
-that is damaged or of something else is made anew. Files are written under a temporary name and then renamed: an
-interruption loses one at most. The few folders that were used last are kept.
+The reference is frozen and sees no picture, so its losses never change. (A picture's tokens become the pad token, or
+the unknown one, so that the text keeps its positions.) The folder's name depends on everything that the losses depend
+on, so losses of other data or of another model are never read. Each file also has a label and a checksum, and a damaged
+one is computed again. Files are written under a temporary name and renamed, so an interruption loses one at most. Only
+the folders that were used last are kept.
 
-Its tokens must be the student's. Special ones that it does not know, such as the placeholder of a picture, become pad;
-but not those that an answer has, such as its end: of these it would say how likely a pad is.
+The reference must have the student's tokens. Special tokens that it does not know, such as the placeholder of a
+picture, become pad. That is not allowed for tokens of an answer, such as its end token, because the loss would be that
+of a pad.
 """
 
 import hashlib
@@ -41,12 +42,12 @@ from ..util import files, paths
 from ..util.errors import UserError
 
 AT_ONCE = 1024  # samples a file
-ROWS = 16384  # of a forward
-FOLDERS = 8  # that are kept
+ROWS = 16384  # tokens of a forward
+FOLDERS = 8  # how many are kept
 
 
 class Reference:
-    """A reference LLM for the tokens of `base`, and its losses on `samples` of `source`."""
+    """A reference LLM with the tokens of `base`, and its losses on `samples` of `source`."""
 
     def __init__(self, path: str, base: str, source: Source, samples: list[int], precision: str, folder: Path):
         self.path, self.source, self.samples, self.precision = path, source, samples, precision
@@ -61,7 +62,7 @@ class Reference:
         self.folder = folder / self.key
 
     def losses(self, device: torch.device, bar: bool = True) -> np.ndarray:
-        """Of every answer token, sample after sample; made where they are missing."""
+        """The losses of every answer token, sample after sample. Those that are missing are computed."""
         parts = [self.samples[i : i + AT_ONCE] for i in range(0, len(self.samples), AT_ONCE)]
         found = [self._read(number, part) for number, part in enumerate(parts)]
         missing = [number for number, of in enumerate(found) if of is None]
@@ -78,7 +79,7 @@ class Reference:
             for old in every[:-FOLDERS]:
                 shutil.rmtree(old, ignore_errors=True)
         else:
-            with suppress(OSError):  # somebody else's folder, or one that cannot be written
+            with suppress(OSError):  # the folder may belong to somebody else, or be read-only
                 os.utime(self.folder)
         return np.concatenate(found)
 
@@ -161,7 +162,7 @@ class Reference:
 
 
 def _files(path: str) -> str:
-    """The folder with the reference's files; a hub id is downloaded."""
+    """The folder with the reference's files. A hub id is downloaded."""
     found = paths.model(path)
     if isinstance(found, Path):
         return str(found)

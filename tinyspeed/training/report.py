@@ -1,13 +1,9 @@
-"""What a run looked like: its picture, the picture of a comparison, and tables.
+"""The picture of a run: loss, rows and seconds over its steps.
 
-    draw_run("runs/demo")               metrics.jsonl -> report.png: loss, rows and seconds, step by step
-    draw_compare(results, "out.png")    how every arm learns, and what its speed costs in accuracy
-    table(headers, rows)                the tables that the commands print; they are Markdown too
+    draw_run("runs/demo")       metrics.jsonl -> report.png
 
-The losses drawn are cross-entropies: a slow step's whole loss holds the distillation term too. Fast and slow steps are
-smoothed apart, since they see different rows. Curves and points are named where they lie, never in a legend, and differ
-by dash and marker as well as by colour, for grey printers and colour-blind eyes. matplotlib is imported when something
-is drawn, and its global state is never touched.
+The losses drawn are cross-entropies, since the loss of a slow step also has the distillation term. Fast and slow steps
+are smoothed separately, because they see different rows.
 """
 
 import itertools
@@ -37,8 +33,8 @@ NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_taught", "rows_full"
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl in order. Of a step written twice the later writing counts; the last line may be
-    cut short by a crash, no other may."""
+    """The steps of a metrics.jsonl in order. If a step was written twice the later line counts. A crash may have cut
+    off the last line, but no other."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

@@ -1,9 +1,10 @@
-"""The folder of a run: may it begin or go on there, by one process alone; and nothing is left of one that never began.
+"""A run's folder: whether a run may begin or be resumed there, by one process at a time.
 
     runs/NAME/   recipe.toml   checkpoints/   metrics.jsonl   ...
 
-Nothing of another run, or of anything else, is ever overwritten. What can be known before torch builds a model is
-known here, so that a mistake costs a second and not the time that a base model, or 200,000 records, take.
+Nothing of another run, or of anything else, is ever overwritten, and a run that never began leaves nothing behind.
+Everything here is checked before torch builds a model, so a mistake costs a second and not the minutes that a base
+model or 200,000 records take.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from ..util.errors import UserError
 
 LOG = "metrics.jsonl"
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
-# What a resumed run may change: where things are kept, and how a step fits into memory. No sample, no weight of it and
-# no schedule depends on these (dropout draws differently for micro-batches that are cut differently).
+# The keys that a resumed run may change: where things are kept, and how a step fits into memory. No sample, weight or
+# schedule depends on them. (Dropout does draw differently if micro-batches are cut differently.)
 FREE = {
     "run": ("save_every", "keep_checkpoints", "cache"),
     "data": ("workers", "feature_cache_gb"),
@@ -30,7 +31,7 @@ FREE = {
     "train": ("row_budget", "checkpointing"),
     "scale": ("shard", "reshard", "offload", "check_every", "timeout"),
 }
-# Where what a run is made of, or made in, is.
+# The keys that say where a run's inputs and outputs are.
 PLACES = {
     "run": ("name", "folder", "device"),
     "model": ("path", "tower", "llm"),
@@ -41,7 +42,7 @@ PLACES = {
 
 
 def require_sources(recipe: Recipe) -> None:
-    """That what the run is made from is there."""
+    """Refuses a recipe whose model, reference, isolator or data is not where it says."""
     if recipe.model.path:
         paths.model(recipe.model.path)
     if recipe.regate.reference:
@@ -53,7 +54,7 @@ def require_sources(recipe: Recipe) -> None:
 
 
 def require_free_or_resumable(recipe: Recipe, resume: bool) -> None:
-    """That the run may begin, or go on, in its folder."""
+    """Refuses a folder in which the run may neither begin nor be resumed."""
     folder = recipe.folder
     if resume and not folder.is_dir():
         raise UserError(f"there is no run to resume in {folder}")
@@ -70,15 +71,15 @@ def require_free_or_resumable(recipe: Recipe, resume: bool) -> None:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run in this folder has taken a step: then it can go on, and nothing else can begin there."""
-    from . import checkpoint  # here, for it imports torch
+    """Whether a run in this folder has taken a step. Then it can be resumed, and no other run can begin there."""
+    from . import checkpoint  # imported here because it imports torch
 
     log = folder / LOG
     return bool(checkpoint.newest(folder / "checkpoints") or (log.is_file() and log.stat().st_size))
 
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
-    """The keys in which two recipes ask for different runs."""
+    """The keys whose values make two recipes ask for different runs."""
     a, b = dataclasses.asdict(before), dataclasses.asdict(now)
     return [
         f"{section}.{key}"
@@ -89,14 +90,14 @@ def differences(before: Recipe, now: Recipe) -> list[str]:
 
 
 def log_fingerprint(folder: Path) -> tuple[int, int]:
-    """Size and CRC-32 of the log so far; of one that somebody has deleted, of nothing."""
+    """Size and CRC-32 of the log so far, or of an empty one if somebody has deleted it."""
 
     file = folder / LOG
     return files.fingerprint(file) if file.is_file() else (0, 0)
 
 
 def log_until(folder: Path, state: dict) -> bytes:
-    """The log as it was when the checkpoint with this state was written; or nothing, where it has been deleted."""
+    """The log as it was when the checkpoint with this state was written, or nothing if it has been deleted."""
     file, (size, crc), step = folder / LOG, state["log"], state["step"]
     if not file.is_file():
         print(f"{file} is gone: the log begins at step {step + 1}", file=sys.stderr)
@@ -111,8 +112,8 @@ def log_until(folder: Path, state: dict) -> bytes:
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """Of all that a run's numbers follow from. Not of where things are: a run may be moved, and what it reads too. Nor
-    of what is as it always was: a later version may have more keys."""
+    """A hash of the settings that a run's numbers depend on. Paths are left out, so that runs and their inputs may be
+    moved, and so are settings at their defaults, so that a later version may add keys."""
     told = []
     for section, asked in dataclasses.asdict(recipe).items():
         usual = dataclasses.asdict(type(getattr(recipe, section))())
@@ -123,7 +124,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 @contextmanager
 def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
-    """The run's folder, with its recipe in it, for this process alone."""
+    """Makes the run's folder with its recipe in it, and keeps other processes out of it."""
     require_free_or_resumable(recipe, resume)
     from . import checkpoint
 
@@ -137,14 +138,14 @@ def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
             yield folder
         except BaseException:
             if new:
-                _leave(folder)
+                _delete_if_empty(folder)
             raise
 
 
-def _leave(folder: Path) -> None:
-    """Take the folder away again, unless something was made in it."""
+def _delete_if_empty(folder: Path) -> None:
+    """Deletes the folder of a run that never began, unless it holds anything else."""
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"recipe.toml", "checkpoints", ".lock"}:
-        with suppress(OSError):  # a checkpoint, or another process: then it is a run
+        with suppress(OSError):  # if a checkpoint is in the way, this is a run after all
             (folder / "checkpoints").rmdir()
             for name in ("recipe.toml", ".lock"):
                 (folder / name).unlink(missing_ok=True)

@@ -8,14 +8,14 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM put their number into. A second SIGINT ends the process as usual; a second SIGTERM
-    does not, since schedulers send it to a whole tree of processes, and parents pass it on."""
+    """Yields a list to which SIGINT and SIGTERM append their number. A second SIGINT ends the process as usual; a
+    second SIGTERM does not, since schedulers send it to a whole tree of processes, and parents pass it on."""
     stop: list[int] = []
     before = {}
 
     def ask(number, frame):
         stop.append(number)
-        if not quiet and len(stop) == 1:  # not print: the signal may have come in the middle of another write
+        if not quiet and len(stop) == 1:  # print would fail if the signal came in the middle of another write
             more = "; once more to quit at once" if number == signal.SIGINT else ""
             with suppress(OSError):  # a log on a full disk
                 os.write(2, f"\n{signal.Signals(number).name}: this step, then saving{more}\n".encode())
@@ -24,7 +24,7 @@ def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, ask)
-    except ValueError:  # not the main thread: signals are somebody else's business
+    except ValueError:  # outside of the main thread signals are handled by somebody else
         pass
     try:
         yield stop

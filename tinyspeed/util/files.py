@@ -43,7 +43,7 @@ class DiskError(UserError):
     then = "give the same command again"
 
     def __init__(self, path: Path | str, number: int):
-        super().__init__(f"cannot write {path}: {os.strerror(errno_of)}; {MENDS[errno_of]}")
+        super().__init__(f"cannot write {path}: {os.strerror(number)}; {MENDS[number]}")
 
     def __str__(self) -> str:
         return f"{super().__str__()}, then {self.then}"

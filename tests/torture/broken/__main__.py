@@ -12,7 +12,7 @@ from transformers.utils import logging
 from tinyspeed import cli
 
 if __name__ == "__main__":
-    cli.quiet()
+    cli.silence_libraries()
     logging.disable_progress_bar()
     parser = outcome.parser(broken.__doc__, count=40_000)
     parser.add_argument("--parts", default=",".join(broken.SHARES))

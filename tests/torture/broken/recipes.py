@@ -17,7 +17,7 @@ from torture.broken.trial import Case
 from tinyspeed import recipe
 from tinyspeed.data import digits, loader
 from tinyspeed.recipe import comparison
-from tinyspeed.training import train as core
+from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
 
 NUMBERS = (
@@ -153,8 +153,8 @@ class Part:
             digits=self.small.digits, regate=gate, lora=dataclasses.replace(made.lora, rank=rank),
             dualspeed=dataclasses.replace(made.dualspeed, isolator_from=""), **stages,
         )  # fmt: skip
-        core.place(made)
-        model, source = core.build_model(made), digits.from_recipe(made)
+        build.place(made)
+        model, source = build.build_model(made), digits.from_recipe(made)
         for number, (name, stage) in enumerate(made.stages()):
             run = StageRun(made, model, source, name, number, stage, Totals())
             run._announce()

@@ -22,7 +22,7 @@ from torture.broken.trial import Case
 
 from tinyspeed import recipe
 from tinyspeed.models import isolator_file
-from tinyspeed.training import checkpoint
+from tinyspeed.training import checkpoint, trained
 from tinyspeed.training import train as core
 from tinyspeed.util import paths
 
@@ -53,7 +53,7 @@ class Part:
         shutil.copytree(self.whole.folder, source)
         (home / "wanted").mkdir()
         for step in reversed(STEPS):  # what is to come out of each step
-            core.export(recipe.of_run(str(source)), home / "wanted" / step)
+            trained.export(recipe.of_run(str(source)), home / "wanted" / step)
             shutil.rmtree(source / "checkpoints" / step)
 
     def run(self, name: str, more: tuple[str, ...]) -> recipe.Recipe:
@@ -275,7 +275,7 @@ class Part:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(".out.tmp"), ignore_errors=True)
         step = newest(folder).name
-        core.export(recipe.of_run(str(folder)), out)
+        trained.export(recipe.of_run(str(folder)), out)
         got, want = load_file(out / "model.safetensors"), self.exported(step)
         assert all(torch.equal(got[name], want[name]) for name in got.keys() | want.keys()), (
             f"another model than {step}'s"
@@ -283,7 +283,7 @@ class Part:
 
     def open(self, made: recipe.Recipe, folder: Path) -> None:
         step = newest(folder).name
-        with core.open_model(str(folder), "cpu") as (model, _, _):
+        with trained.open_model(str(folder), "cpu") as (model, _, _):
             got, want = model.state_dict(), self.exported(step)
         mine = {merged(name): tensor for name, tensor in got.items()}
         for name, tensor in want.items():

@@ -1,0 +1,129 @@
+"""Everything that a run is made of, built in one order.
+
+    sources     model, data, reference and isolator are where the recipe says
+    place       the device and the precision
+    base        the untrained model: a folder or a hub id; the digits' own, or one from parts, is made on first use
+    examples    read and checked before a large model is loaded, so that a mistake shows within seconds
+    reference   ReGATE's reference losses, computed now so that two models need not fit side by side
+    model       the base with adapters and isolator
+    features    the frozen tower's features on disk, if the recipe asks for them
+
+Each step gets what the steps before it made, and no step asks for it a second time.
+"""
+
+import sys
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..data import conversations, digits, feature_cache
+from ..data.examples import Source
+from ..dualspeed import DualSpeed
+from ..models import assembling, isolator_file, loading, lora, precision
+from ..recipe import Recipe
+from ..recipe.schedules import schedule_of
+from ..util import files, paths
+from ..util.errors import counted
+from . import answer_gate, run_folder
+
+
+class Place(NamedTuple):
+    device: torch.device
+    precision: str
+
+
+def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
+    """The wrapped model and the training examples of a recipe."""
+    run_folder.require_sources(recipe)
+    where = place(recipe)
+    if recipe.data.kind == "digits":
+        source = digits.from_recipe(recipe)
+        answer_gate.require_some_skipping(recipe, len(source))
+        base = base_model(recipe, where.device)
+        digits.require_fitting(loading.config(base), base, source.canvas)
+    else:
+        base = base_model(recipe, where.device)
+        source = conversations.from_recipe(recipe, base)
+        list_skipped(recipe, source)
+        answer_gate.require_some_skipping(recipe, len(source))
+    if recipe.regate.reference:
+        answer_gate.Gate(recipe, source, where.device, base)
+    model = wrap(recipe, load_base(recipe, base, where))
+    if recipe.data.feature_cache_gb and recipe.data.kind == "chat" and len(source.visual):
+        keep_features(recipe, model, source, where.precision)
+    return model, source
+
+
+def place(recipe: Recipe) -> Place:
+    """Where the model runs, and in which precision. Refuses what this machine does not have."""
+    device = precision.device_of(recipe.run.device)
+    return Place(device, precision.resolve(recipe.model.precision, device))
+
+
+def set_threads(recipe: Recipe) -> None:
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+
+
+def base_model(recipe: Recipe, device: torch.device) -> str:
+    """The folder or hub id of the untrained model. The digits' own, or one from parts, is made on first use."""
+    if recipe.model.path:
+        return recipe.model.path
+    folder = recipe.folder / "base"
+    if recipe.model.llm:
+        return str(assembling.assemble(recipe.model.tower, recipe.model.llm, folder, recipe.run.seed))
+    sizes = recipe.digits
+    how = {"tower_steps": sizes.tower_steps, "device": device, **sizes.sizes}
+    return str(digits.prepare(folder, recipe.run.seed, **how))
+
+
+def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
+    """Writes the records that --skip-bad left out to skipped.txt in the run's folder, and says how many there are."""
+    if source.bad:
+        file = recipe.folder / "skipped.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(file, "\n".join(source.bad) + "\n")
+        count = f"{len(source.bad):,} of {counted(len(source.records), 'record')}"
+        print(f"{count} left out, listed in {file}; the first: {source.bad[0]}", file=sys.stderr)
+
+
+def load_base(recipe: Recipe, base: str, where: Place) -> nn.Module:
+    return loading.load_model(base, where.precision, quantise=recipe.model.quantise, device=where.device)
+
+
+def build_model(recipe: Recipe) -> DualSpeed:
+    """The model alone, before it has learned anything."""
+    where = place(recipe)
+    return wrap(recipe, load_base(recipe, base_model(recipe, where.device), where))
+
+
+def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
+    """A loaded model with adapters, isolator and the schedule of its steps."""
+    if recipe.lora.rank:
+        plain = lora.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed, views=recipe.dualspeed.views)
+    settings = recipe.dualspeed
+    model = DualSpeed(
+        plain,
+        plugin=settings.plugin,
+        keep=max(settings.keep, recipe.sts.compress),  # the larger stage's: a learned plugin serves both
+        isolator=settings.isolator,
+        views=settings.views,
+        temperature=settings.temperature,
+        positions=settings.positions,
+        layout=settings.layout,
+        schedule=schedule_of(recipe, "train", plain.config.text_config.num_hidden_layers),
+        seed=recipe.run.seed,
+    )
+    if settings.isolator_from:
+        isolator_file.load_into(model.only_training, paths.isolator(settings.isolator_from))
+    return model
+
+
+def keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations, name: str) -> None:
+    """Lets the examples read the frozen tower's features from disk, and computes those that are missing."""
+    folder, most = paths.expanded(recipe.run.cache) / "features", recipe.data.feature_cache_gb * feature_cache.GB
+    prepare = source.processor.image_processor
+    source.features = feature_cache.Features(folder, model.vlm, prepare, name)
+    feature_cache.fill(source.features, source.pictures(), model.vlm, prepare, name, most, bar=True)

@@ -1,0 +1,106 @@
+"""What a run has trained so far: its newest checkpoint as a model that answers, or as a plain Hugging Face folder."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import ProcessorMixin
+
+from ..dualspeed import DualSpeed
+from ..models import loading, lora, precision, trainable
+from ..models.export import merge, save_adapter
+from ..recipe import Recipe, of_run
+from ..util import files, paths
+from ..util.errors import UserError
+from . import build, checkpoint, run_folder
+from .loop import Totals
+
+
+def newest_checkpoint(recipe: Recipe) -> tuple[checkpoint.Saved, dict]:
+    """The tensors and the state of the run's newest checkpoint."""
+    newest = checkpoint.newest(recipe.folder / "checkpoints")
+    if newest is None:
+        raise UserError(f"{recipe.folder} has no checkpoint yet")
+    saved, state = checkpoint.read(newest)
+    check_state(recipe, newest, state)
+    return saved, state
+
+
+def check_state(recipe: Recipe, path: Path, state: dict) -> None:
+    """Refuses the state of a checkpoint that is damaged or belongs to another run."""
+    with checkpoint.reading(path):
+        totals = Totals(**state["totals"])
+        size, crc = state["log"]
+        counts = [totals.steps, totals.rows, totals.rows_full, size, crc]
+        counts += [state["stage"], state["stage_step"], state["threads"]]
+        times = [totals.seconds, totals.full_seconds]
+        good = all(type(n) is int and n >= 0 for n in counts)
+        if not good or not all(type(t) in (int, float) and t >= 0 for t in times):
+            raise ValueError("its state holds something else where a number should be")
+        if state["stage"] >= len(recipe.stages()) or not state["stage_step"] <= totals.steps == state["step"]:
+            raise ValueError("it is of a step that the run does not have")
+        of = state["recipe"]
+    if of != run_folder.fingerprint(recipe):
+        raise UserError(
+            f"checkpoint {path} is of another run, with another recipe than {recipe.folder / 'recipe.toml'}"
+        )
+
+
+def load_trained(recipe: Recipe) -> DualSpeed:
+    """The model of a run as its newest checkpoint has it, isolator included."""
+    build.set_threads(recipe)
+    saved, state = newest_checkpoint(recipe)
+    model = build.build_model(recipe)
+    trainable.set_trainable(model.model, recipe.stages()[state["stage"]][0])
+    checkpoint.fill({f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad}, saved)
+    return model
+
+
+@contextmanager
+def open_model(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, ProcessorMixin, str]]:
+    """The model of a run, or of any folder or hub id, with its processor and a name for it, ready to answer."""
+    if paths.is_run(path):
+        recipe = of_run(path)
+        model, name = load_trained(recipe).model, recipe.model.precision
+        processor = loading.load_processor(build.base_model(recipe, model.device))
+        called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
+    else:
+        name, processor, called = "auto", loading.load_processor(path), path
+        where = precision.device_of(device)
+        model = loading.load_model(path, precision.resolve(name, where), device=where)
+    # A run's model has fp32 weights beside bf16 ones.
+    with precision.autocast(precision.resolve(name, model.device), model.device):
+        yield model.eval(), processor, called
+
+
+def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
+    """Writes the newest checkpoint as a plain folder with its processor and without isolator, for transformers alone.
+
+    What was trained is merged into the base's own weights, which were never rounded to 4 bits; or the adapters are
+    written alone, for peft. No model is loaded.
+    """
+    if adapter_only and not recipe.lora.rank:
+        raise UserError("this run has no adapter (lora.rank = 0): export the whole model")
+    saved, _ = newest_checkpoint(recipe)
+    base = build.base_model(recipe, torch.device("cpu"))
+    with files.atomic(out) as temporary:
+        if adapter_only:
+            save_adapter(saved, lora.lora_config(**asdict(recipe.lora)), base, temporary)
+        else:
+            merge(saved, recipe.lora.scale, base, temporary)
+        loading.load_processor(base).save_pretrained(temporary)
+        _make_readable(temporary)
+
+
+def _make_readable(folder: Path) -> None:
+    """Gives the weights the permissions of any new file. safetensors writes them for their owner alone, whatever the
+    umask, and a server that runs as another user could not open them."""
+    plain = folder / ".plain"
+    plain.touch()
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(plain, weights)
+    plain.unlink()
