@@ -18,6 +18,9 @@ from tinyspeed.util import tables
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "tutorials" / "results" / "performance.md"
 RESULTS = sorted((ROOT / "tutorials" / "results").glob("bench-*.json"))
+BENCHMARKS = {
+    module.__name__.split(".")[-1]: module for module in (data, levers, loss, pruning, savings, scaling, step)
+}
 SHAPES = {
     "LLaVA-1.5-7B": ("7b", "1.5"),
     "LLaVA-1.5-13B": ("13b", "1.5"),
@@ -26,16 +29,7 @@ SHAPES = {
 
 
 def printed(result: dict) -> str:
-    describe = {
-        "data": data.describe,
-        "levers": levers.describe,
-        "loss": loss.describe,
-        "pruning": pruning.describe,
-        "savings": savings.describe,
-        "scaling": scaling.describe,
-        "step": lambda found: "\n\n".join(step.describe(*of) for of in found["texts"].items()),
-    }
-    return describe[result["bench"]](result)
+    return BENCHMARKS[result["bench"]].describe(result)
 
 
 def promised() -> str:
@@ -93,7 +87,7 @@ def test_every_table_has_its_numbers():
 def test_the_readme_says_the_same():
     texts = json.loads((ROOT / "tutorials" / "results" / "bench-step.json").read_text())["texts"]
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- bench-step.json, 128 -->\n\n{step.describe('128', texts['128'])}\n\n" in page
+    assert f"<!-- bench-step.json, 128 -->\n\n{step.table_of('128', texts['128'])}\n\n" in page
 
 
 def test_the_promises_are_arithmetic():
