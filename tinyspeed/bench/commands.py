@@ -4,91 +4,55 @@ import argparse
 from functools import partial
 from importlib import import_module
 
-INTEGERS = ("--batch", "--budget", "--layers", "--micro", "--repeats", "--samples", "--width")
-KINDS = {  # of a flag: whatever is not here is a string
-    **{flag: {"type": int} for flag in INTEGERS},
-    "--compiled": {"action": "store_true"},
-    "--gpu": {"type": float, "metavar": "GIB"},
-    "--keep": {"type": float},
-    "--set": {"action": "append", "metavar": "section.key=value"},
-    "--text": {"action": "append", "dest": "texts"},
-    "--workers": {"action": "append", "type": int},
-    "recipe": {"nargs": "?", "metavar": "RECIPE.toml"},
-    "recipes": {"nargs": "+", "metavar": "RECIPE.toml"},
+NUMBER, REPEATED, RECIPE = {"type": int}, {"action": "append"}, {"metavar": "RECIPE.toml"}
+FLAGS: dict[str, tuple[str, dict]] = {  # of all commands: the help, and what else argparse is told
+    "recipe": ("whose data is read; without it, pictures are made", {**RECIPE, "nargs": "?"}),
+    "recipes": ("recipe files, or names of built-in ones", {**RECIPE, "nargs": "+"}),
+    "--set": ("change one value of the recipe", {**REPEATED, "metavar": "section.key=value"}),
+    "--size": ("tiny, 1b, 7b or 13b (default: tiny)", {}),
+    "--family": ("LLaVA-1.5 or NeXT: 1.5 or next (default: 1.5)", {}),
+    "--tune": ("lora, qlora or full (default: lora)", {}),
+    "--text": ('words of a sample, or "mix"; repeat for several', {**REPEATED, "dest": "texts"}),
+    "--batch": ("samples of a step (default: 8)", NUMBER),
+    "--micro": ("samples that the others take at a time (default: the batch)", NUMBER),
+    "--budget": ("rows that our steps take at a time (default: of `step` the batch, of `levers` 4096)", NUMBER),
+    "--checkpointing": ("whether our steps recompute activations: on, off or auto (default: auto)", {}),
+    "--compiled": ("also with compiled layers, which takes longer", {"action": "store_true"}),
+    "--samples": ("records that are read in a round (default: 256)", NUMBER),
+    "--workers": ("worker processes; repeat for several (default: 0, 1, 2)", {**REPEATED, **NUMBER}),
+    "--layers": ("of the LLM (default: 16)", NUMBER),
+    "--width": ("of the features or hidden states; a 7B model's are 4096 wide", NUMBER),
+    "--keep": ("share of the rows that is kept (default: 0.1)", {"type": float}),
+    "--repeats": ("rounds that are timed", NUMBER),
+    "--gpu": ("as on a GPU with so much memory", {"type": float, "metavar": "GIB"}),
+    "--device": ("cpu or cuda (default: cpu)", {}),
+    "--out": ("write the numbers to this JSON file", {}),
+    "--png": ("draw the results", {}),
 }
-OUT = {"--out": "write the numbers to this JSON file"}
-FILES = {**OUT, "--png": "draw the results"}
-DEVICE = {"--device": "cpu, cuda, ... (default: cpu)", **FILES}
-MODEL = {
-    "--size": "tiny, 1b, 7b or 13b (default: tiny)",
-    "--family": "LLaVA-1.5 or NeXT: 1.5 or next (default: 1.5)",
-    "--tune": "lora, qlora or full (default: lora)",
-    "--batch": "samples of a step (default: 8)",
-}
-COMMANDS: dict[str, tuple[str, dict[str, str]]] = {  # what it measures; its flags, which are parameters of `measure`
+FILES, TIMED = ("--out", "--png"), ("--repeats", "--device", "--out", "--png")
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {  # what it measures, and its flags: parameters of `measure`
     "step": (
         "a training step, beside what people run today",
-        {
-            **MODEL,
-            "--text": 'words of a sample, or "mix"; repeat for several (default: 64, 128, 256 and mix)',
-            "--micro": "samples that the others take at a time (default: the batch)",
-            "--budget": "rows that ours take at a time (default: the batch)",
-            "--checkpointing": "whether ours recompute activations, as the others do: on, off or auto (default: auto)",
-            "--repeats": "rounds (default: 5)",
-            **DEVICE,
-        },
+        ("--size", "--family", "--tune", "--text", "--batch", "--micro", "--budget", "--checkpointing", *TIMED),
     ),
     "levers": (
         "what each lever of a step is worth: the step with it and without",
-        {
-            **MODEL,
-            "--budget": "rows at a time (default: 4096)",
-            "--compiled": "also with compiled layers, which takes longer",
-            "--repeats": "rounds (default: 5)",
-            **DEVICE,
-        },
+        ("--size", "--family", "--tune", "--batch", "--budget", "--compiled", *TIMED),
     ),
-    "loss": (
-        "the answer loss: time and memory, beside logits of every row",
-        {"--width": "of the hidden states (default: 4096)", "--repeats": "rounds (default: 5)", **DEVICE},
-    ),
-    "scaling": (
-        "how a step grows with the picture, to a video of 11,520 tokens",
-        {"--size": MODEL["--size"], "--repeats": "rounds (default: 5)", **DEVICE},
-    ),
+    "loss": ("the answer loss: time and memory, beside logits of every row", ("--width", *TIMED)),
+    "scaling": ("how a step grows with the picture, to a video of 11,520 tokens", ("--size", *TIMED)),
     "data": (
         "records per second, beside what a GPU needs",
-        {
-            "recipe": "whose data is read; without it, pictures are made",
-            "--set": "change one value of the recipe",
-            "--family": "the model that pictures are made for: 1.5 or next (default: 1.5)",
-            "--samples": "records that are read (default: 256)",
-            "--workers": "worker processes; repeat for several (default: 0, 1, 2)",
-            "--repeats": "rounds (default: 3)",
-            **FILES,
-        },
+        ("recipe", "--set", "--family", "--samples", "--workers", "--repeats", *FILES),
     ),
-    "pruning": (
-        "what choosing the rows costs",
-        {
-            "--width": "of the features; a 7B model's are 4096 wide (default: 1024)",
-            "--keep": "share of the rows that is kept (default: 0.1)",
-            "--repeats": "rounds (default: 20)",
-            **DEVICE,
-        },
-    ),
+    "pruning": ("what choosing the rows costs", ("--width", "--keep", *TIMED)),
     "savings": (
         "what skipping rows, layers and answers saves, beside what it promises",
-        {"--layers": "of the LLM (default: 16)", "--width": "of the LLM (default: 256)", **DEVICE},
+        ("--layers", "--width", *TIMED),
     ),
     "memory": (
         "what recipes need, beside what is estimated; downloads nothing",
-        {
-            "recipes": "recipe files, or names of built-in ones",
-            "--set": "change one value of all recipes",
-            "--gpu": "as on a GPU with so much memory",
-            **OUT,
-        },
+        ("recipes", "--set", "--gpu", "--out"),
     ),
 }
 
@@ -98,11 +62,13 @@ def add(subparsers) -> None:
     for name, (help, flags) in COMMANDS.items():
         parser = subparsers.add_parser(name, help=help, description=help)
         parser.set_defaults(command=partial(_run, name))
-        for flag, said in flags.items():
-            parser.add_argument(flag, help=said, **KINDS.get(flag, {}))
+        for flag in flags:
+            said, how = FLAGS[flag]
+            parser.add_argument(flag, help=said, **how)
 
 
 def _run(name: str, a: argparse.Namespace) -> int:
+    """Runs a benchmark. A flag that is not given has the default of the function that it goes to."""
     from .. import recipe
 
     settings = {key: value for key, value in vars(a).items() if value is not None and key != "command"}
@@ -111,8 +77,11 @@ def _run(name: str, a: argparse.Namespace) -> int:
         settings["recipe"] = recipe.read(a.recipe, changes)
     if "recipes" in settings:
         settings["recipes"] = {path: recipe.read(path, changes) for path in a.recipes}
-    from . import harness
-
     benchmark = import_module(f".{name}", __package__)
-    benchmark.run(**settings) if name == "memory" else harness.run(benchmark, **settings)
+    if name == "memory":
+        benchmark.run(**settings)
+    else:
+        from . import harness
+
+        harness.run(benchmark, **settings)
     return 0
