@@ -7,7 +7,7 @@ READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test tutorials torture lint clean bench-gpu
+.PHONY: demo test tutorials options torture lint clean bench-gpu
 
 # make demo SHORT=1 runs the same path in seconds; make demo SEED=3 draws other pictures.
 demo: $(READY)
@@ -19,6 +19,10 @@ test: lint
 # make tutorials ONLY=3 executes one chapter; SHORT=1 every cell with fewer repeats; KEEP=1 keeps the new outputs.
 tutorials: $(READY)
 	@$(BIN)/python tutorials/run.py $(ONLY) $(if $(SHORT),--short) $(if $(KEEP),--keep)
+
+# The page of every key of a recipe, from the comments behind the keys.
+options: $(READY)
+	@$(BIN)/python tutorials/options.py
 
 # The attacks of tests/torture in their long form, an hour or two; `make test` has the short ones.
 # make torture ONLY="kills disk" COUNT=50 SEED=1 does some of them, so often, with other draws.

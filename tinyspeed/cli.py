@@ -150,8 +150,9 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
     made.add_argument("image")
-    message_of = "repeat for several; default: all that need not learn and whose signals the tower has"
-    made.add_argument("--plugin", action="append", metavar="NAME", help=message_of)
+    made.add_argument(
+        "--plugin", action="append", metavar="NAME", help="may be repeated (default: all that can be drawn)"
+    )
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
     made.add_argument("--seed", type=int, default=0, help="of plugins that draw at random")

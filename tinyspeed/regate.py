@@ -37,14 +37,14 @@ NEVER = -1.0  # in place of the m of a token that was not visited yet; no loss i
 
 @dataclass(frozen=True)
 class Settings:
-    keep: float = 1.0  # share of a sample's answer tokens that a step learns when it skips; 1 = ReGATE is off
-    reference: str = ""  # a text-only LLM with the same tokenizer, folder or hub id; empty: the student's losses alone
-    fusion: str = "sum"  # "sum" or "mix"
-    weight: float = 0.5  # lambda
-    beta: float = 0.9
-    cycle: int = 128
-    refresh: int = 16  # steps of every cycle that see all answers
-    warmup: int = 100  # first steps of the run that see all answers
+    keep: float = 1.0  # Share of a sample's answer tokens that a step learns when it skips; 1 = ReGATE is off.
+    reference: str = ""  # A text-only LLM with the same tokenizer, folder or hub id; empty = none.
+    fusion: str = "sum"  # How reference losses join the student's: "sum" or "mix".
+    weight: float = 0.5  # Weight of the reference losses (lambda).
+    beta: float = 0.9  # How slowly earlier losses of a token are forgotten.
+    cycle: int = 128  # Steps from one refresh to the next.
+    refresh: int = 16  # Steps at the start of each cycle that see all answers.
+    warmup: int = 100  # First steps of the run that see all answers; in a short run take a tenth of it.
 
     def __post_init__(self):
         for good, what in (

@@ -1,4 +1,4 @@
-"""PERFORMANCE.md says what benchmarks printed: its tables are those of the committed JSON. What it promises of a GPU is
+"""performance.md says what benchmarks printed: its tables are those of the committed JSON. What it promises of a GPU is
 arithmetic, done here again."""
 
 import json
@@ -82,12 +82,6 @@ def test_a_bar_is_as_long_as_its_number(panels):
 def test_every_table_has_its_numbers():
     named = re.findall(r"<!-- (bench-.*) -->", PAGE.read_text(encoding="utf-8"))
     assert sorted(named) == [file.name for file in RESULTS]
-
-
-def test_the_readme_says_the_same():
-    texts = json.loads((ROOT / "tutorials" / "results" / "bench-step.json").read_text())["texts"]
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- bench-step.json, 128 -->\n\n{step.table_of('128', texts['128'])}\n\n" in page
 
 
 def test_the_promises_are_arithmetic():

@@ -83,7 +83,7 @@ def test_numbers_in_prose_come_from_a_cell(file):
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.stem)
 def test_links_lead_somewhere(file):
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", prose(file)):
-        there = (COURSE / target).resolve() if target else file
+        there = (file.parent / target).resolve() if target else file
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import pages
 from support.runs import settings, train_through, unlike
 
 from tinyspeed import UserError, adaptive, pruning, recipe
@@ -21,10 +21,11 @@ TOGETHER = (
 )  # fmt: skip
 
 
-def test_the_readmes_recipe_for_all_of_them_skips_rows_layers_and_answers():
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
-    (command,) = re.findall(r"`tinyspeed train digits ([^`]*regate[^`]*)`", readme)
-    made = recipe.read("digits", command.replace("--set ", "").split())
+def test_the_guides_recipe_for_all_of_them_skips_rows_layers_and_answers():
+    (command,) = [
+        command for command in pages.commands(pages.ROOT / "tutorials" / "guide" / "methods.md") if "regate" in command
+    ]
+    made = recipe.read("digits", re.findall(r"--set (\S+)", command))
     answer_gate.require_some_skipping(made, made.digits.pictures)
     plans = list(map(schedules.schedule_of(made, "train", made.digits.layers).plan, range(made.train.steps)))
     assert any(plan.keep < 1 and plan.answer_keep < 1 for plan in plans)

@@ -98,12 +98,6 @@ def test_the_command_that_a_built_in_file_opens_with_runs_all_of_its_arms(name, 
     assert len({made.to_toml() for made in arms.values()}) == len(arms), "two arms are the same"
 
 
-def test_the_papers_arms_are_those_of_the_readmes_table():
-    lines = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("## What was measured")[1]
-    table = re.findall(r"^\| (\S.*?) *\|", lines.split("![")[0], flags=re.MULTILINE)
-    assert ["arm", *comparison.read(DIGITS, "paper")] == [name for name in table if not name.startswith("-")]
-
-
 def test_every_plugin_of_the_package_is_among_the_plugins_arms():
     ours = {name for name, plugin in registry.PLUGINS.items() if plugin.__module__.startswith("tinyspeed.")}
     compared = {(made.dualspeed.plugin, made.dualspeed.keep) for made in comparison.read(DIGITS, "plugins").values()}
@@ -132,18 +126,18 @@ def rows_of(runs: list[dict]) -> dict[str, list[str]]:
 
 
 def test_the_tables_of_ablations_are_what_was_measured():
-    course = Path(__file__).parents[2] / "tutorials"
-    page = (course / "results" / "ablations.md").read_text(encoding="utf-8")
+    results = Path(__file__).parents[2] / "tutorials" / "results"
+    page = (results / "ablations.md").read_text(encoding="utf-8")
     shown: dict[str, set[str]] = {}
     for before, table in re.findall(r"((?:^[^|\n].*\n|^\n)+)((?:^\|.*\n)+)", page, flags=re.MULTILINE):
-        file = re.findall(r"\((results/ablations-[\w-]+\.json)\)", before)[-1]
-        expected = rows_of(json.loads((course / file).read_text(encoding="utf-8"))["runs"])
+        file = re.findall(r"\((ablations-[\w-]+\.json)\)", before)[-1]
+        expected = rows_of(json.loads((results / file).read_text(encoding="utf-8"))["runs"])
         for line in table.splitlines()[2:]:
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             assert cells == expected[cells[0]]
             shown.setdefault(file, set()).add(cells[0])
     measured = {
-        f"results/{file.name}": {run["arm"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]}
-        for file in (course / "results").glob("ablations-*.json")
+        file.name: {run["arm"] for run in json.loads(file.read_text(encoding="utf-8"))["runs"]}
+        for file in results.glob("ablations-*.json")
     }
     assert shown == measured, "a result that is shown nowhere, or the other way round"

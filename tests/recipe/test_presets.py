@@ -200,7 +200,9 @@ def test_batches_are_made_alike_where_ranks_would_wait_for_each_other(planned, n
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_readmes_table_says_what_the_planner_says(planned, name):
-    row = next(line for line in README.splitlines() if line.startswith(f"| [{name}](../tinyspeed/recipes/{name}.toml)"))
+    row = next(
+        line for line in README.splitlines() if line.startswith(f"| [{name}](../tinyspeed/recipe/presets/{name}.toml)")
+    )
     a100, h100 = planned(name, "a100-80"), planned(name, "h100")
     hours = [f"{plan._hours(cost.hours)}, {plan._hours(cost.full_hours)}" for cost in (a100, h100)]
     assert a100.peak == h100.peak

@@ -15,7 +15,7 @@ from tinyspeed.bench.estimate import estimate
 from tinyspeed.models.memory import GIB
 from tinyspeed.training import run_folder
 
-README = Path(__file__).parents[2] / "README.md"
+PICTURES = Path(__file__).parents[2] / "tutorials" / "guide" / "pictures.md"
 share = st.floats(0.01, 1)
 
 
@@ -42,7 +42,7 @@ def test_built_in_recipes_are_valid(name):
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*gb*.toml")))
-def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name):
+def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
     """For which card, how much memory, how much faster, and how that is known."""
     gib = int(re.search(r"(\d+)gb", name)[1])
     found = estimate(recipe.read(name), gib)
@@ -55,7 +55,7 @@ def test_a_recipes_opening_and_the_readme_say_what_is_estimated(name):
     assert re.search(r"^# Memory: (\S+ GiB) ", said)[1] == memory
     assert re.search(r"^# Speed-up: (\S+) less", faster)[1] == speedup
     assert re.search(r"^# Checked: .* measured on a GPU", checked)
-    row = next(line for line in README.read_text().splitlines() if line.startswith(f"| [{name}]"))
+    row = next(line for line in PICTURES.read_text().splitlines() if line.startswith(f"| [{name}]"))
     assert [cell.strip() for cell in row.split("|")][-3:-1] == [memory, speedup]
 
 

@@ -96,7 +96,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     path = checkpoint.save(tmp_path, 1, tensors(), {}, keep=1)
     (path / name).unlink()
     os.mkfifo(path / name)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="not a file"):
         checkpoint.read(path)
 
 

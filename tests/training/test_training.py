@@ -385,7 +385,7 @@ def test_a_damaged_isolator_is_named_before_it_is_used(uninterrupted, base, tmp_
 
 
 def test_gradients_whose_squares_overflow_are_told_from_infinite_ones(base, tmp_path, monkeypatch):
-    for value, says in ((1e30, "gradients are too large, that of {} most"), (-float("inf"), r"gradient of {} \(")):
+    for value, says in ((1e30, "gradients are too large, above all that of {}"), (-float("inf"), r"gradient of {} \(")):
         made, original, named = settings(base, tmp_path, f"run{value}"), StageRun._forward_backward, []
 
         def poisoned(self, *arguments, value=value, original=original, named=named):

@@ -27,14 +27,14 @@ LAST = ("dualspeed", "sts")  # their checks may import torch, so those of other 
 
 @dataclass(frozen=True)
 class RunSection:
-    name: str = "run"
-    folder: str = "runs"  # where runs/NAME is made
-    seed: int = 0
-    threads: int = 0  # CPU threads; 0 = torch's choice. A resumed run is bit-identical for one thread count only.
-    device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one
-    save_every: int = 200  # steps between checkpoints
-    keep_checkpoints: int = 2
-    cache: str = "~/.cache/tinyspeed"  # unpacked parquet files and tower features
+    name: str = "run"  # The run's folder is runs/NAME.
+    folder: str = "runs"  # The folder in which runs/NAME is made.
+    seed: int = 0  # Another seed draws another order of the data, other slow steps and other new weights.
+    threads: int = 0  # CPU threads; 0 = torch's choice. A resumed run repeats its bits with as many threads only.
+    device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is a GPU.
+    save_every: int = 200  # Steps between checkpoints.
+    keep_checkpoints: int = 2  # How many of the newest checkpoints stay.
+    cache: str = "~/.cache/tinyspeed"  # Folder for unpacked parquet files, tower features, reference losses.
 
     def __post_init__(self):
         good = self.name and not self.name.startswith(".") and "/" not in self.name and "\\" not in self.name
@@ -47,11 +47,11 @@ class RunSection:
 
 @dataclass(frozen=True)
 class ModelSection:
-    path: str = ""  # hub id or folder; empty: the embedded default's tiny LLaVA is built, and its tower trained
-    tower: str = ""  # or from parts: a CLIP tower, an LLM and a new projector become a LLaVA
-    llm: str = ""
-    precision: str = "auto"  # "auto": bf16 on a GPU that has it, else fp16, and fp32 on a CPU
-    quantise: str = "none"  # "nf4": the LLM's frozen weights in 4 bits; needs LoRA to be trained
+    path: str = ""  # Hub id or folder. Empty: the tiny LLaVA of the digits is built, and its tower trained.
+    tower: str = ""  # Instead of model.path: a CLIP tower, which becomes a LLaVA with model.llm and a new projector.
+    llm: str = ""  # The Llama, Vicuna or Mistral that goes with model.tower.
+    precision: str = "auto"  # "fp32", "bf16", "fp16", or "auto": bf16 on a GPU that has it, else fp16; fp32 on a CPU.
+    quantise: str = "none"  # "nf4" holds the LLM's frozen weights in 4 bits, to save memory; tuning needs lora.rank.
 
     def __post_init__(self):
         require_known("model.precision", self.precision, PRECISIONS)
@@ -62,9 +62,9 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class LoraSection:
-    rank: int = 0  # 0: no adapters, the LLM is trained in full
-    alpha: float = 0.0  # 0 = twice the rank
-    dropout: float = 0.05
+    rank: int = 0  # Rank of the LoRA adapters on the LLM; 0 = no adapters, [train] trains the whole LLM.
+    alpha: float = 0.0  # Scale of the adapters; 0 = twice the rank.
+    dropout: float = 0.05  # Share of the adapters' inputs that training drops.
 
     def __post_init__(self):
         require_range(self, "lora.", rank=(0, 2**16), alpha=(0, 10**9))
@@ -79,18 +79,18 @@ class LoraSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    kind: str = "digits"  # the embedded default, or "chat": conversations about pictures of your own
-    turns: int = 6  # digits: questions a picture, in training
-    eval_pictures: int = 1000  # digits: pictures evaluated, one question each
-    file: str = ""  # chat: LLaVA's JSON, or chat messages as JSON, JSONL or parquet
-    images: str = ""  # chat: the folder that image paths start from; empty: the file's own
-    template: str = "chat"  # "chat": the processor's template; "plain": picture and caption, for aligning
-    system: str = ""  # a system message for conversations that have none
-    max_rows: int = 0  # longest sample, visual rows included; 0 = the model's context
-    too_long: str = "error"  # "error" or "cut": answers beyond max_rows are cut off; pictures never are
-    skip_bad: bool = False  # leave bad records out, count and list them; otherwise they are an error
-    workers: int = 2  # processes that decode pictures ahead of training; 0 = none
-    feature_cache_gb: float = 0.0  # keep the frozen tower's features of up to so many GB on disk
+    kind: str = "digits"  # "digits", the embedded default, or "chat": conversations about your own pictures.
+    turns: int = 6  # Digits: questions about each picture in training.
+    eval_pictures: int = 1000  # Digits: pictures that the model is asked about after training, one question each.
+    file: str = ""  # Chat: LLaVA's JSON, or chat messages as JSON, JSONL or parquet.
+    images: str = ""  # Chat: the folder that the names of pictures start from; empty = the folder of the file.
+    template: str = "chat"  # "chat": the processor's chat template; "plain": a picture and its caption, for aligning.
+    system: str = ""  # A system message for conversations that have none.
+    max_rows: int = 0  # Longest sample in tokens, image tokens included; 0 = the model's context.
+    too_long: str = "error"  # "error" refuses longer samples; "cut" cuts the end of their text off, never a picture.
+    skip_bad: bool = False  # Leave bad records out and list them in skipped.txt; otherwise they are an error.
+    workers: int = 2  # Processes that decode pictures ahead of training; 0 = none. Add some if the GPU waits.
+    feature_cache_gb: float = 0.0  # GB of disk for the frozen tower's features, which save time after the first epoch.
 
     def __post_init__(self):
         require_known("data.kind", self.kind, ("digits", "chat"))
@@ -106,14 +106,14 @@ class DataSection:
 class DigitsSection:
     """The embedded default's pictures, and the sizes of its model."""
 
-    side: int = 12  # a picture is side x side cells, each a visual token; 24 gives 576 as LLaVA-1.5 has
-    regions: int = 2  # regions a line, each with one digit or none: of 2 x 2, of 3 x 3, or of 4 x 4
-    pictures: int = 1_000_000  # different ones in training; with fewer, a run sees them again
-    width: int = 128
-    layers: int = 2
-    tower_width: int = 64
-    tower_layers: int = 2
-    tower_steps: int = 500
+    side: int = 12  # A picture has side x side cells, each an image token; 24 makes 576, as LLaVA-1.5 has.
+    regions: int = 2  # Regions a line (2, 3 or 4), each with one digit or none; 3 makes up to nine digits.
+    pictures: int = 1_000_000  # Different pictures in training; with few, a run sees them again.
+    width: int = 128  # Width of the tiny LLM, a multiple of 8.
+    layers: int = 2  # Layers of the tiny LLM.
+    tower_width: int = 64  # Width of its vision tower, a multiple of 8.
+    tower_layers: int = 2  # Layers of its vision tower.
+    tower_steps: int = 500  # Steps that train the vision tower before the run begins.
 
     def __post_init__(self):
         require_range(self, "digits.", side=(1, 96), pictures=(1, LARGEST), tower_steps=(1, LARGEST))
@@ -131,18 +131,18 @@ class DigitsSection:
 
 @dataclass(frozen=True)
 class DualSpeedSection:
-    plugin: str = "divprune"
-    keep: float = 0.1  # share of visual rows on fast steps
-    schedule: str = "bernoulli"  # "bernoulli", "periodic", "adaptive", "fast" (pruned-only), "full" (ordinary training)
-    slow: float = 0.1  # share of slow steps; an adaptive one begins there
-    gap: float = 0.05  # adaptive: how much worse full tokens may do than pruned ones, in nats a token
-    isolator: int = 4  # rows of the mode isolator; 0 = none
-    isolator_from: str = ""  # a finished run, whose isolator this one goes on with
-    views: bool = False  # a LoRA for each mode instead of one for both; needs lora.rank
-    distill: float = 1.0  # weight of the slow steps' KL
-    temperature: float = 1.0
-    positions: str = "original"  # or "compact", the official code's
-    layout: str = "auto"
+    plugin: str = "divprune"  # What chooses the image tokens of fast steps; `tinyspeed look` draws each choice.
+    keep: float = 0.1  # Share of the image tokens that fast steps see; fewer tokens are faster.
+    schedule: str = "bernoulli"  # "bernoulli", "periodic", "adaptive", "fast" (pruned only) or "full" (nothing pruned).
+    slow: float = 0.1  # Share of slow steps, which see all image tokens; an adaptive schedule begins there.
+    gap: float = 0.05  # Adaptive: how much worse full tokens may do than pruned ones, in nats a token.
+    isolator: int = 4  # Learned tokens in front of each picture that mark a fast step; 0 = none.
+    isolator_from: str = ""  # Folder of a finished run whose isolator this run goes on with.
+    views: bool = False  # One LoRA for fast steps and one for slow steps, instead of one for both; needs lora.rank.
+    distill: float = 1.0  # How much the fast mode teaches slow steps (the weight of the KL); 0 saves its forward.
+    temperature: float = 1.0  # Above 1 it flattens teacher's and student's answers in that KL.
+    positions: str = "original"  # "original": kept tokens keep their places; "compact": they close up, as published.
+    layout: str = "auto"  # Samples "padded" to one length, "packed" end to end, or "auto": whichever is cheaper.
 
     def __post_init__(self):
         require_known("dualspeed.schedule", self.schedule, KINDS)
@@ -164,13 +164,13 @@ class DualSpeedSection:
 
 @dataclass(frozen=True)
 class StsSection:
-    skip: float = 0.0  # share of the LLM's layers that a step of `train` leaves out; 0 = none
-    layers: str = "random"  # which: "random", deeper ones more often, or "influence": those that change answers least
-    protect_first: int = 1  # layers that always run
-    protect_last: int = 1
-    every: int = 10  # one step in so many runs every layer, as slow ones do; 0 = only these
-    compress: float = 0.0  # share of visual rows that `align` keeps; 0 = dualspeed.keep
-    compressor: str = ""  # the pruning plugin that chooses them; empty: dualspeed.plugin
+    skip: float = 0.0  # Share of the LLM's layers that a step of [train] leaves out, rounded down; 0 = STS is off.
+    layers: str = "random"  # "random" (deeper ones more often), or "influence": those that change answers least.
+    protect_first: int = 1  # Layers at the start that always run.
+    protect_last: int = 1  # Layers at the end that always run.
+    every: int = 10  # One step in so many runs every layer, as slow steps do; 0 = only slow steps do.
+    compress: float = 0.0  # Share of the image tokens that [align] sees; 0 = dualspeed.keep.
+    compressor: str = ""  # Plugin that chooses them; empty = dualspeed.plugin.
 
     def __post_init__(self):
         for name in ("skip", "compress"):
@@ -191,18 +191,18 @@ class StsSection:
 
 @dataclass(frozen=True)
 class StageSection:
-    steps: int = 0  # optimizer steps; 0 = as many as `epochs` ask for
-    epochs: float = 0.0
-    batch: int = 32  # samples an optimizer step
-    lr: float = 1e-3
-    warmup: float = 0.03  # share of the steps
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest gradient norm
-    beta2: float = 0.999
-    connector_lr: float = 0.0  # of projector and isolator; 0 = lr
-    optimizer: str = "adamw"  # "adamw8bit" and "paged_adamw8bit" keep their moments in 8 bits
-    row_budget: int = 0  # rows of a micro-batch, after pruning; 0 = the whole batch at once
-    checkpointing: str = "auto"  # recompute activations: "on", "off", or "auto": where they would not fit
+    steps: int = 0  # Optimizer steps; 0 = as many as epochs asks for. A stage with neither is left out.
+    epochs: float = 0.0  # Passes over the data. With few records, train for more.
+    batch: int = 32  # Samples an optimizer step. With few records, take fewer.
+    lr: float = 1e-3  # Learning rate after the warm-up; from there it falls to 0 along half a cosine.
+    warmup: float = 0.03  # Share of the steps in which the learning rate rises.
+    weight_decay: float = 0.0  # AdamW's weight decay.
+    clip: float = 1.0  # Largest norm of the gradient; larger ones are scaled down to it.
+    beta2: float = 0.999  # AdamW's second decay rate; short runs may need a smaller one.
+    connector_lr: float = 0.0  # Learning rate of projector and isolator; 0 = lr.
+    optimizer: str = "adamw"  # "adamw", or with moments in 8 bits, to save memory: "adamw8bit", "paged_adamw8bit".
+    row_budget: int = 0  # Tokens of a micro-batch after pruning; 0 = the whole batch. Lower it to save memory.
+    checkpointing: str = "auto"  # Recompute activations to save memory: "on", "off", or "auto": where they do not fit.
 
     def __post_init__(self):
         require_range(
@@ -227,12 +227,12 @@ class StageSection:
 class ScaleSection:
     """How `scale` spreads a run over processes; `tinyspeed` itself reads none of it."""
 
-    shard: int = 0  # ranks that share one copy of the model; 0 = all. 8: every node of 8 GPUs holds a copy (HSDP)
-    reshard: bool = True  # drop a layer's weights between forward and backward; false: less traffic, more memory
-    offload: bool = False  # keep each rank's slice in CPU memory
-    window: int = 1  # batches that are made together, of samples alike, so that ranks get equal work; 1 = at random
-    check_every: int = 50  # steps between comparisons of what the ranks are about to do
-    timeout: float = 600.0  # seconds without progress after which a rank says so and all stop
+    shard: int = 0  # Ranks that share one copy of the model; 0 = all. 8: each node of 8 GPUs has one (HSDP).
+    reshard: bool = True  # Drop a layer's weights between forward and backward; false = less traffic, more memory.
+    offload: bool = False  # Keep each rank's slice of the weights in CPU memory.
+    window: int = 1  # Batches made together, of samples alike, so that ranks get equal work; 1 = at random.
+    check_every: int = 50  # Steps between comparisons of what the ranks are about to do.
+    timeout: float = 600.0  # Seconds without progress after which a rank says so and all ranks stop.
 
     def __post_init__(self):
         require_range(

@@ -47,7 +47,7 @@ class SetStep(TrainerCallback):
         if self.model.forwards == self.forwards:
             raise UserError(
                 "the step ended without DualSpeed's forward: the trainer runs the wrapped model itself, unpruned. "
-                "Use transformers.Trainer, or give back Trainer.compute_loss to your trainer class (README, drop-in)"
+                "Use transformers.Trainer, or give your trainer class Trainer.compute_loss back (guide, your-own-loop)"
             )
         if self.seen:
             self._observe()
