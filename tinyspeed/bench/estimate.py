@@ -11,7 +11,7 @@ GPU sustains, which is an assumption: a third to a half of the number on its box
 """
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from math import inf, isqrt
 from pathlib import Path
@@ -241,7 +241,7 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool,
 def changed(recipe: Recipe, *changes: dict[str, object]) -> Recipe:
     for key, value in (item for change in changes for item in change.items()):
         section, name = key.split(".")
-        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
+        recipe = recipe.replaced(**{section: {name: value}})
     return recipe
 
 
