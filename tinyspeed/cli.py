@@ -17,7 +17,7 @@ from pathlib import Path
 from . import __version__
 from .bench import commands as bench_commands
 from .util import files, paths, tables
-from .util.errors import UserError, counted
+from .util.errors import UserError, counted, require_known
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,7 +279,7 @@ def _eval(a) -> int:
 def _benchmark(a) -> int:
     from .evaluation import questions as official
 
-    official.known(a.task)
+    require_known("benchmark", a.task, official.READERS)
     if not (a.questions and a.images):
         raise UserError("--task needs --questions and --images")
     if not Path(a.images).is_dir():

@@ -1,8 +1,8 @@
 """`tinyspeed demo`: the whole idea on a CPU, in minutes, with nothing to download.
 
-A LLaVA that is small enough for a laptop learns to read real handwritten digits on a large canvas. Its tower is trained,
-its projector is aligned, and it is tuned with DualSpeed; then it is asked about new pictures on full tokens, and what
-happened is drawn.
+A LLaVA that is small enough for a laptop learns to read real handwritten digits on a large canvas. Its tower is
+trained, its projector is aligned, and it is tuned with DualSpeed; then it is asked about new pictures on full tokens,
+and what happened is drawn.
 """
 
 from pathlib import Path
@@ -45,8 +45,8 @@ def _results(recipe: Recipe, result: Result) -> str:
         ["% right on full tokens (as used at inference)", f"{full:.1f}"],
         ["% right on pruned tokens", f"{pruned:.1f}"],
         ["steps", f"{t.steps}"],
-        ["rows through the LLM", f"{t.rows:,}"],
-        ["rows in full training", f"{t.rows_full:,}"],
+        ["tokens through the LLM", f"{t.rows:,}"],
+        ["tokens in full training", f"{t.rows_full:,}"],
         ["training seconds", f"{t.seconds:.0f}"],
         ["seconds of full training, estimated", f"{t.full_seconds:.0f}"],
     ]

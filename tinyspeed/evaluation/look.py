@@ -35,7 +35,6 @@ from ..util.plots import figure, save
 
 DIM = 0.25  # brightness of what is pruned
 GRID, PATCH = 24, 14  # without a tower: LLaVA-1.5's 576 cells
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIDE, GAP, TITLE, HEADER = 3.1, 0.15, 0.4, 0.35  # inches: a panel, between panels, above a panel, above the first
 
 
@@ -222,22 +221,18 @@ def encode(
 
 
 def _preprocess(picture: Image.Image, tower: str, vision, kind: str) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Returns the model's input and the picture in it, by the model's own processor, or as CLIP's would make them if it
-    has none."""
-    from transformers import AutoImageProcessor
+    """Returns the model's input and the picture in it, by the model's own processor, or CLIP's if it has none."""
+    from transformers import AutoImageProcessor, CLIPImageProcessor
 
     try:
         with _silent_transformers():
             processor = AutoImageProcessor.from_pretrained(paths.model(tower), trust_remote_code=False)
     except (OSError, ValueError) as error:  # there is no processor, or not one for pictures
         if kind == "llava_next":
-            raise UserError(
-                f"{tower} lacks the image processor that cuts crops for LLaVA-NeXT: copy it there"
-            ) from error
-        mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
-        square = ImageOps.fit(picture, (vision.image_size, vision.image_size), Image.Resampling.BICUBIC)
-        shown = torch.from_numpy(np.asarray(square, dtype=np.float32) / 255)
-        return {"pixel_values": ((shown - mean) / std).permute(2, 0, 1)[None]}, shown.numpy()
+            what = "the image processor that cuts crops for LLaVA-NeXT"
+            raise UserError(f"{tower} lacks {what}: copy it there") from error
+        side = vision.image_size
+        processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     batch = processor(images=picture, return_tensors="pt")
     if batch["pixel_values"].dim() not in (4, 5):
         raise UserError(f"the image processor of {tower} makes {tuple(batch['pixel_values'].shape)}, not a picture")

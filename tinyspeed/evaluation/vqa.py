@@ -1,23 +1,24 @@
 """When two short answers are the same, and how far a model agrees with ten people: the rules of VQAv2 and TextVQA.
 
-Each question was put to ten people. An answer is right as far as they gave it too, each in turn left out:
+Each question was put to ten people. How right an answer is depends on how many of them gave it too, leaving out each
+person in turn:
 
     score = mean over the ten of  min(1, matches among the other nine / 3)      0, 1, 2, 3, 4 alike: 0, .3, .6, .9, 1
 
-Answers match when they are the same letters after normalising. VQA's way (`vqaEval.py` of GT-Vision-Lab/VQA):
-punctuation goes, number words become digits, articles are dropped, contractions get their apostrophe back. TextVQA's
-way (M4C's `EvalAIAnswerProcessor`): commas and question marks are dropped and "'s" is cut off first, then the same.
+Answers match if they are the same letters once they are normalised. VQA (`vqaEval.py` of GT-Vision-Lab/VQA) removes
+punctuation, writes number words as digits, drops articles, and gives contractions their apostrophe back. TextVQA (M4C's
+`EvalAIAnswerProcessor`) first drops commas and question marks and cuts off "'s", then does the same.
 
-The official code for VQAv2 normalises nothing where all ten people wrote the same, so "Yes" misses ten times "yes".
-Predictions are therefore normalised before they are handed in. LLaVA does that too, in TextVQA's way; here it is done
-in VQA's own.
+The official code for VQAv2 normalises nothing if all ten people wrote the same, so "Yes" does not match ten times
+"yes". Predictions are therefore normalised before they are handed in. LLaVA does that too, in TextVQA's way; here it is
+done in VQA's own.
 """
 
 import re
 from collections.abc import Sequence
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The official pattern also says "not behind a digit", but means it of the period itself, where it is always so.
+# The official pattern also asks for "not behind a digit", but of the period itself, where that is always true.
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS = 32  # the official code passes re.UNICODE (32) where the number of replacements belongs
 ARTICLES = {"a", "an", "the"}
@@ -25,7 +26,7 @@ NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
-# As published, slips included. Those with a capital are never met: words are in lower case by then.
+# As published, slips included. Those with a capital never match: words are in lower case by then.
 _PUBLISHED = """
 aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
 didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't
@@ -51,13 +52,13 @@ CONTRACTIONS = dict(pair.split(":") for pair in _PUBLISHED.split())
 
 
 def normalise(answer: str) -> str:
-    """An answer as VQA compares it."""
+    """Returns an answer as VQA compares it."""
     words = (NUMBERS.get(word, word) for word in _punctuation(_line(answer)).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def normalise_textvqa(answer: str) -> str:
-    """An answer as TextVQA compares it."""
+    """Returns an answer as TextVQA compares it."""
     return normalise(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
@@ -66,7 +67,7 @@ def _line(answer: str) -> str:
 
 
 def _punctuation(answer: str) -> str:
-    """A mark next to a space goes; one between letters becomes a space; all of them go where a number has a comma."""
+    """Removes marks next to a space, and makes others a space; if a number has a comma, removes all of them."""
     thousands = re.search(r"\d,\d", answer)
     out = answer
     for mark in PUNCTUATION:
@@ -76,13 +77,13 @@ def _punctuation(answer: str) -> str:
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:
-    """The formula above. Of n people, m said the same: m of them have m - 1 matches among the others, the rest m."""
+    """Returns the score above. Of n people m said the same: these have m - 1 matches among the others, the rest m."""
     n, m = len(people), people.count(answer)
     return (m * min(1, (m - 1) / 3) + (n - m) * min(1, m / 3)) / n
 
 
 def vqav2(prediction: str, people: Sequence[str]) -> float:
-    """What the official code gives for a prediction that was normalised and handed in."""
+    """Returns what the official code gives for a prediction that was normalised and handed in."""
     people = [_line(answer) for answer in people]
     if len(set(people)) > 1:
         people = [normalise(answer) for answer in people]
