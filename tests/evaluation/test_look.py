@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 from support import tiny
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from tinyspeed import UserError, pruning
 from tinyspeed.data import digits, images
@@ -141,7 +149,9 @@ def test_a_tower_gives_the_patch_tokens_of_its_last_layer_but_one(name, photo, t
         model = rough(build())
     model.save_pretrained(tmp_path / "tower")
     features, shown, grid, _ = encode(images.decode(photo, "photo"), str(tmp_path / "tower"))
-    pixels = ((torch.from_numpy(shown) - CLIP_MEAN) / CLIP_STD).permute(2, 0, 1)[None]
+    clip = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    pixels = clip(images=images.decode(photo, "photo"), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close((torch.from_numpy(shown) - CLIP_MEAN) / CLIP_STD, pixels[0].permute(1, 2, 0))
     with torch.no_grad():
         hidden = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states
     want = hidden[2][:, in_front:]  # of embeddings and three layers
