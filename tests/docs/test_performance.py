@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyspeed.bench import bars, data, estimate, levers, loss, pruning, savings, scaling, step
+from tinyspeed.bench import data, estimate, harness, levers, loss, pruning, savings, scaling, step
 from tinyspeed.data import llava_mix
 from tinyspeed.models import published
 from tinyspeed.models.memory import Settings, Shape
@@ -70,7 +70,9 @@ def test_a_table_is_what_the_benchmark_printed(file):
 )
 @settings(max_examples=10)
 def test_a_bar_is_as_long_as_its_number(panels):
-    fig = bars.draw({title: [bars.Bar(*bar, dark=bar[1] / 2) for bar in of] for title, of in panels.items()}, "ms")
+    fig = harness.bar_chart(
+        {title: [harness.Bar(*bar, dark=bar[1] / 2) for bar in of] for title, of in panels.items()}, "ms"
+    )
     names = list(dict.fromkeys(name for of in panels.values() for name, _ in of))
     assert len(fig.axes) == len(panels)
     for ax, (title, of) in zip(fig.axes, panels.items(), strict=True):

@@ -39,9 +39,8 @@ from ..recipe import DataSection, Recipe
 from ..training import build
 from ..util import files, tables
 from ..util.errors import UserError
-from . import bars, estimate
-from .bars import Bar
-from .harness import Results
+from . import estimate
+from .harness import Bar, Results, bar_chart
 
 BATCH, TFLOPS, SLOW, PICTURES = 8, (20.0, 100.0, 400.0), 0.02, 64
 WIDTH, HEIGHT = 640, 480
@@ -110,7 +109,7 @@ def describe(results: dict) -> str:
 def draw(results: dict):
     made = [Bar(f"{n} workers", f["median"]) for n, f in results["records_per_second"].items()]
     needed = [Bar(f"a GPU at {float(t):g} TFLOP/s", n, ours=False) for t, n in results["wanted"].items()]
-    return bars.draw({"made here, and needed": made + needed}, "records/s")
+    return bar_chart({"made here, and needed": made + needed}, "records/s")
 
 
 def album(folder: Path, config, family: str) -> conversations.Conversations:

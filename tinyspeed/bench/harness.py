@@ -1,4 +1,4 @@
-"""Runs a benchmark: contestants are timed in turns, and the results are written beside the machine that they are of.
+"""Runs a benchmark: times contestants in turns, and prints, draws and writes the results with the machine they are of.
 
 The contestants of a round run in a shuffled order, so that a drifting clock or a busy neighbour slows all of them
 alike. A time is the median over the rounds, and a speed-up is the median of the ratios within each round.
@@ -10,6 +10,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -96,3 +97,40 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has finished its work: a GPU only queues it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A contestant in the picture of a benchmark."""
+
+    name: str
+    length: float
+    note: str = ""  # written behind the bar
+    dark: float = 0.0  # how much of the bar is dark: its floor, where one is known
+    ours: bool = True  # blue; the others are black, so that the two can be told apart without colours too
+
+
+def bar_chart(panels: dict[str, list[Bar]], unit: str):
+    """Draws a panel for each case, with the contestants from top to bottom. One that a panel lacks leaves a gap."""
+    names = list(dict.fromkeys(bar.name for bars in panels.values() for bar in bars))
+    left, right = 0.3 + 0.075 * max(map(len, names)), 0.3  # inches
+    width, height = left + 3.2 * len(panels) + right, 1.1 + 0.3 * len(names)
+    fig = plots.figure(width, height)
+    axes = fig.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    fig.subplots_adjust(
+        left=left / width, right=1 - right / width, top=1 - 0.45 / height, bottom=0.6 / height, wspace=0.12
+    )
+    for ax, (title, bars) in zip(axes, panels.items(), strict=True):
+        for bar in bars:
+            at, colour = names.index(bar.name), plots.COLOURS[bar.ours]
+            ax.barh(at, bar.length, color=colour, alpha=0.35)
+            ax.barh(at, bar.dark, color=colour)
+            ax.text(bar.length, at, f" {bar.note}", va="center", color=colour)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.margins(x=0.2)
+        ax.set_xlim(left=0)
+        ax.set_title(title, loc="left")
+        ax.set_xlabel(unit)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig

@@ -29,9 +29,8 @@ from ..rows import plan_rows
 from ..training import loop
 from ..training.loop import StageRun, Totals
 from ..util import malloc, tables
-from . import bars, estimate
-from .bars import Bar
-from .harness import Results, speedup
+from . import estimate
+from .harness import Bar, Results, bar_chart, speedup
 from .random_examples import RandomExamples
 from .step import PLANS, our_step, random_model, time_and_memory
 
@@ -180,7 +179,7 @@ def flops(run: StageRun, mode: str, change: str) -> float:
 
 
 def describe(results: dict) -> str:
-    headers, lines = ["", *(f"{mode}, {unit}" for mode in MODES for unit in ("ms", "of it", "promised", "GiB"))], []
+    headers, lines = ["", *(f"{mode}, {unit}" for mode in MODES for unit in ("ms", "ratio", "promised", "GiB"))], []
     steps = results["steps"]
     for name in dict.fromkeys(name for mode in MODES for name in steps[mode]):
         line = [name]
@@ -202,4 +201,4 @@ def draw(results: dict):
             Bar(name, f["median_ms"], f"{speedup(f, found[AS_IS]):.2f}x", ours=name == AS_IS)
             for name, f in found.items()
         ]
-    return bars.draw(panels, "ms")
+    return bar_chart(panels, "ms")

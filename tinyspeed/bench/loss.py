@@ -21,9 +21,7 @@ from torch.nn import functional as F
 from ..distill import answer_loss
 from ..rows import IGNORE
 from ..util.tables import table
-from . import bars
-from .bars import Bar
-from .harness import Results, time_in_turns
+from .harness import Bar, Results, bar_chart, time_in_turns
 from .peak_memory import peak_bytes
 
 ROWS, ANSWERS = 4 * 704, 4 * 64
@@ -93,7 +91,7 @@ def _gradient(way: Callable, hidden: Tensor, teacher: Tensor | None) -> tuple[fl
 
 
 def describe(results: dict) -> str:
-    headers, lines = ["loss", "logits of", "median", "of every row's", "memory", "of every row's"], []
+    headers, lines = ["loss", "logits of", "median", "vs every row", "memory", "vs every row"], []
     for kind, found in results["kinds"].items():
         for name, f in found.items():
             time, memory = (f"{f[key] / found['every row'][key]:.0%}" for key in ("median_ms", "peak_bytes"))
@@ -109,4 +107,4 @@ def draw(results: dict):
             panels[f"{kind}: {unit}"] = [
                 Bar(name, f[key] / size, f"{f[key] / whole:.0%}", ours="at a time" in name) for name, f in found.items()
             ]
-    return bars.draw(panels, "")
+    return bar_chart(panels, "")

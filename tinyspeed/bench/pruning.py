@@ -22,9 +22,8 @@ from ..models import published
 from ..models.memory import Settings, Shape
 from ..util.errors import UserError
 from ..util.tables import table
-from . import bars, estimate
-from .bars import Bar
-from .harness import Results, matrix_product, time_in_turns
+from . import estimate
+from .harness import Bar, Results, bar_chart, matrix_product, time_in_turns
 
 PRODUCT, LOOP, MENDED, RATE = "product", "loop", "loop, mended", "LLM product"
 MODEL, WIDTH = "llava-hf/llava-1.5-7b-hf", 4096  # and the width of its features
@@ -89,7 +88,7 @@ def draw(results: dict):
         Bar(name, f["median_ms"], f"{f['over_product']:.2f}x", ours=name not in (PRODUCT, LOOP, MENDED, RATE))
         for name, f in results["contestants"].items()
     ]
-    return bars.draw({"choosing the rows": found}, "ms; beside it, over the product's")
+    return bar_chart({"choosing the rows": found}, "ms; beside it, over the product's")
 
 
 def learn(name: str, x: Tensor, keep: float, module: nn.Module) -> None:

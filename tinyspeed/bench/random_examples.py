@@ -21,8 +21,6 @@ from ..util.errors import UserError
 class RandomExamples:
     """A `Source` of samples of these lengths, each with one picture or none."""
 
-    fingerprint = "noise"
-
     def __init__(self, config, samples: list[Sample]):
         if config.model_type not in ("llava", "llava_next"):
             raise UserError(f"benchmarks know LLaVA-1.5 and NeXT, not {config.model_type}")

@@ -22,9 +22,7 @@ from ..rows import IGNORE
 from ..scheduler import Plan
 from ..util.errors import UserError
 from ..util.tables import table
-from . import bars
-from .bars import Bar
-from .harness import Results, speedup, time_in_turns
+from .harness import Bar, Results, bar_chart, speedup, time_in_turns
 from .random_examples import RandomExamples
 
 ON_A_CPU = {  # which torch does not count by itself
@@ -97,7 +95,7 @@ def describe(results: dict) -> str:
     for name, f in results["plans"].items():
         kept = "-" if f["kept"] is None else f"{f['kept']:.0%}"
         lines.append([name, f"{f['median_ms']:.1f} ms", f"{f['speedup']:.2f}x", f"{f['promised']:.2f}x", kept])
-    return table(["a step", "median", "speed-up", "promised", "kept of the promise"], lines)
+    return table(["step", "median", "speed-up", "promised", "kept of the promise"], lines)
 
 
 def draw(results: dict):
@@ -107,4 +105,4 @@ def draw(results: dict):
         Bar(name, f["median_ms"], f"{f['speedup']:.2f}x", full / f["promised"], name != "full")
         for name, f in results["plans"].items()
     ]
-    return bars.draw({"a step": found}, "ms; dark: as promised")
+    return bar_chart({"a step": found}, "ms; dark: as promised")

@@ -40,10 +40,9 @@ from ..training import build
 from ..training.loop import StageRun, Totals
 from ..util import files, tables
 from ..util.errors import UserError, require_known
-from . import bars, estimate
-from .bars import Bar
+from . import estimate
 from .baselines import baselines, batch_of
-from .harness import Results, matrix_product, speedup, summary, time_in_turns
+from .harness import Bar, Results, bar_chart, matrix_product, speedup, summary, time_in_turns
 from .peak_memory import peak_bytes, storages
 from .random_examples import RandomExamples
 
@@ -199,7 +198,7 @@ def describe(results: dict) -> str:
 
 
 def table_of(text: str, found: dict) -> str:
-    headers = ["contestant", "ms a sample", "speed-up", "rows/s", "floor, ms", "MFU", "GiB"]
+    headers = ["contestant", "ms per sample", "speed-up", "rows/s", "floor, ms", "MFU", "GiB"]
     rows, samples = [], len(found["samples"])
     for name, f in found["contestants"].items():
         faster = "-" if f["speedup"] is None else f"{f['speedup']:.2f}x"
@@ -220,4 +219,4 @@ def draw(results: dict):
             )
             for name, f in every
         ]  # fmt: skip
-    return bars.draw(panels, "ms per sample; dark: its floor")
+    return bar_chart(panels, "ms per sample; dark: its floor")
