@@ -35,6 +35,7 @@ torture: $(READY)
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+	@$(if $(LOWEST),,$(BIN)/mypy --no-error-summary)  # the oldest torch has other annotations
 
 # Everything that is to be measured on a GPU: half an hour to an hour on a large one, step-7b-full needs more than 100 GB.
 # Where torch is there already: make bench-gpu PY=python OUT=results ONLY="step-7b loss"

@@ -14,20 +14,8 @@ if TYPE_CHECKING:
     from .models.lora import add_lora
     from .training.callback import SetStep
 
-__all__ = [
-    "AdaptiveSchedule",
-    "DualSpeed",
-    "DualSpeedSchedule",
-    "FastSchedule",
-    "FullSchedule",
-    "PeriodicSchedule",
-    "Plan",
-    "SetStep",
-    "UserError",
-    "add_lora",
-    "pruning",
-    "scheduler",
-]
+__all__ = ["AdaptiveSchedule", "DualSpeed", "DualSpeedSchedule", "FastSchedule", "FullSchedule", "PeriodicSchedule"]
+__all__ += ["Plan", "SetStep", "UserError", "add_lora", "pruning", "scheduler"]
 __version__ = "0.1.0"
 
 # These are imported when they are first asked for: torch takes a second to import and transformers four, and

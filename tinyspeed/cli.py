@@ -312,7 +312,7 @@ def _benchmark(a) -> int:
 
 def _check_model(path: str) -> None:
     if not paths.is_run(path):
-        paths.model(path)
+        paths.model_folder_or_hub_id(path)
 
 
 def _predictions(model: str, task: str) -> Path:

@@ -2,17 +2,19 @@
 
     loss = sum_r CE(student_r, target_r)  +  alpha * T^2 * sum_r KL( softmax(teacher_r / T) || softmax(student_r / T) )
 
-Sums, not means: the caller divides by the number of answer tokens of the whole optimizer batch, so cutting a batch
-into micro-batches or ranks changes nothing.
+These are sums and not means. The caller divides by the number of answer tokens of the whole optimizer batch, so cutting
+a batch into micro-batches or among ranks changes nothing.
 
-A LLaVA sequence of 700 rows has perhaps 60 answer rows, and a vocabulary of 32,000. Full logits in fp32 would be
-90 MB a sample, twice when a teacher is there. Here the head only ever sees answer rows, `chunk` of them at a time,
-and each chunk is recomputed in the backward pass instead of stored: a few percent more work for the head, and the
-peak is one chunk's logits whatever the batch. The teacher's own cross-entropy comes with its logits, at temperature 1
-whatever T is: on the same answers as the student's, so their difference says how far apart the two modes are.
+A LLaVA sequence of 700 rows has perhaps 60 answer rows, and the vocabulary has 32,000 tokens. Logits of all rows in
+fp32 would take 90 MB per sample, and twice that with a teacher. Here only answer rows go through the head, `chunk` at a
+time, and each chunk is computed again in the backward pass instead of being stored. The trade-off: the head does a few
+percent more work, and the peak memory is one chunk's logits, however large the batch.
 
-What differs from the official code: it makes fp32 logits for every position of teacher and student, and finds the
-answer rows with a Python loop over labels. The values are the same.
+The teacher's own cross-entropy comes from the same logits, at temperature 1 whatever T is. It is on the same answers as
+the student's, so the difference between the two says how far apart the modes are.
+
+What differs from the official code: it computes fp32 logits at every position of teacher and student and finds the
+answer rows with a Python loop over the labels. The values are the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,56 +25,53 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+Head = Callable[[Tensor], Tensor]  # last hidden states to logits
+
 
 def _chunk_loss(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    target: Tensor,
-    teacher_head: Callable[[Tensor], Tensor],
-    teacher: Tensor | None,
-    temperature: float,
+    head: Head, hidden: Tensor, target: Tensor, teacher_head: Head, teacher: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross-entropy of each row, the KL (without T^2), and the teacher's cross-entropy."""
     logits = head(hidden).float()
     ce = F.cross_entropy(logits, target, reduction="none")
     if teacher is None:
         return ce, ce.new_zeros(()), ce.new_zeros(())
-    teacher_logp, teacher_ce = _taught(teacher_head, teacher, target, temperature)
+    teacher_logp, teacher_ce = _teacher_logp(teacher_head, teacher, target, temperature)
     logp = F.log_softmax(logits / temperature, dim=-1)
     return ce, F.kl_div(logp, teacher_logp, reduction="sum", log_target=True), teacher_ce
 
 
 @torch.no_grad()
-def _taught(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """log softmax(teacher / T), and the teacher's summed cross-entropy. Its logits are gone when this returns."""
+def _teacher_logp(head: Head, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(teacher / T), and the teacher's summed cross-entropy. A function of its own frees the logits."""
     logits = head(hidden).float()
     return F.log_softmax(logits / temperature, dim=-1), F.cross_entropy(logits, target, reduction="sum")
 
 
 def answer_loss(
-    head: Callable[[Tensor], Tensor],
+    head: Head,
     hidden: Tensor,
     target: Tensor,
     *,
     teacher: Tensor | None = None,
-    teacher_head: Callable[[Tensor], Tensor] | None = None,
+    teacher_head: Head | None = None,
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed cross-entropy and summed T^2 * KL over answer rows; and without a graph, each row's cross-entropy, and the
-    teacher's summed one (0 without a teacher).
+    """Returns the summed cross-entropy and the summed T^2 * KL over all answer rows, with a graph; and without one, the
+    cross-entropy of each row and the teacher's summed cross-entropy (0 without a teacher).
 
-    hidden (A, H): the student's last hidden states at answer rows, target (A,): the tokens to predict,
-    teacher (A, H): the teacher's hidden states at the same answers (its logits are made here, chunk by chunk, by
-    `teacher_head` where that differs from `head`).
-    No answer rows give two zeros that still carry a graph, so backward works and touches the same parameters.
+    hidden (A, H): the student's last hidden states at the answer rows. target (A,): the tokens to predict.
+    teacher (A, H): the teacher's hidden states for the same answers. They go through `teacher_head`, or through `head`.
+    Without answer rows the first two are zeros that still have a graph, so backward works and reaches the same
+    parameters.
     """
-    ce, kl, teacher_ce, each = 0.0, 0.0, 0.0, []
+    ce = kl = teacher_ce = torch.zeros((), device=hidden.device)
+    each = []
     for start in range(0, max(len(target), 1), chunk):
         part = slice(start, start + chunk)
-        taught_by = None if teacher is None else teacher[part].detach()
-        args = (head, hidden[part], target[part], teacher_head or head, taught_by, temperature)
+        teacher_part = None if teacher is None else teacher[part].detach()
+        args = (head, hidden[part], target[part], teacher_head or head, teacher_part, temperature)
         if torch.is_grad_enabled():
             chunk_ce, chunk_kl, chunk_teacher = checkpoint(_chunk_loss, *args, use_reentrant=False)
         else:
@@ -84,7 +83,8 @@ def answer_loss(
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """A teacher is in eval mode; afterwards each sub-module is as it was (a frozen one may have been in it before)."""
+    """Eval mode, as for a teacher. Afterwards each sub-module is in the mode that it was in: a frozen one may have been
+    in eval mode before."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

@@ -1,19 +1,20 @@
-"""DualSpeed: one module around a vision-language model, one `forward` = encode -> select -> gather -> LLM -> loss.
+"""DualSpeed: a module around a vision-language model whose `forward` is encode -> select -> gather -> LLM -> loss.
 
     fast:  L = CE(model(isolator + pruned rows))
     slow:  L = CE(model(all rows)) + alpha * T^2 * KL( fast forward of the same batch, no grad || model(all rows) )
     full:  L = CE(model(all rows))
 
-Most steps are fast; the rare slow ones keep the model good at what it will see at inference, and the fast mode, which
-has had nine times the updates, teaches them. In `eval()` the module is the wrapped model and nothing else: no
-isolator, no pruning, the very same forward.
+Most steps are fast. The few slow steps keep the model good at what it sees at inference, taught by the fast mode, which
+has had nine times as many updates. In `eval()` the module is the wrapped model and nothing else: no isolator, no
+pruning, exactly the same forward.
 
 What differs from the official code: images are encoded once for both halves of a slow step; the teacher runs without
-dropout; anyres images are pruned after packing, over the whole image; logits exist for answer rows only; the mode is a
-function of (seed, step); text-only batches touch the same parameters as others; positions stay `original`.
+dropout; anyres images are pruned after packing, over the whole image; logits are computed for answer rows only; the
+mode is a function of (seed, step); text-only batches give gradients to the same parameters as others; positions are
+`original`.
 
-The trade-off: a slow step costs a full step and a bit. At r = 0.1 that is the larger part of the total, so how rare
-slow steps may become decides the speed-up.
+The trade-off: a slow step costs a little more than a full step. At a tenth of the steps that is already the larger part
+of the total cost, so how rare slow steps may become decides the speed-up.
 """
 
 import itertools
@@ -31,29 +32,30 @@ from .models import attention
 from .models.drop_in import DropIn
 from .models.families import family
 from .pruning import signals
-from .pruning.choosing import Chooser
+from .pruning.chooser import Chooser
 from .scheduler import DualSpeedSchedule, Plan, Schedule
 from .util import finite
-from .util.errors import UserError, unknown
+from .util.errors import UserError, require, require_known
 
 
 @dataclass
 class Output(ModelOutput):
-    """What a training forward returns. A `ModelOutput`, because sharding hooks look inside those."""
+    """What a training forward returns. It is a `ModelOutput` because the hooks of FSDP look into those."""
 
     loss: Tensor | None = None
-    logits: Tensor | None = None  # (answer rows, vocabulary), when asked for
-    targets: Tensor | None = None  # (answer rows,), when asked for
+    logits: Tensor | None = None  # (answer rows, vocabulary), if asked for
+    targets: Tensor | None = None  # (answer rows,), if asked for
     metrics: dict | None = None
 
 
 class DualSpeed(DropIn):
     """Wraps a Hugging Face vision-language model for training.
 
-    `plugin`, `keep`: which visual rows fast steps see, and what share of them. `slow`: the share of slow steps.
-    `isolator`: rows of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`loading.add_lora`).
-    `distill`, `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or "auto"
-    (`attention.layout`). `schedule`: instead of the default. `chunk`: answer rows whose logits exist at a time.
+    `plugin` and `keep`: which image tokens fast steps see, and what share of them. `slow`: the share of slow steps.
+    `isolator`: the length of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`add_lora`).
+    `distill` and `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or
+    "auto" (`attention.choose_layout`). `schedule`: used instead of the default one. `chunk`: how many answer tokens
+    have logits at a time.
     """
 
     def __init__(
@@ -74,27 +76,22 @@ class DualSpeed(DropIn):
         seed: int = 0,
     ):
         super().__init__()
-        if positions not in rows.POSITIONS:
-            raise unknown("positions", positions, rows.POSITIONS)
-        if layout not in rows.LAYOUTS:
-            raise unknown("layout", layout, rows.LAYOUTS)
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature = {temperature}: must be above 0")
-        if chunk < 1:
-            raise UserError(f"chunk = {chunk}: must be at least 1")
+        require_known("positions", positions, rows.POSITIONS)
+        require_known("layout", layout, rows.LAYOUTS)
+        require(0 < temperature < math.inf, f"temperature = {temperature}: must be above 0")
+        require(chunk >= 1, f"chunk = {chunk}: must be at least 1")
         self.model = model
         self.vlm = family(model)
         self.chooser = Chooser(self.vlm, plugin, keep, seed)
         self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
-        # They stay fp32 in a bf16 model, as LoRA's adapters do: small updates would round away.
-        for mine in (self.isolator, self.chooser):
-            mine.to(model.get_input_embeddings().weight.device)
+        for module in (self.isolator, self.chooser):  # fp32 also in a bf16 model, as LoRA is: bf16 loses small updates
+            module.to(next(self.get_input_embeddings().parameters()).device)
         self.views = Views(model, self.vlm.language_model, views)
         self.positions, self.layout = positions, layout
         self.temperature, self.chunk, self.seed = temperature, chunk, seed
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
-        self.step: int | None = None  # the optimizer step; whoever owns the loop sets it
-        self.forwards = 0  # how often our training forward ran: the Trainer callback's proof that it is used at all
+        self.step: int | None = None  # the optimizer step, set by the training loop
+        self.forwards = 0  # training forwards so far; by them the Trainer callback knows that this module is in use
 
     def forward(
         self,
@@ -112,79 +109,119 @@ class DualSpeed(DropIn):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = False,
     ) -> ModelOutput:
-        """A Hugging Face processor's batch, as it is. The loss is divided by `num_items_in_batch` answer tokens, or by
-        the batch's own number. Without a plan: the schedule's at `self.step`, or in eval mode the plain model.
-        `answers`, bool like labels: which answer tokens stay (see `rows.elide`), for a plan that keeps but a share of
-        them: only a memory of their difficulty knows which."""
-        visual = {  # each by its name in the signature, which is where Trainer looks for the columns to keep
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            "pixel_values_videos": pixel_values_videos,
-            "image_sizes_videos": image_sizes_videos,
-            "batch_num_images": batch_num_images,
+        """Takes the batch of a Hugging Face processor as it is. Without a plan it uses the schedule's for `self.step`,
+        or, in eval mode, runs the plain model. The loss is divided by `num_items_in_batch` answer tokens, or by the
+        number in this batch. `answers`, bool and shaped like labels, says which answer tokens stay. It goes with a plan
+        whose `answer_keep` is below 1, and comes from a `regate.Memory`."""
+        given = {  # by name in the signature, because Trainer looks there for the columns to keep
+            "pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos,
+            "image_sizes_videos": image_sizes_videos, "batch_num_images": batch_num_images,
             "tower_features": tower_features,
-        }
-        visual = {name: value for name, value in visual.items() if value is not None}
+        }  # fmt: skip
+        visual = {name: value for name, value in given.items() if value is not None}
         if not self.training and plan is None:
-            asked = {} if labels is None else {"labels": labels}
             self.views.use("slow")
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **visual, **asked)
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **visual)
         if labels is None:
             raise UserError("the batch has no labels: there is nothing to learn from")
-        plan = self._planned(plan)
-        if (plan.answer_keep < 1) != (answers is not None):
-            raise UserError("answer_keep below 1 and `answers=`, which stay (a gating.Memory knows), go together")
+        plan = plan or self._plan_of_step()
+        together = (plan.answer_keep < 1) == (answers is not None)
+        require(together, "answer_keep below 1 and `answers=` (from a regate.Memory) go together")
         self.forwards += 1
 
-        learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
-        features, heard, idle = self._looked(visual, plan)
+        # Encode: features of all images, and all rows of the batch.
+        features, recorded, zero_gradient_rows = self._encode(visual, plan)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
+        learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
         full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
-        every = len(full)
+        rows_full = len(full)
         if answers is not None:
-            full = rows.elide(full, labels, answers, self.positions)
-
+            full = rows.skip_answers(full, labels, answers, self.positions)
         images = [*itertools.chain(*features.values())]
-        sizes = finite.norms(images)
-        table, run, extra, teacher, taught_rows = images, full, 0.0, None, 0
+        norms = finite.norms(images)
+
+        # Select: what the teacher and the student see.
+        plugin_loss: Tensor | float = 0.0
+        table, run, teacher, rows_taught = images, full, None, 0
         if plan.taught:
             self.views.use("fast")
             with torch.no_grad(), without_dropout(self.vlm.language_model), without_dropout(self.chooser):
-                pruned, isolating, _ = self._pruned(input_ids, full, images, plan.keep, heard)
-                teacher, taught_rows = self._answers(input_ids, pruned, isolating, plan)[0], len(isolating)
+                pruned, kept, _ = self._prune(input_ids, full, images, plan.keep, recorded)
+                teacher, rows_taught = self._run_llm(input_ids, pruned, kept, plan)[0], len(kept)
         elif plan.mode == "fast":
-            table, run, extra = self._pruned(input_ids, full, images, plan.keep, heard)
-        del features, images, heard  # of which a fast step keeps a tenth
-        self.views.use("fast" if plan.mode == "fast" else "slow")  # and so it stays until the backward is over
-        hidden, target, influence = self._answers(input_ids, [*table, *idle], run, plan)
-        if len(target) == 0 and num_items_in_batch is None:  # as a part of a larger batch it may have none
+            table, run, plugin_loss = self._prune(input_ids, full, images, plan.keep, recorded)
+        del features, images, recorded  # a fast step keeps a tenth of them
+
+        # Gather the rows and run the LLM on them. This view must stay in use until the backward is over.
+        self.views.use("fast" if plan.mode == "fast" else "slow")
+        hidden, target, influence = self._run_llm(input_ids, [*table, *zero_gradient_rows], run, plan)
+
+        if len(target) == 0 and num_items_in_batch is None:  # one micro-batch of several may have none
             raise UserError("the batch has no answer tokens: every label is ignored")
+        loss, metrics = self._loss(hidden, target, teacher, plan)
         total = len(target) if num_items_in_batch is None else num_items_in_batch
-        out = self._loss(hidden, target, teacher, plan, extra, total)
-        out.metrics |= {"rows_kept": len(run), "rows_taught": taught_rows, "rows_full": every, "influence": influence}
-        out.metrics["features"] = sizes  # of each image's, to know it by if the loss is not finite
+        metrics |= {"rows_kept": len(run), "rows_taught": rows_taught, "rows_full": rows_full, "influence": influence}
+        metrics["features"] = norms  # of each image's features, to name the image if the loss is not finite
+        out = Output(loss=(loss + plugin_loss) / total, metrics=metrics)
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out
 
-    def _looked(self, visual: dict[str, Tensor], plan: Plan) -> tuple[dict[str, list[Tensor]], dict, list[Tensor]]:
-        """Features of all images by kind, the signals that the plugin needs, and what stands in for images that are not
-        there."""
-        twice = plan.mode == "fast" and self.chooser.projects_twice
-        needs = {*self.chooser.needs, *["tower"] * twice} if plan.mode == "fast" or plan.taught else ()
-        graph = torch.is_grad_enabled() and not twice
-        with signals.heard(self.vlm, visual, needs) as heard, torch.set_grad_enabled(graph):
-            features = self.vlm.features(visual, plan.mode)
-        return features, heard, self.vlm.idle(features, plan.mode)
+    def _plan_of_step(self) -> Plan:
+        if self.step is None:  # without a number, all steps would have the same mode
+            said = "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
+            raise UserError(said)
+        return self.schedule.plan(self.step)
 
-    def _loss(
-        self, hidden: Tensor, target: Tensor, teacher: Tensor | None, plan: Plan, extra: Tensor | float, total
-    ) -> Output:
-        """Of the answer rows, divided by `total` of them; and what is known of them."""
-        how = {"teacher": teacher, "teacher_head": self._quiet_head, "temperature": self.temperature}
-        ce, kl, each, teacher_ce = answer_loss(self.vlm.head, hidden, target, **how, chunk=self.chunk)
+    def _encode(self, visual: dict[str, Tensor], plan: Plan) -> tuple[dict[str, list[Tensor]], dict, list[Tensor]]:
+        """Returns the features of all images by kind, the signals that the plugin needs, and rows that no step reads.
+        They are made with parameters that the batch does not use, whose gradients are then zero and not None."""
+        twice = plan.mode == "fast" and self.chooser.projects_twice
+        needs = {*self.chooser.plugin.needs, *["tower"] * twice} if plan.mode == "fast" or plan.taught else set()
+        graph = torch.is_grad_enabled() and not twice
+        with signals.recording(self.vlm, visual, needs) as recorded, torch.set_grad_enabled(graph):
+            features = self.vlm.features(visual, plan.mode)
+        return features, recorded, self.vlm.zero_gradient_rows(features, plan.mode)
+
+    def _prune(
+        self, ids: Tensor, full: rows.Rows, images: list[Tensor], keep: float, recorded: dict[str, list[Tensor]]
+    ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:
+        """Returns the table behind the words and the rows of a fast forward, and a learned plugin's loss."""
+        kept, visual, loss, total = ids.new_zeros(0, dtype=torch.bool), [], None, self.chooser.zero_loss()
+        if images:
+            kept, *visual, loss = self.chooser(images, keep, recorded, self.step)
+        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions)
+        if loss is not None:  # each image counts as often as its sample has answers, as in the cross-entropy
+            total = total + (loss * rows.answers_per_image(run, len(loss))).sum()
+        return [*visual, self.isolator.weight], run, total
+
+    def _run_llm(self, ids: Tensor, visual: list[Tensor], run: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the LLM on these rows. Returns the hidden states and targets of the answer rows, and how much each layer
+        changed them if the plan asks for it."""
+        embeddings, layout = self._gather(ids, visual, run)
+        answers = (run.target != rows.IGNORE).nonzero()[:, 0]
+        slots = layout.slot[answers]
+        with sts.measuring_influence(self.vlm.language_model.layers if plan.measure else (), slots) as found:
+            hidden = self.vlm.hidden(embeddings, layout, plan.layers)
+        influence = torch.stack(found) if found else hidden.new_zeros(0, dtype=torch.float32)
+        return hidden.index_select(0, slots), run.target[answers], influence
+
+    def _gather(self, ids: Tensor, visual: list[Tensor], run: rows.Rows) -> tuple[Tensor, rows.Layout]:
+        """Gathers the rows in their layout. The rest of the table is freed before the LLM runs."""
+        index, run = rows.used_words(run, ids.numel())
+        words = self.vlm.embed(ids.flatten()[index])
+        layout = rows.lay_out(run, attention.choose_layout(words, run) if self.layout == "auto" else self.layout)
+        table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
+        return table.index_select(0, layout.index), layout
+
+    def _loss(self, hidden: Tensor, target: Tensor, teacher: Tensor | None, plan: Plan) -> tuple[Tensor, dict]:
+        """Returns the loss summed over the answer rows, and what is known about it."""
+        head, temperature = self._teacher_head, self.temperature
+        ce, kl, each, teacher_ce = answer_loss(
+            self.vlm.head, hidden, target, teacher=teacher, teacher_head=head, temperature=temperature, chunk=self.chunk
+        )
         count = max(len(target), 1)
-        metrics = {
+        return ce + plan.distill * kl, {
             "mode": plan.mode,
             "ce": ce.detach() / count,
             "kl": kl.detach() / count,
@@ -192,61 +229,18 @@ class DualSpeed(DropIn):
             "answers": len(target),
             "losses": each,  # of each answer token, sample after sample
         }
-        return Output(loss=(ce + plan.distill * kl + extra) / total, metrics=metrics)
 
-    def _planned(self, plan: Plan | None) -> Plan:
-        """This plan, or without one the schedule's at `self.step`."""
-        if plan is not None:
-            return plan
-        if self.step is None:  # every step would draw the mode of one and the same step
-            said = "which step is it? Set model.step, add SetStep(model) to the Trainer's callbacks, or pass plan="
-            raise UserError(said)
-        return self.schedule.plan(self.step)
-
-    def _pruned(
-        self, ids: Tensor, full: rows.Rows, images: list[Tensor], keep: float, heard: dict[str, list[Tensor]]
-    ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:
-        """The table behind the words and the rows of a fast forward, and a learned plugin's part of the loss."""
-        kept, visual, loss, extra = ids.new_zeros(0, dtype=torch.bool), [], None, self.chooser.idle()
-        if images:
-            kept, *visual, loss = self.chooser(images, keep, heard, self.step)
-        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions)
-        if loss is not None:  # as much an image as cross-entropy has, whatever the micro-batch
-            extra = extra + (loss * rows.answers_beside(run, len(loss))).sum()
-        return [*visual, self.isolator.weight], run, extra
-
-    def _answers(
-        self, ids: Tensor, visual: list[Tensor], selected: rows.Rows, plan: Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the LLM on the selected rows; hidden states and targets of the answer rows, and if the plan asks for it,
-        how much each layer changed them."""
-        embeddings, placed = self._gathered(ids, visual, selected)
-        answers = (selected.target != rows.IGNORE).nonzero()[:, 0]
-        slots = placed.slot[answers]
-        with sts.measuring_influence(self.vlm.language_model.layers if plan.measure else (), slots) as found:
-            hidden = self.vlm.hidden(embeddings, placed, plan.layers)
-        influence = torch.stack(found) if found else hidden.new_zeros(0, dtype=torch.float32)
-        return hidden.index_select(0, slots), selected.target[answers], influence
-
-    def _gathered(self, ids: Tensor, visual: list[Tensor], selected: rows.Rows) -> tuple[Tensor, rows.Layout]:
-        """The selected rows as they are laid out. Nothing but them is left of the table when the LLM runs."""
-        index, selected = rows.looked_up(selected, ids.numel())
-        words = self.vlm.embed(ids.flatten()[index])
-        placed = rows.lay_out(selected, attention.layout(words, selected) if self.layout == "auto" else self.layout)
-        table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
-        return table.index_select(0, placed.index), placed
+    def _teacher_head(self, hidden: Tensor) -> Tensor:
+        with without_dropout(self.vlm.model.get_output_embeddings()):
+            return self.vlm.head(hidden)
 
     @property
     def only_training(self) -> dict[str, nn.Parameter]:
-        """What learns here and is no part of the model that comes out."""
-        more = {f"chooser.{name}": p for name, p in self.chooser.named_parameters()}
-        return {"isolator.weight": self.isolator.weight, **more}
+        """The parameters that train but are no part of the exported model."""
+        chooser = {f"chooser.{name}": p for name, p in self.chooser.named_parameters()}
+        return {"isolator.weight": self.isolator.weight, **chooser}
 
     @property
     def device(self) -> torch.device:
-        """Where the arithmetic is: the tower is there whole, even if what trains is kept elsewhere between steps."""
+        """Where the computation happens. The tower is always whole there, even if trained parameters are offloaded."""
         return next(self.vlm.tower.parameters()).device
-
-    def _quiet_head(self, hidden: Tensor) -> Tensor:
-        with without_dropout(self.vlm.model.get_output_embeddings()):
-            return self.vlm.head(hidden)

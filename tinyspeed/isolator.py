@@ -1,37 +1,41 @@
-"""The mode isolators: learned rows that tell the LLM "you are in fast mode"; and a LoRA of its own for each mode.
+"""The mode isolator: learned rows that tell the LLM "this is fast mode"; and `Views`, a LoRA of its own for each mode.
 
-A model trained on 57 visual rows and asked about 576 performs poorly: it has learned what a pruned picture looks
-like. DualSpeed puts a soft prompt P (l learned rows) in front of every image's kept rows, on fast steps only:
+A model trained on 57 tokens of an image does poorly when it is asked about all 576: it has learned what a pruned image
+looks like. DualSpeed puts a soft prompt P of l learned rows in front of each image's kept rows, in fast steps only:
 
-    fast:  ... text, P_1 .. P_l, kept visual rows, text ...
-    slow:  ... text, all visual rows, text ...            (and so at inference)
+    fast:  ... text, P_1 .. P_l, kept image rows, text ...
+    slow:  ... text, all image rows, text ...            (and the same at inference)
 
-What is peculiar to pruned input can be learned by P instead of by the LLM, and P is thrown away after training.
-The official code makes P the weight of an nn.Linear(hidden, 4, bias=False); the initial values here are the same.
+So P can learn what is special about pruned input and the LLM need not. P is thrown away after training. It starts from
+the same values as in the official code, where it is the weight of an nn.Linear(hidden, 4, bias=False).
 
-The rows sit in the same table as every other row, so the gather of `rows.py` places them: nothing here touches a
-sequence. A slow step does not read P at all, so its gradient is None and the optimizer leaves it alone.
+The isolator rows are part of the table in `rows.py`, and the gather puts them in place. A slow step does not use P, so
+its gradient is None and the optimizer does not change it.
 
-A run leaves its isolator beside the exported model, with what else only training knows (a learned plugin): aligning and
-tuning are often two runs, and the second goes on with the isolator of the first.
+A run saves its isolator beside the exported model, as it does with the parameters of a learned plugin. Aligning and
+tuning are often two runs, and the second can continue with the first one's isolator.
 
-`Views` is the stronger separation, for LoRA: two parameter views of one frozen LLM, with P or without.
+`Views` separates the modes more strictly, for LoRA: two sets of adapters on one frozen LLM, with or without P.
 
-    fast steps, teachers:            W + s B_fast A_fast
-    slow and full steps, inference:  W + s B_slow A_slow      (what is exported)
+    fast steps and teachers:                   W + s B_fast A_fast
+    slow steps, full steps and inference:      W + s B_slow A_slow      (this is exported)
 
-No mode's gradients reach the other's view: an idle view has none, so the optimizer leaves it and its moments alone.
-What both modes train, and share, is the projector. The trade-off: an adapter's weights and moments twice, and the slow
-view learns from slow steps alone, a tenth of all; what the fast view has learned reaches it through the teacher and the
-projector.
+Neither mode's gradients reach the other's adapters. The view that is not in use has no gradient, so the optimizer
+leaves it and its moments alone. Both modes train and share the projector. The trade-off: twice the adapter weights and
+moments, and the slow view learns only from slow steps, a tenth of all. What the fast view has learned reaches it by way
+of the teacher and the projector.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .util.errors import UserError
+from .util.errors import UserError, require
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class PromptIsolator(nn.Module):
@@ -39,11 +43,10 @@ class PromptIsolator(nn.Module):
 
     def __init__(self, length: int, hidden: int, *, seed: int = 0):
         super().__init__()
-        if length < 0:
-            raise UserError(f"isolator = {length}: the number of isolator rows cannot be negative")
-        # Its own generator: building the isolator must not shift anybody else's random numbers.
+        require(length >= 0, f"isolator = {length}: the number of isolator tokens cannot be negative")
+        # A generator of its own, so that creating the isolator changes no other random numbers.
         generator = torch.Generator().manual_seed(seed)
-        bound = 1 / math.sqrt(hidden)  # nn.Linear's default for fan-in `hidden`
+        bound = 1 / math.sqrt(hidden)  # nn.Linear's default for `hidden` inputs
         self.weight = nn.Parameter((torch.rand(length, hidden, generator=generator) * 2 - 1) * bound)
 
     def __len__(self) -> int:
@@ -51,22 +54,22 @@ class PromptIsolator(nn.Module):
 
 
 class Views(nn.Module):
-    """The LoRAs "fast" and "slow" of a peft model, of which one is in use at a time; without `on`, nothing.
+    """Switches between the LoRAs "fast" and "slow" of a peft model. If not `on`, it does nothing.
 
-    A view is switched at the start of a forward and never back at its end: with activation checkpointing the backward
-    runs the layers again, and must find the view that the forward had. So each forward's backward comes before the next
-    forward. peft's own `set_adapter` also freezes what it switches off, and FSDP and optimizers want to know for good
-    what trains.
+    A view is chosen at the start of a forward and kept until the next one. With activation checkpointing the backward
+    runs the layers again and must find the view that the forward used, so each backward must come before the next
+    forward. (peft's own `set_adapter` is of no use here: it also freezes the adapter that it switches off, and FSDP and
+    optimizers need a fixed set of parameters that train.)
     """
 
     def __init__(self, model: nn.Module, llm: nn.Module, on: bool):
         super().__init__()
-        self.layers = [module for module in model.modules() if on and hasattr(module, "lora_A")]
+        self.layers: list[LoraLayer] = [module for module in model.modules() if on and hasattr(module, "lora_A")]
         inside = {*llm.modules()}
         if on and {(layer in inside, *sorted(layer.lora_A)) for layer in self.layers} != {(True, "fast", "slow")}:
             raise UserError(
-                'views: the LLM needs two LoRA adapters, "fast" and "slow", on the same layers, and nothing else has '
-                "any: loading.add_lora(model, rank=16, views=True) makes them"
+                'views: the LLM needs two LoRA adapters, "fast" and "slow", on the same layers, and nothing else may '
+                "have any: tinyspeed.add_lora(model, rank=16, views=True) makes them"
             )
         for layer in self.layers:
             for name, parameter in layer.named_parameters():
@@ -78,7 +81,7 @@ class Views(nn.Module):
             layer._active_adapter = view
 
     def train(self, mode: bool = True):
-        """Evaluation begins in the slow view, also of the wrapped model alone."""
+        """Evaluation uses the slow view, also when the wrapped model is called by itself."""
         if not mode:
             self.use("slow")
         return super().train(mode)

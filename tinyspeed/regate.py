@@ -1,25 +1,32 @@
 """ReGATE (arXiv 2507.21420): skip the answer tokens that are already easy.
 
-    m <- beta m + (1 - beta) l                  difficulty of one answer token of one sample: what its loss has been
-    d  = m + lambda l_ref             "sum"     with what a text-only LLM thinks of the same token
-    d  = (1 - lambda) m + lambda l_ref   "mix"
-    of a sample's n answer tokens the k = ceil(share n) with the largest d stay, of equals the earlier
+An answer token that a text-only language model predicts without the image, and that the student predicts too, teaches
+little. Each answer token of each sample has a difficulty d:
 
-A token that a language model predicts without the picture, and that the student predicts too, teaches little. What
-becomes of it is in `rows.elide`: the row that predicts it leaves the computation.
+    m <- beta m + (1 - beta) l                    moving average of the student's loss l on this token
+    d  = m + lambda l_ref               "sum"     with the loss of a text-only LLM on the same token
+    d  = (1 - lambda) m + lambda l_ref    "mix"
 
-`Memory` remembers m, a float a token, in one flat array; it knows no model. `Cycle` says which steps skip: after a
-warm-up of the whole run, `refresh` steps of every `cycle` see all answers and bring every m up to date. Slow steps see
-all answers too. They keep the model good at whole sequences, their teacher and student must have the same answers, and
-they are the steps that cost what they cost: a refresh more comes for nothing.
+Of a sample's n answer tokens the k = ceil(share n) most difficult stay, and the earlier ones of equals. The row that
+predicts a skipped token leaves the computation (`rows.skip_answers`).
 
-The paper is known from its site and from notes, and no code is public. "sum" is the formula of the notes; their
-ablation (lambda = 1 is "reference only") fits "mix", so both are here. (A figure of the site draws a product sign
-between the losses, to which no weight lambda and no "reference only" would fit: that reading is not.) Ours, where
-nothing is known: the cycle counts from step 0, warm-up included; a token's first loss is its m; until then l_ref stands
-for m, so that both kinds can be compared. Without a reference (lambda = 0) a sample that was never seen keeps all its
-answers: nothing is known of it, so in a single epoch nothing is skipped. Tokens that are skipped keep their m, and come
-back only with a refresh.
+`Memory` stores m, a float per token, in one flat array. It knows no model. `Cycle` says which steps skip: all but those
+of a warm-up at the start of the run, and the first `refresh` steps of every `cycle`, which see all answers and bring
+every m up to date. Slow steps see all answers too: they keep the model good at whole sequences, and their teacher and
+student need the same answers. They are expensive anyway, so a refresh costs little there.
+
+What differs from the paper: there, inactive tokens bypass every block through the residual stream and are neither
+queries nor keys. Removing their rows is the same for the rows that are left, if all layers do it and positions are
+`original`. We take no loss of the bypassed rows, which would be the head's on a bare embedding; whether the paper does
+is not known. The paper is known from its website and from notes, and its code is not public. "sum" is the formula of
+the notes. Their ablation, in which lambda = 1 is "reference only", fits "mix", so both are here. (A figure on the
+website has a product sign between the losses. Neither a weight lambda nor "reference only" would fit a product, so it
+is not here.) Where nothing is known, these choices are ours: the cycle counts from step 0, including the warm-up; the
+first loss of a token becomes its m; until then l_ref takes the place of m, so that tokens with and without an m can be
+compared.
+
+The trade-off: a skipped token keeps its m, so it comes back only with a refresh. Without a reference (lambda = 0) a
+sample that was never seen keeps all its answers, so a run of a single epoch skips nothing.
 """
 
 import math
@@ -28,11 +35,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .scheduler import Plan
-from .util.errors import NotFinite, UserError, unknown
+from .scheduler import Plan, Stateful
+from .util.errors import NotFinite, UserError, require, require_known
 
 FUSIONS = ("sum", "mix")
-NEVER = -1.0  # in place of the m of a token that was not visited yet; no loss is below 0
+NEVER = -1.0  # the m of a token without a loss so far; no loss is below 0
 
 
 @dataclass(frozen=True)
@@ -47,60 +54,44 @@ class Settings:
     warmup: int = 100  # First steps of the run that see all answers; in a short run take a tenth of it.
 
     def __post_init__(self):
-        for good, what in (
-            (0 < self.keep <= 1, f"regate.keep = {self.keep}: a share must be above 0 and at most 1"),
-            (self.keep < 1 or not self.reference, "regate.reference is given: set regate.keep below 1 too"),
-            (0 <= self.weight <= 1000, f"regate.weight = {self.weight}: must be between 0 and 1,000"),
-            (self.fusion != "mix" or self.weight <= 1, f'regate.weight = {self.weight}: at most 1 with fusion = "mix"'),
-            (0 <= self.beta < 1, f"regate.beta = {self.beta}: must be at least 0 and below 1"),
-            (self.warmup >= 0, f"regate.warmup = {self.warmup}: must not be negative"),
-            (0 < self.refresh <= self.cycle, f"regate.refresh = {self.refresh}: between 1 and regate.cycle"),
-            (
-                self.keep == 1 or self.refresh < self.cycle,
-                f"regate.refresh = {self.refresh}: of regate.cycle as many, none would skip anything",
-            ),
-        ):
-            if not good:
-                raise UserError(what)
-        if self.fusion not in FUSIONS:
-            raise unknown("regate.fusion", self.fusion, FUSIONS)
-        if not self.reference and (self.fusion, self.weight) != (Settings.fusion, Settings.weight):
-            raise UserError("regate.fusion and regate.weight weigh a reference's losses: set regate.reference too")
+        at = {name: f"regate.{name} = {value}" for name, value in vars(self).items()}
+        require(0 < self.keep <= 1, f"{at['keep']}: a share must be above 0 and at most 1")
+        require(self.keep < 1 or not self.reference, "regate.reference is given: set regate.keep below 1 too")
+        require(0 <= self.weight <= 1000, f"{at['weight']}: must be between 0 and 1,000")
+        require(self.fusion != "mix" or self.weight <= 1, f'{at["weight"]}: at most 1 with fusion = "mix"')
+        require(0 <= self.beta < 1, f"{at['beta']}: must be at least 0 and below 1")
+        require(self.warmup >= 0, f"{at['warmup']}: must not be negative")
+        require(0 < self.refresh <= self.cycle, f"{at['refresh']}: must be between 1 and regate.cycle")
+        some_skip = self.keep == 1 or self.refresh < self.cycle
+        require(some_skip, f"{at['refresh']}: must be below regate.cycle, or no step would skip anything")
+        require_known("regate.fusion", self.fusion, FUSIONS)
+        alone = (self.fusion, self.weight) == (Settings.fusion, Settings.weight)
+        require(
+            bool(self.reference) or alone,
+            "regate.fusion and regate.weight weigh a reference's losses: set regate.reference too",
+        )
 
 
-class Cycle:
-    """Which steps skip, as a part of `scheduler.Combined`."""
+class Cycle(Stateful):
+    """Chooses the steps that skip answers. It is a part of `scheduler.Combined`."""
 
     def __init__(self, settings: Settings):
-        self.settings = settings
-
-    def skips(self, step: int) -> bool:
-        """Whether a step skips answers, if it is not slow."""
-        return step >= self.settings.warmup and step % self.settings.cycle >= self.settings.refresh
+        self.keep, self.cycle = settings.keep, settings.cycle
+        self.refresh, self.warmup = settings.refresh, settings.warmup
 
     def change(self, plan: Plan, step: int) -> Plan:
-        return replace(plan, answer_keep=self.settings.keep) if plan.mode != "slow" and self.skips(step) else plan
-
-    def observe(self, plan: Plan, seen: dict) -> None:
-        """Nothing: which answers are hard is the `Memory`'s."""
-
-    def state_dict(self) -> dict:
-        s = self.settings
-        return {"kind": "Cycle", "keep": s.keep, "cycle": s.cycle, "refresh": s.refresh, "warmup": s.warmup}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state != self.state_dict():
-            raise UserError(f"the checkpoint was made with {state}, this run asks for {self.state_dict()}")
+        skips = plan.mode != "slow" and step >= self.warmup and step % self.cycle >= self.refresh
+        return replace(plan, answer_keep=self.keep) if skips else plan
 
 
 def kept(share: float, answers: int) -> int:
-    """k. The 1e-9 keeps 0.28 of 25 at 7: their product is a hair above."""
+    """k. Rounding makes 0.28 * 25 slightly more than 7; subtracting 1e-9 keeps k at 7."""
     return max(1, math.ceil(share * answers - 1e-9)) if answers else 0
 
 
 class Memory:
-    """The difficulty of every answer token of these samples. `samples` ascending, `answers` how many each has,
-    `reference` l_ref of all tokens, sample after sample."""
+    """The difficulty of every answer token of these samples. `samples` are their numbers in ascending order, `answers`
+    the number of answer tokens of each, and `reference` l_ref of all tokens, sample after sample."""
 
     def __init__(
         self, settings: Settings, samples: Sequence[int], answers: Sequence[int], reference: np.ndarray | None = None
@@ -116,15 +107,15 @@ class Memory:
     def _tokens(self, sample: int) -> slice:
         at = int(np.searchsorted(self.samples, sample))
         if at == len(self.samples) or self.samples[at] != sample:
-            raise KeyError(f"sample {sample} is not one of the run's")
+            raise KeyError(f"sample {sample} is not part of this run")
         return slice(int(self.starts[at]), int(self.starts[at + 1]))
 
     def keep(self, sample: int, share: float) -> np.ndarray:
         """(n,) bool: which of a sample's answer tokens stay."""
         tokens, weight = self._tokens(sample), self.settings.weight
-        m = self.difficulty[tokens]
+        m: np.ndarray = self.difficulty[tokens]
         if not np.isfinite(m).all():
-            raise NotFinite(f"what ReGATE remembers of sample {sample} is not finite")
+            raise NotFinite(f"a difficulty that ReGATE remembers of sample {sample} is not finite")
         stays = np.ones(len(m), dtype=bool)
         if self.reference is not None:
             reference = self.reference[tokens]
@@ -136,7 +127,7 @@ class Memory:
         return stays
 
     def update(self, sample: int, stayed: np.ndarray, losses: np.ndarray) -> None:
-        """The student's losses on the tokens of a sample that ran."""
+        """Takes in the student's losses on the tokens of a sample that stayed."""
         tokens, beta = self.difficulty[self._tokens(sample)], np.float32(self.settings.beta)
         m, losses = tokens[stayed], losses.astype(np.float32)
         tokens[stayed] = np.where(m < 0, losses, beta * m + (1 - beta) * losses)

@@ -1,93 +1,109 @@
 """What a training step leaves out, as one value; and the schedules that choose it.
 
-A step is a rectangle, rows (tokens) x columns (LLM layers), and its area is its cost. A `Plan` names the sub-rectangle
-that a step trains on. A schedule maps a step number to a `Plan`, and nothing else decides:
+A step is a rectangle, tokens x LLM layers, and its area is its cost. A `Plan` names the part of the rectangle that one
+step computes. A schedule gives each step number its `Plan`:
 
-    plan = schedule.plan(step)          # a pure function of (seed, step, observed state)
+    plan = schedule.plan(step)          # a pure function of the seed, the step and what earlier steps observed
 
-so every rank draws the same mode without talking, a resumed run repeats itself, and `plan(7)` means the same whether
-or not `plan(6)` was ever asked. The draw is a hash of (seed, step), not a random generator that somebody else could
-advance: the official code calls Python's `random.random()` in each process and agrees across ranks only by luck.
+So every rank gets the same plan without talking to the others, a resumed run repeats itself, and `plan(7)` is the same
+whether or not anybody asked for `plan(6)`. A random schedule hashes (seed, step) instead of using a random generator,
+because other code could advance a generator. The official code calls Python's `random.random()` in each process, so its
+ranks agree only by luck.
 
 This file knows nothing of tensors or models.
 """
 
+import copy
 import hashlib
 import math
 from dataclasses import dataclass
 
-from .util.errors import UserError, unknown
+from .util.errors import UserError, require, require_known
 
 MODES = ("full", "fast", "slow")
+KINDS = ("full", "fast", "bernoulli", "periodic", "adaptive")  # the schedules that a recipe can name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step's sub-rectangle.
+    """The part of the rectangle that one step computes.
 
-    full: every row, no isolator, plain cross-entropy.
-    fast: `keep` of each image's visual rows, isolator rows in front of them.
-    slow: every row, no isolator, taught by a fast forward of the same batch (`keep` is what that teacher sees).
+    full: all tokens, no isolator, plain cross-entropy.
+    fast: a share `keep` of each image's tokens, with the isolator in front of them.
+    slow: all tokens, no isolator. A fast forward of the same batch is the teacher, and `keep` is the share it sees.
     """
 
     mode: str
-    keep: float = 1.0  # share of an image's visual rows
-    distill: float = 0.0  # weight of KL(teacher || student); slow plans only
-    layers: tuple[int, ...] | None = None  # the LLM layers that run; None = all
-    answer_keep: float = 1.0  # share of answer rows
-    measure: bool = False  # whether the step says how much each layer changes the answer rows
+    keep: float = 1.0  # share of each image's tokens
+    distill: float = 0.0  # weight of KL(teacher || student), in slow plans only
+    layers: tuple[int, ...] | None = None  # the LLM layers that run; None means all
+    answer_keep: float = 1.0  # share of the answer tokens
+    measure: bool = False  # whether the step measures how much each layer changes the answer tokens
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
+        require_known("mode", self.mode, MODES)
         for name in ("keep", "answer_keep"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} = {getattr(self, name)}: a share must be above 0 and at most 1")
-        if not 0 <= self.distill < float("inf"):
-            raise UserError(f"distill = {self.distill}: a loss weight cannot be negative or infinite")
+            share = getattr(self, name)
+            require(0 < share <= 1, f"{name} = {share}: a share must be above 0 and at most 1")
+        require(0 <= self.distill < math.inf, f"distill = {self.distill}: a loss weight cannot be negative or infinite")
         if self.layers is not None:
-            ascending = list(self.layers) == sorted(set(self.layers))
-            if not self.layers or self.layers[0] < 0 or not ascending:
-                raise UserError(
-                    f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once"
-                )
-            if self.measure:
-                raise UserError("a step that skips layers cannot measure them")
+            require(
+                bool(self.layers) and self.layers[0] >= 0 and list(self.layers) == sorted(set(self.layers)),
+                f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once",
+            )
+            require(not self.measure, "a step that skips layers cannot measure them")
 
     @property
     def taught(self) -> bool:
-        """Whether the fast mode teaches this step."""
+        """Whether the fast mode is the teacher in this step."""
         return self.mode == "slow" and self.distill > 0
 
 
 def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on (seed, step) only: same on every machine, rank and Python version."""
+    """A number in [0, 1) that depends on (seed, step) only: the same on every machine, rank and Python version."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-class Schedule:
-    """The schedules below carry no state: `state_dict` is their settings, and loading other settings is an error."""
+class Stateful:
+    """What schedules and their parts share: they may learn from steps, and a checkpoint holds their state.
 
-    ahead = math.inf  # a step's mode and rows are settled so many steps before it: batches may be made from then on
+    An instance's attributes are its settings, except for those named here. A checkpoint with other settings is refused.
+    """
+
+    learned: tuple[str, ...] = ()  # attributes that `observe` changes
+    derived: tuple[str, ...] = ()  # attributes that follow from the others, and that a checkpoint leaves out
+
+    def observe(self, plan: Plan, seen: dict) -> None:
+        """Learns from a step with this plan. `seen` holds its number "step" and the metrics of its forward, over the
+        answers of all ranks. A schedule depends on nothing but its settings and these."""
+
+    def state_dict(self) -> dict:
+        state = {name: value for name, value in vars(self).items() if name not in self.derived}
+        return {"kind": type(self).__name__, **copy.deepcopy(state)}
+
+    def load_state_dict(self, state: dict) -> None:
+        both = (state, self.state_dict())
+        theirs, ours = ({name: of[name] for name in of if name not in self.learned} for of in both)
+        if theirs != ours:
+            raise UserError(f"the checkpoint was made with schedule {theirs}, this run asks for {ours}")
+        vars(self).update({name: copy.deepcopy(state[name]) for name in self.learned})
+
+
+class Schedule(Stateful):
+    """The base of all schedules."""
+
+    @property
+    def ahead(self) -> float:
+        """How many steps ahead a plan is final: batches may be prepared so early."""
+        return math.inf
 
     def plan(self, step: int) -> Plan:
         raise NotImplementedError
 
-    def observe(self, plan: Plan, seen: dict) -> None:
-        """What a step of this plan saw, the same numbers on all ranks: all that a schedule may depend on beside its
-        settings. `seen` is which "step" it was, and the metrics of its forward, of all its answers."""
-
-    def state_dict(self) -> dict:
-        return {"kind": type(self).__name__, **vars(self)}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state != self.state_dict():
-            raise UserError(f"the checkpoint was made with schedule {state}, this run asks for {self.state_dict()}")
-
 
 class FullSchedule(Schedule):
-    """Every step sees everything: ordinary training, the baseline."""
+    """Every step sees all tokens: ordinary training, the baseline."""
 
     def plan(self, step: int) -> Plan:
         return Plan("full")
@@ -97,7 +113,7 @@ class FastSchedule(Schedule):
     """Every step is pruned: DualSpeed's alignment stage, and the pruned-only baseline of its tuning stage."""
 
     def __init__(self, keep: float = 0.1):
-        Plan("fast", keep=keep)  # refuses a bad share now, not at the first step that needs it
+        Plan("fast", keep=keep)  # refuses a bad share now and not at the first step
         self.keep = keep
 
     def plan(self, step: int) -> Plan:
@@ -105,42 +121,46 @@ class FastSchedule(Schedule):
 
 
 class DualSpeedSchedule(Schedule):
-    """Each step is slow with probability `slow`, independently: the official schedule (`bernoulli`)."""
+    """Each step is slow with probability `slow`, independently of the others: the official schedule (`bernoulli`)."""
 
     def __init__(self, slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0):
-        if not 0 <= slow <= 1:
-            raise UserError(f"slow = {slow}: the share of slow steps must be between 0 and 1")
+        require(0 <= slow <= 1, f"slow = {slow}: the share of slow steps must be between 0 and 1")
         Plan("slow", keep=keep, distill=distill)
         self.slow, self.keep, self.distill, self.seed = slow, keep, distill, seed
 
     def plan(self, step: int) -> Plan:
-        if uniform(self.seed, step) < self.slow:
+        if self.is_slow(step):
             return Plan("slow", keep=self.keep, distill=self.distill)
         return Plan("fast", keep=self.keep)
+
+    def is_slow(self, step: int) -> bool:
+        return uniform(self.seed, step) < self.slow
 
 
 class PeriodicSchedule(DualSpeedSchedule):
-    """The same share of slow steps, spread evenly: step s is slow when s * slow passes a whole number.
+    """The same share of slow steps, evenly spaced: a step is slow when step * slow passes a whole number.
 
-    With slow = 1/N that is the last of every N steps. No luck in how many slow steps a short run gets.
+    With slow = 1/N that is the last of every N steps. So a short run does not get more or fewer slow steps by chance.
     """
 
-    def plan(self, step: int) -> Plan:
-        # The +1e-9 keeps slow = 0.1 from slipping a step: (step + 1) * 0.1 falls a hair short of some whole numbers.
-        if int((step + 1) * self.slow + 1e-9) > int(step * self.slow + 1e-9):
-            return Plan("slow", keep=self.keep, distill=self.distill)
-        return Plan("fast", keep=self.keep)
+    def is_slow(self, step: int) -> bool:
+        # 1e-9 is for rounding: (step + 1) * 0.1 is slightly below some whole numbers, and the slow step would be late.
+        return int((step + 1) * self.slow + 1e-9) > int(step * self.slow + 1e-9)
 
 
 class Combined(Schedule):
-    """A schedule, and what else its steps leave out.
+    """A schedule with parts that let its steps leave out more, such as layers (`sts.py`) or answers (`regate.py`).
 
-    Each part is asked in turn for the plan it makes of the one before, `part.change(plan, step)`, and is as pure as a
-    schedule. It also has `observe`, `state_dict` and `load_state_dict`.
+    Each part in turn changes the plan, `part.change(plan, step)`, and is as pure as a schedule. It has `observe`,
+    `state_dict` and `load_state_dict` as well.
     """
 
     def __init__(self, schedule: Schedule, *parts):
-        self.schedule, self.parts, self.ahead = schedule, parts, schedule.ahead
+        self.schedule, self.parts = schedule, parts
+
+    @property
+    def ahead(self) -> float:
+        return self.schedule.ahead
 
     def plan(self, step: int) -> Plan:
         plan = self.schedule.plan(step)
@@ -161,6 +181,3 @@ class Combined(Schedule):
         self.schedule.load_state_dict(state["schedule"])
         for part, of in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(of)
-
-
-KINDS = ("full", "fast", "bernoulli", "periodic", "adaptive")  # that a recipe can name; `schedules.build` makes them

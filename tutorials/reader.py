@@ -14,7 +14,7 @@ import torch
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinyspeed.data import digits
+from tinyspeed.data import digits, digits_model
 
 SEED, TURNS, BATCH, STEPS = 2**32 - 1, 6, 64, 600  # no run of a comparison has this seed: other pictures
 
@@ -27,7 +27,7 @@ def main(folder: str) -> None:
     reader = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(known), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-            max_position_embeddings=digits.context(canvas), bos_token_id=known["<s>"], eos_token_id=known["</s>"],
+            max_position_embeddings=digits_model.context(canvas), bos_token_id=known["<s>"], eos_token_id=known["</s>"],
             pad_token_id=known["<pad>"],
         )
     )  # fmt: skip
@@ -42,7 +42,7 @@ def main(folder: str) -> None:
         adam.zero_grad()
         bar.set_postfix_str(f"loss {float(loss):.3f}")
     reader.save_pretrained(folder)
-    digits.build_processor(canvas).tokenizer.save_pretrained(folder)
+    digits_model.build_processor(canvas).tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def execute(file: Path, short: bool = False) -> nbformat.NotebookNode:
     if short:
         environment["SHORT"] = "1"
     with tempfile.TemporaryDirectory() as sockets:  # files, not ports: other users of the machine cannot listen
-        client = NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False)
+        client = NotebookClient(
+            notebook, kernel_name="python3", timeout=1800, startup_timeout=600, iopub_timeout=600, record_timing=False
+        )
         kernel = client.create_kernel_manager()
         kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
         client.execute(cwd=str(file.parent), env=environment)

@@ -16,7 +16,7 @@ from tinyspeed.models.memory import Settings, Shape
 
 @pytest.mark.parametrize(("family", "rows"), [("1.5", 576), ("next", 2340)])
 def test_an_album_is_what_such_a_model_reads(tmp_path, family, rows):
-    config = published.shaped("7b", family)
+    config = published.config_of("7b", family)
     source = data.album(tmp_path, config, family)
     assert len(source) == data.PICTURES
     text, visual, answers = source.lengths(3)
@@ -45,7 +45,7 @@ def test_what_is_written_follows_from_what_was_timed(tmp_path, capsys, monkeypat
     assert list(result["records_per_second"]) == ["0", "1"]
     assert all(0 < f["median"] <= f["max"] for f in result["records_per_second"].values())
     assert len(decoded) == 16 + 8, "those that are counted, and a batch before; workers decode elsewhere"
-    shape, s = Shape(published.shaped("7b", "1.5")), Settings("bf16", rank=64)
+    shape, s = Shape(published.config_of("7b", "1.5")), Settings("bf16", rank=64)
     assert result["data"] in said
     mix = llava_mix.mix(1024, 0)
     fast, slow = (sum(estimate.flops(shape, s, mode, sample, False) for sample in mix) for mode in ("fast", "slow"))

@@ -101,7 +101,9 @@ def test_where_there_is_such_a_picture_it_is_what_estimate_assumes(name, sample)
 def test_what_is_measured_of_a_recipe_is_the_peak_that_it_names(name):
     chosen = recipe.read(name)
     found = estimate(chosen, 24)
-    assert [bench_memory.longest_example(chosen, loading.config(chosen.model.path)).lengths(0)] == found.case.samples
+    assert [
+        bench_memory.longest_example(chosen, loading.load_config(chosen.model.path)).lengths(0)
+    ] == found.case.samples
 
 
 @pytest.mark.parametrize("name", ["1.5-7b", "next-7b"])

@@ -71,7 +71,7 @@ def test_a_fast_step_does_more_where_more_is_kept_of_more_rows():
     assert wide - few > weights * (288 - 57)
 
 
-@pytest.mark.parametrize("name", [name for name in pruning.names() if pruning.learned(name)])
+@pytest.mark.parametrize("name", [name for name in pruning.names() if pruning.entry(name).learned])
 def test_a_learned_plugin_is_timed_with_its_backward(name):
     module = pruning.make(name, 16, 8)
     bench_pruning.learn(name, torch.randn(2, 40, 16), 0.2, module)

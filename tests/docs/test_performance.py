@@ -36,7 +36,7 @@ def promised() -> str:
     """hf, recomputing, over ours, packed and not recomputing, in FLOPs."""
     lines = []
     for name, (size, family) in SHAPES.items():
-        shape, samples = Shape(published.shaped(size, family)), llava_mix.mix(1024, 0, family)
+        shape, samples = Shape(published.config_of(size, family)), llava_mix.mix(1024, 0, family)
         padded = []
         for first in range(0, len(samples), 8):
             batch = samples[first : first + 8]

@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from tinyspeed import UserError, pruning
-from tinyspeed.data import digits, images
+from tinyspeed.data import digits, digits_model, images
 from tinyspeed.evaluation.look import DIM, GRID, PATCH, encode, look, melt, patches, shade
 from tinyspeed.models import families, loading
 
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 VISION |= {"image_size": 24, "patch_size": 8}
 COLOUR = (200, 100, 40)
-LOOKED = [name for name in pruning.works_with(()) if not pruning.learned(name)]
+LOOKED = [name for name in pruning.works_with(()) if not pruning.entry(name).learned]
 CLIP_MEAN, CLIP_STD = (
     torch.tensor([0.48145466, 0.4578275, 0.40821073]),
     torch.tensor([0.26862954, 0.26130258, 0.27577711]),
@@ -107,7 +107,7 @@ def test_of_llava_next_the_base_view_is_looked_at(photo, tmp_path):
 
 def test_the_digits_model_works_with_and_without_an_image_processor(tmp_path):
     """Its features are those of the last layer; without a processor the picture is normalised as CLIP's are."""
-    model = rough(digits.build_model(0, width=32, layers=1, tower_width=16, tower_layers=2))
+    model = rough(digits_model.build_model(0, width=32, layers=1, tower_width=16, tower_layers=2))
     model.save_pretrained(tmp_path / "model")
     canvas, _ = digits.picture(np.random.default_rng(0), "eval")
     Image.fromarray(canvas).save(tmp_path / "canvas.png")
@@ -172,7 +172,7 @@ def test_plugins_that_need_signals_are_looked_at_through_a_llava(kind, photo, tm
         base = pixels if kind == "llava" else pixels[:, 0]
         attention = inner.vision_tower(base, output_attentions=True).attentions[1].mean(1)[0, 0, 1:]
     every = look(photo, tmp_path / "every.png", tower=folder, keep=0.4)
-    assert set(every) == {name for name in pruning.names() if not pruning.learned(name)}
+    assert set(every) == {name for name in pruning.names() if not pruning.entry(name).learned}
     kept = look(photo, tmp_path / "out.png", plugins=["cls_topk", "vispruner"], tower=folder, keep=0.4)
     assert kept == {name: every[name] for name in kept}
     assert kept["cls_topk"] == sorted(attention.topk(3).indices.tolist())

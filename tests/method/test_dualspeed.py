@@ -514,8 +514,8 @@ def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
 def test_rows_are_packed_where_products_run_in_half_precision(dtype, autocast, capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode(), cuda_autocast(autocast):
-        packs = attention.packs(torch.empty(2, 4, dtype=dtype, device="cuda"))
-        assert not attention.packs(torch.empty(2, 4, dtype=dtype))  # on a CPU, never
+        packs = attention.has_packed_kernel(torch.empty(2, 4, dtype=dtype, device="cuda"))
+        assert not attention.has_packed_kernel(torch.empty(2, 4, dtype=dtype))  # on a CPU, never
     assert packs == (capability >= (8, 0) and (autocast or dtype) != torch.float32)
 
 
@@ -536,7 +536,7 @@ def test_the_packed_kernel_gets_queries_keys_and_values_in_autocasts_precision(a
     module = nn.Module()
     module.num_key_value_groups = 2
     want, _ = attention.rows_attention(module, query, key, value, None, rows=layout)
-    monkeypatch.setattr(attention, "packs", lambda x: True)
+    monkeypatch.setattr(attention, "has_packed_kernel", lambda x: True)
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     with cuda_autocast(autocast):
         got, _ = attention.rows_attention(module, query, key, value.to(autocast), None, rows=layout)

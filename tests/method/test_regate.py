@@ -284,7 +284,7 @@ def test_questions_and_pictures_stay_whole(llava):
     learned = batch["labels"].masked_fill(~stays, rows.IGNORE)
     lengths = {"image": [9] * int((batch["input_ids"] == tiny.IMAGE).sum() // 9)}
     full = rows.full(batch["input_ids"], batch["attention_mask"], learned, {"image": tiny.IMAGE}, lengths)
-    less = rows.elide(full, batch["labels"], stays, "original")
+    less = rows.skip_answers(full, batch["labels"], stays, "original")
     left = set(less.source.tolist())
     gone = [s for s in full.source.tolist() if s not in left]
     assert gone

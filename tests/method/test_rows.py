@@ -184,7 +184,7 @@ def test_original_positions_are_those_of_the_full_rows(batch, isolator):
 def test_looking_up_only_the_words_that_are_read_changes_no_row(batch, isolator, positions, whole):
     selected = full(batch) if whole else prune(batch, batch.kept, isolator, positions)
     words, behind = torch.arange(batch.input_ids.numel()), torch.arange(1000, 1000 + len(batch.kept) + isolator)
-    index, lesser = rows.looked_up(selected, len(words))
+    index, lesser = rows.used_words(selected, len(words))
     assert torch.equal(torch.cat([words[index], behind])[lesser.source], torch.cat([words, behind])[selected.source])
     assert index.tolist() == sorted(set(selected.source.tolist()) & set(words.tolist()))
     assert read(replace(lesser, source=selected.source)) == read(selected)

@@ -23,7 +23,7 @@ from tinyspeed.util import malloc
 
 ROOT = Path(__file__).parents[2]
 FAST = Plan("fast", keep=0.3)
-ONCE = [name for name in pruning.names() if pruning.merges(name) == "features"]
+ONCE = [name for name in pruning.names() if pruning.entry(name).merges == "features"]
 
 
 def backward(model, batch):
@@ -55,7 +55,7 @@ def test_projecting_what_stays_once_more_is_projecting_everything_with_a_graph(f
         near = 1e-5 * float(gradient.abs().max())
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=near, msg=name)
     projected = [counter.get_flop_counts()["Global"] for counter in (less, more)]
-    assert (sum(projected[0].values()) < sum(projected[1].values())) == (pruning.merges(plugin) == "")
+    assert (sum(projected[0].values()) < sum(projected[1].values())) == (pruning.entry(plugin).merges == "")
 
 
 @pytest.mark.parametrize("frozen", ["projector", "nothing"])
@@ -88,7 +88,7 @@ def test_on_a_cpu_packed_is_what_padding_would_make_a_tenth_longer(lengths):
     sample = torch.tensor([b for b, n in enumerate(lengths) for _ in range(n)])
     some = rows.Rows(*[torch.zeros_like(sample)] * 3, sample, sample, len(lengths))
     waste = 1 - sum(lengths) / (len(lengths) * max(lengths))
-    assert attention.layout(torch.zeros(1), some) == ("packed" if waste > 0.1 + 1e-9 else "padded")
+    assert attention.choose_layout(torch.zeros(1), some) == ("packed" if waste > 0.1 + 1e-9 else "padded")
 
 
 @given(st.lists(st.integers(1, 30), min_size=1), st.sampled_from(["auto", "packed", "padded"]), st.booleans())
@@ -96,7 +96,7 @@ def test_activations_are_those_of_rows_as_they_lie(lengths, layout, packs):
     """Whether a micro-batch is recomputed depends on its padding only where there is any."""
     model = SimpleNamespace(device=torch.device("cpu"), isolator=SimpleNamespace(weight=None), layout=layout)
     run = SimpleNamespace(precision="fp32", model=model)
-    with mock.patch.object(attention, "packs", return_value=packs):
+    with mock.patch.object(attention, "has_packed_kernel", return_value=packs):
         count = StageRun.laid_out(run, lengths)
     assert count == (sum(lengths) if packs and layout != "padded" else len(lengths) * max(lengths))
 

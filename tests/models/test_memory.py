@@ -148,7 +148,7 @@ def both(monkeypatch, folder, s, mode, recompute, samples=2, text=TEXT, answers=
     step = Step(Shape(config), s, MicroBatch.of(mode, text, [visual], answers, s, samples), recompute)
     print(f"kept {kept:,}, formula {step.kept:,} ({step.kept / kept - 1:+.1%})", end="; ")
     print(
-        f"peak {peak:,}, formula {step.peak:,} ({step.peak / peak - 1:+.1%}, {max(step.moments, key=step.moments.get)})"
+        f"peak {peak:,}, formula {step.peak:,} ({step.peak / peak - 1:+.1%}, {max(step.phases, key=step.phases.get)})"
     )
     return step, kept, peak
 
@@ -206,7 +206,7 @@ def test_what_plugins_hold_for_each_pair_of_rows(name, keep):
         peaks.append(live.peak)
     found = (peaks[0] - 2 * peaks[1]) / (images * (n**2 - 2 * (n // 2) ** 2))
     slack = 3.7 if name == "dpp" else 2.7  # its factor is as wide as what is kept; counted is the widest
-    assert found - 0.1 <= pruning.pairs(name, keep) <= found + slack
+    assert found - 0.1 <= pruning.entry(name).pair_bytes(keep) <= found + slack
     asked = recipe.read("digits", [f"dualspeed.plugin={name}"])
     assert Settings.of(asked, "train", "fp32").plugin == name
 
@@ -215,7 +215,7 @@ def test_a_plugin_with_a_second_matrix_needs_more_where_pictures_are_large():
     batch = MicroBatch.of("fast", 100, [2880], 60, Settings("bf16", "nf4", rank=8))
     shape = Shape(REAL["next-7b"]())
     first, second = (
-        Step(shape, Settings("bf16", "nf4", rank=8, plugin=plugin), batch, True).moments["pruning"]
+        Step(shape, Settings("bf16", "nf4", rank=8, plugin=plugin), batch, True).phases["pruning"]
         for plugin in ("divprune", "divprune_centred")
     )
     assert second - first == 6 * 2880**2

@@ -74,10 +74,10 @@ def test_a_model_that_is_here_speaks_for_itself(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loading, "try_to_load_from_cache", lambda *_: str(tmp_path / "downloaded" / "config.json"))
         patch.setattr(loading.AutoConfig, "from_pretrained", lambda where, **_: mine)
-        assert loading.config(path).text_config.num_hidden_layers == 3
+        assert loading.load_config(path).text_config.num_hidden_layers == 3
     mine.save_pretrained(tmp_path / path)
     monkeypatch.chdir(tmp_path)
-    assert loading.config(path).text_config.num_hidden_layers == 3
+    assert loading.load_config(path).text_config.num_hidden_layers == 3
 
 
 def test_another_model_is_looked_for(monkeypatch):
@@ -86,4 +86,4 @@ def test_another_model_is_looked_for(monkeypatch):
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
     with pytest.raises(UserError, match="somebody/else: no network"):
-        loading.config("somebody/else")
+        loading.load_config("somebody/else")

@@ -24,7 +24,7 @@ FAST, SLOW, FULL = Plan("fast", keep=KEEP), Plan("slow", keep=KEEP, distill=1.0)
 
 
 def choose(name: str, features: Tensor, module=None, **how) -> pruning.Kept:
-    if pruning.learned(name) and module is None:
+    if pruning.entry(name).learned and module is None:
         module = pruning.make(name, features.shape[2], features.shape[1], SEED).eval()
     return pruning.choose(name, features, module=module, **{"seed": SEED, "signals": beside(name, features), **how})
 
@@ -34,7 +34,7 @@ def test_the_lists_above_are_whole():
     features = distinct(0, 1, 12, 4)
     merging = [name for name in pruning.names() if choose(name, features, count=11).weight is not None]
     assert sorted({*merging, *LEARNED}) == sorted({*MERGING, *LEARNED})
-    assert [name for name in pruning.names() if pruning.learned(name)] == LEARNED
+    assert [name for name in pruning.names() if pruning.entry(name).learned] == LEARNED
 
 
 # Laws of every weight map

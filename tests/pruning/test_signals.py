@@ -62,7 +62,7 @@ def test_what_is_heard_is_what_eager_attention_says(family, layer):
     net.config.vision_feature_layer = layer
     block = layer + 3 if layer < 0 else layer - 1  # of three, whose hidden states are numbered from the embeddings on
     vlm = adapter(net)
-    with torch.no_grad(), signals.heard(vlm, batch, BOTH) as heard:
+    with torch.no_grad(), signals.recording(vlm, batch, BOTH) as heard:
         features = vlm.features(batch, "fast")["image"]
     wanted = by_hand(net, family, batch, block)
     for image, rows, tower, (places, attention) in zip(features, *(heard[n] for n in BOTH), wanted, strict=True):
@@ -77,7 +77,7 @@ def test_the_keys_are_those_of_the_block_that_the_projector_reads(layer, llava):
     """By the block's own layers, from its input as transformers says it."""
     llava.eval().config.vision_feature_layer = layer
     vlm, batch = adapter(llava), tiny.batch("llava")
-    with torch.no_grad(), signals.heard(vlm, batch, ("keys",)) as heard:
+    with torch.no_grad(), signals.recording(vlm, batch, ("keys",)) as heard:
         vlm.features(batch, "fast")
         into = layer + 3 if layer < 0 else layer - 1
         hidden = vlm.tower(batch["pixel_values"], output_hidden_states=True).hidden_states[into]
@@ -132,7 +132,7 @@ def test_nothing_stays_hooked_and_full_steps_hear_nothing(plugin, family, monkey
     before = hooks_of(net)  # transformers' own
     for plan in (FAST, FULL, SLOW):
         assert model(**batch, plan=plan).loss.isfinite()
-    assert [set(signals) for signals in heard] == [set(pruning.needs(plugin))] * 2
+    assert [set(signals) for signals in heard] == [set(pruning.entry(plugin).needs)] * 2
     text = tiny.batch(family, outlines=((7,), (4,)))
     assert model(**text, plan=FAST).loss.isfinite()
     model.vlm.projector.forward = None  # a step that dies within the forward that is listened to
@@ -175,7 +175,7 @@ def test_what_the_projector_reads_must_be_the_patches_of_one_block(change, why, 
 def test_features_kept_on_disk_come_without_attention(family, tmp_path):
     net, batch = tiny.model(family), tiny.batch(family)
     model = DualSpeed(net, plugin="cls_topk").train()
-    batch["tower_features"] = model.vlm.look(batch.pop("pixel_values"), batch.get("image_sizes"))
+    batch["tower_features"] = model.vlm.tower_features(batch.pop("pixel_values"), batch.get("image_sizes"))
     said = refusal(lambda: model(**batch, plan=FAST))
     assert "data.feature_cache_gb = 0" in said
     assert "divprune" in said

@@ -19,7 +19,7 @@ def beside(name: str, features: Tensor) -> dict[str, Tensor]:
         "keys": lambda: features.roll(1, -1) - 1,
         "tower": lambda: features.flip(-1) + 1,
     }
-    return {signal: made_up[signal]() for signal in pruning.needs(name)}
+    return {signal: made_up[signal]() for signal in pruning.entry(name).needs}
 
 
 def distinct(seed: int, *shape: int) -> Tensor:

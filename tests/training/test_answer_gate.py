@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from support import hostile_model as bait
 from support import tiny
 from support.album import album
-from support.launching import log, torchrun
 from support.runs import Killed, die_before, fails, unlike
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
@@ -27,10 +26,6 @@ from tinyspeed.training.reference import Reference
 
 CPU = torch.device("cpu")
 STEPS = 9
-EVERYTHING = (
-    "dualspeed.schedule=periodic", "dualspeed.slow=0.25", "dualspeed.plugin=tome", "lora.rank=4", "lora.dropout=0",
-    "dualspeed.views=true", "sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0", "sts.protect_last=0",
-)  # fmt: skip
 SKIPS = ("regate.keep=0.4", "regate.cycle=4", "regate.refresh=1", "regate.warmup=2")
 
 
@@ -156,27 +151,6 @@ def test_one_rank_is_the_core_bit_for_bit(home, tmp_path):
     (tmp_path / "scaled.toml").write_text(made.to_toml())
     assert scaled([str(tmp_path / "scaled.toml")]) == 0
     assert not unlike(made, alone)
-
-
-@pytest.mark.parametrize("together", [False, True], ids=["answers", "answers, rows, layers and views"])
-def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_path, monkeypatch, together):
-    """Also where a rank has nothing to learn: three samples a step, a forward each."""
-    more = (f"regate.reference={home / 'llm'}", "train.batch=3", "train.row_budget=1", "train.lr=0.001")
-    more += EVERYTHING if together else ()
-    alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
-    train.train(alone, bar=False)
-    with monkeypatch.context() as patch:
-        die_before(patch, 3)
-        with pytest.raises(Killed):
-            train.train(made, bar=False)
-    (tmp_path / "scaled.toml").write_text(made.to_toml())
-    assert torchrun(tmp_path, "-m", "scale", "scaled.toml").wait(120) == 0, log(tmp_path)
-    for a, b in zip(lines(alone), lines(made), strict=True):
-        assert all(a[of] == b[of] for of in ("mode", "answers", "rows_kept", "layers"))
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    assert any(line["layers"] for line in lines(made)) == together
-    assert "going on behind step 2" in log(tmp_path)
-    torch.testing.assert_close(remembered(made), remembered(alone), rtol=1e-3, atol=1e-4)
 
 
 def test_a_sample_that_a_step_has_twice_counts_once_by_its_mean(home, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyspeed import UserError
-from tinyspeed.models import built
+from tinyspeed.models import manifest
 from tinyspeed.recipe import StageSection
 from tinyspeed.training import checkpoint
 from tinyspeed.training.optimizer import make_optimizer
@@ -113,16 +113,16 @@ def test_a_built_base_that_was_changed_is_noticed(tmp_path):
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "a.bin").write_bytes(b"abc")
-    built.label(folder, "label.json", {"seed": 1})
-    built.check(folder, "label.json", {"seed": 1})
+    manifest.write(folder, "label.json", {"seed": 1})
+    manifest.verify(folder, "label.json", {"seed": 1})
     with pytest.raises(UserError, match="was not built with"):
-        built.check(folder, "label.json", {"seed": 2})
+        manifest.verify(folder, "label.json", {"seed": 2})
     (folder / "a.bin").write_bytes(b"abd")
     with pytest.raises(UserError, match=r"a\.bin is not what was written"):
-        built.check(folder, "label.json", {"seed": 1})
+        manifest.verify(folder, "label.json", {"seed": 1})
     (folder / "label.json").write_text("[]")
     with pytest.raises(UserError, match="damaged"):
-        built.check(folder, "label.json", {"seed": 1})
+        manifest.verify(folder, "label.json", {"seed": 1})
 
 
 def test_a_users_copies_are_neither_used_nor_deleted(tmp_path):

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..data import digits
+from ..data import digits_model
 from ..data.examples import collate
 from ..models import attention, precision
 from ..models.families import family
@@ -66,7 +66,7 @@ def _trl(run: StageRun, batches: list[dict[str, Tensor]], answers: int) -> Calla
             dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
         )  # fmt: skip
         trainer = trl.SFTTrainer(
-            model, how, train_dataset=unused, data_collator=list, processing_class=digits.build_processor()
+            model, how, train_dataset=unused, data_collator=list, processing_class=digits_model.build_processor()
         )
     model.train()
     model.gradient_checkpointing_enable()

@@ -53,15 +53,15 @@ def measure(
     """Times the records of a recipe, or of an album that is made for it (`family`: for LLaVA-1.5 or NeXT)."""
     if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
         raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
-    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.about(folder):
+    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.errors_about(folder):
         if recipe is None:
-            config, lengths = published.shaped("7b", family), llava_mix.mix(1024, 0, family)
+            config, lengths = published.config_of("7b", family), llava_mix.mix(1024, 0, family)
             source, rank, name = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"
         else:
             if recipe.data.kind != "chat":
                 raise UserError('bench data: the recipe\'s data must be conversations, data.kind = "chat"')
             base = build.base_model(recipe, build.place(recipe).device)
-            config, source = loading.config(base), conversations.from_recipe(recipe, base)
+            config, source = loading.load_config(base), conversations.from_recipe(recipe, base)
             rank, name = recipe.lora.rank, recipe.data.file
             lengths = [source.lengths(i) for i in range(min(len(source), 1024))]
         print(f"{name}, {config.model_type}; {samples} records, median of {repeats}")

@@ -20,7 +20,7 @@ from statistics import fmean
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 
-from ..data import conversations, digits
+from ..data import conversations, digits, digits_model
 from ..data.examples import Sample, Source
 from ..models import loading, memory, precision
 from ..models.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
@@ -162,9 +162,9 @@ def shape_of(recipe: Recipe) -> Shape:
     """Returns the shape of a recipe's model from configurations alone, also where the run will put it together."""
     model = recipe.model
     if model.path:
-        return Shape(loading.config(model.path))
+        return Shape(loading.load_config(model.path))
     if not model.llm:
-        return Shape(digits.build_model(0, **recipe.digits.sizes).config)
+        return Shape(digits_model.build_model(0, **recipe.digits.sizes).config)
     with loading.explaining(f"cannot read the configuration of {model.llm} or {model.tower}"):
         text = AutoConfig.from_pretrained(model.llm, trust_remote_code=False)
         vision = CLIPVisionConfig.from_pretrained(model.tower)
@@ -233,8 +233,8 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool,
     patches, tokens = step.crops * shape.patches, step.crops * (shape.patches + shape.clip)
     layer = tokens * (4 * tower**2 + 2 * tower * shape.tower_inner) + 2 * tokens**2 // max(1, step.crops) * tower
     total += shape.tower_layers * layer + patches * 3 * shape.patch**2 * tower
-    projector = patches * (shape.read + hidden) * step.twice
-    projector += (step.seen if step.twice else patches) * (2 * shape.read + 3 * hidden)
+    projector = patches * (shape.read + hidden) * step.projects_twice
+    projector += (step.seen if step.projects_twice else patches) * (2 * shape.read + 3 * hidden)
     return 2 * (total + projector * hidden)
 
 

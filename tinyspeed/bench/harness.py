@@ -32,7 +32,7 @@ def run(
     `draw(results)` makes the picture that is saved as `png`."""
     where = device_of(device)
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None  # far above the threads: others disturb
-    machine = provenance.describe(where, processor=provenance.processor(), load=load)
+    machine = provenance.describe(where, processor=provenance.cpu_name(), load=load)
     print("{device}; {cores} cores, {threads} threads, load {load}".format(**machine))
     for text, results in benchmark.measure(where, **settings):
         print(f"\n{text}")
@@ -46,7 +46,7 @@ def run(
 
 def write(results: dict, out: Path) -> None:
     try:
-        with files.about(out):
+        with files.errors_about(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(out, json.dumps(results, indent=1) + "\n")
     except OSError as error:

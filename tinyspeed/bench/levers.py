@@ -42,7 +42,7 @@ def _every_id_embedded(run: StageRun) -> AbstractContextManager:
     def all_of_them(selected: rows.Rows, words: int):
         return torch.arange(words, device=selected.source.device), selected
 
-    return patch.object(rows, "looked_up", all_of_them)
+    return patch.object(rows, "used_words", all_of_them)
 
 
 def _cut_by_samples(run: StageRun) -> AbstractContextManager:
@@ -85,7 +85,7 @@ def _features_from_disk(run: StageRun) -> AbstractContextManager:
             return made
         sizes, pixels = made.image_sizes, made.pixel_values.to(run.model.device)
         with torch.no_grad(), precision.autocast(run.precision, run.model.device):
-            features = vlm.look(pixels, sizes).cpu()
+            features = vlm.tower_features(pixels, sizes).cpu()
         return replace(made, pixel_values=None, tower_features=features)
 
     return patch.object(run.source, "example", example)

@@ -58,7 +58,7 @@ def run(recipes: dict[str, Recipe], gpu: float | None = None, out: Path | str | 
             raise UserError(f"{name}: its model is put together by the run itself; give a recipe with a model.path")
         if gpu is not None and precision.device_of(recipe.run.device).type != "cuda":
             raise UserError("--gpu: there is no GPU here whose memory could be limited")
-        longest_example(recipe, loading.config(recipe.model.path))
+        longest_example(recipe, loading.load_config(recipe.model.path))
         models.setdefault(recipe.model.path, []).append(name)
     _require_disk(models)
     results = provenance.describe(bench="memory", held_to_gib=gpu, recipes=[])
@@ -106,7 +106,7 @@ def longest_example(recipe: Recipe, config) -> RandomExamples:
 def write_random_weights(path: str, folder: str, device: str) -> None:
     """Writes a checkpoint of a model's shape. The weights are drawn on the GPU if they fit there, which is faster."""
     torch.manual_seed(0)
-    where, config = precision.device_of(device), loading.config(path)
+    where, config = precision.device_of(device), loading.load_config(path)
     if where.type == "cuda" and cuda.mem_get_info(where)[0] < SLACK * _bytes(path):
         where = torch.device("cpu")
     with where:
@@ -118,9 +118,9 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
     """Measures every mode of a recipe on the weights in `folder`, up to an error, which is returned too."""
     recipe = changed(recipe, {"model.path": folder})
     build.set_threads(recipe)
-    (device, name), source = build.place(recipe), longest_example(recipe, loading.config(folder))
+    (device, name), source = build.place(recipe), longest_example(recipe, loading.load_config(folder))
     found = {
-        "device": cuda.get_device_name(device) if device.type == "cuda" else provenance.processor(),
+        "device": cuda.get_device_name(device) if device.type == "cuda" else provenance.cpu_name(),
         "gpu_gib": None, "outside_gib": None, "precision": name, "quantise": recipe.model.quantise,
         "rank": recipe.lora.rank, "optimizer": recipe.train.optimizer, "picture": list(source.sizes[0]),
         **dict(zip(("text", "visual", "answers"), source.lengths(0), strict=True)),
@@ -163,7 +163,7 @@ def _limit(device: torch.device, gpu: float | None) -> tuple[float, float]:
 
 
 def _bytes(path: str) -> int:
-    return 2 * sum(Shape(loading.config(path)).parameters.values())
+    return 2 * sum(Shape(loading.load_config(path)).parameters.values())
 
 
 def _require_disk(paths) -> None:

@@ -15,7 +15,7 @@ Answers are long here, so that ReGATE has something to skip: 240 tokens behind a
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..data import digits
+from ..data import digits_model
 from ..data.examples import collate
 from ..dualspeed import DualSpeed
 from ..rows import IGNORE
@@ -55,7 +55,7 @@ def measure(device: torch.device, layers: int = 16, width: int = 256, repeats: i
     if layers < 4 or width < 8 or width % 8:
         raise UserError(f"layers = {layers}, width = {width}: give at least 4, and a multiple of 8")
     print(f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}")
-    net = digits.build_model(0, width=width, layers=layers).to(device).train()
+    net = digits_model.build_model(0, width=width, layers=layers).to(device).train()
     net.model.vision_tower.requires_grad_(False)
     model, (batch, stays) = DualSpeed(net).train(), _batch(net.config, device)
 

@@ -29,7 +29,7 @@ def measure(device: torch.device, size: str = "tiny", frames: tuple[int, ...] = 
     """Times forward and backward of one sample with one video of so many frames."""
     if len(frames) < 2 or min(frames) < 1:
         raise UserError(f"frames = {frames}: at least two numbers, each at least 1")
-    config = published.shaped(size, "video")
+    config = published.config_of(size, "video")
     print(f"{size}, one video and {WORDS} words; median of {repeats}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)

@@ -94,7 +94,7 @@ def random_model(
 ) -> tuple[Recipe, DualSpeed]:
     """Returns a recipe and its model, with random weights."""
     require_known("tune", tune, TUNE)
-    config = published.shaped(size, family)
+    config = published.config_of(size, family)
     lr = 1e-9  # so small that every contestant has the same weights
     tables = {
         "run": {"device": device.type},
@@ -117,7 +117,7 @@ def random_weights(config, recipe: Recipe, device: torch.device) -> nn.Module:
     if recipe.model.quantise == "none":
         return model
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
-        with files.about(folder):
+        with files.errors_about(folder):
             model.save_pretrained(folder)
         del model
         return loading.load_model(folder, name, quantise=recipe.model.quantise, device=device)

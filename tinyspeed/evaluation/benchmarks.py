@@ -173,7 +173,7 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
     """Returns what was predicted already, and cuts off half a line at the end of `out`."""
     held = out.read_bytes() if out.exists() else b""
     if header.startswith(held):  # it is empty, or has half a header
-        with files.about(out):
+        with files.errors_about(out):
             out.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(out) as temporary:
             temporary.write_bytes(header)
@@ -189,7 +189,7 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
         raise UserError(f"{out} is damaged, delete it to start again: {error!r}") from error
     if [id for id, _ in done] != [question.id for question in questions[: len(done)]]:
         raise UserError(f"{out} is damaged, delete it to start again: its lines are not the questions in their order")
-    with files.about(out):
+    with files.errors_about(out):
         os.truncate(out, len(whole))
     return dict(done)
 

@@ -14,7 +14,7 @@ import statistics
 import tomllib
 from pathlib import Path
 
-from ..data import digits
+from ..data import digits_model
 from ..models import loading
 from ..recipe import Recipe, comparison, from_tables, schedules
 from ..training import answer_gate, run_folder
@@ -40,7 +40,7 @@ def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = Tru
     for arm, made in arms.items():
         _require_runnable(arm, made)
     folder = folder_of(recipe)
-    with files.about(folder):
+    with files.errors_about(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
         stopped_by = _run_arms(recipe, folder, seeds, arms, bar)
@@ -53,7 +53,7 @@ def _require_runnable(arm: str, recipe: Recipe) -> None:
     """Refuses now what a run would refuse when its turn comes, perhaps hours from now."""
     run_folder.require_sources(recipe)
     sizes = recipe.digits
-    layers = loading.config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
+    layers = loading.load_config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
     try:
         for stage, _ in recipe.stages():
             schedules.schedule_of(recipe, stage, layers)
@@ -76,10 +76,10 @@ def _run_arms(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe],
     for seed, todo in missing.items():
         home, sizes = folder / f"seed-{seed}", recipe.digits
         if todo and not recipe.model.path:
-            with files.about(home):
+            with files.errors_about(home):
                 home.mkdir(exist_ok=True)
             how = {"tower_steps": sizes.tower_steps, **sizes.sizes, "bar": bar, "device": place(recipe).device}
-            digits.prepare(home / "base", seed, **how)
+            digits_model.prepare(home / "base", seed, **how)
         for arm, made in todo.items():
             if bar:
                 print(f"seed {seed}: {arm}", flush=True)
@@ -100,7 +100,7 @@ def _measured(recipe: Recipe) -> bool:
 
 def _run(recipe: Recipe, arm: str, bar: bool) -> int | None:
     """Trains and measures one arm. Returns the signal that ended it early, if one did."""
-    with files.about(recipe.folder):
+    with files.errors_about(recipe.folder):
         files.delete(recipe.folder)  # what an interrupted run has left: its seconds would be incomplete
     trained = train(recipe, bar=bar)
     if trained.stopped_by is not None:

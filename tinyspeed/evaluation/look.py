@@ -51,14 +51,14 @@ def look(
     Default for `plugins`: all that need no training and whose signals the tower gives."""
     names = list(dict.fromkeys(_untrained(()) if plugins is None else plugins))
     for name in names:
-        if pruning.learned(name):
+        if pruning.entry(name).learned:
             raise UserError(f"{name!r} learns what to keep while it trains: before that there is nothing to look at")
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     if out.resolve() == Path(image).resolve():
         raise UserError(f"{out} is the picture itself: choose another place for the drawing")
     if not names:
         raise UserError(f"no plugin to look at; known: {', '.join(pruning.names())}")
-    needs = sorted({signal for name in names for signal in pruning.needs(name)})
+    needs = sorted({signal for name in names for signal in pruning.entry(name).needs})
     given = {} if tower is None else {signal: torch.ones(1, 1) for signal in needs}
     for name in names:  # any plugin keeps a single row: this checks names and the share before anything is loaded
         pruning.select(name, torch.ones(1, 1, 1), keep=keep, signals=given)
@@ -76,7 +76,7 @@ def look(
 
 
 def _untrained(signals) -> list[str]:
-    return [name for name in pruning.works_with(signals) if not pruning.learned(name)]
+    return [name for name in pruning.works_with(signals) if not pruning.entry(name).learned]
 
 
 def _short(text: str, most: int) -> str:
@@ -184,7 +184,7 @@ def encode(
     if not isinstance(patch, int):
         raise UserError(f"{tower} holds a {config.model_type!r} model: it has no tower that cuts pictures into patches")
     llava = config.model_type in families.FAMILIES
-    asking = [name for name in plugins or () if pruning.needs(name)]
+    asking = [name for name in plugins or () if pruning.entry(name).needs]
     if asking and not llava:
         raise UserError(f"the plugin {asking[0]!r} needs what a LLaVA's projector reads: give a LLaVA as tower")
     if llava:  # without LLM layers: their weights are not even read
@@ -202,10 +202,12 @@ def encode(
     family, heard = families.family(model) if llava else None, {}
     for name in asking:
         signals.require_signals(family, name)
-    needs = {signal for name in asking for signal in pruning.needs(name)}
+    needs = {signal for name in asking for signal in pruning.entry(name).needs}
     try:
         if llava:
-            with signals.heard(family, batch, sorted(signals.gives(family) if plugins is None else needs)) as heard:
+            with signals.recording(
+                family, batch, sorted(signals.signals_of_model(family) if plugins is None else needs)
+            ) as heard:
                 features = family.encode(pixels, sizes, "full")[0]
         else:
             features = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states[-2][0]

@@ -1,8 +1,8 @@
-"""What other people's loops ask of a model: transformers.Trainer, TRL, accelerate.
+"""What other people's training loops ask of a model: transformers.Trainer, TRL, accelerate.
 
-They look for methods and attributes of a `PreTrainedModel`, which a wrapper is not. Each is handed on by name. Not by
-a blanket `__getattr__`: Trainer would then see the wrapped model's `is_quantized` and, finding no PeftModel around it,
-refuse a QLoRA run.
+They look for methods and attributes of a `PreTrainedModel`, which a wrapper is not. Each is passed on by name. With a
+blanket `__getattr__`, Trainer would see the wrapped model's `is_quantized` and, finding no PeftModel around it, refuse
+a QLoRA run.
 
 Nothing here is part of the method; `dualspeed.py` reads the same without it.
 """
@@ -13,25 +13,17 @@ from torch import Tensor, nn
 class DropIn(nn.Module):
     """A wrapper around `self.model` whose LLM is `self.vlm.language_model`."""
 
-    accepts_loss_kwargs = True  # yes, pass num_items_in_batch
+    accepts_loss_kwargs = True  # Trainer shall pass num_items_in_batch
     _keys_to_ignore_on_save = None  # Trainer reads it after loading
+
+    config = property(lambda self: self.model.config)
+    generation_config = property(lambda self: self.model.generation_config)
+    loss_type = property(lambda self: getattr(self.model, "loss_type", None))
 
     def __init__(self):
         super().__init__()
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_post_hook(_forgive_aliases)
-
-    @property
-    def config(self):
-        return self.model.config
-
-    @property
-    def generation_config(self):
-        return self.model.generation_config
-
-    @property
-    def loss_type(self):
-        return getattr(self.model, "loss_type", None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -40,7 +32,7 @@ class DropIn(nn.Module):
         self.model.add_model_tags(tags)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **more) -> None:
-        """On the LLM only: the frozen tower has nothing to recompute."""
+        """Enables checkpointing on the LLM only: the frozen tower has nothing to recompute."""
         llm = self.vlm.language_model
         enable = getattr(llm, "activation_checkpointing_enable", None) or llm.gradient_checkpointing_enable
         enable(activation_checkpointing_kwargs, **more)
@@ -49,19 +41,19 @@ class DropIn(nn.Module):
         llm = self.vlm.language_model
         (getattr(llm, "activation_checkpointing_disable", None) or llm.gradient_checkpointing_disable)()
 
-    # The names before transformers 5.23, which other trainers still call.
+    # The names before transformers 5.23, which other trainers still use.
     gradient_checkpointing_disable = activation_checkpointing_disable
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **more) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
 
-# Small LLMs tie lm_head to the embeddings: two names of one tensor, which safetensors refuses to save. Only the first
-# name is kept; loading it fills both.
+# Small LLMs tie lm_head to the embeddings: one tensor with two names, which safetensors refuses to save. Only the first
+# name is kept, and loading it fills both.
 
 
 def _aliases(state: dict[str, Tensor]) -> list[str]:
-    """Names whose tensor an earlier name has already."""
+    """Returns the names whose tensor has an earlier name already."""
     seen, later = set(), []
     for name, tensor in state.items():
         if isinstance(tensor, Tensor) and tensor.numel():

@@ -1,16 +1,16 @@
-"""Models from a hub or a folder: as they are, or with the LLM in 4 bits.
+"""Loads models from the hub or a folder, as they are or with the LLM in 4 bits.
 
     load_model("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    14.1 GB of weights become 4.5
 
-Two things that other trainers' users found out the hard way are settled here, and checked after loading:
+Two things that users of other trainers found out the hard way are taken care of here and checked after loading:
 
-- Quantising means the LLM's layers and nothing else. Left alone, transformers also quantises the vision tower and the
-  projector; and a skip list whose names do not match (`vision_tower` instead of `model.vision_tower`) does nothing.
-- Frozen parts stay in the precision they were loaded in. peft's `prepare_model_for_kbit_training` makes fp32 of tower,
-  embeddings and lm_head, 1.5 GB for nothing.
+- Only the LLM's layers are quantised. By default transformers also quantises the vision tower and the projector, and a
+  skip list whose names do not match (`vision_tower` instead of `model.vision_tower`) does nothing.
+- Frozen parts stay in the precision they were loaded in. peft's `prepare_model_for_kbit_training` turns tower,
+  embeddings and lm_head into fp32, which takes 1.5 GB for nothing.
 
-Weights come from safetensors only: a pickle can run code when it is opened. Code that comes with a model is never run.
-transformers has to be told so everywhere: where it is not, it asks whoever sits there, and a "y" runs it.
+Weights are read from safetensors only, because a pickle can run code when it is opened. Code that comes with a model is
+never run: transformers must be told so in every call, or it asks the user, and a "y" runs the code.
 """
 
 import json
@@ -24,12 +24,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
 from ..util import paths
@@ -49,12 +44,12 @@ def load_model(
     storage: torch.dtype = torch.uint8,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`.
+    """Loads a LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`.
 
-    `storage`: what a tensor of 4-bit weights says it holds. Sharding needs a floating-point type there."""
+    `storage` is the type that a tensor of 4-bit weights claims to have. Sharding needs a floating-point type there."""
     if precision not in DTYPES:
         raise unknown("precision", precision, DTYPES)
-    where = _where(path)
+    where = _resolve(path)
     how = {"dtype": DTYPES[precision]}
     if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
         how["device_map"] = {"": str(device)}
@@ -78,7 +73,7 @@ def load_model(
 def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
     """Loads a model of one of transformers' classes from safetensors, and refuses one that lacks some of its weights:
     transformers would draw them at random and carry on."""
-    only_safetensors(path)
+    require_safetensors(path)
     with explaining(f"cannot load the model {path}"):
         model, found = kind.from_pretrained(
             path, **how, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -88,21 +83,27 @@ def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
     return model
 
 
-def only_safetensors(path: str | Path) -> None:
-    """That the index of a model's weights, if it has one, names no other files: transformers opens what is named there,
-    and a pickle as one."""
+def empty_model(path: str, precision: str) -> nn.Module:
+    """Builds the model without its weights, on the meta device."""
+    how = {"dtype": DTYPES[precision], "trust_remote_code": False}
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(load_config(path), **how)
+
+
+def require_safetensors(path: str | Path) -> None:
+    """Refuses a model whose index of weights names anything but safetensors: transformers would open it as a pickle."""
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         index = cached_file(str(path), paths.INDEX, **quietly)
-    except OSError:  # there is no such model: who loads it says so
+    except OSError:  # there is no such model, and loading it will say so
         return
     if index:
-        paths.weights(Path(index).parent)
+        paths.weight_files(Path(index).parent)
 
 
 @contextmanager
 def explaining(what: str) -> Iterator[None]:
-    """Whatever goes wrong in here becomes one line. Of a broken folder transformers raises nearly anything."""
+    """Turns any error into a `UserError` of one line: a broken folder makes transformers raise nearly anything."""
     try:
         yield
     except UserError:
@@ -112,7 +113,7 @@ def explaining(what: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What transformers says, and what it should say."""
+    """The first line of what transformers says, and where that does not help, what it should say."""
     said = (str(error).strip() or repr(error)).splitlines()[0]
     if "tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
@@ -125,9 +126,9 @@ def _reason(error: Exception) -> str:
     return said
 
 
-def _where(path: str) -> str | Path:
-    """The folder, or the hub id as it is; a folder that cannot be a model of ours is refused before it is read."""
-    found = paths.model(path)
+def _resolve(path: str) -> str | Path:
+    """Returns the folder, or the hub id as it is. Refuses a folder with a model that tinyspeed does not know."""
+    found = paths.model_folder_or_hub_id(path)
     if isinstance(found, Path):
         try:
             kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -135,23 +136,23 @@ def _where(path: str) -> str | Path:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
-        paths.weights(found)
+        paths.weight_files(found)
     return found
 
 
-def config(path: str):
-    """The configuration alone: a few kilobytes, enough to know a model's shapes. A published model that is not here
-    needs no network for it."""
-    where = _where(path)
+def load_config(path: str):
+    """Returns the configuration alone: a few kilobytes, and enough to know a model's shapes. A published model that has
+    not been downloaded needs no network for it."""
+    where = _resolve(path)
     if where in published.KNOWN and not _downloaded(path):
         return published.KNOWN[path]()
     with explaining(f"cannot load the configuration of {path}"):
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
 
 
-def revision(path: str) -> str | None:
-    """The hub's commit that a hub id, once loaded, stands for; None for a folder."""
-    found = None if isinstance(_where(path), Path) else _downloaded(path)
+def hub_revision(path: str) -> str | None:
+    """The hub's commit that a loaded hub id stands for; None for a folder."""
+    found = None if isinstance(_resolve(path), Path) else _downloaded(path)
     return found and found.parent.name
 
 
@@ -160,59 +161,48 @@ def _downloaded(hub_id: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def skeleton(path: str, precision: str) -> nn.Module:
-    """The model without its weights, on `meta`."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config(path), dtype=DTYPES[precision], trust_remote_code=False)
-
-
 def load_processor(path: str):
-    """The processor saved beside a model: tokeniser, image processor, chat template.
+    """Loads the processor saved beside a model: tokenizer, image processor and chat template.
 
-    It counts placeholders by numbers of its own, and older checkpoints lack some of them (576 features then meet 575
-    placeholders). The model's configuration knows them all.
+    A processor counts placeholders by settings of its own, and older checkpoints lack some of them (576 features then
+    meet 575 placeholders). They are taken from the model's configuration, which has them all.
     """
-    shape = config(path)
-    if hasattr(shape, "video_token_id") and find_spec("torchvision") is None:  # transformers recurses, or says nothing
+    config = load_config(path)
+    vision = config.vision_config
+    if hasattr(config, "video_token_id") and find_spec("torchvision") is None:  # transformers would not say so
         raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
-    with explaining(f"{path} has no usable processor beside its model"):
-        processor = AutoProcessor.from_pretrained(_where(path), trust_remote_code=False)
-    facts = {
-        "patch_size": shape.vision_config.patch_size,
-        "vision_feature_select_strategy": shape.vision_feature_select_strategy,
-        "num_additional_image_tokens": int(shape.vision_config.model_type == "clip_vision_model"),  # CLS
+    settings = {
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),  # CLS
     }
-    for name, value in facts.items():
-        its = getattr(processor, name, value)
-        if its != value:
-            print(f"the processor's {name} is {its}, the model's {value}: using that", file=sys.stderr)
-            setattr(processor, name, value)
-    _check_processor(path, processor, shape)
+    with explaining(f"{path} has no usable processor beside its model"):
+        processor = AutoProcessor.from_pretrained(_resolve(path), trust_remote_code=False)
+        for name, value in settings.items():
+            if (own := getattr(processor, name, value)) != value:
+                print(f"the processor's {name} is {own}, the model's {value}: using that", file=sys.stderr)
+                setattr(processor, name, value)
+        _check_processor(path, processor, config)
     return processor
 
 
-def _check_processor(path: str, processor, shape) -> None:
-    """That what it makes of a text and of a picture is what the model takes."""
-    with explaining(f"{path} has no usable processor beside its model"):
-        ids, image = processor.tokenizer.get_vocab().values(), processor.image_token
-        image_id = processor.tokenizer.convert_tokens_to_ids(image)
-        pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
-    size = shape.vision_config.image_size
-    for good, what in (
-        (max(ids) < shape.text_config.vocab_size, f"its tokenizer has ids up to {max(ids)}, its model fewer words"),
-        (
-            image_id == shape.image_token_id,
-            f"{image} is {image_id} to its tokenizer, {shape.image_token_id} to its model",
-        ),
+def _check_processor(path: str, processor, config) -> None:
+    """Refuses a processor whose tokens or pictures do not fit the model."""
+    largest, image = max(processor.tokenizer.get_vocab().values()), processor.image_token
+    image_id, size = processor.tokenizer.convert_tokens_to_ids(image), config.vision_config.image_size
+    pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
+    for good, problem in (
+        (largest < config.text_config.vocab_size, f"its tokenizer has ids up to {largest}, its model has fewer words"),
+        (image_id == config.image_token_id, f"its {image} has id {image_id}, its model's {config.image_token_id}"),
         (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
         (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
     ):
         if not good:
-            raise UserError(f"{path} has the processor of another model, or a damaged one: {what}")
+            raise UserError(f"{path} has the processor of another model, or a damaged one: {problem}")
 
 
 def _check_quantised(model: nn.Module) -> None:
-    """That the LLM's linear layers are in 4 bits, and those of everything else are not."""
+    """Checks that the LLM's linear layers are in 4 bits and all other linear layers are not."""
     from bitsandbytes.nn import Linear4bit
 
     layers = {id(m) for m in family(model).language_model.layers.modules()}
@@ -226,6 +216,6 @@ def _check_quantised(model: nn.Module) -> None:
             shape = (module.out_features, module.in_features)
             if tuple(module.weight.quant_state.shape) != shape:
                 raise UserError(f"{name} should be {shape}, and is {tuple(module.weight.quant_state.shape)} on disk")
-            # On some CPUs a forward in eval mode without gradients would re-pack the weight, for good, and round its
+            # On some CPUs a forward in eval mode without gradients would re-pack the weight for good and round its
             # scales: a slow step's teacher would change the model that learns.
             module.support_avx512bf16_for_cpu = False

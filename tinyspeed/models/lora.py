@@ -2,7 +2,7 @@
 
     add_lora(model, rank=16)    40 million parameters train instead of 7 billion
 
-"All linear layers" means the LLM's. To peft it also means the tower and the projector, so it gets a pattern of names.
+peft's "all-linear" would also mean the tower and the projector, so it gets a pattern of names instead.
 """
 
 from typing import TYPE_CHECKING
@@ -12,15 +12,15 @@ from torch import nn
 
 from .families import family
 
-if TYPE_CHECKING:  # peft brings bitsandbytes and torch's compiler along: two seconds, for those who want adapters
+if TYPE_CHECKING:  # importing peft takes two seconds (bitsandbytes, torch's compiler), for those who want adapters
     from peft import LoraConfig
 
 
 def linear_layers(model: nn.Module) -> str:
-    """A pattern for the names of the LLM's linear layers, and of no others."""
-    inside = family(model).language_model.layers
-    prefix = next(name for name, module in family(model).model.named_modules() if module is inside)
-    leaves = sorted({name.rpartition(".")[2] for name, m in inside.named_modules() if isinstance(m, nn.Linear)})
+    """Returns a pattern that matches the names of the LLM's linear layers and no others."""
+    layers = family(model).language_model.layers
+    prefix = next(name for name, module in family(model).model.named_modules() if module is layers)
+    leaves = sorted({name.rpartition(".")[2] for name, m in layers.named_modules() if isinstance(m, nn.Linear)})
     return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\..*\.({'|'.join(leaves)})"
 
 
@@ -33,23 +33,20 @@ def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> "LoraCon
 def add_lora(
     model: nn.Module, *, rank: int, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0, views: bool = False
 ) -> nn.Module:
-    """The model in peft's wrapper, with adapters (fp32) on the LLM's linear layers. `views`: two of them, "slow" and
-    "fast", drawn alike."""
+    """Wraps the model with peft and puts fp32 adapters on the LLM's linear layers. With `views` there are two adapters,
+    "slow" and "fast", which start equal."""
     from peft import get_peft_model
 
-    how = lora_config(rank, alpha, dropout)
-    how.target_modules = linear_layers(model)
-    with torch.random.fork_rng(devices=_cuda(model)):
+    config = lora_config(rank, alpha, dropout)
+    config.target_modules = linear_layers(model)
+    devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, how, adapter_name="slow" if views else "default")
+        wrapped = get_peft_model(model, config, adapter_name="slow" if views else "default")
         if views:
             torch.manual_seed(seed)
-            wrapped.add_adapter("fast", how)
+            wrapped.add_adapter("fast", config)
     for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:  # under 4-bit weights stored as bf16 they come out bf16
+        if "lora_" in name:  # beside 4-bit weights stored as bf16 they start as bf16
             parameter.data = parameter.data.float()
     return wrapped
-
-
-def _cuda(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)

@@ -1,21 +1,21 @@
-"""What a training step needs in memory, from shapes alone: no weights are loaded.
+"""How much memory a training step needs, from shapes alone: no weights are loaded.
 
-    peak    = weights + gradients + AdamW's moments + the largest moment of a step
-    moment  = what autograd keeps for the backward + what comes and goes
+    peak    = weights + gradients + AdamW's moments + the largest phase of a step
+    phase   = what autograd keeps for the backward + temporary tensors
 
-In half precision and with a frozen LLM, H wide and I inside its MLP, autograd keeps of one row in one layer
+In half precision and with a frozen LLM of width H and MLP width I, autograd keeps for each row in each layer
 
     two norms             8 H    their input, in fp32
-    attention             8 H    queries, keys, values and output (of the softmax only a number a head)
+    attention             8 H    queries, keys, values and output (of the softmax only a number per head)
     MLP                   6 I    gate, silu(gate), up
-    LoRA with dropout     3 in   of each of 7 linear layers: the input after dropout, and a mask of one byte
+    LoRA with dropout     3 in   for each of 7 linear layers: the input after dropout, and a mask of one byte
 
-which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers are 4.8 GiB, and that is why a long micro-batch is *recomputed*
-(activation checkpointing): of each layer only its input is kept, and one layer at a time is run again in the backward.
+which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers take 4.8 GiB. That is why a long micro-batch is *recomputed*
+(activation checkpointing): only the input of each layer is kept, and one layer at a time runs again in the backward.
 
-Where CPU and GPU differ the formulas follow the GPU: packed attention repeats grouped keys, masks are bytes, a tower's
-norms answer in fp32. Left out are the CUDA context and gaps between the allocator's blocks: RESERVE and MARGIN stand
-for those. The tests hold the formulas against what autograd saves in real steps, and what is alive at their peak.
+Where CPU and GPU differ, the formulas follow the GPU: packed attention repeats grouped keys, masks are bytes, norms of
+the tower return fp32. RESERVE and MARGIN stand for the CUDA context and the gaps between the allocator's blocks. The
+tests compare the formulas with what autograd saves in real steps, and with what is alive at their peak.
 """
 
 import bisect
@@ -26,31 +26,33 @@ from functools import cache, cached_property
 import torch
 from torch import cuda
 
-from ..pruning import keep_count, make, merges, pairs
+from ..pruning import entry, keep_count, make
+from ..rows import plan_rows
+from ..scheduler import Plan
 from .families import FAMILIES
 
 GIB = 2**30
 RESERVE = int(0.7 * GIB)  # of a GPU: the CUDA context, and gaps between the allocator's blocks
-MARGIN = 0.05  # share of the free memory that `rows_within` leaves alone
+MARGIN = 0.05  # the share of free memory that `rows_within` leaves alone
 CHUNK = 1024  # answer rows whose logits exist at a time: DualSpeed's default
 
 
 class Shape:
-    """What memory depends on of a LLaVA's configuration. A tower that is not SigLIP's is taken for CLIP's."""
+    """The parts of a LLaVA's configuration that memory depends on. A tower other than SigLIP's is treated as CLIP's."""
 
     def __init__(self, config):
-        text, vision, read = config.text_config, config.vision_config, config.vision_feature_layer
+        text, vision, layer = config.text_config, config.vision_config, config.vision_feature_layer
         self.hidden, self.inner, self.layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.heads, self.queries = text.num_attention_heads, text.num_attention_heads * head
         h, i, q, kv = self.hidden, self.inner, self.queries, text.num_key_value_heads * head
-        # (out, in) of the linear layers in one layer of the LLM: what is quantised, and what adapters are put on.
+        # (out, in) of the linear layers in one layer of the LLM. They are quantised, and adapters are put on them.
         self.linears = [(q, h), (kv, h), (kv, h), (h, q), (i, h), (i, h), (h, i)]
         self.biases = (q + 2 * kv) * (text.model_type == "qwen2")
         self.vocab, self.tied = text.vocab_size, config.tie_word_embeddings
         self.tower, self.tower_inner = vision.hidden_size, vision.intermediate_size
         self.tower_layers, self.clip = vision.num_hidden_layers, vision.model_type != "siglip_vision_model"
-        self.read = vision.hidden_size * (len(read) if isinstance(read, list | tuple) else 1)  # by the projector
+        self.read = vision.hidden_size * (len(layer) if isinstance(layer, list | tuple) else 1)  # by the projector
         self.pixels, self.patch = vision.image_size, vision.patch_size
         self.patches = (self.pixels // self.patch) ** 2  # rows of a crop
         grids = getattr(config, "image_grid_pinpoints", None) or []
@@ -66,7 +68,7 @@ class Shape:
     def parameters(self) -> dict[str, int]:
         h, t, inner = self.hidden, self.tower, self.tower_inner
         tower = self.tower_layers * (4 * (t + 1) * t + (t + 1) * inner + (inner + 1) * t + 4 * t)
-        # Patches and positions, and CLIP's class token and two norms, or the bias of SigLIP's patches and one.
+        # Patches and positions; then CLIP's class token and two norms, or SigLIP's bias of the patches and one norm.
         tower += (3 * self.patch**2 + self.patches + (6 if self.clip else 3)) * t
         return {
             "tower": tower,
@@ -81,7 +83,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a recipe says that memory depends on."""
+    """Those settings of a recipe that memory depends on."""
 
     precision: str = "bf16"
     quantise: str = "none"
@@ -91,12 +93,12 @@ class Settings:
     stage: str = "train"
     keep: float = 0.1
     isolator: int = 4
-    views: int = 1  # adapters on each layer; a step uses and moves one of them
+    views: int = 1  # adapters on each layer; a step uses and changes one of them
     plugin: str = "divprune"
 
     @classmethod
     def of(cls, recipe, stage: str, precision: str) -> "Settings":
-        """Those of a `Recipe`; `precision` is what "auto" came to mean."""
+        """The settings of a `Recipe`; `precision` is never "auto"."""
         lora, optimizer, dual = recipe.lora, getattr(recipe, stage).optimizer, recipe.dualspeed
         (plugin, keep), views = recipe.pruning(stage), 1 + dual.views
         how = (recipe.model.quantise, lora.rank, lora.dropout, optimizer, stage, keep, dual.isolator, views, plugin)
@@ -112,7 +114,7 @@ class Settings:
 
     @property
     def full(self) -> bool:
-        """The LLM's own weights train. They are fp32 then, and so is what flows from layer to layer."""
+        """Whether the LLM's own weights train. They are fp32 then, and so is what flows from layer to layer."""
         return self.stage == "train" and not self.rank
 
     @property
@@ -120,7 +122,8 @@ class Settings:
         return 4 if self.full else self.width
 
     @property
-    def casts(self) -> bool:  # peft makes fp32 of an adapter's input, and autocast half precision again; not in 4 bits
+    def casts(self) -> bool:
+        """Whether peft casts an adapter's input to fp32 and autocast back to half precision; not in 4 bits."""
         return self.rank > 0 and self.half and self.quantise == "none"
 
 
@@ -129,8 +132,8 @@ class Fixed:
     parameters: int
     trainable: int
     weights: int  # bytes, from here on
-    gradients: int  # as from the second micro-batch of a step on
-    moments: int
+    gradients: int  # from the second micro-batch of a step on
+    moments: int  # AdamW's
 
     @property
     def total(self) -> int:
@@ -138,8 +141,8 @@ class Fixed:
 
 
 def trained(shape: Shape, s: Settings) -> list[tuple[int, int]]:
-    """(how many, numbers in each) of the tensors that train."""
-    h, newlines = shape.hidden, int(shape.newline and not s.rank)  # a peft adapter cannot carry it
+    """Returns (how many, numbers in each) of the tensors that train."""
+    h, newlines = shape.hidden, int(shape.newline and not s.rank)  # a peft adapter cannot carry the newline
     found = [(1, shape.read * h), (1, h * h), (2, h), (newlines, h), (1, s.isolator * h)]
     found += [(1, size.numel()) for size in learned(shape, s)]
     if s.full:
@@ -150,7 +153,7 @@ def trained(shape: Shape, s: Settings) -> list[tuple[int, int]]:
 
 
 def learned(shape: Shape, s: Settings) -> list[torch.Size]:
-    """What a plugin that learns is made of."""
+    """The shapes of a learned plugin's parameters."""
     with torch.device("meta"):
         module = make(s.plugin, shape.hidden, keep_count(s.keep, shape.patches * shape.crops))
     return [p.shape for p in module.parameters()] if module else []
@@ -165,7 +168,7 @@ def fixed(shape: Shape, s: Settings) -> Fixed:
     trainable = sum(count * n for count, n in tensors)
     weights = 4 * trainable + s.width * (parameters - trainable)
     if s.stage == "align":
-        weights += (4 - s.width) * adapters  # frozen, and fp32 as ever
+        weights += (4 - s.width) * adapters  # frozen, but fp32 as always
     if s.quantise == "nf4":
         weights -= s.width * shape.parameters["layers"]
         weights += shape.layers * sum(nf4(out * into) for out, into in shape.linears)
@@ -174,13 +177,14 @@ def fixed(shape: Shape, s: Settings) -> Fixed:
 
 
 def nf4(n: int) -> int:
-    """Bytes of n weights in 4 bits: with a byte of scale for every 64, four for 256 of those, tables and an offset."""
+    """Bytes of n weights in 4 bits: a byte of scale for every 64, four bytes for 256 of those, tables and an offset."""
     scales = math.ceil(n / 64)
     return math.ceil(n / 2) + scales + 4 * math.ceil(scales / 256) + 4 * (16 + 256 + 1)
 
 
 def _moments(n: int, optimizer: str) -> int:
-    """Both moments of a tensor. bitsandbytes leaves small tensors in 32 bits, and can move pages of large ones out."""
+    """Bytes of both moments of a tensor of n numbers. bitsandbytes leaves small tensors in 32 bits and can move the
+    pages of large ones out of the GPU."""
     if optimizer == "adamw" or n < 4096:
         return 8 * n
     scales = 8 * math.ceil(n / 256)
@@ -189,7 +193,7 @@ def _moments(n: int, optimizer: str) -> int:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What memory depends on of the samples that go through a step together."""
+    """What memory depends on in the samples that go through a step together."""
 
     mode: str
     rows: int  # that the LLM learns from, padding included
@@ -200,15 +204,14 @@ class MicroBatch:
 
     @classmethod
     def of(cls, mode: str, text: int, images: list[int], answers: int, s: Settings, samples: int = 1) -> "MicroBatch":
-        """`samples` samples of so many text rows, visual rows of each image, and tokens to learn."""
-        ids = text + sum(images)
-        rows = text + sum(keep_count(s.keep, n) + s.isolator for n in images) if mode == "fast" else ids
-        return cls(mode, *(samples * n for n in (rows, ids, sum(images), len(images), answers)))
+        """`samples` samples with this many text rows, visual rows per image, and tokens to learn."""
+        rows = plan_rows(text, images, Plan(mode, keep=s.keep), s.isolator)
+        return cls(mode, *(samples * n for n in (rows, text + sum(images), sum(images), len(images), answers)))
 
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch going forward and backward: bytes beside the fixed ones."""
+    """The forward and backward of a micro-batch: bytes beside the fixed ones."""
 
     shape: Shape
     s: Settings
@@ -217,19 +220,19 @@ class Step:
 
     @cached_property
     def crops(self) -> int:
-        """Of all images. Unpadding takes less than half of what it takes from."""
+        """The crops of all images. Unpadding removes less than half of a picture's rows."""
         more = max(0, self.batch.visual - self.batch.images * self.shape.patches)
         return min(self.batch.images * self.shape.crops, self.batch.images + math.ceil(2 * more / self.shape.patches))
 
     @cached_property
     def row(self) -> int:
-        """What autograd keeps of one row in one layer of the LLM."""
+        """What autograd keeps for one row in one layer of the LLM."""
         shape, s = self.shape, self.s
-        norms = 2 * 4 * shape.hidden * (2 if s.full else 1)  # to train a norm, also what it multiplies
+        norms = 2 * 4 * shape.hidden * (2 if s.full else 1)  # a norm that trains also keeps the normalised input
         attention = 4 * shape.queries * s.width + 4 * shape.heads
-        inputs = sum(into for _, into in shape.linears)  # of linear layers: trained ones and adapters keep them
+        inputs = sum(into for _, into in shape.linears)  # of linear layers that train or have adapters
         masks = inputs if s.rank and s.dropout else 0
-        if s.half and s.full:  # autocast makes each its own copy of an fp32 row; attention's output has the width
+        if s.half and s.full:  # autocast copies each fp32 row once; attention's output is in half precision already
             inputs -= shape.queries
         elif not (masks or s.casts):
             inputs = 2 * shape.hidden + shape.inner  # one for q, k and v, one for gate and up, one for down
@@ -238,14 +241,14 @@ class Step:
 
     @cached_property
     def _copies(self) -> int:
-        """Autocast's half-precision copies of fp32 matrices in one layer of the LLM."""
+        """Autocast's half-precision copies of the fp32 matrices in one layer of the LLM."""
         matrices = self.shape.adapters(self.s.rank) or (self.shape.linears if self.s.full else [])
         return 2 * self.s.half * sum(out * into for out, into in matrices)
 
     @cached_property
-    def twice(self) -> bool:
-        """Whether all rows are projected without a graph, and once more those that stay (`choosing.py`)."""
-        return self.batch.mode == "fast" and self.shape.rowwise and merges(self.s.plugin) != "features"
+    def projects_twice(self) -> bool:
+        """Whether all rows are projected without a graph and those that stay once more with one (`chooser.py`)."""
+        return self.batch.mode == "fast" and self.shape.rowwise and entry(self.s.plugin).merges != "features"
 
     @property
     def text(self) -> int:
@@ -259,13 +262,12 @@ class Step:
 
     @cached_property
     def _projector(self) -> int:
-        rows = self.seen if self.twice else self.crops * self.shape.patches
+        rows = self.seen if self.projects_twice else self.crops * self.shape.patches
         return rows * (self.shape.read + 2 * self.shape.hidden) * self.s.width
 
     @cached_property
     def _learned(self) -> int:
-        """What a plugin that learns keeps of the visual rows: fp32 ones, and what its layers make of them; and the rows
-        that it weighs."""
+        """What a learned plugin keeps of the visual rows: fp32 copies, its layers' outputs, and the rows it weighs."""
         outs = sum(size[0] for size in learned(self.shape, self.s) if len(size) == 2)
         row = self.shape.hidden * (4 + self.s.width) + 2 * 4 * outs if outs and self.batch.mode == "fast" else 0
         return self.batch.visual * row
@@ -281,29 +283,28 @@ class Step:
         return projector + self._learned + shape.layers * layer + norm + answers
 
     @cached_property
-    def moments(self) -> dict[str, int]:
-        """What is alive at each moment that may be the peak. A teacher needs less than the student after it."""
+    def phases(self) -> dict[str, int]:
+        """What is alive in each phase that may be the peak. A teacher needs less than the student after it."""
         shape, s, batch, h, b = self.shape, self.s, self.batch, self.shape.hidden, self.s.width
         rows, pixels = batch.rows, self.crops * 3 * shape.pixels**2 * 4
         tower = self.crops * (shape.patches + 1) * (3 * shape.tower_inner * b + 4 * shape.tower * 4)
         # Features, twice; an fp32 copy; and what the plugin holds of each pair.
         pruning = batch.visual * h * (2 * b + 4 * s.half)
-        pruning += int(pairs(s.plugin, s.keep) * batch.visual**2) // max(batch.images, 1)
-        chosen = self.crops * shape.patches * shape.read * b if self.twice else self._projector
+        pruning += int(entry(s.plugin).pair_bytes(s.keep) * batch.visual**2) // max(batch.images, 1)
+        chosen = self.crops * shape.patches * shape.read * b if self.projects_twice else self._projector
         features, gathered = self.seen * h * b, rows * h * s.stream
-        table = (2 * self.text + self.seen) * h * s.stream  # words, and with the features behind them
+        table = (2 * self.text + self.seen) * h * s.stream  # words, and words with the features behind them
         loss = (6 if batch.mode == "slow" else 3) * 4 * min(batch.answers, CHUNK) * shape.vocab  # fp32 logits
+        loss += 2 * s.half * h * shape.vocab * s.full  # autocast's copy of the head
         mlp = rows * shape.inner * b  # one of gate, silu(gate) and up, or of their gradients
         # The adapter at the end of a layer: its input (and what dropout left, if nothing keeps it), and both in fp32.
         width = b * (2 if s.dropout and s.stage == "align" else 1) if s.casts or (s.rank and s.dropout) else 0
         end = rows * (6 * h * b + shape.inner * (width + 4 * s.casts * (2 if s.dropout else 1)))
         forward, backward = end + gathered * (s.stream == 2), rows * 2 * h * b + mlp * (2 if s.stage == "train" else 3)
-        head = 2 * s.half * h * shape.vocab * s.full  # autocast's copy
-        loss += head
         if self.recompute:
             forward = max(end, 3 * mlp)
             backward = max(end, backward) + rows * (self.row - 4 * h * (s.stream == 4)) + self._copies
-        # The largest weight, from 4 bits back in 16; or its gradient, before it is added to the others.
+        # The largest weight: its 16-bit copy, made from 4 bits, or its gradient before it is added to the others.
         weight = h * max(shape.inner, shape.vocab * s.full) * (6 if s.full else 2 * (s.quantise == "nf4"))
         return {
             "tower": pixels * (2 if shape.newline else 1) + tower,
@@ -315,14 +316,14 @@ class Step:
 
     @property
     def peak(self) -> int:
-        return max(self.moments.values())
+        return max(self.phases.values())
 
 
 @cache
 def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = None) -> int:
-    """Rows of a micro-batch that need no recomputing in so much memory, which holds weights and moments already.
-    Whatever the rows are: all visual and all answers, or what pruning has left of pictures. `coming`: bytes that will
-    come to stay; the gradients, if nothing else is said."""
+    """Returns how many rows of any kind a micro-batch may have without recomputing: all visual and all answers, or what
+    pruning has left of pictures. Weights and moments are allocated already; `coming` bytes (by default the gradients')
+    will be."""
     free = (1 - MARGIN) * free - (fixed(shape, s).gradients if coming is None else coming)
 
     def needs(rows: int, mode: str, visual: int) -> int:
@@ -334,7 +335,7 @@ def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = Non
 
 
 def rows_that_fit(model, s: Settings, coming: int | None = None) -> float:
-    """`rows_within` what the model's device has left, or this process may still take; without limit on a CPU."""
+    """Returns `rows_within` what the model's device has left and this process may take; infinity on a CPU."""
     device = model.device
     if device.type != "cuda":
         return math.inf

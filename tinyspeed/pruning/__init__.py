@@ -1,21 +1,22 @@
-"""Which visual rows a fast step sees: the plugins, and the one door to all of them.
+"""Which visual rows a fast step sees: the plugins, and `select` and `choose`, which call them.
 
     index = pruning.select("divprune", features, keep=0.1)        # (B, N, D) -> (B, K) int64, ascending, unique
     kept = pruning.choose("tome", features, keep=0.1)             # the same index, and kept.weight (B, K, N)
     rows = kept.weight @ features                                 # what a merging plugin puts in their place
 
-A plugin answers one question, "which K of these N rows?", from features, and from signals of the vision tower if it
-declares that it needs some (`register`). One that merges also says what each of the K stands for: a weight map, with
-which the K rows are sums over all N; the index is then where in the picture they belong. A plugin never touches the
-sequence, the labels or the projector's gradient: it sees features without a graph, in fp32 (in bf16 DivPrune shares
-only half of its picks with fp32), `choosing.py` does the sums and `rows.py` the cutting. The door owns everything that
-must hold for every plugin: K = int(keep * N + 1e-6) and at least 1 (57 of 576, as DualSpeed's code has it; official
-DivPrune rounds to 58), ascending order, masks, errors.
+A plugin answers one question, "which K of these N rows?", from the features, and from signals of the vision tower if it
+declares that it needs some (`registry.py`). A merging plugin also returns a weight map: the K rows are sums over all N,
+and the index says where in the image they belong. A plugin never sees the sequence or the labels. Its features are fp32
+(in bf16 DivPrune picks only half of the same rows) and have no graph. `chooser.py` computes the sums, and `rows.py`
+cuts the sequence. What must hold for every plugin is done here: K = int(keep * N + 1e-6) and at least 1 (57 of 576, as
+in DualSpeed's code; official DivPrune rounds to 58), ascending order, masks and errors.
 
-Images of different size share a batch through `mask`; then each has its own K, and the index rows are filled up with
--1, which no gather accepts silently.
+Images of different sizes share a batch by means of `mask`. Then each has its own K, and shorter index rows are filled
+up with -1, which no gather accepts.
 
-One file a plugin; each is written from its paper's description.
+Each plugin has its own file, or shares one with its variants, and is written from its paper's description. The authors'
+code is for non-commercial use only (DivPrune, ToMe), MIT (DynamicViT), or Apache-2.0 (CDPruner, FasterVLM, MMTok,
+TokenLearner, VisionZip, VisPruner).
 """
 
 import functools
@@ -26,12 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..util.errors import NotFinite, UserError
+from ..util.errors import NotFinite, UserError, require
 from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
-from .registry import draws, entry, learned, merges, names, needs, pairs, register, signals_of, works_with
+from .registry import Entry, entry, names, register, works_with
 
-__all__ = ["Kept", "choose", "draws", "keep_count", "learned", "make", "merges", "names", "needs", "pairs"]
-__all__ += ["register", "select", "works_with"]
+__all__ = ["Kept", "choose", "entry", "keep_count", "make", "names", "register", "select", "works_with"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,19 @@ class Kept:
 
     index: Tensor  # (B, K) int64, ascending; -1 beyond an image's count
     counts: Tensor  # (B,)
-    weight: Tensor | None = None  # (B, K, N): row k is weight[k] @ features; None: it is the row at index[k] itself
+    weight: Tensor | None = None  # (B, K, N): row k becomes weight[k] @ features; None: row index[k] as it is
     loss: Tensor | None = None  # (B,) a learned plugin's own loss, to be added to the step's
 
 
 def keep_count(keep: float, n: int) -> int:
-    """K for an image of n candidate rows. The 1e-6 undoes float dust: 0.1 * 30 must give 3."""
+    """K for an image of n candidate rows. The 1e-6 undoes rounding: 0.1 * 30 must give 3."""
     return max(1, int(keep * n + 1e-6))
 
 
 @torch.no_grad()
 def select(name: str, features: Tensor, **how) -> Tensor | tuple[Tensor, Tensor]:
-    """The rows that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) when a mask is given. Of one
-    that merges: the rows in whose place it puts its sums. Settings as for `choose`."""
+    """The rows that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) if there is a mask. Of a plugin
+    that merges: the rows that its sums take the places of. Takes the settings of `choose`."""
     kept = choose(name, features, **how)
     return kept.index if how.get("mask") is None else (kept.index, kept.counts)
 
@@ -71,115 +71,120 @@ def choose(
 ) -> Kept:
     """What plugin `name` makes of each image.
 
-    Give either `keep`, a share, or `count`, an exact number (one for all images, or one an image with `mask`).
-    `mask` (B, N) marks the rows that may be kept. `seed` matters to plugins that draw. `signals`, each (B, N) or
-    (B, N, C), are what some plugins need beside the features; those that this one does not look at are left alone.
-    `square`: m * m rows are one picture, m by m, and not several in one list. `module`: a learned plugin that `make`
-    made; without it, an untrained one.
+    Give either `keep`, a share, or `count`, an exact number (one for all images, or one for each, with `mask`).
+    `mask` (B, N) says which rows may be kept. `seed` is for plugins that draw. `signals`, each (B, N) or (B, N, C), are
+    what some plugins need beside the features; a plugin ignores those that it did not declare. `square`: m * m rows are
+    one picture, m by m, and not several in one list. `module`: the learned plugin that `make` made, or else a new one.
     """
     found = entry(name)
     features = features.detach()
-    if features.dim() != 3 or not features.is_floating_point() or 0 in features.shape:
-        raise UserError(f"features must be a float tensor (images, rows, width), got {tuple(features.shape)}")
-    features = _checked(features.float())
-    batch, n, width = features.shape
+    shape = tuple(features.shape)
+    fits = features.dim() == 3 and features.is_floating_point() and 0 not in shape
+    require(fits, f"features must be a float tensor (images, rows, width), got {shape}")
+    features = _require_finite(features.float())
+    batch, n, width = shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
         raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
-    heard = _heard(name, signals or {}, (batch, n))
+    beside = _signals_for(name, signals or {}, (batch, n))
     candidates = [n] * batch if mask is None else mask.sum(1).tolist()
     counts = _counts(keep, count, candidates)
     if mask is None and len(set(counts)) > 1:
         raise UserError("images with different counts need a mask: their index rows have different lengths")
     most, counts_ = max(counts), torch.tensor(counts, device=features.device)
-    late = torch.arange(most, device=features.device) >= counts_[:, None]
+    beyond = torch.arange(most, device=features.device) >= counts_[:, None]
     valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
-    every = valid.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # the first candidates
-    whole = [count == of for count, of in zip(counts, candidates, strict=True)]
-    if all(whole):
-        return Kept(every.masked_fill(late, -1), counts_)
-    if found.learned and module is None:
-        module = make(name, width, most).to(features.device).eval()
-    learns = found.learned and torch.is_grad_enabled()
-    # Autocast would put the products back into half precision.
-    with torch.autocast(features.device.type, enabled=False), torch.set_grad_enabled(learns):
-        how = {"sizes": [*zip(candidates, counts, strict=True)], "square": square, "seed": seed, **heard}
-        plugin = functools.partial(_in_fp32, module) if found.learned else found.plugin
+    first = valid.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # the first candidates of each image
+    keeps_all = [count == of for count, of in zip(counts, candidates, strict=True)]
+    if all(keeps_all):
+        return Kept(first.masked_fill(beyond, -1), counts_)
+    plugin = found.plugin
+    if found.learned:
+        if module is None:
+            module = _initialised(found, width, most, 0).to(features.device).eval()
+        plugin = functools.partial(_in_fp32, module)
+    # Autocast would compute the products in half precision.
+    graph = found.learned and torch.is_grad_enabled()
+    with torch.autocast(features.device.type, enabled=False), torch.set_grad_enabled(graph):
+        how = {"sizes": [*zip(candidates, counts, strict=True)], "square": square, "seed": seed, **beside}
         made = plugin(features, most=most, valid=valid, counts=counts_, **how)
         index, weight, loss = (made, None, None) if isinstance(made, Tensor) else made
-        if weight is not None and not found.merges:
-            raise UserError(f'the plugin {name!r} returns weights: register it with merges="features"')
-        if weight is not None and any(whole):  # an image of which every row stays, beside others
-            stays = torch.tensor(whole, device=index.device)[:, None]
-            index = index.where(~stays, every)
-            themselves = torch.zeros_like(weight).scatter_(2, every[:, :, None], 1.0)
-            weight = weight.where(~stays[:, :, None], themselves)
-        index, order = index.masked_fill(late, n).sort(dim=1)  # beyond an image's count: n sorts last ...
-        index = index.masked_fill(late, -1)  # ... and -1 cannot be gathered by mistake
         if weight is not None:
-            weight = weight.gather(1, order[:, :, None].expand_as(weight)).masked_fill(late[:, :, None], 0)
+            require(bool(found.merges), f'the plugin {name!r} returns weights: register it with merges="features"')
+            if any(keeps_all):  # the others are merged; these keep every row as it is
+                stays = torch.tensor(keeps_all, device=index.device)[:, None]
+                index = index.where(~stays, first)
+                themselves = torch.zeros_like(weight).scatter_(2, first[:, :, None], 1.0)
+                weight = weight.where(~stays[:, :, None], themselves)
+        index, order = index.masked_fill(beyond, n).sort(dim=1)  # n sorts last ...
+        index = index.masked_fill(beyond, -1)  # ... and -1 cannot be gathered by mistake
+        if weight is not None:
+            weight = weight.gather(1, order[:, :, None].expand_as(weight)).masked_fill(beyond[:, :, None], 0)
     return Kept(index, counts_, weight, loss)
 
 
 def _in_fp32(module: nn.Module, features: Tensor, **how):
-    """A learned plugin, whatever precision it is kept or was gathered in (a sharded one comes in half)."""
+    """Calls a learned plugin with fp32 copies of its parameters: those of a sharded model arrive in half precision."""
     parameters = {name: p.float() for name, p in module.named_parameters()}
     return torch.func.functional_call(module, parameters, (features,), how)
 
 
 def make(name: str, width: int, most: int, seed: int = 0) -> nn.Module | None:
-    """A learned plugin's parameters, at their initial values, for features of this width and at most so many rows that
-    stay; None for a plugin that has none."""
-    if not learned(name):
-        return None
-    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers are shifted ...
-        torch.default_generator.manual_seed(seed)  # ... nor a GPU's, which `torch.manual_seed` would seed too
-        return entry(name).plugin(width, most)
+    """The parameters of a learned plugin at their initial values, for features of this width and images that keep at
+    most so many rows; None for a plugin without parameters."""
+    found = entry(name)
+    return _initialised(found, width, most, seed) if found.learned else None
 
 
-def _heard(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
-    """The signals that plugin `name` looks at, in fp32."""
-    absent = [signal for signal in needs(name) if signal not in signals]
-    if absent:
+def _initialised(found: Entry, width: int, most: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # leaves everybody else's random numbers as they were
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would also seed the GPUs
+        return found.plugin(width, most)
+
+
+def _signals_for(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+    """The signals that plugin `name` declared, in fp32."""
+    found = entry(name)
+    if missing := [signal for signal in found.needs if signal not in signals]:
         raise UserError(
-            f"the plugin {name!r} needs {' and '.join(absent)} beside the features; "
+            f"the plugin {name!r} needs {' and '.join(missing)} beside the features; "
             f"without: {', '.join(works_with(signals))}"
         )
-    heard = {signal: signals[signal].detach().float() for signal in signals_of(name) if signal in signals}
-    for signal, values in [*heard.items()]:
-        if values.shape[:2] != shape or values.dim() > 3:
-            raise UserError(f"{signal} must be {shape} as the features are, got {tuple(values.shape)}")
-        heard[signal] = _checked(values.reshape(*shape, -1)).view_as(values)
-    return heard
+    beside = {}
+    for signal in (*found.needs, *found.takes):
+        if signal in signals:
+            values = signals[signal].detach().float()
+            fits = values.shape[:2] == shape and values.dim() <= 3
+            require(fits, f"{signal} must be {shape} as the features are, got {tuple(values.shape)}")
+            beside[signal] = _require_finite(values.reshape(*shape, -1)).view_as(values)
+    return beside
 
 
-def _checked(features: Tensor) -> Tensor:
-    """Finite features, and none so large or small that its square leaves fp32: such an image is scaled by a power of
-    two, which is exact and which no plugin can tell."""
+def _require_finite(features: Tensor) -> Tensor:
+    """Refuses NaN and infinite features. An image whose squares would leave the range of fp32 is scaled by a power of
+    two. That is exact, and no plugin's choice depends on the scale."""
     largest = torch.maximum(features.amax((1, 2)), -features.amin((1, 2)))  # NaN wins in both
-    exponents = [math.frexp(x)[1] if math.isfinite(x) else None for x in largest.tolist()]
-    if None in exponents:
-        said = "the image features hold NaN or infinite values: the vision tower or projector has diverged"
-        raise NotFinite(said, exponents.index(None))
+    sizes = largest.tolist()
+    for image, size in enumerate(sizes):
+        if not math.isfinite(size):
+            said = "the image features hold NaN or infinite values: the vision tower or projector has diverged"
+            raise NotFinite(said, image)
+    exponents = [math.frexp(size)[1] for size in sizes]
     if all(-30 <= e <= 30 for e in exponents):
         return features
     return torch.ldexp(features, -torch.tensor(exponents, device=features.device).clamp(-126, 126)[:, None, None])
 
 
 def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: list[int]) -> list[int]:
-    if (keep is None) == (count is None):
-        raise UserError("give either keep (a share) or count (a number of rows), not both")
     if 0 in candidates:
         raise UserError(f"image {candidates.index(0)} of the batch has no row that may be kept")
-    if keep is not None:
-        if not (math.isfinite(keep) and 0 < keep <= 1):
-            raise UserError(f"keep = {keep}: the share of visual rows must be above 0 and at most 1")
+    if keep is not None and count is None:
+        require(0 < keep <= 1, f"keep = {keep}: the share of visual rows must be above 0 and at most 1")
         return [keep_count(keep, n) for n in candidates]
+    if keep is not None or count is None:
+        raise UserError("give either keep (a share) or count (a number of rows), not both")
     counts = list(count) if isinstance(count, Sequence) else [count] * len(candidates)
-    if not all(isinstance(c, int) for c in counts):
-        raise UserError(f"count = {count}: must be a whole number, or one an image")
-    if len(counts) != len(candidates):
-        raise UserError(f"{len(counts)} counts for {len(candidates)} images")
+    require(all(isinstance(c, int) for c in counts), f"count = {count}: must be a whole number, or one for each image")
+    require(len(counts) == len(candidates), f"{len(counts)} counts for {len(candidates)} images")
     for wanted, n in zip(counts, candidates, strict=True):
-        if not 1 <= wanted <= n:
-            raise UserError(f"count = {wanted}: an image with {n} rows can keep 1 to {n} of them")
+        require(1 <= wanted <= n, f"count = {wanted}: an image with {n} rows can keep 1 to {n} of them")
     return counts

@@ -1,7 +1,4 @@
-"""Coverage: rows that between them stand for all the others. The vision-only half of MMTok (ICLR 2026).
-
-Licence: MMTok's code is Apache-2.0; this is written from its description.
-"""
+"""Coverage: tokens that together represent all others. The vision-only half of MMTok (ICLR 2026)."""
 
 import torch
 from torch import Tensor
@@ -9,31 +6,33 @@ from torch import Tensor
 from .cosine import best, cosines
 from .registry import register
 
-TEMPERATURE = 0.2  # MMTok's, for likeness of picture rows
+TEMPERATURE = 0.2  # MMTok's, for the similarity of visual tokens
 
 
 @register("coverage", pairs=8)
 def coverage(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
-    """Greedy maximum coverage: M_ij = softmax_j(cos(x_i, x_j) / 0.2) says how well row j stands for row i, and a set S
-    covers sum_i max_{s in S} M_is. Each pick adds the most to that, argmax_j sum_i max(0, M_ij - best_i); greedy is
-    within 1 - 1/e of the best set there is.
+    """Greedy maximum coverage: M_ij = softmax_j(cos(x_i, x_j) / 0.2) says how well token j represents token i, and the
+    coverage of a set S is sum_i max_{s in S} M_is. Each pick adds the most to it, argmax_j sum_i max(0, M_ij - best_i).
+    A greedy search reaches at least 1 - 1/e of the best coverage.
 
-    Where DivPrune looks for outliers, this looks for representatives: a large sky gets a row or two, and never none.
-    MMTok adds rows for the words of the question, which multi-turn training does not have one of, and compares the
-    tower's features; this compares those it is given, which are the projected ones.
+    DivPrune looks for outliers and this for representatives: a large sky gets a token or two, and never none. MMTok
+    also represents the words of the question, but a training sample of many turns has more than one. And MMTok compares
+    the tower's features, while this compares the projected ones.
 
-    Cost: K passes over (B, N, N), O(K N^2) an image against DivPrune's O(K N): cheap on a GPU, dear on a CPU. What is
-    left to gain is updated in place, since max(0, M - best) never has to be made anew.
+    Cost: K passes over (B, N, N), O(K N^2) per image against DivPrune's O(K N): cheap on a GPU, expensive on a CPU. The
+    gains max(0, M - best) are updated in place and never computed again.
     """
     similarity = cosines(features)
-    similarity.diagonal(dim1=1, dim2=2).sign_()  # two rows stand for each other equally well: rounding must not decide
+    similarity.diagonal(
+        dim1=1, dim2=2
+    ).sign_()  # two tokens represent each other equally well: rounding must not decide
     similarity = torch.maximum(similarity, similarity.mT).div_(TEMPERATURE)
     similarity.masked_fill_(~valid[:, None, :], -float("inf"))
-    gain = similarity.softmax(2).masked_fill_(~valid[:, :, None], 0)  # rows that may not be kept need nobody, too
+    gain = similarity.softmax(2).masked_fill_(~valid[:, :, None], 0)  # tokens that may not be kept need none
     batch = torch.arange(len(features), device=features.device)
     taken = ~valid
     picks = []
-    for _ in range(most):
+    for _turn in range(most):
         pick = best(gain.sum(1).masked_fill_(taken, -1))
         picks.append(pick)
         taken = taken.scatter(1, pick[:, None], True)

@@ -1,7 +1,4 @@
-"""DynamicViT (NeurIPS 2021): a small network that learns which rows matter, from the loss itself.
-
-Licence: the authors' code is MIT; this is written from its description.
-"""
+"""DynamicViT (NeurIPS 2021): a small network that learns from the loss which tokens matter."""
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +7,26 @@ from torch.nn import functional as F
 from .controls import noise
 from .registry import register
 
-HIDDEN = 384  # the authors' width; at an LLM's 4096 the same network would have 27 million parameters
+HIDDEN = 384  # the authors' width; with an LLM's 4096 the network would have 27 million parameters
 RATIO = 2.0  # the authors' weight of the ratio loss
 
 
 @register("dynamicvit", merges="features", learned=True, draws=True, pairs=0)
 class DynamicViT(nn.Module):
-    """p_i, the chance that row i is kept, from a row's own features and the mean of all; the K best stay.
+    """Predicts p_i, the probability that token i is kept, from its own features and the mean of all. The K best stay.
 
         local, global = halves of MLP(norm(x));   p = sigmoid(MLP(local_i, mean of global))
         training: the K largest of logit p_i + noise_i (the difference of two Gumbel draws);  otherwise of p_i
-        ratio loss, an image: 2 (mean_i p_i - K / N)^2
+        ratio loss of an image: 2 (mean_i p_i - K / N)^2
 
-    The original removes nothing while it trains: it masks rows out of the attention, and trains no faster. Here the
-    rows leave. For the loss to reach p all the same, a kept row is multiplied with p_i / p_i, of which only the upper
-    one has a gradient: it is what it was, and says whether more of it would have helped. A row that left says nothing,
-    so it is the noise that tries others. (Their noise is drawn for each row and threshold; with the K best of all, how
-    many stay is exact and never left to chance. All pictures of a step have one draw.) A teacher draws none.
+    The original removes nothing while it trains: it masks tokens out of the attention, and so trains no faster. Here
+    the tokens are removed. The loss still reaches p, because a kept token is multiplied by p_i / p_i, and only the
+    numerator has a gradient: the token stays as it is, and the gradient says whether more of it would have helped. A
+    removed token has no gradient, so the noise has to try other tokens. (The original draws for each token whether it
+    stays. Here the K best stay, so their number is exact. All images of a step share one draw.) A teacher has no noise.
 
-    What differs beside that: one predictor in front of the LLM instead of three between a ViT's blocks, and none of
-    their distillation, since slow steps have one of their own.
+    What else differs: there is one predictor in front of the LLM instead of three between the blocks of a ViT, and not
+    the authors' distillation, because slow steps have one of their own.
     """
 
     def __init__(self, width: int, most: int):
@@ -51,8 +48,8 @@ class DynamicViT(nn.Module):
         score = logit.detach()
         if self.training:
             u = ((noise(torch.arange(valid.shape[1], device=valid.device), seed) >> 40).float() + 0.5) / 2**23
-            score = score + torch.log(u) - torch.log1p(-u)  # logistic: what two Gumbel draws differ by
-        # Equal rows come in raster order: how a matrix product rounds depends on what else is in the batch.
+            score = score + torch.log(u) - torch.log1p(-u)  # logistic noise, the difference of two Gumbel draws
+        # Rounded, so that equal tokens tie: how a matrix product rounds depends on what else is in the batch.
         score = (score * 2**14).round().masked_fill(~valid, -torch.inf)
         index = score.argsort(dim=1, descending=True, stable=True)[:, :most]
         if not torch.is_grad_enabled():

@@ -1,19 +1,18 @@
-"""Pooling: the picture at a lower resolution. The plain control of all that merge, as `grid` is of all that select.
+"""Pooling: the image at a lower resolution. The control for plugins that merge, as `grid` is for those that select.
 
-The K windows are the cells of a K-cell picture laid over the N-cell one: about sqrt(K) lines of equal height, and in
-each line an equal number of cells, as far as K allows (K = 57 has 7 or 8 in a line). LLaVA-NeXT's pooling has strides
-instead, for which few K exist (24 x 24 gives 64, 36, 16).
+The K windows are the cells of a picture of K cells laid over the N patches: about sqrt(K) lines of equal height, each
+with the same number of cells, as far as K allows (K = 57 has 7 or 8 in a line). LLaVA-NeXT's pooling uses strides
+instead, which allow few K (24 x 24 gives 64, 36, 16).
 
-pool           each row is the mean of its window; windows that divide a patch between them both have all of it
-               (adaptive average pooling)
-pool_bilinear  each row is read off between the four patches around its window's centre: the same at K = N / 4, but
-               beyond that it looks at ever fewer of the patches, and at K = N / 9 it is one patch, as in `grid`
+pool           each token is the mean of its window. A patch that two windows share counts fully in both (adaptive
+               average pooling).
+pool_bilinear  each token is interpolated between the four patches around its window's centre. At K = N / 4 that is the
+               same as `pool`. With smaller K it uses ever fewer of the patches, and at K = N / 9 one patch, as `grid`.
 
-A square number of rows (24 x 24) is a picture. Any other, and LLaVA-NeXT's several pictures in one list, is pooled
-along its raster order: neighbours in a line. Last and first patches of lines then share windows.
+A square number of tokens (24 x 24) is a picture. Any other number, and the several pictures of LLaVA-NeXT in one list,
+is pooled along the raster order, so the last patches of a line share a window with the first ones of the next.
 
-What the LLM sees are mixtures of patches, which a full step never shows it. That is what to weigh against seeing a bit
-of everything.
+The trade-off: the LLM sees a bit of everything, but as mixtures of patches, which it never sees in a full step.
 """
 
 import torch
@@ -39,7 +38,7 @@ def _pooled(
     weigh, valid: Tensor, most: int, sizes: list[tuple[int, int]], square: bool, **_
 ) -> tuple[Tensor, Tensor, None]:
     cells = Cells(sizes, most, square, valid.device)
-    place = (valid.cumsum(1) - 1).clamp(min=0)[:, None, :]  # of each row among those that may be kept
+    place = (valid.cumsum(1) - 1).clamp(min=0)[:, None, :]  # of each token among those that may be kept
     width = cells.width[:, :, None]
     weight = weigh(cells.down, place // width) * weigh(cells.across, place % width)
     order = torch.argsort(~valid, dim=1, stable=True)

@@ -1,52 +1,58 @@
-"""The plugins by name, and what each must be told beside the features.
+"""The plugins by name, and what each needs beside the features.
 
-A plugin works from features alone, or declares the signals that it `needs`: tensors (B, N) or (B, N, C) that it is
-called with by name. Known ones, which `signals.py` hears in a vision tower:
+A plugin works from the features alone, or declares signals that it `needs`: tensors (B, N) or (B, N, C), which it gets
+as keyword arguments. `signals.py` records these in a vision tower:
 
-    cls_attention  (B, N)     how much [CLS] looks at each patch
-    keys           (B, N, d)  what the patches offer to attention: the keys of that layer, averaged over its heads
+    cls_attention  (B, N)     how much attention [CLS] pays to each patch
+    keys           (B, N, d)  the attention keys of the patches in the same layer, averaged over its heads
     tower          (B, N, C)  the features before the projector
 
-A signal that it `takes` it can do without. Only callers of `choose` give such: training hears what a plugin needs. So
-`relevance` to a question (dpp) is for them alone: a training sample has many questions, and no text tower.
+A signal that it `takes` is optional. Training does not provide it; only a caller of `choose` can. An example is
+`relevance` to a question (`dpp`): a training sample has many questions, and there is no text tower.
 
-A plugin that selects returns which rows it keeps. One that `merges` returns a weight map too: what stands in the place
-of each row that it keeps is a sum over all rows. A `learned` plugin is a class of nn.Module instead of a function,
-made once with (width of the features, most rows that it will ever keep) and trained with the model.
+A plugin that selects returns which tokens it keeps. One that `merges` also returns a weight map: each token that it
+keeps is replaced by a weighted sum over all tokens. A `learned` plugin is a class of nn.Module instead of a function.
+It is created once, for a width of the features and a largest number of kept tokens, and trains with the model.
 
-A plugin that compares rows holds `pairs` bytes for each pair of an image's rows, and one that merges a weight for each
-row and each sum: that is what it costs in memory, and `memory.py` counts with it.
+A plugin that compares tokens with each other needs `pairs` bytes of memory for each pair of an image's tokens, and one
+that merges needs memory for each weight. `models/memory.py` counts with both.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from torch import Tensor
+from ..util.errors import UserError, require, require_known, unknown
 
-from ..util.errors import UserError, unknown
-
-# (features (B, N, D) fp32, most = largest count, valid (B, N) bool, counts (B,), sizes = [(candidates, count)] of each
-#  image on the host, square = whether m * m rows are a picture, seed, and the plugin's signals)
-# -> index (B, most): the picks of image b in its first counts[b] columns, in any order; later columns are ignored.
-#    Or (index, weight (B, most, N), or None, loss (B,), or None), weight with a line for each column of index.
-Plugin = Callable[..., Tensor | tuple[Tensor, Tensor | None, Tensor | None]]
+# A plugin is called with: features (B, N, D) fp32; most, the largest count; valid (B, N) bool; counts (B,); sizes, the
+# (candidates, count) of each image as Python numbers; square, whether m * m rows are a picture; seed; and its signals.
+# It returns index (B, most): the first counts[b] columns are the picks of image b, in any order; the rest is ignored.
+# Or it returns (index, weight, loss): weight (B, most, N) or None has a line for each column of index, and loss (B,) or
+# None is a learned plugin's own.
+Plugin = TypeVar("Plugin", bound=Callable)
 
 
 @dataclass(frozen=True)
 class Entry:
-    plugin: Plugin
-    needs: tuple[str, ...]
+    """A plugin and what `register` was told about it."""
+
+    plugin: Callable
+    needs: tuple[str, ...]  # signals that it cannot choose without
     takes: tuple[str, ...]
-    merges: str
-    learned: bool
-    draws: bool
-    pairs: int
+    merges: str  # what it sums up: "features", or "tower" for what the projector reads; "" if it selects
+    learned: bool  # whether it has parameters, which train with the model
+    draws: bool  # whether it draws anew in each training step, so that it must know which step it is
+    pairs: int  # bytes for each pair of an image's tokens
+
+    def pair_bytes(self, keep: float) -> float:
+        """The bytes for each pair when this share of the tokens is kept, weights included."""
+        return max(self.pairs, WEIGHT * keep if self.merges else 0)
 
 
 PLUGINS: dict[str, Entry] = {}
 MERGES = ("", "features", "tower")
-PAIRS = 6  # bytes of a pair: an fp32 matrix of cosines, and two masks
-WEIGHT = 14  # bytes of a weight: fp32 while it is made, sorted and masked
+PAIRS = 6  # bytes per pair: an fp32 matrix of cosines, and two masks
+WEIGHT = 14  # bytes per weight: in fp32, while it is made, sorted and masked
 
 
 def register(
@@ -59,20 +65,15 @@ def register(
     draws: bool = False,
     pairs: int = PAIRS,
 ) -> Callable[[Plugin], Plugin]:
-    """Add a plugin under `name`. A taken name is an error: the last one to import must not win in silence.
-
-    `merges`: "features", or "tower" for what the projector reads, which is projected once it is merged.
-    `draws`: it draws anew in each training step, and so has to know which step it is."""
-    if isinstance(needs, str) or isinstance(takes, str):  # else its letters would be the signals
+    """Adds a plugin under `name` (see `Entry`). A taken name is an error: no plugin silently replaces another."""
+    if isinstance(needs, str) or isinstance(takes, str):  # each letter would count as a signal
         raise UserError(f"the signals of {name!r} must be a tuple, as needs=('cls_attention',)")
-    if merges not in MERGES:
-        raise unknown("kind of rows to merge", merges, MERGES)
-    if merges == "tower" and "tower" not in needs:
-        raise UserError(f"{name!r} merges what the projector reads: it must need the signal tower")
+    require_known("kind of rows to merge", merges, MERGES)
+    reads_tower = merges != "tower" or "tower" in needs
+    require(reads_tower, f"{name!r} merges what the projector reads: it must need the signal tower")
 
     def add(plugin: Plugin) -> Plugin:
-        if name in PLUGINS:
-            raise UserError(f"a pruning plugin named {name!r} is registered already; choose another name")
+        require(name not in PLUGINS, f"a pruning plugin named {name!r} is registered already; choose another name")
         PLUGINS[name] = Entry(plugin, tuple(needs), tuple(takes), merges, learned, draws, pairs)
         return plugin
 
@@ -89,36 +90,6 @@ def entry(name: str) -> Entry:
     return PLUGINS[name]
 
 
-def needs(name: str) -> tuple[str, ...]:
-    """The signals without which a plugin cannot choose."""
-    return entry(name).needs
-
-
-def pairs(name: str, keep: float) -> float:
-    """Bytes that a plugin holds for each pair of an image's rows when it keeps this share of them."""
-    return max(entry(name).pairs, WEIGHT * keep if merges(name) else 0)
-
-
-def signals_of(name: str) -> tuple[str, ...]:
-    """All signals that a plugin looks at."""
-    return entry(name).needs + entry(name).takes
-
-
-def learned(name: str) -> bool:
-    """Whether a plugin has parameters, which train with the model."""
-    return entry(name).learned
-
-
-def draws(name: str) -> bool:
-    """Whether a plugin draws other rows in each training step."""
-    return entry(name).draws
-
-
 def works_with(signals) -> list[str]:
     """The plugins that need no other signals than these."""
-    return [name for name in names() if set(needs(name)) <= set(signals)]
-
-
-def merges(name: str) -> str:
-    """Which rows a plugin sums up, "features" or "tower"; "" for one that selects."""
-    return entry(name).merges
+    return [name for name in names() if set(entry(name).needs) <= set(signals)]

@@ -1,19 +1,19 @@
-"""What a vision tower knows beside its features: signals for the plugins that need some (`pruning/registry.py`).
+"""What a vision tower knows beside its features: the signals that some plugins need (`registry.py`).
 
-    cls_attention_i = mean over heads of softmax_j( q_cls k_j / sqrt(d) )_i,  [CLS] itself left out        (patches,)
+    cls_attention_i = mean over heads of softmax_j( q_cls k_j / sqrt(d) )_i,  without [CLS] itself         (patches,)
     keys            = mean over heads of k_j                                                               (patches, d)
     tower           = what the projector reads                                                             (patches, C)
 
-All are overheard while the step's own forward runs: hooks on q_proj and k_proj of one block, the one whose output the
-projector reads, and on the projector. The tower is never asked for its attention maps: that would force eager attention
-on all of its blocks, and [CLS] has one row of one block, O(N C) beside a block's O(N C^2).
+Hooks record all of them during the step's own forward: on q_proj and k_proj of one block, the one whose output the
+projector reads, and on the projector. The tower is never asked for its attention maps, because then all of its blocks
+would have to run eager attention. The attention of [CLS] is one row of one block: O(N C), where a block costs O(N C^2).
 
-Of an image's crops (LLaVA-NeXT), each has a [CLS] of its own, and all their rows are ranked together: a crop of plain
-sky has about as much attention to give as one with the object in it, and as the base view, which sees both. The values
-go through the family's own packing, and so come unpadded and in the places of the features.
+Each crop of an image (LLaVA-NeXT) has its own [CLS], and the rows of all crops are ranked together. So a crop of plain
+sky has as much attention to distribute as a crop with the object, and as the base view, which shows both. The values go
+through the model family's own packing, so that they are unpadded and in the same places as the features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,34 +23,32 @@ from torch import Tensor
 from .. import pruning
 from ..util.errors import UserError
 
-if TYPE_CHECKING:  # the rooms above know this one, not the other way round
+if TYPE_CHECKING:  # the models import the pruning room, and not the other way round
     from ..models.families import Family
 
 KNOWN = ("cls_attention", "keys", "tower")
-ATTENDED = ("cls_attention", "keys")  # which need the tower to run
+OF_ATTENTION = ("cls_attention", "keys")  # the tower must run for these
 
 
 def require_signals(vlm: "Family", plugin: str) -> None:
-    """Refuse a plugin whose signals this model cannot give."""
-    given = gives(vlm)
-    missing = [signal for signal in pruning.needs(plugin) if signal not in given]
-    unknown = [signal for signal in missing if signal not in KNOWN]
-    if unknown:
-        raise UserError(f"the plugin {plugin!r} needs {unknown[0]}, which is no signal of a vision tower")
+    """Refuses a plugin that needs signals which this model does not have."""
+    available = signals_of_model(vlm)
+    missing = [signal for signal in pruning.entry(plugin).needs if signal not in available]
     if missing:
-        needs, others = " and ".join(missing), ", ".join(pruning.works_with(given))
-        reason = "this model's features are not projected row by row" if missing == ["tower"] else _lacks(vlm)
+        reason = _why_no_attention(vlm) or "no vision tower has such a signal"
+        if missing == ["tower"]:
+            reason = "this model's features are not projected row by row"
+        needs, others = " and ".join(missing), ", ".join(pruning.works_with(available))
         raise UserError(f"the plugin {plugin!r} needs {needs}, and {reason}; plugins that do without: {others}")
 
 
-def gives(vlm: "Family") -> tuple[str, ...]:
-    """The signals of this model."""
-    return ("tower",) * vlm.rowwise if _lacks(vlm) else KNOWN
+def signals_of_model(vlm: "Family") -> tuple[str, ...]:
+    return ("tower",) * vlm.rowwise if _why_no_attention(vlm) else KNOWN
 
 
-def _lacks(vlm: "Family") -> str:
-    """Why nobody can be heard attending in this model; "" if they can."""
-    layer, strategy = vlm.looks_at
+def _why_no_attention(vlm: "Family") -> str:
+    """The reason why this model has no signals of attention; "" if it has them."""
+    layer, strategy = vlm.feature_source
     kind = vlm.config.vision_config.model_type
     if kind != "clip_vision_model":
         return f"a {kind!r} tower has no [CLS] whose attention is known here"
@@ -60,23 +58,23 @@ def _lacks(vlm: "Family") -> str:
 
 
 def _block(vlm: "Family") -> int:
-    """The block whose output the projector reads. Hidden states are numbered from the embeddings on."""
-    layer, blocks = vlm.looks_at[0], vlm.config.vision_config.num_hidden_layers
+    """The block whose output the projector reads. Hidden state 0 is the embeddings."""
+    layer, blocks = vlm.feature_source[0], vlm.config.vision_config.num_hidden_layers
     return (layer if layer >= 0 else layer + blocks + 1) - 1
 
 
 @contextmanager
-def heard(vlm: "Family", visual: dict[str, Tensor], needs: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """The signals `needs` of the forward that runs inside, there once it has: of each image a (rows, C) tensor with the
-    rows of its features."""
+def recording(vlm: "Family", visual: dict[str, Tensor], needs: Collection[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Records the signals `needs` of the forward that runs inside. When that is done the dictionary has each of them:
+    for every image a (rows, C) tensor, with the rows of its features."""
     found: dict[str, list[Tensor]] = {}
     if not needs:
         yield found
         return
-    attended = [name for name in needs if name in ATTENDED]
-    if attended and "tower_features" in visual:
+    of_attention = [name for name in needs if name in OF_ATTENTION]
+    if of_attention and "tower_features" in visual:
         raise UserError(
-            f"the plugin needs {' and '.join(attended)}, and features kept on disk come without: set "
+            f"the plugin needs {' and '.join(of_attention)}, which features that are cached on disk do not have: set "
             "data.feature_cache_gb = 0, or dualspeed.plugin to one of: " + ", ".join(pruning.works_with(("tower",)))
         )
     if len(visual.get("pixel_values_videos", ())):
@@ -84,30 +82,36 @@ def heard(vlm: "Family", visual: dict[str, Tensor], needs: Sequence[str]) -> Ite
             f"the plugin needs {' and '.join(needs)}, which videos do not have here; "
             f"plugins that need none: {', '.join(pruning.works_with(()))}"
         )
-    said: dict[str, Tensor] = {}
-    hooks = [vlm.projector.register_forward_pre_hook(lambda _, given: said.update(tower=given[0]))]
-    if attended:
-        attention = getattr(vlm.tower, "vision_model", vlm.tower).encoder.layers[_block(vlm)].self_attn
-        hooks.append(attention.q_proj.register_forward_hook(lambda _, given, out: said.update(q=out.detach()[:, :1])))
-        hooks.append(attention.k_proj.register_forward_hook(lambda _, given, out: said.update(k=out.detach())))
+    recorded: dict[str, Tensor] = {}
+    hooks = [vlm.projector.register_forward_pre_hook(lambda _, given: recorded.update(tower=given[0]))]
+    if of_attention:
+        block = getattr(vlm.tower, "vision_model", vlm.tower).encoder.layers[_block(vlm)].self_attn
+        hooks += [
+            block.q_proj.register_forward_hook(lambda _, given, out: recorded.update(q=out.detach()[:, :1])),
+            block.k_proj.register_forward_hook(lambda _, given, out: recorded.update(k=out.detach())),
+        ]
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
-    for name in needs:  # nothing is said of a batch without pictures
+    for name in needs:
         found[name] = []
-        if said and name == "cls_attention":
-            rows = cls_attention(said["q"], said["k"], attention.num_heads)[..., None]
-            found[name] = [r[:, 0] for r in vlm.pack(rows, visual.get("image_sizes"))]
-        elif said:
-            rows = said["k"][:, 1:].unflatten(2, (attention.num_heads, -1)).mean(2) if name == "keys" else said["tower"]
-            found[name] = vlm.pack(rows, visual.get("image_sizes"))
+        if not recorded:  # a batch without images
+            continue
+        if name == "tower":
+            values = recorded["tower"]
+        elif name == "keys":
+            values = recorded["k"][:, 1:].unflatten(2, (block.num_heads, -1)).mean(2)
+        else:
+            values = cls_attention(recorded["q"], recorded["k"], block.num_heads)[..., None]
+        packed = vlm.pack(values, visual.get("image_sizes"))
+        found[name] = [image[:, 0] for image in packed] if name == "cls_attention" else packed
 
 
 def cls_attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    """(crops, patches): how much of its attention [CLS], of queries q (crops, 1, C), pays each patch behind it, of keys
-    k (crops, 1 + patches, C), on the average of its heads."""
+    """(crops, patches): the attention of [CLS] to each patch, averaged over the heads. `q` (crops, 1, C) has the
+    queries of [CLS], `k` (crops, 1 + patches, C) all keys."""
     q, k = (x.float().unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))
     with torch.autocast(q.device.type, enabled=False):
         return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, 0, 1:]

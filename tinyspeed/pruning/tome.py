@@ -1,46 +1,46 @@
-"""Token merging: like goes to like until K are left. ToMe (ICLR 2023), once, in front of the LLM.
-
-Licence: the authors' code is non-commercial; this is written from the paper's description.
-"""
+"""Token merging: like goes to like until K are left. ToMe (ICLR 2023), once, in front of the LLM."""
 
 import torch
 from torch import Tensor
 
 from .registry import register
 
-DIGITS = 5  # of its cosines: equal rows tie, and so do pairs that are as near as that
+DIGITS = 5  # of its cosines, so that equal tokens tie, and pairs that are nearly as similar
 
 
 @register("tome", merges="features", pairs=9)
 def tome(
     features: Tensor, *, most: int, valid: Tensor, sizes: list[tuple[int, int]], **_
 ) -> tuple[Tensor, Tensor, None]:
-    """Bipartite soft matching, in rounds: split the rows that are left into A and B, every other one; find for each of
-    A the most similar of B; merge the (at most N - K) most similar pairs, each into the mean of all rows in it, so that
+    """Bipartite soft matching, in rounds: split the tokens that are left alternately into A and B; find for each token
+    of A the most similar one of B; merge the (at most N - K) most similar pairs. So
 
-        row k = mean of its cluster,  and the clusters divide the picture between them
+        token k = mean of its cluster,  and each token of the image is in one cluster
 
-    A row of B stands for its cluster, and its place is the cluster's. A round halves at most, so a tenth takes four.
+    A cluster takes the place of its token of B. A round merges at most half of the tokens, so a tenth takes four.
 
-    What differs from the paper: it merges inside every block of the tower, by keys, and tells attention how large the
-    clusters are. In front of the LLM there is one place to merge, one metric (the features) and no such attention. And
-    rows go back into raster order between the rounds, so that A and B always alternate in the picture. For the
-    original in LLaVA others report 88 % of the accuracy at a third of the rows and 70 % at a ninth, far below
-    selection.
+    What differs from the paper: there, every block of the tower merges, by keys, and attention takes the clusters'
+    sizes into account. In front of the LLM there is one place to merge, one metric (the features) and no such
+    attention. And tokens go back into raster order between the rounds, so A and B always alternate in the image. For
+    the original in LLaVA, others report 88 % of the accuracy with a third of the tokens and 70 % with a ninth, far
+    below selection.
 
     Cost: DivPrune's product, once. Products of sums are sums of products, so the rounds work on that (N, N) matrix and
-    never touch the wide features again.
+    do not need the wide features again.
     """
     order = valid.int().argsort(dim=1, descending=True, stable=True)
-    place, slot = order, order.argsort(dim=1).where(valid, 0)  # of each row left its place; of each row its cluster
-    left, wanted = torch.tensor(sizes).T  # on the host, which so knows the shapes of all rounds
+    place, slot = (
+        order,
+        order.argsort(dim=1).where(valid, 0),
+    )  # the place of each cluster, and the cluster of each token
+    left, wanted = torch.tensor(sizes).T  # on the CPU, where the shapes of all rounds are then known
     features = features.gather(1, order[:, : int(left.max()), None].expand(-1, -1, features.shape[2]))
     gram = features @ features.mT  # x_i x_j; from the first round on, of clusters' sums
     while (left > wanted).any():
         merges, longest = (left - wanted).minimum((left + 1) // 2), int(left.max())
         here = torch.arange(longest, device=valid.device) < left[:, None].to(valid.device, non_blocking=True)
         left = left - merges
-        norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # rows that cancel each other: 0, give or take
+        norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # tokens may cancel out: about 0
         norm = norm.masked_fill(norm == 0, 1)
         likeness = gram[:, ::2, 1::2] / norm[:, ::2, None] / norm[:, None, 1::2]
         likeness = likeness.round(decimals=DIGITS)

@@ -103,7 +103,7 @@ def from_tables(tables: dict, where: str) -> Recipe:
                 values = {**values, key: float(value)}
             elif type(value) is not wanted:
                 raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
-            elif wanted is str and paths.NO_NAME.search(value):
+            elif wanted is str and paths.UNENCODABLE.search(value):
                 raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
         typed[section] = values
     made = {}

@@ -280,10 +280,10 @@ class Recipe:
         if plugins != [DualSpeedSection.plugin]:
             from .. import pruning
 
-            asking = [name for name in plugins if "cls_attention" in pruning.needs(name)]
+            asking = [name for name in plugins if "cls_attention" in pruning.entry(name).needs]
             uncached = f"{asking} need [CLS] attention, and features on disk are without: set data.feature_cache_gb = 0"
             require(not (asking and self.data.feature_cache_gb), uncached)
-            apart = len(plugins) > 1 and any(map(pruning.learned, plugins))
+            apart = len(plugins) > 1 and any(pruning.entry(name).learned for name in plugins)
             require(not apart, f"sts.compressor: of {plugins} one learns, and is then the same in all stages")
         most = self.digits.regions**2 + 10  # a region's digit, or the presence of one
         require(self.data.kind != "digits" or self.data.turns <= most, f"data.turns: a picture has {most} questions")

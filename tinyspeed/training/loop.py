@@ -149,7 +149,7 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once a step, since a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # after a power cut the log must reach as far as the checkpoint
-                        with files.about(folder / LOG):
+                        with files.errors_about(folder / LOG):
                             files.flush(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
@@ -161,7 +161,7 @@ class StageRun:
     def _announce(self) -> None:
         """Warns of a short run that draws no slow step: its model never sees a whole picture and is poor at them."""
         modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
-        if "fast" in modes and "slow" not in modes and self.name == "train":
+        if self.lead and self.name == "train" and "fast" in modes and "slow" not in modes:
             print(
                 f"in {counted(self.steps, 'step')} no whole picture is seen: train for more steps (more train.epochs, "
                 f'a smaller train.batch), or set dualspeed.schedule = "periodic" and a larger dualspeed.slow',
@@ -237,7 +237,7 @@ class StageRun:
     def laid_out(self, rows: list[int]) -> int:
         """The slots that these samples take: their rows if they are packed, otherwise padding too."""
         with precision.autocast(self.precision, self.model.device):
-            packed = attention.packs(self.model.isolator.weight)
+            packed = attention.has_packed_kernel(self.model.isolator.weight)
         return sum(rows) if packed and self.model.layout != "padded" else len(rows) * max(rows)
 
     def _together(self, done: dict) -> dict:

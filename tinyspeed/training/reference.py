@@ -69,9 +69,9 @@ class Reference:
         if missing:
             self._check_context()
             model = self._load(device)
-            with files.about(self.folder):
+            with files.errors_about(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            files.remove_stale(self.folder.parent.glob("*/.*.tmp"))
+            files.delete_stale(self.folder.parent.glob("*/.*.tmp"))
             for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
                 found[number] = self._make(model, parts[number])
                 self._write(number, found[number])
@@ -120,7 +120,7 @@ class Reference:
             )
 
     def _load(self, device: torch.device) -> nn.Module:
-        loading.only_safetensors(self.files)
+        loading.require_safetensors(self.files)
         how = {"dtype": DTYPES[self.precision], "use_safetensors": True}
         with loading.explaining(f"regate.reference: cannot load {self.path}"):
             model = AutoModelForCausalLM.from_pretrained(self.files, **how, trust_remote_code=False)
@@ -163,7 +163,7 @@ class Reference:
 
 def _files(path: str) -> str:
     """The folder with the reference's files. A hub id is downloaded."""
-    found = paths.model(path)
+    found = paths.model_folder_or_hub_id(path)
     if isinstance(found, Path):
         return str(found)
     with loading.explaining(f"regate.reference: cannot download {path}"):

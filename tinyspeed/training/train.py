@@ -112,7 +112,7 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     and writes record.json."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
-        files.remove(half)
+        files.delete_if_possible(half)
     checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # the run may have ended before it did
     if state and state["threads"] != torch.get_num_threads():
         print(
@@ -123,5 +123,5 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     with files.atomic(folder / run_folder.LOG) as temporary:
         temporary.write_bytes(run_folder.log_until(folder, state) if state else b"")
     model = base_model(recipe, device)
-    known = {"seed": recipe.run.seed, "base": model, "revision": loading.revision(model)}
+    known = {"seed": recipe.run.seed, "base": model, "revision": loading.hub_revision(model)}
     provenance.write(folder / "record.json", device=device, **known, **more)

@@ -1,0 +1,27 @@
+"""The model families that tinyspeed can train: a file each, and the registry.
+
+A new family is a small subclass of `Family` in a file of its own and a line in `FAMILIES`. One whose positions are not
+a single number per row (Qwen-VL) overrides `hidden`.
+"""
+
+from torch import nn
+
+from ...util.errors import UserError
+from .base import Family
+from .llava_next import LlavaNext
+from .llava_next_video import LlavaNextVideo
+
+FAMILIES: dict[str, type[Family]] = {
+    "llava": Family,
+    "llava_next": LlavaNext,
+    "llava_next_video": LlavaNextVideo,
+    "llava_onevision": LlavaNextVideo,
+}
+
+
+def family(model: nn.Module) -> Family:
+    """Returns the adapter for a model, by its config's model_type."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise UserError(f"tinyspeed cannot train a {kind!r} model yet; it knows {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind](model)

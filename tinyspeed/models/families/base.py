@@ -1,0 +1,144 @@
+"""What a training step needs to know about a model class: LLaVA-1.5, and the base of the other families.
+
+A `Family` is a thin adapter over a Hugging Face vision-language model whose processor marks images and videos with
+placeholder ids. DualSpeed asks it for five things: features of the images, embeddings of the ids, which feature rows
+may be pruned, hidden states of a list of rows, and logits.
+
+The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...rows import Layout
+from ...util.errors import UserError
+from .. import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Family:
+    square = True  # the rows of an image form one square picture
+    rowwise = True  # the projector makes each feature from a single row of its input
+
+    def __init__(self, model: nn.Module):
+        # peft wraps the model; its base is the same modules with adapters in place.
+        self.model: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config: PreTrainedConfig = self.model.config
+        self.hidden_size: int = self.config.text_config.hidden_size
+        self.tower: PreTrainedModel = self.model.model.vision_tower
+        self.projector: nn.Module = self.model.model.multi_modal_projector
+        self.language_model: PreTrainedModel = self.model.model.language_model
+        self.language_model.set_attn_implementation(attention.NAME)
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """The token that stands for one feature row, by kind, in the order of the table."""
+        return {"image": self.config.image_token_id}
+
+    @property
+    def most_rows(self) -> int:
+        """The number of feature rows of the largest image."""
+        return (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
+
+    def connector(self) -> list[nn.Parameter]:
+        """The parameters between tower and LLM: stage 1 trains these and the isolator."""
+        return list(self.projector.parameters())
+
+    def features(self, visual: dict[str, Tensor], plan_mode: str) -> dict[str, list[Tensor]]:
+        """The projected features of the images and videos in a processor's batch."""
+        features = {kind: [] for kind in self.placeholders}
+        sizes = visual.get("image_sizes")
+        if "tower_features" in visual:
+            features["image"] = self.project(visual["tower_features"], sizes, plan_mode)
+        elif len(visual.get("pixel_values", ())):
+            more = {name: visual[name] for name in ("batch_num_images",) if name in visual}
+            features["image"] = self.encode(visual["pixel_values"], sizes, plan_mode, **more)
+        if len(visual.get("pixel_values_videos", ())):
+            if "video" not in features:
+                raise UserError(f"a {self.config.model_type!r} model takes no videos, but the batch has some")
+            features["video"] = self.encode_videos(visual["pixel_values_videos"], plan_mode)
+        return features
+
+    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str, **more) -> list[Tensor]:
+        """Returns the projected features of each image as a (rows, hidden) tensor."""
+        return list(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
+
+    @property
+    def feature_source(self) -> tuple:
+        """Which of the tower's hidden states the projector reads, and whether CLS is among its rows."""
+        return self.config.vision_feature_layer, self.config.vision_feature_select_strategy
+
+    def tower_features(self, pixel_values: Tensor, image_sizes: Tensor | None) -> Tensor:
+        """Returns the projector's input (crops, patches, width): all that a frozen tower says about the images."""
+        read = []
+        hook = self.projector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        try:
+            self.encode(pixel_values, image_sizes, "fast")
+        finally:
+            hook.remove()
+        return read[0]
+
+    def project(self, tower_features: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
+        """Does the rest of `encode`, from what `tower_features` returned."""
+        return list(self.projector(tower_features))
+
+    def pack(self, values: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        """Arranges values (crops, patches, C) as the features of each image are arranged: (rows, C) per image."""
+        return list(values)
+
+    def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
+        """Table rows that nothing picks, made by those parts of the connector that the batch may not use. These parts
+        then get zeros as gradients instead of none, and which parameters a step touches depends on its plan alone."""
+        if any(features.values()):
+            return []
+        like = self.model.get_input_embeddings().weight  # not the projector's: a 4-bit one stores bytes
+        layer = self.config.vision_feature_layer
+        width = self.config.vision_config.hidden_size * (len(layer) if isinstance(layer, list | tuple) else 1)
+        return [self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]]
+
+    def prunable(self, features: Tensor) -> Tensor:
+        """Which feature rows of an image show the picture; the others mark its structure."""
+        return torch.ones(len(features), dtype=torch.bool, device=features.device)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(input_ids)
+
+    def hidden(self, embeddings: Tensor, layout: Layout, layers: tuple[int, ...] | None) -> Tensor:
+        """Returns the last hidden states (slots, hidden) of rows in this layout, after the LLM layers of the plan."""
+        with self._only_layers(layers):
+            # With any 4-D mask transformers does not make one of its own; `rows_attention` ignores it.
+            out = self.language_model(
+                inputs_embeds=embeddings.view(*layout.position.shape, -1),
+                attention_mask=embeddings.new_ones(1, 1, 1, 1, dtype=torch.bool),
+                position_ids=layout.position,
+                use_cache=False,
+                rows=layout,
+            )
+        return out.last_hidden_state.flatten(0, 1)
+
+    @contextmanager
+    def _only_layers(self, layers: tuple[int, ...] | None) -> Iterator[None]:
+        """Runs the LLM with these layers only. The others are not called at all, so none of their hooks fires."""
+        every = self.language_model.layers
+        if layers is not None:
+            if layers[-1] >= len(every):
+                raise UserError(f"the plan runs layer {layers[-1]}, and the LLM has layers 0 to {len(every) - 1}")
+            self.language_model.layers = nn.ModuleList(every[i] for i in layers)
+        try:
+            yield
+        finally:
+            self.language_model.layers = every
+
+    def recompute(self, on: bool) -> None:
+        """Sets whether the next forwards recompute the LLM's activations; checkpointing must have been enabled."""
+        for layer in self.language_model.layers:
+            layer.gradient_checkpointing = on
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)
