@@ -176,7 +176,7 @@ def encode(
     from ..models import families, loading
     from ..pruning import signals
 
-    path = paths.model(tower)
+    path = paths.model_folder_or_hub_id(tower)
     with loading.explaining(f"cannot load a vision tower from {tower}"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     vision = getattr(config, "vision_config", config)
@@ -228,7 +228,7 @@ def _preprocess(picture: Image.Image, tower: str, vision, kind: str) -> tuple[di
 
     try:
         with _silent_transformers():
-            processor = AutoImageProcessor.from_pretrained(paths.model(tower), trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(paths.model_folder_or_hub_id(tower), trust_remote_code=False)
     except (OSError, ValueError) as error:  # there is no processor, or not one for pictures
         if kind == "llava_next":
             what = "the image processor that cuts crops for LLaVA-NeXT"
