@@ -13,6 +13,7 @@ are pinned, as the Trainer's are.
 import copy
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -32,21 +33,15 @@ def baselines(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
     answers = sum(run.source.lengths(i)[2] for i in samples)
     model, llm = run.model.model, run.model.vlm.language_model
 
-    def hf(checkpointing: bool) -> Callable[[], float]:
-        def loss(batch: dict[str, Tensor]) -> Tensor:
-            return model(**batch, use_cache=False, num_items_in_batch=answers).loss
+    def hf(checkpointing: bool) -> float:
+        llm.set_attn_implementation("sdpa")
+        run.model.vlm.recompute(checkpointing)
+        try:
+            return _step(run, batches, lambda batch: model(**batch, use_cache=False, num_items_in_batch=answers).loss)
+        finally:
+            llm.set_attn_implementation(attention.NAME)
 
-        def step() -> float:
-            llm.set_attn_implementation("sdpa")
-            run.model.vlm.recompute(checkpointing)
-            try:
-                return _step(run, batches, loss)
-            finally:
-                llm.set_attn_implementation(attention.NAME)
-
-        return step
-
-    found = {"hf": hf(True), "hf, nothing recomputed": hf(False)}
+    found = {"hf": partial(hf, True), "hf, nothing recomputed": partial(hf, False)}
     if find_spec("trl") and run.recipe.model.quantise == "none":  # of a 4-bit model it casts what the others train
         found["trl"] = _trl(run, batches, answers)
     return found

@@ -67,12 +67,14 @@ def _require_complete(questions: list[Question], predictions: dict[str, str]) ->
 def _pope(questions: list[Question], predictions: dict[str, str]) -> Scores:
     splits = {}
     for split in sorted({q.group for q in questions}):
-        splits[split] = _yes_no([(yes_no(predictions[q.id]), q.truth) for q in questions if q.group == split])
+        splits[split] = _precision_and_recall(
+            [(yes_no(predictions[q.id]), q.truth) for q in questions if q.group == split]
+        )
     scores = {name: fmean(each[name] for each in splits.values()) for name in splits[split]}
     return scores | {f"{split} {name}": value for split, each in splits.items() for name, value in each.items()}
 
 
-def _yes_no(pairs: list[tuple[str, str]]) -> Scores:
+def _precision_and_recall(pairs: list[tuple[str, str]]) -> Scores:
     """Returns accuracy, and precision, recall and F1 = 2PR / (P + R) = 2 both / (said + true) of the answer "yes"."""
     said, true = ([pair[side] for pair in pairs].count("yes") for side in (0, 1))
     both = pairs.count(("yes", "yes"))

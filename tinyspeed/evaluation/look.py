@@ -137,18 +137,12 @@ def melt(picture: np.ndarray, weight: np.ndarray, rows: int, columns: int) -> np
 
 def _outline(ax, kept: Sequence[int], rows: int, columns: int, shape: tuple[int, ...]) -> None:
     """Draws a white line between bright and dimmed cells: in a dark picture nothing else shows the difference."""
-    from matplotlib.collections import LineCollection
-
-    high, wide = shape[0] / rows, shape[1] / columns
-    kept, lines = set(kept), []
-    for cell in kept:
-        r, c = divmod(cell, columns)
-        for dr, dc in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-            inside = 0 <= r + dr < rows and 0 <= c + dc < columns
-            if not (inside and cell + dr * columns + dc in kept):
-                y, x = r + (dr > 0), c + (dc > 0)  # the corner where the side between the two cells starts
-                lines.append([(x * wide, y * high), ((x + (dc == 0)) * wide, (y + (dr == 0)) * high)])
-    ax.add_collection(LineCollection(np.array(lines) - 0.5, colors="white", linewidths=0.7))
+    bright = np.zeros(rows * columns)
+    bright[kept] = 1
+    pixels = np.pad(np.kron(bright.reshape(rows, columns), np.ones((shape[0] // rows, shape[1] // columns))), 1)
+    ax.autoscale(False)
+    x, y = np.arange(pixels.shape[1]) - 1, np.arange(pixels.shape[0]) - 1
+    ax.contour(x, y, pixels, levels=[0.5], colors="white", linewidths=0.7)
 
 
 # What the plugins see

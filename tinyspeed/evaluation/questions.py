@@ -19,6 +19,7 @@ names the entry.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,9 @@ def read(task: str, path: Path, beside: Path | None = None) -> list[Question]:
     questions = list(READERS[task](path) if beside is None else READERS[task](path, beside))
     if not questions:
         raise UserError(f"{path} holds no questions")
-    seen = set()
-    for question in questions:
-        if question.id in seen:
-            raise UserError(f"{path} holds question {question.id} twice")
-        seen.add(question.id)
+    [(id, count)] = Counter(question.id for question in questions).most_common(1)
+    if count > 1:
+        raise UserError(f"{path} holds question {id} twice")
     return questions
 
 
