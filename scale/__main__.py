@@ -13,7 +13,7 @@ import traceback
 from contextlib import redirect_stderr
 
 from tinyspeed import cli  # light: no torch yet
-from tinyspeed.util.errors import UserError
+from tinyspeed.util import UserError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from tinyspeed.recipe import Recipe
 from tinyspeed.training import answer_gate, build, checkpoint, report, run_folder, stopping, trained
 from tinyspeed.training import train as core
 from tinyspeed.training.loop import Totals
-from tinyspeed.util.errors import counted
+from tinyspeed.util import counted
 
 from .loop import ShardedStage
 from .ranks import Ranks

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import files, paths, tables
-from .util.errors import UserError, counted, require_known
+from .util import UserError, counted, files, paths, require_known, tables
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ cards of a node share the traffic. The sustained share of a link (LINKS) and the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tinyspeed.util.errors import UserError, require_known
+from tinyspeed.util import UserError, require_known
 
 NODE = 8  # GPUs
 LINKS = 0.8  # the share of a link's rate that collectives sustain

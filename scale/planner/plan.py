@@ -37,8 +37,7 @@ from tinyspeed.models.memory import GIB, RESERVE, MicroBatch, Settings, Step
 from tinyspeed.recipe import Recipe, StageSection
 from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
-from tinyspeed.util import plots, tables
-from tinyspeed.util.errors import UserError
+from tinyspeed.util import UserError, plots, tables
 from tinyspeed.util.files import write_atomically
 
 from ..balancing import WINDOW, LengthGroupedOrder, assign

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import hostile_model as bait
-from support import tiny
+from support import hostile, tiny
 from support.trained import learned, saved, train_a_little
 from torch import nn
 from transformers import (
@@ -434,9 +433,9 @@ def test_a_pickle_is_never_opened(base, tmp_path):
 
 
 def test_an_index_of_weights_that_names_a_pickle_is_refused(base, tmp_path):
-    code = bait.Code(tmp_path / "canary")
+    code = hostile.Code(tmp_path / "canary")
     folder = tiny.checkpoint(kind(base), tmp_path / "model")
-    bait.index_of_pickles(folder, code)
+    hostile.index_of_pickles(folder, code)
     with pytest.raises(UserError, match=r"names 'weights\.bin'. Only safetensors are read"):
         loading.load_model(str(folder))
     (folder / "model.safetensors.index.json").write_text("[]")
@@ -452,12 +451,12 @@ def willing(monkeypatch):
     return asked
 
 
-OWN_CODE = (bait.unknown_processor, bait.unknown_tokenizer, bait.unknown_image_processor, bait.unknown_llm)
+OWN_CODE = (hostile.unknown_processor, hostile.unknown_tokenizer, hostile.unknown_image_processor, hostile.unknown_llm)
 
 
 @pytest.mark.parametrize("plant", OWN_CODE, ids=lambda plant: plant.__name__)
 def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(plant, base, tmp_path, willing):
-    code = bait.Code(tmp_path / "canary")
+    code = hostile.Code(tmp_path / "canary")
     folder = tiny.checkpoint(kind(base), tmp_path / "model")
     plant(folder, code)
     with suppress(UserError):
@@ -469,9 +468,9 @@ def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(plant, base
 
 
 def test_code_that_comes_with_parts_is_not_run_either(parts, tmp_path, willing):
-    code = bait.Code(tmp_path / "canary")
-    for plant in (bait.unknown_model, bait.unknown_tokenizer):
-        llm = bait.copy(parts[1], tmp_path / plant.__name__)
+    code = hostile.Code(tmp_path / "canary")
+    for plant in (hostile.unknown_model, hostile.unknown_tokenizer):
+        llm = hostile.copy(parts[1], tmp_path / plant.__name__)
         plant(llm, code)
         with pytest.raises(UserError, match="code that comes with it, and such code is never run here"):
             assembling.assemble(parts[0], str(llm), tmp_path / "base", seed=1)

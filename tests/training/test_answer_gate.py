@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import hostile_model as bait
-from support import tiny
+from support import hostile, tiny
 from support.album import album
 from support.runs import Killed, die_before, fails, unlike
 from torch.nn import functional as F
@@ -378,11 +377,11 @@ def test_a_reference_that_cannot_read_so_far_is_refused(home, tmp_path):
         reference_of(made).losses(CPU, bar=False)
 
 
-@pytest.mark.parametrize("plant", [bait.unknown_model, bait.unknown_tokenizer], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", [hostile.unknown_model, hostile.unknown_tokenizer], ids=lambda plant: plant.__name__)
 def test_code_that_comes_with_a_reference_is_not_run_and_nobody_is_asked(plant, home, tmp_path, monkeypatch):
-    code, asked = bait.Code(tmp_path / "canary"), []
+    code, asked = hostile.Code(tmp_path / "canary"), []
     monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
-    folder = bait.copy(home / "llm", tmp_path / "llm")
+    folder = hostile.copy(home / "llm", tmp_path / "llm")
     plant(folder, code)
     made = settings(home, tmp_path, "run", f"regate.reference={folder}")
     with pytest.raises(UserError, match=r"regate\.reference: .* such code is never run here"):
@@ -392,7 +391,7 @@ def test_code_that_comes_with_a_reference_is_not_run_and_nobody_is_asked(plant, 
 
 
 def test_a_reference_whose_index_names_a_pickle_is_refused(home, tmp_path):
-    folder = bait.copy(home / "llm", tmp_path / "llm")
-    bait.index_of_pickles(folder, bait.Code(tmp_path / "canary"))
+    folder = hostile.copy(home / "llm", tmp_path / "llm")
+    hostile.index_of_pickles(folder, hostile.Code(tmp_path / "canary"))
     with pytest.raises(UserError, match="Only safetensors are read"):
         train.train(settings(home, tmp_path, "run", f"regate.reference={folder}"), bar=False)

@@ -37,8 +37,7 @@ from ..models import assembling, loading, published
 from ..models.memory import Settings, Shape
 from ..recipe import DataSection, Recipe
 from ..training import build
-from ..util import files, tables
-from ..util.errors import UserError
+from ..util import UserError, files, tables
 from . import estimate
 from .harness import Bar, Results, bar_chart
 

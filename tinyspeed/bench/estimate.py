@@ -26,7 +26,7 @@ from ..models import loading, memory, precision
 from ..models.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
 from ..recipe import Recipe
 from ..recipe.schedules import rows_schedule, skipper_of
-from ..util.errors import UserError, counted
+from ..util import UserError, counted
 from ..util.tables import table
 
 TFLOPS = 20.0  # sustained in half precision: about what an RTX 3060 to 4070 does

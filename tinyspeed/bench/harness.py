@@ -17,8 +17,7 @@ from types import ModuleType
 import torch
 
 from ..models.precision import device_of
-from ..util import files, plots, provenance
-from ..util.errors import UserError
+from ..util import UserError, files, plots, provenance
 
 Results = Iterator[tuple[str, dict]]  # what a benchmark yields
 

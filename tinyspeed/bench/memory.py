@@ -38,8 +38,7 @@ from ..models import loading, precision
 from ..models.memory import GIB, Shape
 from ..recipe import Recipe
 from ..training import build, train
-from ..util import provenance
-from ..util.errors import UserError, require
+from ..util import UserError, provenance, require
 from ..util.tables import table
 from .estimate import ON_A_CPU, Case, assumed, changed
 from .harness import write

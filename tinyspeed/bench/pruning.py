@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import pruning
 from ..models import published
 from ..models.memory import Settings, Shape
-from ..util.errors import UserError
+from ..util import UserError
 from ..util.tables import table
 from . import estimate
 from .harness import Bar, Results, bar_chart, matrix_product, time_in_turns

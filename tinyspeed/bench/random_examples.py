@@ -15,7 +15,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from ..data.examples import Example, Sample
 from ..rows import IGNORE
-from ..util.errors import UserError
+from ..util import UserError
 
 
 class RandomExamples:

@@ -20,7 +20,7 @@ from ..data.examples import collate
 from ..dualspeed import DualSpeed
 from ..rows import IGNORE
 from ..scheduler import Plan
-from ..util.errors import UserError
+from ..util import UserError
 from ..util.tables import table
 from .harness import Bar, Results, bar_chart, speedup, time_in_turns
 from .random_examples import RandomExamples

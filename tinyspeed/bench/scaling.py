@@ -16,8 +16,7 @@ from ..dualspeed import DualSpeed
 from ..models import published
 from ..rows import IGNORE
 from ..scheduler import Plan
-from ..util import plots, tables
-from ..util.errors import UserError
+from ..util import UserError, plots, tables
 from .harness import Results, time_in_turns
 
 FRAMES = (1, 4, 8, 20, 40, 80)

@@ -38,8 +38,7 @@ from ..rows import plan_rows
 from ..scheduler import DualSpeedSchedule, FastSchedule, FullSchedule
 from ..training import build
 from ..training.loop import StageRun, Totals
-from ..util import files, tables
-from ..util.errors import UserError, require_known
+from ..util import UserError, files, require_known, tables
 from . import estimate
 from .baselines import baselines, batch_of
 from .harness import Bar, Results, bar_chart, matrix_product, speedup, summary, time_in_turns

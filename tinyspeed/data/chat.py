@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..rows import IGNORE
-from ..util.errors import UserError, counted
+from ..util import UserError, counted
 from .records import IMAGE, Turn
 
 

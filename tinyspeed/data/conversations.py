@@ -34,8 +34,7 @@ from tqdm import tqdm
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import paths
-from ..util.errors import UserError
+from ..util import UserError, paths
 from . import images
 from .chat import Chat
 from .examples import Example, Sample

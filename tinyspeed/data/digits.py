@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..recipe import Recipe
 from ..rows import IGNORE
-from ..util.errors import UserError
+from ..util import UserError
 from .examples import Example, Sample
 
 CELL = 8  # pixels

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..models import manifest
-from ..util import files
-from ..util.errors import UserError
+from ..util import UserError, files
 from .digits import BLANK, CELL, DEFAULT, Canvas, picture, pixel_values
 
 

@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from ..models.families import Family
 from ..models.precision import autocast
-from ..util import files, finite
-from ..util.errors import UserError, counted
+from ..util import UserError, counted, files, finite
 from . import images
 
 GB = 10**9

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..util.errors import UserError, unknown
+from ..util import UserError, unknown
 from .examples import Sample
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..util.errors import UserError
+from ..util import UserError
 from .examples import Source, collate
 
 PREFETCH = 2  # batches that each worker is ahead

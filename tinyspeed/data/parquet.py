@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..util import files
-from ..util.errors import UserError
+from ..util import UserError, files
 from .records import PICTURES, worth_reading
 
 BAR_AFTER = 1  # seconds after which reading shows a progress bar

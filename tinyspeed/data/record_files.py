@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from ..util.errors import UserError, counted
+from ..util import UserError, counted
 from . import parquet
 from .records import FORMATS, Record, parse
 

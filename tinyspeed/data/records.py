@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import NamedTuple, NoReturn
 
-from ..util.errors import UserError, counted, unknown
+from ..util import UserError, counted, unknown
 from ..util.paths import UNENCODABLE
 
 IMAGE = None  # stands for a picture among the parts of a turn; the other parts are text

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from ..data.chat import Chat
-from ..util.errors import UserError
+from ..util import UserError
 
 
 def to_stdout(processor) -> TextStreamer:

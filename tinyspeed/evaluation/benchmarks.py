@@ -29,8 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import images
-from ..util import files
-from ..util.errors import UserError, counted, require_known
+from ..util import UserError, counted, files, require_known
 from . import vqa
 from .questions import LETTERS, READERS, Question
 

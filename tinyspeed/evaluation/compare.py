@@ -21,8 +21,7 @@ from ..training import answer_gate, run_folder
 from ..training.build import place, set_threads
 from ..training.checkpoint import only_one
 from ..training.train import train
-from ..util import files, provenance, tables
-from ..util.errors import UserError
+from ..util import UserError, files, provenance, tables
 from ..util.files import write_atomically
 from . import accuracy, comparison_figure
 

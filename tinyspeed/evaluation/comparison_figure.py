@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..util import plots
-from ..util.errors import UserError
+from ..util import UserError, plots
 
 CROWD, LONG = 12, 20  # with more arms, or longer names, every arm gets a line of its own
 

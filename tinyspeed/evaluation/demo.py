@@ -14,8 +14,7 @@ from ..data import digits
 from ..recipe import Recipe
 from ..training import report
 from ..training.train import Result, train
-from ..util import files, tables
-from ..util.errors import UserError
+from ..util import UserError, files, tables
 from . import accuracy, look
 
 

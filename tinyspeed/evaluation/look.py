@@ -29,8 +29,7 @@ from torch import Tensor
 
 from .. import pruning
 from ..data import images
-from ..util import paths
-from ..util.errors import UserError
+from ..util import UserError, paths
 from ..util.plots import figure, save
 
 DIM = 0.25  # brightness of what is pruned

@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..util import finite, paths
-from ..util.errors import UserError
+from ..util import UserError, finite, paths
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,8 +9,7 @@ import tomllib
 from pathlib import Path
 from reprlib import repr as short
 
-from ..util import paths
-from ..util.errors import UserError, unknown
+from ..util import UserError, paths, unknown
 from .sections import LARGEST, LAST, Recipe
 
 BUILT_IN = Path(__file__).parent / "presets"

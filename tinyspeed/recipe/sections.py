@@ -15,8 +15,7 @@ from pathlib import Path
 from ..adaptive import AdaptiveSchedule
 from ..regate import Settings as RegateSettings
 from ..scheduler import KINDS, Plan
-from ..util import paths
-from ..util.errors import require, require_known, require_range
+from ..util import paths, require, require_known, require_range
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTISATIONS = ("none", "nf4")

@@ -24,8 +24,7 @@ from ..dualspeed import DualSpeed
 from ..models import assembling, isolator_file, loading, lora, precision
 from ..recipe import Recipe
 from ..recipe.schedules import schedule_of
-from ..util import files, paths
-from ..util.errors import counted
+from ..util import counted, files, paths
 from . import answer_gate, run_folder
 
 

@@ -25,8 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..util import files, finite
-from ..util.errors import UserError
+from ..util import UserError, files, finite
 from ..util.files import UNREADABLE, fingerprint
 
 CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' tables of 8-bit values, the same for all parameters

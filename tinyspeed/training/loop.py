@@ -34,8 +34,7 @@ from ..recipe import Recipe, StageSection
 from ..recipe.schedules import schedule_of
 from ..rows import plan_rows
 from ..scheduler import Plan
-from ..util import files, finite, malloc, provenance
-from ..util.errors import NotFinite, UserError, counted
+from ..util import NotFinite, UserError, counted, files, finite, malloc, provenance
 from . import checkpoint, diagnosis, optimizer
 from .answer_gate import Gate
 from .batching import Order, cut

@@ -38,8 +38,7 @@ from ..distill import answer_loss
 from ..models import loading
 from ..models.precision import DTYPES
 from ..rows import IGNORE
-from ..util import files, paths
-from ..util.errors import UserError
+from ..util import UserError, files, paths
 
 AT_ONCE = 1024  # samples a file
 ROWS = 16384  # tokens of a forward

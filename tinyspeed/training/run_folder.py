@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..recipe import Recipe, read
-from ..util import files, paths
-from ..util.errors import UserError
+from ..util import UserError, files, paths
 
 LOG = "metrics.jsonl"
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}

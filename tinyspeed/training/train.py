@@ -18,8 +18,7 @@ from ..dualspeed import DualSpeed
 from ..models import isolator_file, loading
 from ..models.export import only_training
 from ..recipe import Recipe
-from ..util import files, paths, provenance
-from ..util.errors import counted
+from ..util import counted, files, paths, provenance
 from . import answer_gate, checkpoint, run_folder
 from .build import base_model, build, set_threads
 from .loop import StageRun, Totals

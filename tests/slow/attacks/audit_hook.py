@@ -1,24 +1,24 @@
-"""What a Python process asks of the system, written down as it asks. `sealed.py` has every process of a run begin with
-this file, as its `sitecustomize`: workers and whatever else they start are watched too.
+"""Writes down what a Python process asks of the system. Every process in a sandbox starts with this file as its
+`sitecustomize`, so that workers and everything else that they start are watched, too.
 
     ["network", "socket.getaddrinfo", ...]    ["write", "os.mkdir", "/path"]    ["code", "exec", "/path/evil.py"]
     ["start", ["git", ...]]                   ["pickle", "posix", "system"]     ["open", "/path/pytorch_model.bin"]
 
-A process cannot take the hook off again (PEP 578), and what it asks is refused to nobody: who catches an error would
-hide it. Written in Python's own words only, since it runs before anything else is there. What other languages do is
-not seen from here; `sealed.py` has the kernel's counters and the files themselves for that.
+A process cannot remove the hook again (PEP 578). Nothing is refused, because code that catches the error would hide it.
+The file uses only Python's built-in modules, since it runs before anything else is there. What other languages do is
+not seen from here: for that the sandbox has the kernel's counters and the files themselves.
 """
 
 import json
 import os
 import sys
 
-LOG = os.open(os.environ["SEALED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-WORLD = os.environ["SEALED_WORLD"]  # all that strangers could have written into
+LOG = os.open(os.environ["SANDBOX_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+SANDBOX = os.environ["SANDBOX"]  # the folder with everything that a stranger could have written
 CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-LOCAL = 1  # AF_UNIX: between processes of one machine, by way of files
+LOCAL = 1  # AF_UNIX: sockets that are files, between processes of one machine
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
-# Event -> which of its arguments are paths, and beside each the folder that it is relative to.
+# Event -> which of its arguments are paths, each with the argument that is the folder it is relative to.
 PATHS = {
     "os.chmod": ((0, 2),), "os.chown": ((0, 3),), "os.link": ((1, 3),), "os.mkdir": ((0, 2),), "os.remove": ((0, 1),),
     "os.rename": ((0, 2), (1, 3)), "os.rmdir": ((0, 1),), "os.symlink": ((1, 2),), "os.truncate": ((0, None),),
@@ -32,7 +32,7 @@ def _write(*what) -> None:
 
 
 def _path(path, folder=None) -> str:
-    """The whole path of one that was given as text, as bytes, or as an open file, and maybe relative to a folder."""
+    """The absolute path of one that was given as text, bytes or an open file, perhaps relative to a folder."""
     if isinstance(path, int):
         return os.readlink(f"/proc/self/fd/{path}")
     path = os.fsdecode(path)
@@ -42,12 +42,12 @@ def _path(path, folder=None) -> str:
 
 
 def _foreign(path) -> bool:
-    """Whether it is a file that strangers could have written; <string> and its like are none."""
-    return isinstance(path, str | bytes) and not os.fsdecode(path).startswith("<") and _path(path).startswith(WORLD)
+    """Whether a stranger could have written this file; <string> and its like are no files."""
+    return isinstance(path, str | bytes) and not os.fsdecode(path).startswith("<") and _path(path).startswith(SANDBOX)
 
 
 def _callers() -> list[str]:
-    frame, found = sys._getframe(3), []  # behind `_watch` and `_seen`
+    frame, found = sys._getframe(3), []  # above `_watch` and `_hook`
     while frame:
         found.append(frame.f_code.co_filename)
         frame = frame.f_back
@@ -89,11 +89,11 @@ def _watch(event: str, given: tuple) -> None:
             _write("code", event, _path(path))
 
 
-def _seen(event: str, given: tuple) -> None:
+def _hook(event: str, given: tuple) -> None:
     try:
         _watch(event, given)
-    except Exception as error:  # an argument that is none would be refused by whoever was asked, too
+    except Exception as error:  # an invalid argument, which the call itself refuses, too
         _write("fault", event, repr(given)[:300], repr(error))
 
 
-sys.addaudithook(_seen)
+sys.addaudithook(_hook)

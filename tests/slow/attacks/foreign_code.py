@@ -1,12 +1,13 @@
-"""Nothing gets in, nothing gets out: all commands, watched (`world.py`), among the baits of `bait.py`.
+"""No foreign code runs and nothing leaves: all commands in a sandbox (sandbox.py), with traps (support/hostile.py) in
+what they read.
 
-    make torture ONLY=sealed        every command and every bait in a process of its own, then 30 draws of several baits
+    make torture ONLY=foreign_code        every command and every trap in a process of its own, then 30 mixed traps
 
-- No code of a stranger runs: no pickle is opened, no .py of a model's folder imported, however it is asked for. Whoever
-  asks whether to trust it is answered yes here, again and again.
+- Code that came with a model does not run: no pickle is opened and no .py file of a model's folder is imported, however
+  the folder asks for it. Whoever asks whether to trust such code is always answered yes here.
 - The network is not used when model and data are folders. (`scale` talks to itself on 127.0.0.1.)
-- Nothing is written but the run's folder, the cache, and what was named as output; `world.LIBRARIES` has what others
-  write. What is given is bit for bit the same afterwards.
+- Nothing is written but the run's folder, the cache and the named outputs; `sandbox.LIBRARIES` lists what libraries
+  write. What the commands read is the same afterwards, bit for bit.
 """
 
 import json
@@ -19,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slow.attacks import outcomes
-from slow.attacks.sandbox import World
-from support import hostile_model as bait
-from support import tiny
+from slow.attacks.sandbox import Sandbox
+from support import hostile, tiny
 from support.album import album
 
 RECIPE = """
@@ -64,9 +64,9 @@ DIGITS = [
 ]  # fmt: skip
 
 
-def furnish(world: World) -> None:
-    """What a user has been given: two models, pictures, conversations in two formats, a benchmark's questions."""
-    given = world.given
+def provide(sandbox: Sandbox) -> None:
+    """What a user has downloaded: two models, pictures, conversations in two formats, the questions of a benchmark."""
+    given = sandbox.given
     album(given, 12)
     tiny.checkpoint("llava", given / "llava")
     tiny.llm(given / "llm")
@@ -77,15 +77,15 @@ def furnish(world: World) -> None:
     for row in rows:  # a column has one type
         named = row.get("image", [])
         row["image"] = named if isinstance(named, list) else [named]
-    bait.extension_types(given / "train.parquet", rows, world.code("extension types"))
+    hostile.extension_types(given / "train.parquet", rows, sandbox.code("extension types"))
     asked = [{"question_id": 1, "image": "p0-0.jpg", "text": "Is there a bird in the image?", "label": "no"}]
     (given / "coco_pope_random.json").write_text("\n".join(map(json.dumps, asked)))
-    (world.cwd / "mine.toml").write_text(RECIPE.format(given=given))
+    (sandbox.cwd / "mine.toml").write_text(RECIPE.format(given=given))
 
 
-def commands(world: World) -> dict[str, list[str]]:
-    """All of them, in an order in which each finds what it needs."""
-    given, picture = world.given, str(world.given / "images" / "p0-0.jpg")
+def commands(sandbox: Sandbox) -> dict[str, list[str]]:
+    """All commands, in an order in which each finds what it needs."""
+    given, picture = sandbox.given, str(sandbox.given / "images" / "p0-0.jpg")
     few = ["--max-new-tokens", "2"]
     parts = [f"--set=model.{name}={given}/parts/{folder}" for name, folder in (("tower", "clip"), ("llm", "llama"))]
     plain = ["--set=model.path=", "--set=model.quantise=none", "--set=lora.rank=0", "--set=train.steps=1"]
@@ -118,135 +118,132 @@ OUTPUTS = (r"cwd", r"cwd/\.?(out|adapter)(\.tmp)?(/.*)?", r"cwd/\.?(look|tower|b
 SCALE = ["scale", "mine.toml", "--set=run.name=scaled", "--set=data.feature_cache_gb=0"]
 
 
-def interrupt(world: World) -> None:
-    """Make the finished run one that was killed behind its step 4."""
-    shutil.rmtree(world.cwd / "runs" / "mine" / "model")
-    shutil.rmtree(world.cwd / "runs" / "mine" / "checkpoints" / "step-00000006")
+def interrupt(sandbox: Sandbox) -> None:
+    """Make the finished run look as if it had been killed after its step 4."""
+    shutil.rmtree(sandbox.cwd / "runs" / "mine" / "model")
+    shutil.rmtree(sandbox.cwd / "runs" / "mine" / "checkpoints" / "step-00000006")
 
 
-# Baits
+# Traps
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Where a bait lies, the command that comes upon it, and how that may end: 0, or 2, refused in one line."""
+    """A trap, the command that meets it, and the exit codes it may have: 0, or 2, refused in one line."""
 
     name: str
-    lay: Callable[[World, Path, bait.Code], list[str]]  # into a folder of its own; the command
+    set_up: Callable[[Sandbox, Path, hostile.Code], list[str]]  # puts the trap into this folder, returns the command
     ends: tuple[int, ...]
 
 
-def of_model(plant: Callable, *ends: int) -> Attack:
-    """A whole LLaVA's folder, asked."""
+def of_model(trap: Callable, *ends: int) -> Attack:
+    """In the folder of a LLaVA that is asked a question."""
 
-    def lay(world: World, folder: Path, code: bait.Code) -> list[str]:
-        plant(bait.copy(world.given / "llava", folder / "llava"), code)
-        picture = str(world.given / "images" / "p0-0.jpg")
+    def set_up(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+        trap(hostile.copy(sandbox.given / "llava", folder / "llava"), code)
+        picture = str(sandbox.given / "images" / "p0-0.jpg")
         return ["ask", str(folder / "llava"), picture, "What?", "--max-new-tokens", "2"]
 
-    return Attack(f"model: {plant.__name__}", lay, ends)
+    return Attack(f"model: {trap.__name__}", set_up, ends)
 
 
-def of_llm(plant: Callable, *ends: int) -> Attack:
-    """A reference for ReGATE: of any architecture that transformers knows."""
+def of_llm(trap: Callable, *ends: int) -> Attack:
+    """In the reference model of ReGATE, which may have any architecture that transformers knows."""
 
-    def lay(world: World, folder: Path, code: bait.Code) -> list[str]:
-        plant(bait.copy(world.given / "llm", folder / "llm"), code)
-        name = f"--set=run.name=of-{plant.__name__}"
+    def set_up(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+        trap(hostile.copy(sandbox.given / "llm", folder / "llm"), code)
+        name = f"--set=run.name=of-{trap.__name__}"
         return ["train", "mine.toml", name, f"--set=regate.reference={folder / 'llm'}", "--set=train.steps=1"]
 
-    return Attack(f"reference: {plant.__name__}", lay, ends)
+    return Attack(f"reference: {trap.__name__}", set_up, ends)
 
 
-def of_part(which: str, plant: Callable, *ends: int) -> Attack:
-    def lay(world: World, folder: Path, code: bait.Code) -> list[str]:
-        parts = bait.copy(world.given / "parts", folder / "parts")
-        plant(parts / {"tower": "clip", "llm": "llama"}[which], code)
-        words = commands(world)["train from parts"]
-        words = [word.replace(str(world.given / "parts"), str(parts)) for word in words]
-        return [*words, f"--set=run.name=part-{which}-{plant.__name__}"]
+def of_part(which: str, trap: Callable, *ends: int) -> Attack:
+    def set_up(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+        parts = hostile.copy(sandbox.given / "parts", folder / "parts")
+        trap(parts / {"tower": "clip", "llm": "llama"}[which], code)
+        words = commands(sandbox)["train from parts"]
+        words = [word.replace(str(sandbox.given / "parts"), str(parts)) for word in words]
+        return [*words, f"--set=run.name=part-{which}-{trap.__name__}"]
 
-    return Attack(f"{which}: {plant.__name__}", lay, ends)
+    return Attack(f"{which}: {trap.__name__}", set_up, ends)
 
 
-def of_look(plant: Callable, *ends: int) -> Attack:
-    def lay(world: World, folder: Path, code: bait.Code) -> list[str]:
-        plant(bait.copy(world.given / "llava", folder / "llava"), code)
-        return [
-            "look",
-            str(world.given / "images" / "p0-0.jpg"),
-            "--tower",
-            str(folder / "llava"),
-            "--out",
-            "tower.png",
-        ]
+def of_look(trap: Callable, *ends: int) -> Attack:
+    def set_up(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+        trap(hostile.copy(sandbox.given / "llava", folder / "llava"), code)
+        picture = str(sandbox.given / "images" / "p0-0.jpg")
+        return ["look", picture, "--tower", str(folder / "llava"), "--out", "tower.png"]
 
-    return Attack(f"look: {plant.__name__}", lay, ends)
+    return Attack(f"look: {trap.__name__}", set_up, ends)
 
 
 def of_checkpoint(name: str) -> Attack:
-    def lay(world: World, folder: Path, code: bait.Code) -> list[str]:
-        run = bait.copy(world.cwd / "runs" / "mine", folder / "mine")
-        bait.checkpoint(run / "checkpoints" / "step-00000006", code, name)
-        return ["export", str(run), str(world.cwd / "out2")]
+    def set_up(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+        run = hostile.copy(sandbox.cwd / "runs" / "mine", folder / "mine")
+        hostile.checkpoint(run / "checkpoints" / "step-00000006", code, name)
+        return ["export", str(run), str(sandbox.cwd / "out2")]
 
-    return Attack(f"checkpoint: {name}", lay, (2,))
+    return Attack(f"checkpoint: {name}", set_up, (2,))
 
 
-def _isolator(world: World, folder: Path, code: bait.Code) -> list[str]:
-    run = bait.copy(world.cwd / "runs" / "mine", folder / "mine")
+def _isolator(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+    run = hostile.copy(sandbox.cwd / "runs" / "mine", folder / "mine")
     (run / "isolator.safetensors").write_bytes(code.torch_pickle)
     return ["train", "mine.toml", "--set=run.name=next", f"--set=dualspeed.isolator_from={run}"]
 
 
-def _beside_a_run(world: World, folder: Path, code: bait.Code) -> list[str]:
-    run = bait.copy(world.cwd / "runs" / "mine", folder / "mine")
+def _beside_a_run(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+    run = hostile.copy(sandbox.cwd / "runs" / "mine", folder / "mine")
     for inside in (run, run / "checkpoints" / "step-00000006", run / "model"):
-        bait.pickles_beside(inside, code)
-        bait.auto_map_of_the_model(inside, code)
-    return ["ask", str(run), str(world.given / "images" / "p0-0.jpg"), "What?", "--max-new-tokens", "2"]
+        hostile.pickles_beside(inside, code)
+        hostile.auto_map_of_the_model(inside, code)
+    return ["ask", str(run), str(sandbox.given / "images" / "p0-0.jpg"), "What?", "--max-new-tokens", "2"]
 
 
-def _picture(world: World, folder: Path, code: bait.Code) -> list[str]:
-    data = bait.copy(world.given / "images", folder / "images")
-    bait.picture(data / "p0-0.jpg", code)
+def _picture(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+    data = hostile.copy(sandbox.given / "images", folder / "images")
+    hostile.picture(data / "p0-0.jpg", code)
     return ["train", "mine.toml", "--set=run.name=picture", f"--set=data.images={data}"]
 
 
-def _cache(world: World, folder: Path, code: bait.Code) -> list[str]:
-    """Pickles in place of all that is kept of pictures and reference."""
-    cache = bait.copy(world.user / ".cache" / "tinyspeed", world.user / ".cache" / "tinyspeed" / "cache")
+def _cache(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
+    """Pickles in place of everything in the caches."""
+    cache = hostile.copy(sandbox.home / ".cache" / "tinyspeed", sandbox.home / ".cache" / "tinyspeed" / "cache")
     for file in cache.rglob("*.safetensors"):
         file.write_bytes(code.torch_pickle)
     return ["train", "mine.toml", "--set=run.name=cached", f"--set=run.cache={cache}"]
 
 
-BESIDE = (  # what a folder may hold beside a sound model
-    bait.pickles_beside, bait.auto_map_of_the_model, bait.auto_map_of_the_processor, bait.own_generate, bait.trusting,
+BESIDE = (  # traps beside a sound model
+    hostile.pickles_beside, hostile.auto_map_of_the_model, hostile.auto_map_of_the_processor, hostile.own_generate,
+    hostile.trusting,
 )  # fmt: skip
 ATTACKS = (
-    *(of_model(plant, 0) for plant in BESIDE),
-    *(of_model(plant, 2) for plant in (
-        bait.pickle_instead, bait.index_of_pickles, bait.pickle_named_safetensors, bait.tree_of_weights,
-        bait.unknown_model, bait.unknown_llm, bait.attention_from_the_hub,
+    *(of_model(trap, 0) for trap in BESIDE),
+    *(of_model(trap, 2) for trap in (
+        hostile.pickle_instead, hostile.index_of_pickles, hostile.pickle_named_safetensors, hostile.linked_weights,
+        hostile.unknown_model, hostile.unknown_llm, hostile.attention_from_the_hub,
     )),
-    *(of_model(plant, 0, 2) for plant in (
-        bait.kernels_from_the_hub, bait.adapter_beside, bait.unknown_processor, bait.unknown_tokenizer,
-        bait.unknown_image_processor,
+    *(of_model(trap, 0, 2) for trap in (
+        hostile.kernels_from_the_hub, hostile.adapter_beside, hostile.unknown_processor, hostile.unknown_tokenizer,
+        hostile.unknown_image_processor,
     )),
-    *(Attack(f"chat template {n}", of_model(bait.escape(n)).lay, (0, 2)) for n in range(len(bait.ESCAPES))),
-    *(of_llm(plant, 0) for plant in (bait.pickles_beside, bait.auto_map_of_the_model)),
-    *(of_llm(plant, 2) for plant in (bait.pickle_instead, bait.unknown_model)),
-    *(of_llm(plant, 0, 2) for plant in (bait.unknown_tokenizer, bait.adapter_beside, bait.attention_from_the_hub)),
-    *(of_part("llm", plant, *ends) for plant, ends in (
-        (bait.pickles_beside, (0,)), (bait.pickle_instead, (2,)), (bait.unknown_model, (2,)),
-        (bait.unknown_tokenizer, (0, 2)),
+    *(Attack(f"chat template {n}", of_model(hostile.escape(n)).set_up, (0, 2)) for n in range(len(hostile.ESCAPES))),
+    *(of_llm(trap, 0) for trap in (hostile.pickles_beside, hostile.auto_map_of_the_model)),
+    *(of_llm(trap, 2) for trap in (hostile.pickle_instead, hostile.unknown_model)),
+    *(of_llm(trap, 0, 2) for trap in (
+        hostile.unknown_tokenizer, hostile.adapter_beside, hostile.attention_from_the_hub,
     )),
-    *(of_part("tower", plant, *ends) for plant, ends in (
-        (bait.pickles_beside, (0,)), (bait.pickle_instead, (2,)), (bait.auto_map_of_the_processor, (0,)),
+    *(of_part("llm", trap, *ends) for trap, ends in (
+        (hostile.pickles_beside, (0,)), (hostile.pickle_instead, (2,)), (hostile.unknown_model, (2,)),
+        (hostile.unknown_tokenizer, (0, 2)),
     )),
-    *(of_look(plant, 0, 2) for plant in (
-        bait.pickles_beside, bait.pickle_instead, bait.unknown_model, bait.unknown_image_processor,
+    *(of_part("tower", trap, *ends) for trap, ends in (
+        (hostile.pickles_beside, (0,)), (hostile.pickle_instead, (2,)), (hostile.auto_map_of_the_processor, (0,)),
+    )),
+    *(of_look(trap, 0, 2) for trap in (
+        hostile.pickles_beside, hostile.pickle_instead, hostile.unknown_model, hostile.unknown_image_processor,
     )),
     *(of_checkpoint(name) for name in ("tensors.safetensors", "state.json")),
     Attack("isolator", _isolator, (2,)),
@@ -256,80 +253,87 @@ ATTACKS = (
 )  # fmt: skip
 
 
-def check(world: World, before: dict[str, tuple]) -> list[str]:
-    """What the witnesses saw since `before`, that should not be."""
-    return [*world.wrong(OUTPUTS), *world.strays(before, OUTPUTS)]
+def check(sandbox: Sandbox, before: dict[str, tuple]) -> list[str]:
+    """Returns what happened since `before` and should not have."""
+    return [*sandbox.violations(OUTPUTS), *sandbox.changes(before, OUTPUTS)]
 
 
 def ended(name: str, ends: tuple[int, ...], code: int, said: str) -> list[str]:
-    """A command ends as it should, and one that is refused says so in a line."""
+    """Returns what is wrong with how a command ended. One that refuses must say so in one line."""
     if code not in ends:
         return [f"{name}: exit code {code}, not {ends}:\n{said[-2000:]}"]
     said = said.replace("\r", "\n").strip().splitlines()
     if (code and not (said and said[-1].startswith("tinyspeed: "))) or any("Traceback" in line for line in said):
-        return [f"{name}: exit code {code}, and no line that says why: {said[-20:]}"]
+        return [f"{name}: exit code {code} and no line that says why: {said[-20:]}"]
     return []
 
 
-def at_once(world: World, chosen: list[str], attacks: list[Attack]) -> list[str]:
-    """These commands and baits in one process; what went wrong."""
-    furnish(world)
-    every, code = commands(world), world.code
-    lines = [attack.lay(world, world.given / "baits" / str(n), code(attack.name)) for n, attack in enumerate(attacks)]
-    before = world.files()
-    codes = world.lines([every[name] for name in chosen] + lines)
+def at_once(sandbox: Sandbox, chosen: list[str], attacks: list[Attack]) -> list[str]:
+    """Run these commands and attacks in one process. Returns what went wrong."""
+    provide(sandbox)
+    every, code = commands(sandbox), sandbox.code
+    lines = [
+        attack.set_up(sandbox, sandbox.given / "traps" / str(n), code(attack.name)) for n, attack in enumerate(attacks)
+    ]
+    before = sandbox.files()
+    codes = sandbox.run_together([every[name] for name in chosen] + lines)
     goals = [(name, (0,)) for name in chosen] + [(attack.name, attack.ends) for attack in attacks]
     wrong = [line for goal, end in zip(goals, codes, strict=True) for line in ended(*goal, *end)]
-    return wrong + check(world, before)
+    return wrong + check(sandbox, before)
 
 
-def one_by_one(world: World, draws: int, seed: int, say: Callable = print) -> tuple[dict[str, int], list[str]]:
-    """Each in a process of its own, `scale` too; then several baits in one folder, so many times."""
-    furnish(world)
-    lost = []
+def one_by_one(sandbox: Sandbox, draws: int, seed: int, say: Callable = print) -> tuple[dict[str, int], list[str]]:
+    """Run each command and each attack in a process of its own, `scale` too, then draw several traps for one folder, so
+    many times."""
+    provide(sandbox)
+    failures = []
 
     def alone(name: str, words: list[str], ends: tuple[int, ...]) -> None:
-        before = world.files()
-        code, said = world.line(words)
-        found = [f"{name}: {line}" for line in check(world, before)] + ended(name, ends, code, said)
-        say(f"{name}: {code}{' LOST' if found else ''}")
-        lost.extend(found)
+        before = sandbox.files()
+        code, said = sandbox.run_alone(words)
+        found = [f"{name}: {line}" for line in check(sandbox, before)] + ended(name, ends, code, said)
+        say(f"{name}: {code}{' FAILED' if found else ''}")
+        failures.extend(found)
 
-    for name, words in {**commands(world), "scale": SCALE}.items():
+    for name, words in {**commands(sandbox), "scale": SCALE}.items():
         if name == "resume":
-            bait.copy(world.cwd / "runs" / "mine", world.given / "whole")
-            interrupt(world)
+            hostile.copy(sandbox.cwd / "runs" / "mine", sandbox.given / "whole")
+            interrupt(sandbox)
         alone(name, words, (0,))
     for number, attack in enumerate(ATTACKS):
-        alone(attack.name, attack.lay(world, world.given / "baits" / str(number), world.code(attack.name)), attack.ends)
+        alone(
+            attack.name,
+            attack.set_up(sandbox, sandbox.given / "traps" / str(number), sandbox.code(attack.name)),
+            attack.ends,
+        )
     draw = random.Random(seed)
     for number in range(draws):
-        plants = draw.sample(MIXED, draw.randrange(2, 5))
-        name = " and ".join(plant.__name__ for plant in plants)
+        traps = draw.sample(MIXED, draw.randrange(2, 5))
+        name = " and ".join(trap.__name__ for trap in traps)
 
-        def together(folder: Path, code: bait.Code, plants=plants) -> None:
-            for plant in plants:
-                plant(folder, code)
+        def together(folder: Path, code: hostile.Code, traps=traps) -> None:
+            for trap in traps:
+                trap(folder, code)
 
         of = draw.choice((of_model, of_look))
-        lines = of(together).lay(world, world.given / "mixed" / str(number), world.code(name))
+        lines = of(together).set_up(sandbox, sandbox.given / "mixed" / str(number), sandbox.code(name))
         alone(f"{of.__name__}: {name}", lines, (0, 2))
-    tried = {"commands": len(commands(world)) + 1, "baits": len(ATTACKS), "several baits in one folder": draws}
-    return tried, lost
+    tried = {"commands": len(commands(sandbox)) + 1, "traps": len(ATTACKS), "several traps in one folder": draws}
+    return tried, failures
 
 
 MIXED = (
-    *BESIDE, bait.adapter_beside, bait.unknown_model, bait.unknown_llm, bait.unknown_processor, bait.unknown_tokenizer,
-    bait.unknown_image_processor, bait.attention_from_the_hub, bait.pickle_named_safetensors, bait.index_of_pickles,
-    *map(bait.escape, range(len(bait.ESCAPES))),
+    *BESIDE, hostile.adapter_beside, hostile.unknown_model, hostile.unknown_llm, hostile.unknown_processor,
+    hostile.unknown_tokenizer, hostile.unknown_image_processor, hostile.attention_from_the_hub,
+    hostile.pickle_named_safetensors, hostile.index_of_pickles, *map(hostile.escape, range(len(hostile.ESCAPES))),
 )  # fmt: skip
 
 
 if __name__ == "__main__":
     asked = outcomes.parser(__doc__, count=30).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder).resolve())
-        tried, lost = one_by_one(world, asked.count, asked.seed, say=lambda line: print(line, flush=True))
-        if not world.confined:
-            print("without namespaces: seen by Python's hook and by the files alone")
-    sys.exit(outcomes.write(asked.out, tried, lost))
+        sandbox = Sandbox(Path(folder).resolve())
+        tried, failures = one_by_one(sandbox, asked.count, asked.seed, outcomes.say)
+        if not sandbox.confined:
+            print("without namespaces: only Python's audit hook and the files were checked")
+    sys.exit(outcomes.write(asked.out, tried, failures))

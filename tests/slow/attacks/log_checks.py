@@ -1,11 +1,10 @@
-"""A finished run's log, held to what it must say: by formulas written down once more, and by its checkpoints.
+"""Checks the log of a finished run: by formulas that are written down here once more, and by its checkpoints.
 
-Nothing here asks the code that trained for its opinion of a step: what a schedule, an order or a learning rate is, is
-computed from the recipe again. Only the losses of fast steps need the package's own forward; it is built anew for each.
+Nothing here asks the code that trained: schedules, the order of samples and learning rates are computed again from the
+recipe. Only the losses of fast steps need the package's own forward, with a model that is built again for each.
 """
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from scipy.stats import binom
+from support.runs import log_of
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
@@ -23,17 +23,13 @@ from tinyspeed.recipe import Recipe
 from tinyspeed.training import build, checkpoint
 from tinyspeed.training.loop import StageRun, Totals
 
-UNLIKELY = 1e-9  # the chance of a share of slow steps that is called wrong
-NEAR = 2e-5  # of a loss, computed in another order
-
-
-def lines(made: Recipe) -> list[dict]:
-    return [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+UNLIKELY = 1e-9  # a number of slow steps that is less likely than this is called wrong
+NEAR = 2e-5  # relative: a loss whose sum is taken in another order
 
 
 def wrong_lines(made: Recipe) -> list[str]:
-    """What is not as its formula says, at any step. The recipe has one stage, `train`."""
-    logged = lines(made)
+    """Returns what is not as its formula says, at any step. The recipe has one stage, `train`."""
+    logged = log_of(made)
     found = [] if [e["step"] for e in logged] == [*range(1, made.train.steps + 1)] else ["steps are not 1, 2, 3 ..."]
     for check in (_rates, _modes, _answers, _layers, _shares, _seconds):
         found += [f"{check.__name__[1:]}: {line}" for line in [*check(made, logged)][:3]]
@@ -62,7 +58,7 @@ def _modes(made: Recipe, logged: list[dict]) -> Iterator[str]:
             slow = math.floor((step + 1) * d.slow + 1e-9) > math.floor(step * d.slow + 1e-9)
         elif d.schedule == "adaptive":
             block = step // 64
-            if block == len(shares):  # follows from the blocks up to the one before the last
+            if block == len(shares):  # computed from the block before the last one
                 before = [e for e in logged[64 * (block - 2) : 64 * (block - 1)] if e["mode"] == "slow"]
                 gap = sum((e["ce"] - e["ce_teacher"]) * e["answers"] for e in before)
                 answers, share = sum(e["answers"] for e in before), shares[-1]
@@ -78,7 +74,7 @@ def _modes(made: Recipe, logged: list[dict]) -> Iterator[str]:
 
 
 def _shares(made: Recipe, logged: list[dict]) -> Iterator[str]:
-    """Of slow steps in all."""
+    """The number of slow steps in all."""
     d, steps = made.dualspeed, len(logged)
     slow = sum(e["mode"] == "slow" for e in logged)
     low, high = (d.slow / 4, min(1.0, 4 * d.slow)) if d.schedule == "adaptive" else (d.slow, d.slow)
@@ -89,8 +85,8 @@ def _shares(made: Recipe, logged: list[dict]) -> Iterator[str]:
         yield f"{slow} slow steps of {steps}, expected {least:.0f} to {most:.0f}"
 
 
-def drawn(made: Recipe, step: int) -> list[int]:
-    """The samples of a step: every epoch is a permutation of its own."""
+def samples_of(made: Recipe, step: int) -> list[int]:
+    """The samples of a step: every epoch has its own permutation."""
     n, batch = made.digits.pictures, made.train.batch
     found = []
     for position in range(step * batch, (step + 1) * batch):
@@ -100,13 +96,13 @@ def drawn(made: Recipe, step: int) -> list[int]:
 
 
 def _answers(made: Recipe, logged: list[dict]) -> Iterator[str]:
-    """A step learns every answer of its samples, or of each sample's the share that ReGATE leaves."""
+    """A step learns every answer token of its samples, or the share of each sample's that ReGATE keeps."""
     source, r = digits.from_recipe(made), made.regate
     counted = [source.lengths(i)[2] for i in range(made.digits.pictures)]
     for step, entry in enumerate(logged):
-        each = [counted[i] for i in drawn(made, step)]
+        each = [counted[i] for i in samples_of(made, step)]
         skips = r.keep < 1 and entry["mode"] != "slow" and step >= r.warmup and step % r.cycle >= r.refresh
-        # A sample that was not seen before keeps all; every picture was, in the warm-up.
+        # A sample that was not seen before keeps all of them, but each was seen during the warm-up.
         want = sum(max(1, math.ceil(r.keep * n - 1e-9)) for n in each) if skips else sum(each)
         if entry["answers"] != want:
             yield f"step {step + 1} has {entry['answers']}, not {want}"
@@ -126,12 +122,13 @@ def _layers(made: Recipe, logged: list[dict]) -> Iterator[str]:
 def _seconds(made: Recipe, logged: list[dict]) -> Iterator[str]:
     times = [entry["seconds"] for entry in logged]
     if not all(a < b for a, b in pairwise(times)):
-        yield "they do not always grow"
+        yield "they do not grow at every step"
 
 
 def wrong_losses(made: Recipe) -> tuple[Counter, list[str]]:
-    """The loss of the step behind every checkpoint, anew; how many, and which are others than what was logged."""
-    logged, checked, found = lines(made), Counter(), []
+    """Computes the loss of the step after every checkpoint again. Returns how many there were, and those that differ
+    from the log."""
+    logged, checked, found = log_of(made), Counter(), []
     torch.set_num_threads(1)
     for folder in sorted((made.folder / "checkpoints").glob("step-*")):
         saved, state = checkpoint.read(folder)
@@ -142,12 +139,12 @@ def wrong_losses(made: Recipe) -> tuple[Counter, list[str]]:
         for how, value, logs in _losses(made, saved, state, entry):
             checked[how] += 1
             if not math.isclose(value, logs, rel_tol=NEAR):
-                found.append(f"step {step + 1} ({entry['mode']}): {value:.8g} {how}, and {logs:.8g} was logged")
+                found.append(f"step {step + 1} ({entry['mode']}): {value:.8g} {how}, but {logs:.8g} was logged")
     return checked, found
 
 
 def _losses(made: Recipe, saved: checkpoint.Saved, state: dict, entry: dict) -> Iterator[tuple[str, float, float]]:
-    """(what, computed anew, logged)"""
+    """Yields (how it was computed, the loss, the loss in the log)."""
     step = state["stage_step"]
     model, source = build.build(made)
     run = StageRun(made, model, source, "train", 0, made.train, Totals(**state["totals"]))
@@ -155,18 +152,19 @@ def _losses(made: Recipe, saved: checkpoint.Saved, state: dict, entry: dict) -> 
     plan = model.schedule.plan(step)
     parts = (part for part, _ in run._parts(step, plan))
     done = run._forward_backward(step, plan, loader.batches(source, parts, run.pad))
-    yield "anew", float(done["loss"]), entry["loss"]
+    yield "computed again", float(done["loss"]), entry["loss"]
     if entry["mode"] == "slow" and not made.lora.rank:
-        yield "by transformers", _naive(made, saved, step), entry["ce"]
+        yield "by transformers", _plain_loss(made, saved, step), entry["ce"]
 
 
 @torch.no_grad()
-def _naive(made: Recipe, saved: checkpoint.Saved, step: int) -> float:
-    """Of a plain LLaVA with the checkpoint's weights, on whole pictures."""
+def _plain_loss(made: Recipe, saved: checkpoint.Saved, step: int) -> float:
+    """The loss of a plain LLaVA with the checkpoint's weights, on all tokens."""
+
     plain = LlavaForConditionalGeneration.from_pretrained(made.model.path, dtype=torch.float32).eval()
     weights = {name.removeprefix("model/model."): saved[name] for name in saved if name.startswith("model/model.")}
     assert not plain.load_state_dict(weights, strict=False).unexpected_keys
     assert len(weights) > 20
-    batch = collate([digits.from_recipe(made).example(i) for i in drawn(made, step)], 0)
+    batch = collate([digits.from_recipe(made).example(i) for i in samples_of(made, step)], 0)
     logits = plain(batch["input_ids"], batch["pixel_values"], attention_mask=batch["attention_mask"]).logits
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))

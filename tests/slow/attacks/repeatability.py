@@ -1,21 +1,22 @@
-"""The same recipe and seed, twice: the same bits, whatever else is different.
+"""The same recipe and seed give the same bits a second time, whatever else is different.
 
-    make torture ONLY=twice         each of SYSTEMS, three seeds, in two fresh processes that share only the recipe
+    make torture ONLY=repeatability         each of SYSTEMS with three seeds, in two fresh processes
 
-The second process has another hash seed, working folder, home, TMPDIR and run folder, workers where the first had none,
-other checkpoints, lists every folder in another order, and runs the systems backwards. Compared are all weights and
-moments, the numbers of every step, and every exported file. Another seed must give other weights.
+The second process has another hash seed, working folder, home, TMPDIR and run folder. It has workers where the first
+had none, saves at other steps, lists every folder in another order, and runs the systems in reverse. All weights and
+moments, the numbers of every step and every exported file are compared. Another seed must give other weights.
 
-Not under this promise, and held to a tolerance here (NEARLY), since sums are then taken in another order:
+Some settings do not promise the same bits, because they change the order of sums. They are held to a tolerance here
+(NEARLY):
 
 - another number of threads (`run.threads`; a checkpoint says how many it had)
-- `row_budget`, `dualspeed.layout` and `data.feature_cache_gb`: the same samples, cut, laid out or looked at otherwise
-- another number of ranks, in `scale` (there the tolerance is tested in tests/test_sharding.py)
-- `checkpointing` recomputes the same numbers, and is bit-identical on a CPU (tested); nobody promises it elsewhere
+- `row_budget`, `dualspeed.layout` and `data.feature_cache_gb`: other micro-batches, another layout, stored features
+- another number of ranks in `scale` (this tolerance is tested in tests/slow/test_two_ranks.py)
+- `checkpointing` recomputes the same numbers, and is bit-identical on a CPU (tested here); elsewhere nobody promises it
 
-With dropout (`lora.dropout`, a model's own) what `row_budget` cuts otherwise, and other ranks, also draw otherwise:
-then it is the same run in distribution only. Not tested here: GPUs (kernels may add in any order there), other machines
-and other versions of torch (another CPU may take another path through the same sums; `record.json` has what was used).
+With dropout (`lora.dropout`, or a model's own) another `row_budget` and another number of ranks also draw other
+numbers; then the run is the same in distribution only. GPUs (whose kernels may add in any order), other machines and
+other versions of torch are not tested here (another CPU may sum in another order; `record.json` says what was used).
 """
 
 import hashlib
@@ -33,15 +34,14 @@ import torch
 from slow.attacks import outcomes
 from support import tiny
 from support.album import album
-from support.runs import timeless
+from support.runs import ROOT, timeless
 
 from tinyspeed import recipe
 from tinyspeed.data import digits_model
 from tinyspeed.training import checkpoint, train
 from tinyspeed.util import paths
 
-ROOT = Path(__file__).parents[2]
-# Lists every folder in another order, as another file system would.
+# Lists every folder in another order, as another file system may.
 SHUFFLED = """
 import os, random
 draw, listdir, scandir = random.Random(1), os.listdir, os.scandir
@@ -73,7 +73,7 @@ DIGITS = (
     "dualspeed.keep=0.25", "dualspeed.slow=0.2",
 )  # fmt: skip
 ANSWERS = ("regate.keep=0.5", "regate.warmup=2", "regate.cycle=4", "regate.refresh=1")
-SYSTEMS = {  # recipe, then steps
+SYSTEMS = {  # recipe and steps
     "dualspeed": ((*DIGITS,), 20),
     "adaptive": ((*DIGITS, "dualspeed.schedule=adaptive", "dualspeed.gap=0.01"), 150),  # shares move from step 128 on
     "periodic, compact": ((*DIGITS, "dualspeed.schedule=periodic", "dualspeed.positions=compact"), 12),
@@ -96,8 +96,8 @@ SYSTEMS = {  # recipe, then steps
          "dualspeed.plugin=tokenlearner", "model.quantise=nf4", "train.optimizer=adamw8bit"), 12,
     ),
 }  # fmt: skip
-# Settings that are not promised to give the same bits: recipe, and how far apart weights may be, as a share of the
-# largest of their tensor. Dropout that is drawn otherwise is another training, a few steps long.
+# Settings that do not promise the same bits: the recipe, and how far apart weights may be, relative to the largest
+# weight of their tensor. With other dropout it is another training, of a few steps.
 PLAIN, STEPS = (*CHAT, "model.path={home}/plain"), 8
 NEARLY = {
     "run.threads=2": (PLAIN, 1e-3),
@@ -110,29 +110,22 @@ NEARLY = {
 
 
 @dataclass(frozen=True)
-class Way:
-    """How one of the two goes about it."""
+class Side:
+    """One of the two processes."""
 
     home: Path  # what both read
     at: Path  # its own folder
 
     def read(self, name: str, parts: tuple[str, ...], steps: int, *more: str) -> recipe.Recipe:
-        wanted = [
-            f"run.name={re.sub('[^a-z0-9]+', '-', name)}",
-            f"run.folder={self.at / 'runs'}",
-            f"run.cache={self.at / 'cache'}",
-            "run.threads=1",
-            "run.device=cpu",
-            "data.workers=0",
-            "align.steps=0",
-            f"train.steps={steps}",
-            *(part.format(home=self.home) for part in parts),
-            *more,
-        ]
-        return recipe.read("digits", wanted)
+        values = [
+            f"run.name={re.sub('[^a-z0-9]+', '-', name)}", f"run.folder={self.at / 'runs'}",
+            f"run.cache={self.at / 'cache'}", "run.threads=1", "run.device=cpu", "data.workers=0", "align.steps=0",
+            f"train.steps={steps}", *(part.format(home=self.home) for part in parts), *more,
+        ]  # fmt: skip
+        return recipe.read("digits", values)
 
-    def go(self, jobs: list[tuple[str, tuple[str, ...], int, tuple[str, ...]]], *, shuffled: bool) -> list[Path]:
-        """Train these one after the other in a fresh process; their folders."""
+    def train(self, jobs: list[tuple[str, tuple[str, ...], int, tuple[str, ...]]], *, shuffled: bool) -> list[Path]:
+        """Train these one after another in a fresh process. Returns their folders."""
         for name in ("here", "home", "watch"):
             (self.at / name).mkdir(parents=True, exist_ok=True)
         (self.at / "watch" / "sitecustomize.py").write_text(SHUFFLED if shuffled else "")
@@ -151,11 +144,11 @@ class Way:
         return [one.folder for one in made]
 
 
-def furnish(home: Path) -> None:
+def provide(home: Path) -> None:
     album(home, 12)
     for name, family in (("llava", "llava"), ("plain", "llava"), ("next", "llava_next")):
         tiny.checkpoint(family, home / name)
-    for name in ("llava", "next"):  # with dropout of their own
+    for name in ("llava", "next"):  # these have dropout
         config = json.loads((home / name / "config.json").read_text())
         config["text_config"]["attention_dropout"] = 0.2
         (home / name / "config.json").write_text(json.dumps(config))
@@ -173,13 +166,13 @@ def numbers(folder: Path) -> list[dict]:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """What the run leaves for others, and its bits."""
+    """A hash of every file that the run exports."""
     every = [*(folder / "model").iterdir(), folder / paths.ISOLATOR]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in every}
 
 
 def unlike(a: Path, b: Path) -> list[str]:
-    """Where two runs are not the same bits."""
+    """Where two runs do not have the same bits."""
     one, other = tensors(a), tensors(b)
     found = [
         n for n in one.keys() | other.keys() if n not in one or n not in other or not torch.equal(one[n], other[n])
@@ -190,25 +183,25 @@ def unlike(a: Path, b: Path) -> list[str]:
 
 
 def apart(a: Path, b: Path) -> float:
-    """The largest difference of two runs' weights, of the largest weight of its tensor."""
+    """The largest difference between two runs' weights, relative to the largest weight of its tensor."""
     one, other = tensors(a), tensors(b)
     weights = [name for name in one if name.startswith("model/")]
     return max(float((one[n] - other[n]).abs().max() / one[n].abs().max()) for n in weights)
 
 
-def unmoved(a: Path, b: Path) -> list[str]:
-    """Trained weights that are the same in both."""
+def same(a: Path, b: Path) -> list[str]:
+    """Trained weights that are the same in both runs."""
     one, other = tensors(a), tensors(b)
     return [name for name in one if name.startswith("model/") and torch.equal(one[name], other[name])]
 
 
-def torture(
+def attack(
     home: Path, systems: list[tuple[str, int]], nearly: list[str], say=print
 ) -> tuple[dict[str, int], list[str]]:
-    """These systems, each with a seed, and these settings."""
+    """These systems, each with a seed, and these of the settings NEARLY."""
     given = home / "given"
     given.mkdir(parents=True)
-    furnish(given)
+    provide(given)
     every = [(f"{name} {seed}", *SYSTEMS[name], seed) for name, seed in systems]
     first = [(name, parts, steps, (f"run.seed={seed}",)) for name, parts, steps, seed in every]
     second = [(*job, (*more, "data.workers=2", "run.save_every=5")) for *job, more in first]
@@ -216,22 +209,23 @@ def torture(
     bases = {"plain": PLAIN, "chat": CHAT}
     close = [(name, parts, STEPS, ()) for name, parts in bases.items()] if nearly else []
     close += [(change, NEARLY[change][0], STEPS, (change,)) for change in nearly]
-    a = Way(given, home / "first").go(first + close, shuffled=False)
-    b = Way(given, home / "second" / "deeper").go([*reversed(second), *other], shuffled=True)
-    lost, n = [], len(every)
+    a = Side(given, home / "first").train(first + close, shuffled=False)
+    b = Side(given, home / "second" / "deeper").train([*reversed(second), *other], shuffled=True)
+    failures, n = [], len(every)
     for (name, *_), one, again, seeded in zip(every, a, reversed(b[:n]), b[n:], strict=False):
-        wrong, same = unlike(one, again), unmoved(one, seeded)
-        lost += [f"{name}: {len(wrong)} differ, {sorted(wrong)[:5]}"] if wrong else []
-        lost += [f"{name}: another seed gives the same {same[:5]}"] if same else []
-        say(f"{name}: {'LOST' if wrong else 'the same bits'}; with another seed {apart(one, seeded):.1g} apart")
+        wrong, unchanged = unlike(one, again), same(one, seeded)
+        failures += [f"{name}: {len(wrong)} differ, {sorted(wrong)[:5]}"] if wrong else []
+        failures += [f"{name}: another seed gives the same {unchanged[:5]}"] if unchanged else []
+        say(f"{name}: {'FAILED' if wrong else 'the same bits'}; with another seed {apart(one, seeded):.1g} apart")
     whole = dict(zip(bases.values(), a[n:], strict=False))
     for change, run in zip(nearly, a[n + len(bases) :], strict=False):
         parts, most = NEARLY[change]
         far, wrong = apart(whole[parts], run), unlike(whole[parts], run)
         say(f"{change}: {far:.1g} apart, {'not the same bits' if wrong else 'the same bits'}")
         if far > most or (wrong and not most):
-            lost.append(f"{change}: {far:.1e} apart, {wrong[:5]}")
-    return {"systems, twice": n, "with another seed": n, "settings that give nearly the same": len(nearly)}, lost
+            failures.append(f"{change}: {far:.1e} apart, {wrong[:5]}")
+    tried = {"systems, twice": n, "with another seed": n, "settings that give nearly the same": len(nearly)}
+    return tried, failures
 
 
 def _train(file: Path) -> None:
@@ -250,5 +244,5 @@ if __name__ == "__main__":
         sys.exit()
     with tempfile.TemporaryDirectory() as folder:
         chosen = [([*SYSTEMS][n % len(SYSTEMS)], asked.seed + n // len(SYSTEMS)) for n in range(asked.count)]
-        tried, lost = torture(Path(folder), chosen, [*NEARLY], say=lambda line: print(line, flush=True))
-    sys.exit(outcomes.write(asked.out, tried, lost))
+        tried, failures = attack(Path(folder), chosen, [*NEARLY], outcomes.say)
+    sys.exit(outcomes.write(asked.out, tried, failures))

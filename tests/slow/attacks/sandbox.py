@@ -1,11 +1,11 @@
-"""A user's folders, in which processes run and three witnesses see what they do.
+"""The folders of a user, in which commands run and are watched in three ways.
 
-    Python's audit hook in every process (`guard.py`), workers and what they start included
-    the files, before and after: all that is the user's, and of what was given the content too
-    the kernel: each process has a network namespace of its own, in which what leaves is counted, whoever sent it
+    Python's audit hook (audit_hook.py) in every process, in workers and in what they start
+    the files before and after: everything of the user's; of what was downloaded also the content
+    the kernel: each process has its own network namespace, which counts every packet that was to leave
 
-What was given (models, pictures, conversations) is mounted read-only. Where namespaces cannot be had (they take root),
-`confined` is False and the first two remain.
+What the user has downloaded (models, pictures, conversations) is mounted read-only. Namespaces need root; without them
+`confined` is False and only the first two are there.
 """
 
 import hashlib
@@ -19,17 +19,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support import hostile_model as bait
+from support import hostile
+from support.runs import ROOT
+from support.waiting import HANGS
 
-ROOT = Path(__file__).parents[2]
 CONFINE = """
 for folder in $READ_ONLY; do mount --bind $folder $folder && mount -o remount,ro,bind $folder $folder || exit 99; done
 ip link set lo up
 "$@" <&0; code=$?
 cat /proc/net/snmp /proc/net/snmp6 > $KERNEL; exit $code
 """
-# Several command lines in one process, each begun and ended in what it prints.
-MANY = """
+# Runs several command lines in one process, and prints the exit code of each after what it wrote to stderr.
+SEVERAL = """
 import json, sys, traceback
 from tinyspeed.cli import main
 for words in json.loads(sys.argv[1]):
@@ -43,43 +44,43 @@ for words in json.loads(sys.argv[1]):
     sys.stdout.flush()
     print(f"\\n== {code}", file=sys.stderr, flush=True)
 """
-# In place of the package that gets compiled code from the hub, and loads it.
+# Takes the place of the package that loads compiled code from the hub.
 KERNELS = """
 import os
 def get_kernel(name, *a, **k):
-    os.makedirs(os.path.join(os.environ["SEALED_CANARIES"], "kernel-" + name.replace("/", "-")), exist_ok=True)
+    os.makedirs(os.path.join(os.environ["SANDBOX_CANARIES"], "kernel-" + name.replace("/", "-")), exist_ok=True)
     raise OSError("this is where code from the hub would run")
 def __getattr__(name):
     if name.startswith("__"):
         raise AttributeError(name)
     return lambda *a, **k: (lambda cls: cls)
 """
-LIBRARIES = (  # what others write, of what is in `home` and `tmp`
+LIBRARIES = (  # what libraries write into `home` and `tmp`
     r"home/\.(cache|config)(/matplotlib(/fontlist-v[\d.]+\.json(\.matplotlib-lock)?)?)?",
     r"tmp/torchinductor_\w+",  # an empty folder, where torch would keep what it compiles
-    r"tmp/pymp-\w+(/listener-\w+)?",  # where worker processes meet; gone when they are
-    r"tmp/\w{8}",  # whether a file can be made there; gone at once
+    r"tmp/pymp-\w+(/listener-\w+)?",  # where worker processes meet; removed when they end
+    r"tmp/\w{8}",  # Python tries whether it can make a file there, and removes it
 )
 OURS = (r"cwd/runs(/.*)?", r"home/\.cache/tinyspeed(/.*)?")
-KERNELS_OWN = (r"/dev/null", r"/dev/shm/.*", r"/proc/.*")
+SYSTEM = (r"/dev/null", r"/dev/shm/.*", r"/proc/.*")
 YES = b"y\n" * 1000
 
 
 @dataclass
-class World:
-    """Folders of one user, and what was seen of the processes that ran among them."""
+class Sandbox:
+    """The folders of one user, and what was seen of the processes that ran there."""
 
     at: Path
     confined: bool = field(init=False)
-    seen: list[list] = field(default_factory=list)  # what the guards wrote
-    sent: int = 0  # what left, by the kernel's counters
+    seen: list[list] = field(default_factory=list)  # what the audit hooks wrote
+    sent: int = 0  # packets that were to leave, by the kernel's counters
 
     def __post_init__(self):
-        self.user, self.tmp, self.cwd = self.at / "home", self.at / "tmp", self.at / "cwd"
+        self.home, self.tmp, self.cwd = self.at / "home", self.at / "tmp", self.at / "cwd"
         self.given, self.watch, self.canaries = self.at / "given", self.at / "watch", self.at / "canaries"
-        for folder in (self.user, self.tmp, self.cwd, self.given, self.watch, self.canaries):
+        for folder in (self.home, self.tmp, self.cwd, self.given, self.watch, self.canaries):
             folder.mkdir(parents=True)
-        shutil.copy(Path(__file__).with_name("guard.py"), self.watch / "sitecustomize.py")
+        shutil.copy(Path(__file__).with_name("audit_hook.py"), self.watch / "sitecustomize.py")
         (self.watch / "kernels.py").write_text(KERNELS)
         told = self.watch / "kernels-0.18.9.dist-info"
         told.mkdir()
@@ -89,50 +90,50 @@ class World:
             env={**os.environ, "READ_ONLY": str(self.given), "KERNEL": "/dev/null"}, capture_output=True,
         ).returncode  # fmt: skip
 
-    def code(self, name: str) -> bait.Code:
-        return bait.Code(self.canaries / name)
+    def code(self, name: str) -> hostile.Code:
+        return hostile.Code(self.canaries / name)
 
-    def run(self, words: list[str], timeout: int = 600) -> subprocess.CompletedProcess:
-        """One process, watched."""
+    def run(self, words: list[str]) -> subprocess.CompletedProcess:
+        """Run one Python process and watch it."""
         log, kernel = self.watch / "log", self.watch / "kernel"
         log.write_text("")
         kernel.unlink(missing_ok=True)
-        # Nothing of the caller's environment but what finds its programs.
+        # Nothing of the caller's environment but PATH.
         environment = {
             "PATH": os.environ["PATH"], "PYTHONPATH": f"{self.at / 'watch'}:{ROOT}", "OMP_NUM_THREADS": "1",
-            "HOME": str(self.user), "TMPDIR": str(self.tmp), "PYTHONDONTWRITEBYTECODE": "1",
-            "SEALED_LOG": str(log), "SEALED_WORLD": str(self.at), "SEALED_CANARIES": str(self.canaries),
+            "HOME": str(self.home), "TMPDIR": str(self.tmp), "PYTHONDONTWRITEBYTECODE": "1",
+            "SANDBOX_LOG": str(log), "SANDBOX": str(self.at), "SANDBOX_CANARIES": str(self.canaries),
             "READ_ONLY": str(self.given), "KERNEL": str(kernel), "LANG": "C.UTF-8",
         }  # fmt: skip
         words = [sys.executable, *words]
         if self.confined:
             words = ["unshare", "--net", "--mount", "sh", "-c", CONFINE, "sh", *words]
-        done = subprocess.run(words, cwd=self.cwd, env=environment, input=YES, capture_output=True, timeout=timeout)
+        done = subprocess.run(words, cwd=self.cwd, env=environment, input=YES, capture_output=True, timeout=HANGS)
         self.seen += [json.loads(line) for line in log.read_text().splitlines()]
         if self.confined:
-            self.sent += _sent(kernel.read_text())
+            self.sent += _unroutable(kernel.read_text())
         return done
 
-    def lines(self, commands: list[list[str]]) -> Iterator[tuple[int, str]]:
-        """Several command lines of tinyspeed in one process: exit codes, and what each wrote to stderr."""
-        done = self.run(["-c", MANY, json.dumps(commands)])
+    def run_together(self, commands: list[list[str]]) -> Iterator[tuple[int, str]]:
+        """Run several command lines of tinyspeed in one process. Yields the exit code and the stderr of each."""
+        done = self.run(["-c", SEVERAL, json.dumps(commands)])
         text = done.stderr.decode(errors="replace")
         parts = re.split(r"\n== (\w+)\n", text)
         if len(parts) != 2 * len(commands) + 1:
-            raise AssertionError(f"{len(commands)} commands, of which the process survived {len(parts) // 2}: {text}")
+            raise AssertionError(f"the process ended after {len(parts) // 2} of {len(commands)} commands: {text}")
         return ((int(code), said) for said, code in zip(parts[::2], parts[1::2], strict=False))
 
-    def line(self, words: list[str]) -> tuple[int, str]:
-        """One, in a process of its own. `scale` is not one of tinyspeed's."""
+    def run_alone(self, words: list[str]) -> tuple[int, str]:
+        """Run one command line of tinyspeed or scale in a process of its own."""
         words = words if words[0] == "scale" else ["tinyspeed", *words]
         done = self.run(["-m", *words])
         return done.returncode, done.stderr.decode(errors="replace")
 
-    def wrong(self, outputs: tuple[str, ...] = ()) -> Iterator[str]:
-        """What was seen and should not have been, since this was asked last."""
+    def violations(self, outputs: tuple[str, ...] = ()) -> Iterator[str]:
+        """Yields what processes did since the last call of this and should not have done."""
         seen, self.seen = self.seen, []
         allowed = re.compile("|".join((*LIBRARIES, *OURS, *outputs)))
-        system = re.compile("|".join(KERNELS_OWN))
+        system = re.compile("|".join(SYSTEM))
         for kind, *what in seen:
             if kind == "write":
                 path = Path(what[-1])
@@ -142,19 +143,19 @@ class World:
             elif kind == "network":
                 yield f"network {what}"
             elif kind == "start":
-                if Path(what[0][0]).name not in ("git", "fc-list"):  # which commit it is, and which fonts there are
+                if Path(what[0][0]).name not in ("git", "fc-list"):  # they tell the commit, and matplotlib the fonts
                     yield f"starts {what}"
             else:
                 yield f"{kind} {what}"
         if self.sent:
-            yield f"the kernel counted {self.sent} packets, or attempts, that were to leave"
+            yield f"the kernel counted {self.sent} packets or connections that were to leave"
             self.sent = 0
         for canary in sorted((self.canaries).iterdir()):
-            yield f"code of the bait {canary.name} ran"
+            yield f"code of {canary.name} ran"
             canary.rmdir()
 
     def files(self) -> dict[str, tuple]:
-        """Every file and folder of the user: of what is given the content too."""
+        """Every file and folder of the user; of what was downloaded also a hash of the content."""
         found = {}
         for top in ("home", "tmp", "cwd", "given"):
             for path in (self.at / top).rglob("*"):
@@ -165,8 +166,8 @@ class World:
                 found[str(path.relative_to(self.at))] = what
         return found
 
-    def strays(self, before: dict[str, tuple], outputs: tuple[str, ...] = ()) -> Iterator[str]:
-        """What has changed on disk and should not have."""
+    def changes(self, before: dict[str, tuple], outputs: tuple[str, ...] = ()) -> Iterator[str]:
+        """Yields what has changed on disk and should not have."""
         allowed, now = re.compile("|".join((*LIBRARIES, *OURS, *outputs))), self.files()
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name) and not allowed.fullmatch(name):
@@ -175,9 +176,9 @@ class World:
                 yield f"{name} was left behind"
 
 
-def _sent(counters: str) -> int:
-    """What found no way out, by /proc/net/snmp and snmp6. There is none here but `lo`: that is all that was to leave.
-    A connection is counted as it is asked for."""
+def _unroutable(counters: str) -> int:
+    """How many packets found no way out, by /proc/net/snmp and snmp6: as there is only `lo` here, these are all that
+    were to leave. A connection is counted when a program asks for it."""
     routes, six = counters.split("Ip6OutNoRoutes")
     lines = [line.split() for line in routes.splitlines()]
     names, values = (line for line in lines if line[0] == "Ip:")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rows import Layout
-from ...util.errors import UserError
+from ...util import UserError
 from .. import attention
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""What a stranger may have put into a folder that one downloads: code that waits to be run.
+"""Traps that a stranger may have put into a folder that one downloads: code that waits to be run.
 
-Each bait runs a `Code` that leaves a file with the bait's name among the canaries. So a file there says which one was
-taken. The baits are real: `test_sealed.py` opens some of them as they want to be opened, and finds the canary.
+Each trap carries a `Code` that leaves a folder with the trap's name among the canaries, so one sees afterwards which
+code ran. The traps are real: `test_foreign_code.py` opens one as it wants to be opened, and finds the canary.
 """
 
 import io
@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Code:
-    """Code that leaves a canary, in every wrapping."""
+    """Code that leaves a canary, in every form in which it may come."""
 
     canary: Path
 
@@ -49,11 +49,11 @@ def edit(file: Path, **changes) -> None:
     file.write_text(json.dumps({k: v for k, v in {**known, **changes}.items() if v is not None}))
 
 
-# Into a model's folder
+# In a model's folder
 
 
 def pickles_beside(folder: Path, code: Code) -> None:
-    """Every name under which somebody looks for one."""
+    """Pickles under every name that some program looks for."""
     names = ("pytorch_model.bin", "model.bin", "optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth",
              "adapter_model.bin", "tf_model.h5", "flax_model.msgpack", "tokenizer.pkl", "vocab.pkl", "model.pt",
              "consolidated.00.pth", "non_lora_trainables.bin", "mm_projector.bin", "model.ckpt")  # fmt: skip
@@ -107,7 +107,7 @@ def auto_map_of_the_processor(folder: Path, code: Code) -> None:
 
 
 def unknown_model(folder: Path, code: Code) -> None:
-    """A model type that transformers has not: only the folder's own code could make it."""
+    """A model type that transformers does not have: only the folder's own code could make it."""
     edit(folder / "config.json", model_type="evil", auto_map=_module(folder, code, ("AutoConfig", *MODELS)))
 
 
@@ -130,7 +130,7 @@ def unknown_tokenizer(folder: Path, code: Code) -> None:
 
 
 def unknown_image_processor(folder: Path, code: Code) -> None:
-    """In the two files that may say what prepares pictures."""
+    """In both files that may name the image processor."""
     auto = _module(folder, code, ("AutoImageProcessor",))
     inner = json.loads((folder / "processor_config.json").read_text()).get("image_processor", {})
     changed = {**inner, "image_processor_type": "EvilImageProcessor", "auto_map": auto}
@@ -145,7 +145,7 @@ def own_generate(folder: Path, code: Code) -> None:
 
 
 def trusting(folder: Path, code: Code) -> None:
-    """The settings say themselves that they are to be trusted."""
+    """The settings themselves say that they can be trusted."""
     auto_map_of_the_model(folder, code)
     auto_map_of_the_processor(folder, code)
     for file in folder.glob("*config.json"):
@@ -153,24 +153,24 @@ def trusting(folder: Path, code: Code) -> None:
 
 
 def attention_from_the_hub(folder: Path, code: Code) -> None:
-    """Attention by compiled code of the hub. What would get it, the package `kernels`, is `sealed.KERNELS` here."""
+    """Attention in compiled code from the hub. `sandbox.KERNELS` takes the place of the package that would load it."""
     edit(folder / "config.json", attn_implementation="kernels-community/flash-attn2", use_kernels=True)
 
 
 def kernels_from_the_hub(folder: Path, code: Code) -> None:
-    """The same for the tower alone, and by a stranger."""
+    """The same for the vision tower alone, from a stranger's repository."""
     vision = json.loads((folder / "config.json").read_text())["vision_config"]
     edit(folder / "config.json", vision_config={**vision, "attn_implementation": "stranger/kernel"})
 
 
-def tree_of_weights(folder: Path, code: Code) -> None:
-    """Weights that are a link to a pickle."""
+def linked_weights(folder: Path, code: Code) -> None:
+    """A weights file that is a link to a pickle."""
     (folder / "model.safetensors").unlink()
     (folder / "far.bin").write_bytes(code.pickle)
     (folder / "model.safetensors").symlink_to(folder / "far.bin")
 
 
-ESCAPES = (  # of a chat template from its sandbox
+ESCAPES = (  # ways in which a chat template tries to leave its sandbox
     "{{ cycler.__init__.__globals__.os.popen('MKDIR').read() }}",
     "{{ lipsum.__globals__['os'].system('MKDIR') }}",
     "{{ joiner|attr('__init__')|attr('__globals__')|attr('__getitem__')('os')|attr('system')('MKDIR') }}",
@@ -197,7 +197,7 @@ def escape(number: int) -> Callable[[Path, Code], None]:
     return template
 
 
-# Among the data, and into a run
+# In the data, and in a run
 
 
 def picture(file: Path, code: Code) -> None:
@@ -205,7 +205,7 @@ def picture(file: Path, code: Code) -> None:
 
 
 def extension_types(file: Path, rows: list[dict], code: Code) -> None:
-    """Parquet whose columns say that they are of a Python class, which comes along pickled."""
+    """Parquet whose columns claim to be of a Python class, which comes along as a pickle."""
     import pyarrow
     from pyarrow import parquet
 
@@ -216,7 +216,7 @@ def extension_types(file: Path, rows: list[dict], code: Code) -> None:
 
 
 def checkpoint(folder: Path, code: Code, name: str) -> None:
-    """Into a checkpoint, with its checksums put right."""
+    """In a checkpoint, with the checksums corrected."""
     from tinyspeed.training.checkpoint import STATE, _crc
     from tinyspeed.util.files import fingerprint
 
