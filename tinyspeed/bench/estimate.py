@@ -26,8 +26,7 @@ from ..models import loading, memory, precision
 from ..models.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
 from ..recipe import Recipe
 from ..recipe.schedules import rows_schedule, skipper_of
-from ..util import UserError, counted
-from ..util.tables import table
+from ..util import UserError, counted, tables
 
 TFLOPS = 20.0  # sustained in half precision: about what an RTX 3060 to 4070 does
 TEXT, ANSWERS, EPOCH = 100, 60, 1000  # assumed without data: text rows and answers of a sample, samples of an epoch
@@ -37,6 +36,7 @@ BYTES = ("GiB", 2**30), ("MiB", 2**20)
 FLOPS = ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)
 TIMES = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
 REGATE = " All answers are counted: how many ReGATE skips depends on the run, and reduces the time."
+SIZES = ("measured GiB", "estimated GiB", "off by %")
 ON_A_CPU = "On a CPU the whole process is measured, with all its libraries."
 
 
@@ -290,9 +290,9 @@ def describe(found: Estimate) -> str:
     how = [case.precision, *["LLM in 4 bits"] * (model.quantise != "none"), *[lora] * bool(rank)]
     parts = [
         f"{model.path or model.llm or 'the embedded default'}: {', '.join(how)}\ndata: {case.data}",
-        table(["stage", "parameters", "trained", "weights", "gradients", "optimizer"], fixed),
-        table(["stage", "mode", "samples", "rows", "recompute", "activations", "peak"], steps),
-        table(["stage", "samples", "full training", "this recipe", "speed-up", "time of full", "time"], work),
+        tables.table(["stage", "parameters", "trained", "weights", "gradients", "optimizer"], fixed),
+        tables.table(["stage", "mode", "samples", "rows", "recompute", "activations", "peak"], steps),
+        tables.table(["stage", "samples", "full training", "this recipe", "speed-up", "time of full", "time"], work),
         f"Times assume {found.tflops:g} TFLOP/s sustained (--tflops)." + REGATE * (recipe.regate.keep < 1),
     ]
     return "\n\n".join([*parts, _verdict(found)])
@@ -316,11 +316,22 @@ def compare_measured(found: Estimate, measured: list[dict]) -> str:
     for m in measured:
         same = partial(found.case.micro_batch, found.recipe, m["stage"], m["mode"], samples=m["samples"])
         same = max(map(same, found.case.longest), key=lambda batch: batch.rows)
-        got, want = m["memory_mib"], same.peak / 2**20
-        off = None if got is None else f"{100 * (want / got - 1):+.0f}"
-        rows.append([m["stage"], m["mode"], f"{same.rows:,}", got and f"{got / 1024:.2f}", f"{want / 1024:.2f}", off])
-    text = table(["stage", "mode", "rows", "measured GiB", "estimated GiB", "off by %"], rows)
+        rows.append([m["stage"], m["mode"], f"{same.rows:,}", *sizes(beside_estimate(m["memory_mib"], same), "+.0f")])
+    text = tables.table(["stage", "mode", "rows", *SIZES], rows)
     return text if found.case.gpu else f"{text}\n\n{ON_A_CPU}"
+
+
+def beside_estimate(mib: float | None, same: BatchMemory) -> dict:
+    """Returns what a micro-batch took, if that could be measured, and the estimate of it."""
+    measured, estimated = None if mib is None else mib / 1024, same.peak / GIB
+    off = None if measured is None else 100 * (estimated / measured - 1)
+    return {"measured_gib": measured, "estimated_gib": estimated, "off_percent": off}
+
+
+def sizes(m: dict, percent: str = "+.1f") -> list[str | None]:
+    """Returns the cells of a table with the headers SIZES."""
+    cells = [(m["measured_gib"], ".2f"), (m["estimated_gib"], ".2f"), (m["off_percent"], percent)]
+    return [None if n is None else f"{n:{how}}" for n, how in cells]
 
 
 def _with_unit(n: float, units: tuple[tuple[str, float], ...]) -> str:

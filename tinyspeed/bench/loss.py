@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..distill import answer_loss
 from ..rows import IGNORE
-from ..util.tables import table
+from ..util import tables
 from .harness import Bar, Results, bar_chart, time_in_turns
 from .peak_memory import peak_bytes
 
@@ -96,7 +96,7 @@ def describe(results: dict) -> str:
         for name, f in found.items():
             time, memory = (f"{f[key] / found['every row'][key]:.0%}" for key in ("median_ms", "peak_bytes"))
             lines.append([kind, name, f"{f['median_ms']:.0f} ms", time, f"{f['peak_bytes'] / 2**20:,.0f} MiB", memory])
-    return table(headers, lines)
+    return tables.table(headers, lines)
 
 
 def draw(results: dict):

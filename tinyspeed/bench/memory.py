@@ -38,9 +38,8 @@ from ..models import loading, precision
 from ..models.memory import GIB, Shape
 from ..recipe import Recipe
 from ..training import build, train
-from ..util import UserError, provenance, require
-from ..util.tables import table
-from .estimate import ON_A_CPU, Case, assumed, changed
+from ..util import UserError, provenance, require, tables
+from .estimate import ON_A_CPU, SIZES, Case, assumed, beside_estimate, changed, sizes
 from .harness import write
 from .random_examples import RandomExamples
 
@@ -82,13 +81,11 @@ def describe(results: dict) -> str:
     rows = []
     for found in results["recipes"]:
         for m in found["modes"]:
-            sizes = [None if m[kind] is None else f"{m[kind]:.2f}" for kind in ("measured_gib", "estimated_gib")]
-            off = None if m["off_percent"] is None else f"{m['off_percent']:+.1f}"
             how = ["no", "yes"][m["recompute"]] + " (not as estimated)" * (m["recompute"] != m["estimated_recompute"])
             counts = [f"{m['rows']:,}", m["samples"], how]
-            rows.append([found["recipe"], m["stage"], m["mode"], *counts, *sizes, off, f"{m['seconds']:.1f}"])
+            rows.append([found["recipe"], m["stage"], m["mode"], *counts, *sizes(m), f"{m['seconds']:.1f}"])
     headers = ["recipe", "stage", "mode", "rows", "samples", "recompute"]
-    text = table([*headers, "measured GiB", "estimated GiB", "off by %", "seconds"], rows)
+    text = tables.table([*headers, *SIZES, "seconds"], rows)
     limited = f", limited to {results['held_to_gib']:g} GiB" if results["held_to_gib"] else ""
     on_a_cpu = any(found["gpu_gib"] is None for found in results["recipes"])
     return f"{results['device']}{limited}\n\n{text}" + f"\n\n{ON_A_CPU}" * on_a_cpu
@@ -132,17 +129,9 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
         case = Case(Shape(source.config), [source.lengths(0)], 1, "noise", name, found["gpu_gib"])
         for m in train.rehearsals(recipe, model, source):
             same = case.micro_batch(recipe, m["stage"], m["mode"], source.lengths(0), m["samples"])
-            mib, estimated = m.pop("memory_mib"), same.peak / GIB
-            found["modes"].append(
-                {
-                    **m,
-                    "measured_gib": None if mib is None else mib / 1024,
-                    "estimated_gib": estimated,
-                    "off_percent": None if mib is None else 100 * (estimated / (mib / 1024) - 1),
-                    "estimated_recompute": same.recompute,
-                    "reserved_gib": cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None,
-                }
-            )
+            compared = beside_estimate(m.pop("memory_mib"), same)
+            reserved = cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None
+            found["modes"].append({**m, **compared, "estimated_recompute": same.recompute, "reserved_gib": reserved})
     except (UserError, torch.OutOfMemoryError) as error:
         found["error"] = str(error).splitlines()[0]
     return found

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from .. import pruning
 from ..models import published
 from ..models.memory import Settings, Shape
-from ..util import UserError
-from ..util.tables import table
+from ..util import UserError, tables
 from . import estimate
 from .harness import Bar, Results, bar_chart, matrix_product, time_in_turns
 
@@ -80,7 +79,7 @@ def describe(results: dict) -> str:
         ratios = [f"{f[key]:.2f}x" for key in ("over_product", "speedup_over_loop")]
         lines.append([name, *times, *ratios, f"{f['of_fast_step']:.2%}"])
     columns = len(headers) - (results["shape"][-1] != WIDTH)  # the last one is for the features of a 7B model
-    return table(headers[:columns], [line[:columns] for line in lines])
+    return tables.table(headers[:columns], [line[:columns] for line in lines])
 
 
 def draw(results: dict):

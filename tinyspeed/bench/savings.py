@@ -20,8 +20,7 @@ from ..data.examples import collate
 from ..dualspeed import DualSpeed
 from ..rows import IGNORE
 from ..scheduler import Plan
-from ..util import UserError
-from ..util.tables import table
+from ..util import UserError, tables
 from .harness import Bar, Results, bar_chart, speedup, time_in_turns
 from .random_examples import RandomExamples
 
@@ -95,7 +94,7 @@ def describe(results: dict) -> str:
     for name, f in results["plans"].items():
         kept = "-" if f["kept"] is None else f"{f['kept']:.0%}"
         lines.append([name, f"{f['median_ms']:.1f} ms", f"{f['speedup']:.2f}x", f"{f['promised']:.2f}x", kept])
-    return table(["step", "median", "speed-up", "promised", "kept of the promise"], lines)
+    return tables.table(["step", "median", "speed-up", "promised", "kept of the promise"], lines)
 
 
 def draw(results: dict):

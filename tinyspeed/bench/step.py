@@ -95,7 +95,7 @@ def random_model(
     require_known("tune", tune, TUNE)
     config = published.config_of(size, family)
     lr = 1e-9  # so small that every contestant has the same weights
-    tables = {
+    sections = {
         "run": {"device": device.type},
         "model": {"path": "random weights", "quantise": "nf4" if tune == "qlora" else "none"},
         "data": {"kind": "chat", "file": "noise"},
@@ -103,7 +103,7 @@ def random_model(
         "dualspeed": {"keep": KEEP, "positions": "original"},
         "train": {"steps": 1, "batch": batch, "row_budget": budget, "lr": lr, "checkpointing": checkpointing},
     }
-    recipe = from_tables(tables, "the benchmark")
+    recipe = from_tables(sections, "the benchmark")
     return recipe, build.wrap(recipe, random_weights(config, recipe, device))
 
 

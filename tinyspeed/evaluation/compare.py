@@ -22,7 +22,6 @@ from ..training.build import place, set_threads
 from ..training.checkpoint import only_one
 from ..training.train import train
 from ..util import UserError, files, provenance, tables
-from ..util.files import write_atomically
 from . import accuracy, comparison_figure
 
 
@@ -120,7 +119,7 @@ def _run(recipe: Recipe, arm: str, bar: bool) -> int | None:
         "recipe": recipe.to_toml(),
         "record": provenance.describe(place(recipe).device),
     }
-    write_atomically(recipe.folder / "result.json", json.dumps(result))
+    files.write_atomically(recipe.folder / "result.json", json.dumps(result))
     return None
 
 
@@ -135,8 +134,8 @@ def _write_results(recipe: Recipe, folder: Path, arms: list[str]) -> None:
     order = {arm: at for at, arm in enumerate(arms)}
     runs.sort(key=lambda run: (run["seed"], order.get(run["arm"], len(order)), run["arm"]))
     results = {**provenance.describe(recipe=recipe.to_toml()), "runs": runs}
-    write_atomically(folder / "compare.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(folder / "compare.md", summary(runs) + "\n")
+    files.write_atomically(folder / "compare.json", json.dumps(results, indent=1) + "\n")
+    files.write_atomically(folder / "compare.md", summary(runs) + "\n")
     comparison_figure.draw_compare(results, folder / "compare.png")
 
 
