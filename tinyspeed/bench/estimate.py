@@ -57,7 +57,7 @@ class Case:
     shape: Shape
     samples: list[Sample]
     epoch: int  # samples
-    data: str  # where the samples' lengths are from
+    data: str  # where the lengths of the samples come from
     precision: str
     gpu: float | None  # GiB
 
@@ -173,7 +173,7 @@ def shape_of(recipe: Recipe) -> Shape:
 
 
 def lengths_of(recipe: Recipe, shape: Shape, source: Source | None = None) -> tuple[list[Sample], int, str]:
-    """Returns lengths of samples, how many samples make an epoch, and where that is from."""
+    """Returns lengths of samples, how many samples make an epoch, and where this comes from."""
     data, path = recipe.data, recipe.model.path
     if data.kind == "digits":
         source = digits.from_recipe(recipe)
@@ -316,7 +316,9 @@ def compare_measured(found: Estimate, measured: list[dict]) -> str:
     for m in measured:
         same = partial(found.case.micro_batch, found.recipe, m["stage"], m["mode"], samples=m["samples"])
         same = max(map(same, found.case.longest), key=lambda batch: batch.rows)
-        rows.append([m["stage"], m["mode"], f"{same.rows:,}", *sizes(beside_estimate(m["memory_mib"], same), "+.0f")])
+        rows.append(
+            [m["stage"], m["mode"], f"{same.rows:,}", *measured_cells(beside_estimate(m["memory_mib"], same), "+.0f")]
+        )
     text = tables.table(["stage", "mode", "rows", *SIZES], rows)
     return text if found.case.gpu else f"{text}\n\n{ON_A_CPU}"
 
@@ -328,7 +330,7 @@ def beside_estimate(mib: float | None, same: BatchMemory) -> dict:
     return {"measured_gib": measured, "estimated_gib": estimated, "off_percent": off}
 
 
-def sizes(m: dict, percent: str = "+.1f") -> list[str | None]:
+def measured_cells(m: dict, percent: str = "+.1f") -> list[str | None]:
     """Returns the cells of a table with the headers SIZES."""
     cells = [(m["measured_gib"], ".2f"), (m["estimated_gib"], ".2f"), (m["off_percent"], percent)]
     return [None if n is None else f"{n:{how}}" for n, how in cells]

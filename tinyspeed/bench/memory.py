@@ -39,7 +39,7 @@ from ..models.memory import GIB, Shape
 from ..recipe import Recipe
 from ..training import build, train
 from ..util import UserError, provenance, require, tables
-from .estimate import ON_A_CPU, SIZES, Case, assumed, beside_estimate, changed, sizes
+from .estimate import ON_A_CPU, SIZES, Case, assumed, beside_estimate, changed, measured_cells
 from .harness import write
 from .random_examples import RandomExamples
 
@@ -83,7 +83,7 @@ def describe(results: dict) -> str:
         for m in found["modes"]:
             how = ["no", "yes"][m["recompute"]] + " (not as estimated)" * (m["recompute"] != m["estimated_recompute"])
             counts = [f"{m['rows']:,}", m["samples"], how]
-            rows.append([found["recipe"], m["stage"], m["mode"], *counts, *sizes(m), f"{m['seconds']:.1f}"])
+            rows.append([found["recipe"], m["stage"], m["mode"], *counts, *measured_cells(m), f"{m['seconds']:.1f}"])
     headers = ["recipe", "stage", "mode", "rows", "samples", "recompute"]
     text = tables.table([*headers, *SIZES, "seconds"], rows)
     limited = f", limited to {results['held_to_gib']:g} GiB" if results["held_to_gib"] else ""
