@@ -51,9 +51,7 @@ def execute(file: Path, short: bool = False) -> nbformat.NotebookNode:
     environment = {name: value for name, value in os.environ.items() if name != "SHORT"}
     if short:
         environment["SHORT"] = "1"
-    with (
-        tempfile.TemporaryDirectory() as sockets
-    ):  # files instead of ports: other users of the machine cannot reach them
+    with tempfile.TemporaryDirectory() as sockets:  # files, not ports, which other users of the machine could reach
         client = NotebookClient(
             notebook, kernel_name="python3", timeout=1800, startup_timeout=600, iopub_timeout=600, record_timing=False
         )

@@ -8,8 +8,10 @@ import re
 from itertools import product
 from pathlib import Path
 
+import flops_and_times
 import numpy as np
 import pytest
+import straggling
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ from support.published_models import REAL
 from transformers import AutoModelForImageTextToText
 
 from scale.balancing import WINDOW
-from scale.planner import hardware, measure, plan, simulate
+from scale.planner import hardware, plan
 from scale.planner.hardware import GPUS, Sharding
 from scale.planner.plan import ShardedModel, jobs
 from tinyspeed import UserError
@@ -214,26 +216,26 @@ def test_the_expected_longest_rank_is_that_of_all_ways_to_draw(fast, more, share
     for draw in product((0, 1), repeat=len(fast)):
         chance = math.prod(share if drawn else 1 - share for drawn in draw)
         mean += chance * max(s if drawn else f for drawn, f, s in zip(draw, fast, slow, strict=True))
-    assert simulate.expected_longest(np.array(fast), np.array(slow), share) == pytest.approx(mean)
+    assert straggling.expected_longest(np.array(fast), np.array(slow), share) == pytest.approx(mean)
 
 
 @pytest.fixture(scope="module")
 def waits():
-    return [simulate.simulate(ranks) for ranks in (8, 16, 32, 64)]
+    return [straggling.simulate(ranks) for ranks in (8, 16, 32, 64)]
 
 
 def test_dealing_by_rows_keeps_its_promise_at_64_ranks(waits):
     found = waits[-1]
     for mode in ("fast", "slow"):
         assert found.uneven["by rows, alike", mode] < 1.05 < found.uneven["by count", mode]
-    for drawn in simulate.DRAWN:
+    for drawn in straggling.DRAWN:
         assert found.time[drawn, "by rows, alike"] < found.time[drawn, "by rows"] < found.time[drawn, "by count"]
-    for way in simulate.WAYS:
+    for way in straggling.WAYS:
         assert 1 <= found.time["together", way] < found.time["apart", way]
 
 
 def test_the_readme_has_the_simulations_numbers(waits):
-    rows = [line for line in simulate.tables(waits).splitlines() if re.match(r"\| +\d", line)]
+    rows = [line for line in straggling.tables(waits).splitlines() if re.match(r"\| +\d", line)]
     assert len(rows) == 8
     in_readme = [re.sub(r" +", " ", line) for line in README.splitlines()]
     assert [row for row in rows if re.sub(r" +", " ", row) not in in_readme] == []
@@ -310,14 +312,18 @@ def test_the_mix_is_what_is_public_of_it(family, longest):
 
 
 def test_steps_are_measured_beside_their_flops():
-    size = measure.Size(hidden=64, inner=128, vocab=64, tower=64, pixels=56, samples=1, repeats=1)
-    found = measure.measure(torch.device("cpu"), size, layers=(1, 2))
-    assert [(timed.layers, timed.mode) for timed in found] == [(n, mode) for n in (1, 2) for mode in measure.MODES]
+    size = flops_and_times.Size(hidden=64, inner=128, vocab=64, tower=64, pixels=56, samples=1, repeats=1)
+    found = flops_and_times.measure(torch.device("cpu"), size, layers=(1, 2))
+    assert [(timed.layers, timed.mode) for timed in found] == [
+        (n, mode) for n in (1, 2) for mode in flops_and_times.MODES
+    ]
     assert found[0].flops < found[2].flops < found[5].flops, "fast, full, and full with two layers"
 
 
 def test_the_table_of_measured_steps_has_times_beside_flops():
     timed = {(2, "fast"): (1e9, 0.5), (2, "full"): (8e9, 2.0), (6, "fast"): (3e9, 1.0), (6, "full"): (24e9, 5.0)}
-    lines = measure.describe([measure.Timed(*of, *numbers) for of, numbers in timed.items()]).splitlines()
+    lines = flops_and_times.describe(
+        [flops_and_times.Timed(*of, *numbers) for of, numbers in timed.items()]
+    ).splitlines()
     cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
     assert cells == ["6", "full", "24", "5e+03", "8.00x", "5.00x", "3.00x", "2.50x", "4.8"]

@@ -1,6 +1,6 @@
 """Are times proportional to the planner's FLOPs? Times steps of models with random weights on this machine.
 
-    python -m scale.planner.measure
+    python tutorials/flops_and_times.py
 
 The planner multiplies: if a slow step has 2.6 times the FLOPs of a fast one, it should take 2.6 times as long. This is
 tried here for the modes of models of two depths: forward and backward of a micro-batch (without the optimizer, which

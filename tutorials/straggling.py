@@ -1,6 +1,6 @@
 """What waiting costs: a step takes as long as its slowest rank.
 
-    python -m scale.planner.simulate scale/straggling.png      the tables and the picture of scale/README.md
+    python tutorials/straggling.py scale/straggling.png      the tables and the picture of scale/README.md
 
 There are two reasons to wait, tried on batches of a realistic mix (`llava_mix.py`) with two samples per rank:
 
@@ -25,14 +25,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scale.balancing import WINDOW, LengthGroupedOrder, assign
+from scale.planner import curves
 from tinyspeed.data.llava_mix import mix
 from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
 from tinyspeed.util import plots
 from tinyspeed.util.tables import table
-
-from ..balancing import WINDOW, LengthGroupedOrder, assign
-from . import curves
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 EACH = 2  # samples per rank: LLaVA's batch of 128 on 64 ranks
@@ -119,7 +118,7 @@ def draw(found: list[Waits]):
 
 def main(argv: list[str]) -> int:
     if len(argv) != 1:
-        print("usage: python -m scale.planner.simulate OUT.png", file=sys.stderr)
+        print("usage: python tutorials/straggling.py OUT.png", file=sys.stderr)
         return 2
     found = [simulate(ranks) for ranks in RANKS]
     print(tables(found))
