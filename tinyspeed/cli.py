@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, paths, tables
+from .util import UserError, counted, files, paths, require_known, tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,7 +278,7 @@ def _eval(a) -> int:
 def _benchmark(a) -> int:
     from .evaluation import questions as official
 
-    official.known(a.task)
+    require_known("benchmark", a.task, official.READERS)
     if not (a.questions and a.images):
         raise UserError("--task needs --questions and --images")
     if not Path(a.images).is_dir():

@@ -79,10 +79,7 @@ def _absolute(recipe: Recipe) -> Recipe:
     data = {name: paths.absolute(getattr(recipe.data, name)) for name in ("file", "images")}
     dual = {"isolator_from": paths.absolute(recipe.dualspeed.isolator_from)}
     gate = {"reference": paths.absolute(recipe.regate.reference)}
-    changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
-    return dataclasses.replace(
-        recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
-    )
+    return recipe.replaced(model=model, data=data, dualspeed=dual, regate=gate)
 
 
 def from_tables(tables: dict, where: str) -> Recipe:
@@ -126,5 +123,4 @@ def of_run(folder: str) -> Recipe:
     if not file.is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.toml")
     here = Path(folder).resolve()
-    recipe = read(str(file))
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))
+    return read(str(file)).replaced(run={"folder": str(here.parent), "name": here.name})
