@@ -13,6 +13,7 @@ import traceback
 from contextlib import redirect_stderr
 
 from tinyspeed import cli  # light: no torch yet
+from tinyspeed.util import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,58 +30,49 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="one step of each mode on the longest record")
     a = parser.parse_args(argv)
 
-    from tinyspeed import UserError, recipe
-
-    from . import run, world
-
-    def trained(here: world.World) -> int | None:
-        try:
-            made = recipe.read(a.recipe, a.set)
-            if not a.dry_run:
-                return run.train(made, here)
-            found = run.dry_run(made, here)
-            if here.leads:
-                print(_taken(found, here.size))
-        except (UserError, OSError) as error:
-            where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
-            here.leave(world.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")
-        except Exception as error:
-            if world.lost(error):
-                here.leave(world.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
-            here.leave(world.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
-        except KeyboardInterrupt:  # the second one, or before the first step
-            os._exit(130)
+    from . import ranks
 
     try:
-        with redirect_stderr(cli.SafeStream(sys.stderr)), world.join() as here:
-            stopped = trained(here)
-    except UserError as error:  # ranks that have not found each other
+        with redirect_stderr(cli.SafeStream(sys.stderr)), ranks.join() as here:
+            stopped = _run(a, here)
+    except UserError as error:  # the ranks have not found each other
         print(f"tinyspeed: {error}", file=sys.stderr)
-        return world.MISTAKE
-    if stopped is not None and here.leads:
+        return ranks.MISTAKE
+    if stopped is not None and here.is_main:
         print("saved; the same command goes on", file=sys.stderr)
     return 143 if stopped == signal.SIGTERM else 0
 
 
-def _taken(found: list[dict], ranks: int) -> str:
+def _run(a: argparse.Namespace, here) -> int | None:
+    """Trains, or makes the dry run. An error on this rank ends all ranks."""
+    from tinyspeed import recipe
     from tinyspeed.util.tables import table
 
-    rows = [
-        [
-            f["stage"],
-            f["mode"],
-            f"{f['samples']:,}",
-            f"{f['rows']:,}",
-            f"{f['memory_mib'] / 1024:.2f}",
-            f"{f['seconds']:.2f}",
-        ]
-        for f in found
-    ]
-    return table(["stage", "mode", "samples", "rows", f"GiB, of rank 0 of {ranks}", "seconds"], rows)
+    from . import ranks, run
+
+    try:
+        chosen = recipe.read(a.recipe, a.set)
+        if not a.dry_run:
+            return run.train(chosen, here)
+        rows = []
+        for f in run.dry_run(chosen, here):
+            size, seconds = f"{f['memory_mib'] / 1024:.2f}", f"{f['seconds']:.2f}"
+            rows.append([f["stage"], f["mode"], f"{f['samples']:,}", f"{f['rows']:,}", size, seconds])
+        if here.is_main:
+            print(table(["stage", "mode", "samples", "rows", f"GiB, of rank 0 of {here.size}", "seconds"], rows))
+    except (UserError, OSError) as error:
+        where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
+        here.abort(ranks.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")
+    except Exception as error:
+        if ranks.means_lost_rank(error):
+            here.abort(ranks.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
+        here.abort(ranks.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
+    except KeyboardInterrupt:  # the second one, or one before the first step
+        os._exit(130)
 
 
 class _Parser(argparse.ArgumentParser):
-    """Every rank reads the same arguments, and one complaint about them is enough."""
+    """A parser that complains on rank 0 only, since every rank reads the same arguments."""
 
     def error(self, message: str) -> None:
         if os.environ.get("RANK", "0") == "0":

@@ -13,14 +13,14 @@ import pytest
 from support.runs import fails
 
 from tinyspeed import cli, recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.models import loading
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "base"
-    return digits.prepare(folder, 0, bar=False, width=16, layers=1, tower_width=16, tower_layers=1, tower_steps=1)
+    return digits_model.prepare(folder, 0, bar=False, width=16, layers=1, tower_width=16, tower_layers=1, tower_steps=1)
 
 
 @pytest.fixture
@@ -47,68 +47,6 @@ def test_mistakes_in_a_recipe(capsys, tmp_path, small):
     assert "no recipe file" in fails(capsys, "train", tmp_path / "absent.toml")
     absent = tmp_path / "no" / "model"
     assert f"no model folder {absent}" in fails(capsys, "train", *small, "--set", f"model.path={absent}")
-
-
-HEAVY = """
-import sys
-from tinyspeed import cli
-
-sys.modules["transformers"] = None  # whoever imports it now fails
-if sys.argv[1] == "torch":
-    sys.modules["torch"] = None
-try:
-    code = cli.main(sys.argv[2:])
-except SystemExit as left:
-    code = left.code
-sys.exit(code)
-"""
-
-
-@pytest.mark.parametrize(
-    ("without", "words", "says"),
-    [
-        ("torch", "--help", ""),
-        ("torch", "--version", ""),
-        ("torch", "train digits --set train.lrr=1", "did you mean 'train.lr'"),
-        ("torch", "train digits --set dualspeed.kep=1", "did you mean 'dualspeed.keep'"),
-        ("torch", "train digits --set train.lr=0", "above 0"),
-        ("torch", "train digits --set lr", "section.key=value"),
-        ("torch", "train digits --set dualspeed.keep=2", "at most 1"),
-        ("torch", "train digits --set dualspeed.schedule=never", "known: adaptive, bernoulli"),
-        ("torch", "train llava-1.5-7b-qlora-8gb --set data.file=absent.json", "data.file: there is no file"),
-        ("torch", "train llava-1.5-7b-qlora-8gb --set model.path=./absent", "no model folder"),
-        ("torch", "train absent.toml", "no recipe file"),
-        ("torch", "demo --set train.lrr=1", "did you mean"),
-        ("torch", "estimate absent.toml", "no recipe file"),
-        ("torch", "compare --set train.lrr=1", "did you mean"),
-        ("transformers", "compare --arms papre", "built in: "),
-        ("transformers", "compare --only fulll", "did you mean 'full'"),
-        ("transformers", "compare --vary dualspeed.kep=1", "did you mean 'dualspeed.keep'"),
-        ("torch", "eval absent", "not a run"),
-        ("torch", "export absent out", "not a run"),
-        ("torch", "eval absent --task pop --questions . --images .", "did you mean 'pope'"),
-        (
-            "torch",
-            "ask some/model absent.png why",
-            "ask: cannot read the picture absent.png: No such file or directory\n",
-        ),
-        ("torch", "ask absent why", "no model folder absent, and no run"),
-        ("torch", "ask adapter why", "adapter without its model"),
-        ("torch", "eval absent --task pope --questions . --images .", "no model folder absent, and no run"),
-        ("transformers", "train digits --set dualspeed.plugin=divprun", "did you mean 'divprune'"),
-        ("transformers", "train digits --resume", "no run to resume"),
-        ("transformers", "train digits --set model.path=./absent", "no model folder"),
-    ],
-)
-def test_mistakes_are_named_before_anything_heavy_is_imported(tmp_path, without, words, says):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    command = [sys.executable, "-c", HEAVY, without, *words.split()]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, "Traceback" in done.stderr) == (2 if says else 0, False)
-    assert says in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.parametrize("command", ["compare", "demo"])

@@ -1,4 +1,4 @@
-"""The house: rooms import in one order, what is installed is all of it, and tests neither share files nor read a clock."""
+"""Rooms import in one order, what is installed is all of it, and tests import no other test and read no clock."""
 
 import ast
 import tomllib

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from . import scheduler
 from .adaptive import AdaptiveSchedule
 from .scheduler import DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Plan
-from .util.errors import UserError
+from .util import UserError
 
 if TYPE_CHECKING:
     from . import pruning

@@ -29,7 +29,7 @@ image have no gap and make it look smaller.
 import math
 
 from .scheduler import DualSpeedSchedule, Plan, uniform
-from .util.errors import NotFinite, UserError
+from .util import NotFinite, UserError
 
 BLOCK = 64  # steps
 FACTOR = 4  # how far the share may move from where it began

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import files, paths, tables
-from .util.errors import UserError, counted
+from .util import UserError, counted, files, paths, require_known, tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,7 +278,7 @@ def _eval(a) -> int:
 def _benchmark(a) -> int:
     from .evaluation import questions as official
 
-    official.known(a.task)
+    require_known("benchmark", a.task, official.READERS)
     if not (a.questions and a.images):
         raise UserError("--task needs --questions and --images")
     if not Path(a.images).is_dir():
@@ -312,7 +311,7 @@ def _benchmark(a) -> int:
 
 def _check_model(path: str) -> None:
     if not paths.is_run(path):
-        paths.model(path)
+        paths.model_folder_or_hub_id(path)
 
 
 def _predictions(model: str, task: str) -> Path:

@@ -34,8 +34,7 @@ from .models.families import family
 from .pruning import signals
 from .pruning.chooser import Chooser
 from .scheduler import DualSpeedSchedule, Plan, Schedule
-from .util import finite
-from .util.errors import UserError, require, require_known
+from .util import UserError, finite, require, require_known
 
 
 @dataclass

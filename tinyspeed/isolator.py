@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .util.errors import UserError, require
+from .util import UserError, require
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

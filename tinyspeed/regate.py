@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .scheduler import Plan, Stateful
-from .util.errors import NotFinite, UserError, require, require_known
+from .util import NotFinite, UserError, require, require_known
 
 FUSIONS = ("sum", "mix")
 NEVER = -1.0  # the m of a token without a loss so far; no loss is below 0

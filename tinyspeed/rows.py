@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .pruning import keep_count
 from .scheduler import Plan
-from .util.errors import UserError, require_known
+from .util import UserError, require_known
 
 IGNORE = -100
 POSITIONS = ("compact", "original")

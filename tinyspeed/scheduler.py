@@ -18,7 +18,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from .util.errors import require, require_known
+from .util import require, require_known
 
 MODES = ("full", "fast", "slow")
 KINDS = ("full", "fast", "bernoulli", "periodic", "adaptive")  # the schedules that a recipe can name

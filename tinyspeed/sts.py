@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .scheduler import Plan, Stateful
-from .util.errors import counted, require, require_known
+from .util import counted, require, require_known
 
 CHOICES = ("random", "influence")
 MEMORY = 0.9  # the weight of earlier measurements when a new one is added

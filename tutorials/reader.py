@@ -1,11 +1,11 @@
-"""A text-only language model for the digits: the reference that ReGATE asks, in the ablation of its losses.
+"""Trains a text-only language model for the digits: ReGATE's reference in the ablation of its losses.
 
     python tutorials/reader.py runs/reader
     tinyspeed compare --arms tutorials/reference.toml --seeds 3 --set run.name=reference --set digits.pictures=2000
 
-One layer that reads conversations about pictures which no student sees, with the pad token where the picture would be.
-So it learns what answers are likely whatever the picture shows, and no more: that `</s>` ends them, that a place holds
-a digit or none, and what earlier answers give away about later ones.
+The model has one layer. It reads conversations about pictures that no student sees, with pad tokens in place of the
+picture. So it learns only which answers are likely whatever the picture shows: that `</s>` ends them, that a place
+holds a digit or none, and what earlier answers reveal about later ones.
 """
 
 import sys
@@ -14,9 +14,9 @@ import torch
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tinyspeed.data import digits
+from tinyspeed.data import digits, digits_model
 
-SEED, TURNS, BATCH, STEPS = 2**32 - 1, 6, 64, 600  # no run of a comparison has this seed: other pictures
+SEED, TURNS, BATCH, STEPS = 2**32 - 1, 6, 64, 600  # no run of a comparison has this seed, so the pictures differ
 
 
 def main(folder: str) -> None:
@@ -27,7 +27,7 @@ def main(folder: str) -> None:
     reader = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(known), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-            max_position_embeddings=digits.context(canvas), bos_token_id=known["<s>"], eos_token_id=known["</s>"],
+            max_position_embeddings=digits_model.context(canvas), bos_token_id=known["<s>"], eos_token_id=known["</s>"],
             pad_token_id=known["<pad>"],
         )
     )  # fmt: skip
@@ -42,7 +42,7 @@ def main(folder: str) -> None:
         adam.zero_grad()
         bar.set_postfix_str(f"loss {float(loss):.3f}")
     reader.save_pretrained(folder)
-    digits.build_processor(canvas).tokenizer.save_pretrained(folder)
+    digits_model.build_processor(canvas).tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Execute the course: every chapter from top to bottom, in a fresh kernel, as a reader would.
+"""Executes the course: every chapter from top to bottom in a fresh kernel, as a reader would.
 
-A chapter fails where a cell raises, and its cells assert what they teach. Its outputs are part of the text, so `--keep`
-writes them back. What only a watcher needs is left out of them: progress bars (stderr) and times of execution.
+A chapter fails if a cell raises an error, and its cells assert what they teach. The outputs are part of the text, and
+`--keep` writes them into the notebook. Progress bars (stderr) and the times of execution are left out.
 
     python tutorials/run.py                   all chapters, in full
-    python tutorials/run.py 1 3 --keep        two of them; the notebooks get the new outputs
+    python tutorials/run.py 1 3 --keep        two chapters; their notebooks get the new outputs
     python tutorials/run.py --short           every cell, with fewer repeats and shorter training (SHORT=1)
 """
 
@@ -32,7 +32,7 @@ def chapters(numbers: list[int]) -> list[Path]:
 
 
 def tidy(outputs: list) -> list:
-    """Without stderr, and with what was printed in one piece, however it arrived."""
+    """Returns the outputs without stderr, and with consecutive pieces of stdout joined into one."""
     kept = []
     for output in outputs:
         if output.output_type != "stream":
@@ -46,13 +46,15 @@ def tidy(outputs: list) -> list:
 
 
 def execute(file: Path, short: bool = False) -> nbformat.NotebookNode:
-    """The notebook with the outputs of this execution. Raises CellExecutionError where a cell does."""
+    """Returns the notebook with the outputs of this execution. Raises CellExecutionError if a cell fails."""
     notebook = nbformat.read(file, as_version=4)
     environment = {name: value for name, value in os.environ.items() if name != "SHORT"}
     if short:
         environment["SHORT"] = "1"
-    with tempfile.TemporaryDirectory() as sockets:  # files, not ports: other users of the machine cannot listen
-        client = NotebookClient(notebook, kernel_name="python3", timeout=900, record_timing=False)
+    with tempfile.TemporaryDirectory() as sockets:  # files, not ports, which other users of the machine could reach
+        client = NotebookClient(
+            notebook, kernel_name="python3", timeout=1800, startup_timeout=600, iopub_timeout=600, record_timing=False
+        )
         kernel = client.create_kernel_manager()
         kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
         client.execute(cwd=str(file.parent), env=environment)
@@ -74,7 +76,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--keep", action="store_true", help="write the outputs into the notebooks")
     asked = parser.parse_args(arguments)
     if asked.short and asked.keep:
-        parser.error("what is kept is the long form: --short and --keep exclude each other")
+        parser.error("--keep is for the outputs of a full run: it cannot be combined with --short")
     failed = 0
     for file in chapters(asked.chapters):
         began = time.monotonic()

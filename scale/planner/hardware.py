@@ -1,18 +1,18 @@
-"""GPUs, and how a model may lie on them: the numbers on their boxes, and how long a collective takes.
+"""GPUs and how a model may be sharded over them: their data sheets' numbers, and how long a collective takes.
 
     ring of n    every GPU passes on what it receives: (n - 1) / n of all bytes go through each link, in n - 1 hops
 
-Inside a node that link is NVLink or PCIe. A ring that spans nodes brings each byte into a node once, so the network
-cards of a node share it. What is sustained of a link (LINKS) and how long a hop takes (HOP) are assumptions.
+Inside a node the link is NVLink or PCIe. A ring that spans nodes brings each byte into a node once, so the network
+cards of a node share the traffic. The sustained share of a link (LINKS) and the time of a hop (HOP) are assumptions.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tinyspeed.util.errors import UserError, unknown
+from tinyspeed.util import UserError, require_known
 
 NODE = 8  # GPUs
-LINKS = 0.8  # share of a link's rate that collectives sustain
+LINKS = 0.8  # the share of a link's rate that collectives sustain
 HOP = 3e-6  # seconds from one GPU of a ring to the next
 
 
@@ -35,8 +35,8 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a model lies on GPUs."""
+class Sharding:
+    """`gpus` GPUs, of which `shards` share one copy of the model."""
 
     gpu: Gpu
     gpus: int
@@ -50,27 +50,26 @@ class Layout:
         return self.gpus // self.shards
 
     def seconds(self, size: float, collectives: int) -> float:
-        """To gather or reduce so many bytes over the shards, in so many turns."""
+        """To gather or reduce this many bytes over the shards, in this many collectives."""
         rate = self.gpu.link if self.shards <= NODE else min(self.gpu.link, NODE * self.gpu.nic)
         return self._ring(self.shards, size, collectives, rate)
 
     def all_reduce(self, size: float, collectives: int) -> float:
-        """To add up shards of so many bytes in all replicas: reduced and gathered again."""
+        """Seconds to sum shards of this many bytes over all replicas: they are reduced and gathered again."""
         return 2 * self._ring(self.replicas, size, collectives, self.gpu.nic)
 
     def _ring(self, n: int, size: float, collectives: int, rate: float) -> float:
         return (n - 1) / n * size / (rate * 1e9 * LINKS) + collectives * (n - 1) * HOP
 
 
-def layouts(name: str, gpus: Iterable[int]) -> list[Layout]:
-    """One model over all GPUs, and, where there are several nodes, also one in each."""
-    if name not in GPUS:
-        raise unknown("GPU", name, GPUS)
+def shardings(name: str, gpus: Iterable[int]) -> list[Sharding]:
+    """One model over all GPUs, and if there are several nodes, also one model in each."""
+    require_known("GPU", name, GPUS)
     found = []
     for n in gpus:
         if n > NODE and n % NODE:
             raise UserError(f"--gpus {n}: a node has {NODE} GPUs, so give a multiple of that")
-        found += [Layout(GPUS[name], n, shards) for shards in ([n, NODE] if n > NODE else [n])]
+        found += [Sharding(GPUS[name], n, shards) for shards in ([n, NODE] if n > NODE else [n])]
     return found
 
 

@@ -2,18 +2,18 @@
 
     python -m scale plan RECIPE --gpus 8,64,512 --gpu h100
 
-    compute   FLOPs of the rank that has most, forward by forward (dealt by `dealing.py`), / (peak x SUSTAINED)
+    compute   FLOPs of the rank that has most, forward by forward (assigned by `balancing.py`), / (peak x SUSTAINED)
     network   bytes that a rank receives / bandwidth + hops x HOP
     step      max(compute + ends, network) + between: nothing is computed beside the first gather and the last reduction
               of a micro-batch, nor beside the all-reduce between replicas
 
-FLOPs and activations are `tinyspeed.estimate`'s and `tinyspeed.memory`'s, bandwidths those of `fleet.py`; lengths are
-the recipe's data where it is there, else LLaVA's mix (`lengths.py`). Of s shards a micro-batch gathers (s - 1) / s of
-every layer, in half precision, once for the forward, once more for the backward, and once for a slow step's teacher;
-of the root (embeddings, head, projector) once; and reduces in fp32 what trains. With replicas (HSDP) a model's shards
-stay inside a node, and gradient shards are all-reduced between nodes once a step.
+FLOPs and activations come from `bench/estimate.py` and `models/memory.py`, bandwidths from `hardware.py`. Lengths are
+those of the recipe's data if it is there, otherwise LLaVA's mix (`data/llava_mix.py`). With s shards, a micro-batch
+gathers (s - 1) / s of every layer in half precision: once for the forward, once more for the backward, and once for a
+slow step's teacher. The root (embeddings, head, projector) is gathered once. Gradients are reduced in fp32. With
+replicas (HSDP) a model's shards stay inside a node, and gradient shards are all-reduced between nodes once a step.
 
-A GPU holds its share of weights, gradients and moments; the frozen tower, whole; two gathered layers and the root; the
+A GPU holds its share of weights, gradients and moments; the whole frozen tower; two gathered layers and the root; the
 gradients on their way; and the largest micro-batch. All of it is arithmetic; scale/README.md says what it was checked
 against.
 """
@@ -24,103 +24,98 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from tinyspeed import recipe
+from tinyspeed import cli, recipe
 from tinyspeed.bench import estimate
 from tinyspeed.data import llava_mix
 from tinyspeed.data.examples import Sample
 from tinyspeed.models.memory import GIB, RESERVE, MicroBatch, Settings, Step
-from tinyspeed.recipe import Recipe
+from tinyspeed.recipe import Recipe, StageSection
 from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import report
-from tinyspeed.util import plots, tables
-from tinyspeed.util.errors import UserError
+from tinyspeed.util import UserError, plots, tables
 from tinyspeed.util.files import write_atomically
 
-from ..dealing import WINDOW, Alike, deal
-from . import hardware
-from .hardware import Layout
-from .traffic import Model
+from ..balancing import WINDOW, LengthGroupedOrder, assign
+from . import curves, hardware
+from .hardware import Sharding
+from .sharded_model import ShardedModel
 
-SUSTAINED = 0.4  # share of a GPU's peak that training sustains
+SUSTAINED = 0.4  # the share of a GPU's peak that training sustains
 SEED = 0
 
 
-class Sharded(Step):
-    """Activations under FSDP, whose gathered layers are in half precision already: autocast copies nothing."""
+class ShardedStep(Step):
+    """Activations under FSDP: its gathered layers are in half precision already, so autocast copies nothing."""
 
     _copies = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A stage of a recipe, and the samples that it sees."""
+    """A stage of a recipe, and samples that it sees."""
 
     recipe: Recipe
     stage: str
-    model: Model
-    samples: list[Sample]  # some of those
-    epoch: int
-    said: str  # how they are known
+    model: ShardedModel
+    samples: list[Sample]  # as many as are needed to plan with
+    epoch: int  # samples
+    source: str  # where their lengths come from
 
     @property
-    def batch(self) -> int:
-        return getattr(self.recipe, self.stage).batch
+    def settings(self) -> StageSection:
+        return getattr(self.recipe, self.stage)
 
-    @cached_property
-    def shares(self) -> dict[str, float]:
-        return estimate.shares(self.recipe, self.stage)
-
-    @cached_property
+    @property
     def steps(self) -> int:
-        return getattr(self.recipe, self.stage).total(self.epoch)
+        return self.settings.total(self.epoch)
 
     @cached_property
     def batches(self) -> list[list[int]]:
-        """Numbers of samples, for the steps of a window."""
-        order = Alike(self.samples.__getitem__, len(self.samples), SEED, self.batch)
-        return [order.batch(step, self.batch) for step in range(min(self.steps, WINDOW))]
+        """The samples of each step of a window."""
+        order = LengthGroupedOrder(self.samples.__getitem__, len(self.samples), SEED, self.settings.batch)
+        return [order.batch(step, order.size) for step in range(min(self.steps, WINDOW))]
 
     @cache  # noqa: B019
-    def dealt(self, mode: str, gpus: int) -> list[list[list[list[int]]]]:
-        """batch -> rank -> micro-batches -> numbers of samples."""
-        dual, budget = self.recipe.dualspeed, getattr(self.recipe, self.stage).row_budget
-        plan, found = Plan(mode, keep=self.recipe.pruning(self.stage)[1]), []
+    def assigned(self, mode: str, gpus: int) -> list[list[list[list[int]]]]:
+        """The samples of each micro-batch of each rank of each batch."""
+        plan, found = Plan(mode, keep=self.model.s.keep), []
         for chosen in self.batches:
-            rows = [plan_rows(*self.samples[i][:2], plan, dual.isolator) for i in chosen]
-            found.append([[[chosen[i] for i in part] for part in rank] for rank in deal(rows, gpus, budget)])
+            rows = [plan_rows(*self.samples[i][:2], plan, self.model.s.isolator) for i in chosen]
+            ranks = assign(rows, gpus, self.settings.row_budget)
+            found.append([[[chosen[i] for i in part] for part in rank] for rank in ranks])
         return found
 
     @cache  # noqa: B019
     def largest(self, mode: str, gpus: int) -> MicroBatch:
-        every = {tuple(part) for step in self.dealt(mode, gpus) for rank in step for part in rank if part}
+        every = {tuple(part) for step in self.assigned(mode, gpus) for rank in step for part in rank if part}
         return max((self._micro_batch(mode, part) for part in every), key=lambda batch: (batch.rows, batch.ids))
 
     def _micro_batch(self, mode: str, part: Iterable[int]) -> MicroBatch:
-        """Of these samples, padded."""
+        """The micro-batch of these samples, padded."""
         each = [MicroBatch.of(mode, *self.samples[i], self.model.s) for i in part]
         rows, ids = (len(each) * max(getattr(batch, name) for batch in each) for name in ("rows", "ids"))
         total = {name: sum(getattr(batch, name) for batch in each) for name in ("visual", "images", "answers")}
         return MicroBatch(mode, rows, ids, **total)
 
     def depth(self, mode: str) -> float:
-        """Layers of the LLM that a step runs on average."""
+        """How many layers of the LLM a step runs on average."""
         return estimate.depth(self.recipe, self.stage, mode, self.model.shape.layers)
 
     @cache  # noqa: B019
     def each(self, mode: str, recompute: bool, layers: float | None) -> list[float]:
-        """FLOPs of every sample."""
+        """The FLOPs of every sample."""
         model, flops = self.model, estimate.flops
         of = cache(lambda *sample: flops(model.shape, model.s, mode, sample, recompute, layers))
         return [of(text, tuple(images), answers) for text, images, answers in self.samples]
 
     def flops(self, mode: str, gpus: int, recompute: bool, layers: float | None = None) -> tuple[float, float]:
-        """Of a step: of the ranks that have most in each forward, and of the mean rank."""
-        each, steps = self.each(mode, recompute, layers), self.dealt(mode, gpus)
+        """FLOPs of a step: those of the rank that has most in each forward, and those of the mean rank."""
+        each, steps = self.each(mode, recompute, layers), self.assigned(mode, gpus)
         most = mean = 0.0
         for step in steps:
             work = np.array([[sum(each[i] for i in part) for part in rank] for rank in step])
@@ -137,13 +132,9 @@ class ModeCost:
     sent: float  # bytes that a GPU receives in a step
     compute: float  # seconds
     network: float
-    ends: float  # of the network: what nothing can be computed beside
-    between: float  # replicas
-    waiting: float  # most / mean, of the arithmetic
-
-    @property
-    def by_network(self) -> bool:
-        return self.network > self.compute + self.ends
+    ends: float  # seconds of the network beside which nothing can be computed
+    between: float  # seconds of the all-reduce between replicas
+    waiting: float  # arithmetic of the rank that has most / of the mean rank
 
     @property
     def step(self) -> float:
@@ -152,11 +143,11 @@ class ModeCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """A stage on so many GPUs."""
+    """A stage on a number of GPUs."""
 
-    layout: Layout
+    sharding: Sharding
     job: Job
-    modes: dict[str, ModeCost]  # by name: those of the recipe, and "full", which is full training
+    modes: dict[str, ModeCost]  # those of the recipe, and "full", which is full training
 
     @property
     def peak(self) -> int:
@@ -164,7 +155,7 @@ class Cost:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.layout.gpu.gib * GIB - RESERVE
+        return self.peak <= self.sharding.gpu.gib * GIB - RESERVE
 
     @property
     def hours(self) -> float:
@@ -180,78 +171,74 @@ class Cost:
         return sum(time for time, _ in times) / sum(time / waiting for time, waiting in times)
 
 
-def cost(job: Job, layout: Layout) -> Cost:
+def cost(job: Job, sharding: Sharding) -> Cost:
     modes, every = {}, job.model.shape.layers
-    for mode, share in job.shares.items():
+    for mode, share in estimate.shares(job.recipe, job.stage).items():
         layers = job.depth(mode)
         name = "skipping" if mode == "full" and layers < every else mode
-        modes[name] = _mode(job, layout, mode, share, layers)
+        modes[name] = _mode(job, sharding, mode, share, layers)
     if "full" not in modes:
-        modes["full"] = _mode(job, layout, "full", 0.0, every)
-    return Cost(layout, job, modes)
+        modes["full"] = _mode(job, sharding, "full", 0.0, every)
+    return Cost(sharding, job, modes)
 
 
-def _mode(job: Job, layout: Layout, mode: str, share: float, layers: float) -> ModeCost:
-    """`layers`: those that run on average. Now and then all of them do, which decides the peak."""
-    model, stage = job.model, getattr(job.recipe, job.stage)
-    held, batch = model.held(layout.shards), job.largest(mode, layout.gpus)
-    alive = Step if layout.shards == 1 else Sharded
-    peaks = {again: held + alive(model.shape, model.s, batch, again).peak for again in (False, True)}
-    fits = peaks[False] <= layout.gpu.gib * GIB - RESERVE
-    again = {"on": True, "off": False, "auto": not fits}[stage.checkpointing]
-    most, mean = job.flops(mode, layout.gpus, again, layers)
-    steps = job.dealt(mode, layout.gpus)
-    forwards = float(np.mean([len(step[0]) for step in steps]))
-    size, turns = model.micro_batch(mode, layers)
-    trained = 4 * (layers * model.trained[0] + model.trained[1]) / layout.shards
-    ring, rings = (layout.shards - 1) / layout.shards, 2 * (layout.replicas - 1) / layout.replicas
+def _mode(job: Job, sharding: Sharding, mode: str, share: float, layers: float) -> ModeCost:
+    """`layers` is how many run on average. Now and then all of them run, which decides the peak."""
+    model, held, batch = job.model, job.model.held(sharding.shards), job.largest(mode, sharding.gpus)
+    kind = Step if sharding.shards == 1 else ShardedStep
+    peaks = {again: held + kind(model.shape, model.s, batch, again).peak for again in (False, True)}
+    fits = peaks[False] <= sharding.gpu.gib * GIB - RESERVE
+    again = {"on": True, "off": False, "auto": not fits}[job.settings.checkpointing]
+    most, mean = job.flops(mode, sharding.gpus, again, layers)
+    forwards = float(np.mean([len(step[0]) for step in job.assigned(mode, sharding.gpus)]))
+    size, collectives = model.traffic(mode, layers)
+    trained = 4 * (layers * model.trained[0] + model.trained[1]) / sharding.shards
+    ring, rings = (sharding.shards - 1) / sharding.shards, 2 * (sharding.replicas - 1) / sharding.replicas
     return ModeCost(
         share=share,
         forwards=forwards,
         recompute=again,
         peak=peaks[again],
         sent=forwards * ring * size + rings * trained,
-        compute=most / (layout.gpu.tflops * 1e12 * SUSTAINED),
-        network=forwards * layout.seconds(size, turns),
-        ends=forwards * layout.seconds(model.root + model.layer + 4 * max(model.trained), 3),
-        between=layout.all_reduce(trained, layers + 1),
+        compute=most / (sharding.gpu.tflops * 1e12 * SUSTAINED),
+        network=forwards * sharding.seconds(size, collectives),
+        ends=forwards * sharding.seconds(model.root + model.layer + 4 * max(model.trained), 3),
+        between=sharding.all_reduce(trained, layers + 1),
         waiting=most / mean,
     )
 
 
 def jobs(chosen: Recipe, samples: int | None = None) -> list[Job]:
-    """The stages of a recipe. `samples`: of an epoch, if it is neither the data's nor LLaVA's number."""
+    """The stages of a recipe. `samples` of an epoch default to the data's number, or LLaVA's."""
     name = "bf16" if chosen.model.precision == "auto" else chosen.model.precision
     if name == "fp32":
         raise UserError('the planner knows what GPUs do in half precision: set model.precision = "bf16"')
-    shape, path = estimate.shape_of(chosen), chosen.model.path  # one from parts has no processor yet, to read data with
+    shape, path = estimate.shape_of(chosen), chosen.model.path  # a model from parts has no processor yet to read data
     there = chosen.data.kind == "digits" or (path and Path(chosen.data.file).is_file())
     found = []
     for stage, settings in chosen.stages():
         if there:
-            known, epoch, said = estimate.lengths_of(chosen, shape)
+            known, epoch, source = estimate.lengths_of(chosen, shape)
         else:
             pool, family = WINDOW * settings.batch, "next" if shape.newline else "1.5"
-            plain = chosen.data.template == "plain"
-            longest = chosen.data.max_rows
-            known = llava_mix.captions(pool, SEED, family) if plain else llava_mix.mix(pool, SEED, family, longest)
-            epoch, said = (llava_mix.CAPTIONS, "captions") if plain else (llava_mix.SAMPLES, "instruction mix")
-            said = f"lengths as in LLaVA's {said}, in place of {chosen.data.file}"
+            if chosen.data.template == "plain":
+                known, epoch, kind = llava_mix.captions(pool, SEED, family), llava_mix.CAPTIONS, "captions"
+            else:
+                known = llava_mix.mix(pool, SEED, family, chosen.data.max_rows)
+                epoch, kind = llava_mix.SAMPLES, "instruction mix"
+            source = f"lengths as in LLaVA's {kind}, in place of {chosen.data.file}"
             known = [(text, [n * shape.patches // 576 for n in images], answers) for text, images, answers in known]
-        model = Model(shape, Settings.of(chosen, stage, name))
-        found.append(Job(chosen, stage, model, known, samples or epoch, said))
+        model = ShardedModel(shape, Settings.of(chosen, stage, name))
+        found.append(Job(chosen, stage, model, known, samples or epoch, source))
     return found
 
 
-def plan(found: list[Job], over: list[Layout]) -> list[Cost]:
-    for job in found:
-        for layout in over:
-            if job.batch < layout.gpus:
-                raise UserError(
-                    f"{job.stage}.batch = {job.batch} is less than {layout.gpus} GPUs, and some would have no sample: "
-                    f"set {job.stage}.batch={layout.gpus} or more"
-                )
-    return [cost(job, layout) for job in found for layout in over]
+def plan(found: list[Job], over: list[Sharding]) -> list[Cost]:
+    for job, sharding in product(found, over):
+        if (batch := job.settings.batch) < (gpus := sharding.gpus):
+            few = f"{job.stage}.batch = {batch} is less than {gpus} GPUs, and some would have no sample"
+            raise UserError(f"{few}: set {job.stage}.batch={gpus} or more")
+    return [cost(job, sharding) for job, sharding in product(found, over)]
 
 
 def describe(found: list[Cost], gpu: str) -> str:
@@ -265,23 +252,19 @@ def describe(found: list[Cost], gpu: str) -> str:
         for c in costs:
             every = c.modes.values()
             again = ", ".join(name for name, m in c.modes.items() if m.recompute) or "no"
-            network = ", ".join(name for name, m in c.modes.items() if m.by_network)
+            network = ", ".join(name for name, m in c.modes.items() if m.network > m.compute + m.ends)
             bound = f"network ({network})" if network else "compute"
-            row = [f"{c.layout.gpus:,}", str(c.layout), f"{c.peak / GIB:.1f}{'' if c.fits else ' !'}"]
+            row = [f"{c.sharding.gpus:,}", str(c.sharding), f"{c.peak / GIB:.1f}{'' if c.fits else ' !'}"]
             row += [f"{m.step:.3g}" for m in every] + [f"{m.sent / 1e9:,.0f}" for m in every]
             row += [again, bound, f"{100 * (c.waiting - 1):.1f} %"]
-            row += [_hours(n) for n in (c.hours, c.hours * c.layout.gpus, c.full_hours)]
-            rows.append([*row, _hours(c.full_hours * c.layout.gpus), f"{c.full_hours / c.hours:.2f}x"])
-        about = f"{job.stage}: {job.steps:,} steps of {job.batch:,} samples; {job.said}"
+            row += [_hours(n) for n in (c.hours, c.hours * c.sharding.gpus, c.full_hours)]
+            rows.append([*row, _hours(c.full_hours * c.sharding.gpus), f"{c.full_hours / c.hours:.2f}x"])
+        about = f"{job.stage}: {job.steps:,} steps of {job.settings.batch:,} samples; {job.source}"
         parts += [about, tables.table(head, rows)]
-    over = "" if all(c.fits for c in found) else f"! does not fit {found[0].layout.gpu.gib:g} GiB. "
-    return "\n\n".join(
-        [
-            *parts,
-            f"{over}{gpu}: {found[0].layout.gpu.tflops:g} TFLOP/s, of which {SUSTAINED:.0%} are sustained; "
-            f"{hardware.LINKS:.0%} of every link. Assumptions, and what was measured: scale/README.md.",
-        ]
-    )
+    over = "" if all(c.fits for c in found) else f"! does not fit {found[0].sharding.gpu.gib:g} GiB. "
+    rates = f"{found[0].sharding.gpu.tflops:g} TFLOP/s, of which {SUSTAINED:.0%} are sustained; {hardware.LINKS:.0%}"
+    parts.append(f"{over}{gpu}: {rates} of every link. Assumptions, and what was measured: scale/README.md.")
+    return "\n\n".join(parts)
 
 
 def _hours(n: float) -> str:
@@ -289,40 +272,22 @@ def _hours(n: float) -> str:
 
 
 def draw(found: list[Cost]):
-    """Hours and GPU-hours over the number of GPUs, full training beside the recipe's, as a matplotlib Figure."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    fig = plots.figure(11, 4.2)
-    axes = fig.subplots(1, 2)
-    fig.subplots_adjust(left=0.06, right=0.83, top=0.9, bottom=0.13, wspace=0.5)
-    counts = sorted({c.layout.gpus for c in found})
-    for ax, title in zip(axes, ("hours", "GPU-hours"), strict=True):
-        ends = []
-        for n, job in enumerate(dict.fromkeys(c.job for c in found)):
-            for m, (name, hours) in enumerate({"full": "full_hours", "this recipe": "hours"}.items()):
-                best = [min(getattr(c, hours) for c in found if c.job is job and c.layout.gpus == k) for k in counts]
-                values = [time * (k if title == "GPU-hours" else 1) for time, k in zip(best, counts, strict=True)]
-                look = {"color": plots.COLOURS[m], "linestyle": plots.DASHES[n], "marker": plots.MARKERS[m]}
-                ax.plot(counts, values, **look)
-                ends.append((counts[-1], values[-1], f"{job.stage}, {name}", plots.COLOURS[m]))
-        ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.set_xticks(counts, [f"{k:,}" for k in counts])
-        ax.set_xlim(right=counts[-1])
-        ax.set_title(f"{title}, by the faster sharding", loc="left")
-        ax.set_xlabel("GPUs")
-        ax.spines[["top", "right"]].set_visible(False)
-        report.label_ends(ax, ends)
-    return fig
+    """Draws hours and GPU-hours over the number of GPUs, of full training and of the recipe, as a matplotlib Figure."""
+    counts = sorted({c.sharding.gpus for c in found})
+    panels = {"hours, by the faster sharding": [], "GPU-hours, by the faster sharding": []}
+    for n, job in enumerate(dict.fromkeys(c.job for c in found)):
+        for m, (name, hours) in enumerate({"full": "full_hours", "this recipe": "hours"}.items()):
+            best = [min(getattr(c, hours) for c in found if c.job is job and c.sharding.gpus == k) for k in counts]
+            look = {"color": plots.COLOURS[m], "linestyle": plots.DASHES[n], "marker": plots.MARKERS[m]}
+            for curve, values in zip(panels.values(), (best, np.multiply(best, counts)), strict=True):
+                curve.append((f"{job.stage}, {name}", values, look))
+    return curves.draw(counts, panels, "GPUs", log=True)
 
 
 def as_json(found: list[Cost]) -> list[dict]:
     return [
         {
-            "stage": c.job.stage, "gpus": c.layout.gpus, "sharding": str(c.layout), "steps": c.job.steps,
+            "stage": c.job.stage, "gpus": c.sharding.gpus, "sharding": str(c.sharding), "steps": c.job.steps,
             "peak_bytes": c.peak, "fits": c.fits, "waiting": c.waiting, "hours": c.hours, "full_hours": c.full_hours,
             "modes": {name: asdict(m) | {"step": m.step} for name, m in c.modes.items()},
         }
@@ -343,7 +308,7 @@ def main(argv: list[str]) -> int:
     try:
         if a.samples is not None and a.samples < 1:
             raise UserError(f"--samples {a.samples}: must be at least 1")
-        over = hardware.layouts(a.gpu, hardware.counts(a.gpus))
+        over = hardware.shardings(a.gpu, hardware.counts(a.gpus))
         found = plan(jobs(recipe.read(a.recipe, a.set), a.samples), over)
         print(describe(found, a.gpu))
         if a.png:
@@ -351,10 +316,7 @@ def main(argv: list[str]) -> int:
         if a.json:
             write_atomically(Path(a.json), json.dumps(as_json(found), indent=1))
             print(a.json)
-    except UserError as error:
-        print(f"scale plan: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"scale plan: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"scale plan: {cli.message_of(error)}", file=sys.stderr)
         return 2
     return 0

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import tiny
 from support.album import album
+from support.waiting import HANGS
 
 from tinyspeed import UserError
-from tinyspeed.data import conversations, loader, records
+from tinyspeed.data import conversations, loader, record_files
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
 from tinyspeed.recipe import DataSection
@@ -134,10 +135,11 @@ def test_with_skip_bad_nothing_is_learned_of_a_picture_damaged_in_the_middle(fol
     assert "left out: train.json: record 2 (id r1)" in capfd.readouterr().err
 
 
-def test_workers_leave_signals_to_the_main_process():
+def test_workers_leave_signals_to_the_main_process(monkeypatch):
+    monkeypatch.setattr(loader.Queue, "_on_queue_feeder_error", None)  # restored afterwards
     before = signal.getsignal(signal.SIGINT)
     try:
-        loader.ignore_signals(0)
+        loader._begin(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
@@ -163,10 +165,10 @@ def test_a_batch_that_a_worker_cannot_hand_over_ends_the_wait_for_it(folder, tmp
     deep.mkdir()
     monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", str(deep))
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
+    signal.alarm(int(HANGS))
     try:
         with (
-            pytest.raises(UserError, match=r"or for what it said above: set data\.workers"),
+            pytest.raises(UserError, match=r"or for the reason that it printed above: set data\.workers"),
             loader.explaining_crashes(),
         ):
             list(loader.batches(source(folder), [[0, 1], [2]], 0, workers=1))
@@ -248,7 +250,7 @@ def test_bad_records_are_counted_and_all_are_listed_until_there_are_enough(folde
 
 
 def test_a_record_too_long_is_an_error_or_cut_but_never_through_a_picture(folder):
-    with pytest.raises(UserError, match=r"rows, and data\.max_rows is 60"):
+    with pytest.raises(UserError, match=r"pictures included, and data\.max_rows is 60"):
         source(folder, max_rows=60)
     whole, cut = source(folder), source(folder, max_rows=60, too_long="cut", skip_bad=True)
     assert len(cut.good)
@@ -283,8 +285,8 @@ def test_large_files_are_checked_in_worker_processes_with_the_same_outcome(folde
 
     copy = rewrite(folder, tmp_path, blank)
     alone = source(copy, skip_bad=True)
-    monkeypatch.setattr(conversations, "WORTH_WORKERS", 1)
-    monkeypatch.setattr(conversations, "AT_ONCE", 3)
+    monkeypatch.setattr(conversations, "MANY", 1)
+    monkeypatch.setattr(conversations, "CHECKED_AT_ONCE", 3)
     helped = source(copy, skip_bad=True, workers=2)
     assert helped.fingerprint == alone.fingerprint
     assert helped.bad == alone.bad
@@ -294,7 +296,7 @@ def test_memory_is_bounded_and_a_bar_tells_how_far_it_is(tmp_path, monkeypatch, 
     """For 200,000 records: 120 MB while they are checked, and 10 MB that stay."""
     record = {"conversations": [{"from": "human", "value": "x" * 3000}, {"from": "gpt", "value": "Yes."}]}
     (tmp_path / "train.json").write_text("\n".join([json.dumps(record)] * 10_000))
-    monkeypatch.setattr(records, "LARGEST", 1 << 16)  # of one record; so much is read at once
+    monkeypatch.setattr(record_files, "LARGEST", 1 << 16)  # of one record; so much is read at once
     monkeypatch.setattr(Conversations, "measure", lambda self, i: (500 + i, [576, 2880 + i], 300 + i, 2**31 + i))
     tracemalloc.start()
     made = source(tmp_path, images=str(tmp_path), bar=True)
@@ -337,7 +339,7 @@ def test_whatever_a_record_says_it_trains_right_or_is_refused(data, tmp_path_fac
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_several_processes_share_the_checking(folder, monkeypatch, ranks):
     """Each checks its parts, and what all have found is what one finds alone."""
-    monkeypatch.setattr(conversations, "AT_ONCE", 3)
+    monkeypatch.setattr(conversations, "CHECKED_AT_ONCE", 3)
     alone, found = source(folder), []
     for rank in range(ranks):
         with pytest.raises(LookupError, match="mine"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from tinyspeed import UserError, recipe
-from tinyspeed.data import digits
+from tinyspeed.data import digits, digits_model
 from tinyspeed.evaluation import accuracy
 from tinyspeed.rows import IGNORE
 from tinyspeed.training import train
@@ -121,7 +121,7 @@ def test_lengths_are_those_of_the_example(i, turns, split, canvas):
 
 @pytest.mark.parametrize("canvas", [digits.DEFAULT, digits.Canvas(6, 3)], ids=["default", "3 x 3 regions"])
 def test_the_saved_processor_makes_the_same_example(canvas):
-    processor = digits.build_processor(canvas)
+    processor = digits_model.build_processor(canvas)
     for i in range(15):
         source = digits.Digits(1000, 3, canvas=canvas)
         example, rng = source.example(i), source._rng(i)
@@ -142,10 +142,12 @@ def test_the_saved_processor_makes_the_same_example(canvas):
 
 
 def test_the_tower_learns_and_leaves_the_random_state_alone():
-    model = digits.build_model(0, width=16, layers=1, tower_width=16, tower_layers=1)
+    model = digits_model.build_model(0, width=16, layers=1, tower_width=16, tower_layers=1)
     before = torch.get_rng_state()
     losses = []
-    digits.train_tower(model.model.vision_tower, 0, 25, batch=8, report=lambda _, loss: losses.append(loss.item()))
+    digits_model.train_tower(
+        model.model.vision_tower, 0, 25, batch=8, report=lambda _, loss: losses.append(loss.item())
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert losses[-1] < 0.9 * losses[0]
     assert not any(p.requires_grad for p in model.model.vision_tower.parameters())
@@ -155,7 +157,7 @@ def test_the_models_context_holds_every_question_about_the_largest_picture():
     for canvas in (digits.DEFAULT, digits.Canvas(24, 2), digits.Canvas(24, 4)):
         source = digits.Digits(1, canvas.regions**2 + 10, canvas=canvas)
         text, images, _ = source.lengths(0)
-        model = digits.build_model(
+        model = digits_model.build_model(
             0, width=8, layers=1, tower_width=8, tower_layers=1, side=canvas.side, regions=canvas.regions
         )
         assert text + sum(images) <= model.config.text_config.max_position_embeddings
@@ -165,7 +167,7 @@ def test_the_models_context_holds_every_question_about_the_largest_picture():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_tower_is_trained_on_the_gpu_and_saved_as_on_a_cpu(tmp_path):
     sizes = {"width": 16, "layers": 1, "tower_width": 16, "tower_layers": 1, "tower_steps": 3}
-    one, other = (digits.prepare(tmp_path / at, 0, bar=False, device=at, **sizes) for at in ("cpu", "cuda"))
+    one, other = (digits_model.prepare(tmp_path / at, 0, bar=False, device=at, **sizes) for at in ("cpu", "cuda"))
     made = [load_file(folder / "model.safetensors") for folder in (one, other)]
     assert made[0].keys() == made[1].keys()
     for name, tensor in made[0].items():
@@ -174,9 +176,9 @@ def test_the_tower_is_trained_on_the_gpu_and_saved_as_on_a_cpu(tmp_path):
 
 def test_a_base_model_of_other_pictures_is_refused(tmp_path):
     sizes = {"width": 16, "layers": 1, "tower_width": 16, "tower_layers": 1, "tower_steps": 1}
-    folder = digits.prepare(tmp_path / "base", 0, bar=False, **sizes, side=6, regions=3)
+    folder = digits_model.prepare(tmp_path / "base", 0, bar=False, **sizes, side=6, regions=3)
     with pytest.raises(UserError, match="was not built with"):
-        digits.prepare(folder, 0, bar=False, **sizes)
+        digits_model.prepare(folder, 0, bar=False, **sizes)
     changes = [f"model.path={folder}", f"run.folder={tmp_path}", "data.eval_pictures=4", "align.steps=0"]
     changes += ["train.steps=2", "train.batch=2", "digits.side=6"]
     with pytest.raises(UserError, match=r"digits\.side and digits\.regions must be"):

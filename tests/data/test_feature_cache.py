@@ -1,6 +1,5 @@
 """Features kept on disk are the tower's own, are found by content, stay within their size, and change no run."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -10,17 +9,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import tiny
-from support.runs import Killed, die_before, settings, unlike
+from support.runs import Killed
 
-from tinyspeed import DualSpeed, UserError, recipe
+from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import feature_cache
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
-from tinyspeed.data.feature_cache import Features, fill
+from tinyspeed.data.feature_cache import FeatureCache
 from tinyspeed.models.families import family as adapter
 from tinyspeed.recipe import DataSection
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import train
 
 
 def source(home, family):
@@ -29,9 +27,8 @@ def source(home, family):
 
 
 def kept(folder, made, net, most=1e9, precision="fp32"):
-    vlm, prepare = adapter(net), made.processor.image_processor
-    store = Features(folder, vlm, prepare, precision)
-    fill(store, made.pictures(), vlm, prepare, precision, most, bar=False)
+    store = FeatureCache(folder, adapter(net), made.processor.image_processor, precision)
+    store.fill(made.pictures(), adapter(net), most, bar=False)
     return store
 
 
@@ -76,7 +73,7 @@ def test_files_are_found_by_content_and_made_once(home, family, tmp_path):
     store = kept(tmp_path, again, tiny.model(family))
     assert {p: p.stat().st_mtime_ns for p in first} == first, "other paths, same pictures"
     other = kept(tmp_path, made, tiny.model(family, seed=1))
-    half = Features(tmp_path, adapter(net), made.processor.image_processor, "bf16")
+    half = FeatureCache(tmp_path, adapter(net), made.processor.image_processor, "bf16")
     picture = next(iter(made.pictures()))
     assert len({store.file(picture), other.file(picture), half.file(picture)}) == 3, "another tower, another precision"
     Image.open(picture).convert("RGB").rotate(90).save(tmp_path / "turned.png")
@@ -145,7 +142,7 @@ def test_a_damaged_file_is_named(home, tmp_path):
     with pytest.raises(UserError, match=r"cannot be read .*delete the file"):
         store.read(picture)
     store.file(picture).unlink()
-    with pytest.raises(UserError, match=r"are gone.*--resume"):
+    with pytest.raises(UserError, match=r"were deleted.*--resume"):
         store.read(picture)
 
 
@@ -175,18 +172,3 @@ def test_what_a_killed_run_left_half_written_is_swept(home, tmp_path):
     kept(tmp_path, made, net)
     assert not old.exists()
     assert new.exists()
-
-
-def test_a_killed_run_with_features_resumes_bit_for_bit(home, tmp_path, monkeypatch):
-    how = (f"run.cache={tmp_path}/cache", "data.feature_cache_gb=0.1", "model.precision=bf16", "lora.rank=4")
-    whole, made = (settings(home, tmp_path, name, *how, family="llava_next") for name in ("whole", "run"))
-    train.train(whole, bar=False)
-    with monkeypatch.context() as patch:
-        die_before(patch, 3)
-        with pytest.raises(Killed):
-            train.train(made, bar=False)
-    train.train(made, resume=True, bar=False)
-    assert not unlike(made, whole)
-    assert files(tmp_path / "cache" / "features")
-    assert json.loads((made.folder / "metrics.jsonl").read_text().splitlines()[0])["rows_full"]
-    assert recipe.of_run(str(made.folder)).data.feature_cache_gb == 0.1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinyspeed import DualSpeed
-from tinyspeed.data import digits
+from tinyspeed.data import digits, digits_model
 from tinyspeed.data.examples import Example
 from tinyspeed.evaluation import accuracy
 from tinyspeed.rows import IGNORE
@@ -35,7 +35,7 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def model():
-    return DualSpeed(digits.build_model(1, width=32, layers=2, tower_width=16, tower_layers=1), isolator=0)
+    return DualSpeed(digits_model.build_model(1, width=32, layers=2, tower_width=16, tower_layers=1), isolator=0)
 
 
 def generated(model, i, length):

@@ -1,6 +1,5 @@
 """The adaptive share of slow steps: bounded, known ahead, deaf to all but the gap; and the gap that it follows."""
 
-import itertools
 import json
 import math
 from fractions import Fraction
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny
-from support.runs import settings, train_through, unlike
+from support.runs import ADAPTIVE, settings
 from torch.nn import functional as F
 
 from tinyspeed import DualSpeed, UserError, adaptive, recipe
@@ -20,9 +19,9 @@ from tinyspeed.bench import estimate
 from tinyspeed.data import loader
 from tinyspeed.data.examples import Example
 from tinyspeed.recipe import schedules
-from tinyspeed.scheduler import Combined, Plan, uniform
+from tinyspeed.scheduler import Combined, Plan
 from tinyspeed.sts import LayerSkipper
-from tinyspeed.training import checkpoint, train
+from tinyspeed.training import train
 from tinyspeed.training.loop import StageRun
 
 SLOW = Plan("slow", keep=0.1, distill=1.0)
@@ -195,45 +194,6 @@ def test_the_teachers_cross_entropy_is_that_of_a_fast_forward_of_its_own(family,
 
 
 # In a run
-
-ADAPTIVE = (
-    "lora.rank=4", "dualspeed.schedule=adaptive", "dualspeed.slow=0.8", "dualspeed.gap=0.02", "train.steps=24",
-    "train.row_budget=60",
-)  # fmt: skip
-
-
-def newest(made) -> dict:
-    return checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))[1]["schedule"]
-
-
-def lines(made) -> list[dict]:
-    return [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_killed_and_resumed_is_never_killed_from_any_number_of_workers(home, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(adaptive, "BLOCK", 2)
-    whole = settings(home, tmp_path, "whole", *ADAPTIVE, "data.workers=0")
-    train.train(whole, bar=False)
-    made = settings(home, tmp_path, "run", *ADAPTIVE, f"data.workers={workers}")
-    train_through(monkeypatch, made, 3, 8)
-    assert not unlike(made, whole)
-    state = newest(whole)
-    assert newest(made) == state
-
-    # What the run drew follows from what its log says, worked out once more from there.
-    said, share, drawn = lines(whole), [0.8, 0.8], []
-    for step in range(len(said)):
-        if step % 2 == 0 and step >= 4:
-            before = [one for one in said[step - 4 : step - 2] if one["mode"] == "slow"]
-            more = sum((one["ce"] - one["ce_teacher"]) * one["answers"] for one in before)
-            x = min(max(more / sum(one["answers"] for one in before) / 0.02, 0), 2) if before else 1
-            share.append(min(max(share[-1] * max(x, (1 + x) / 2), 0.2), 1.0))
-        drawn.append("slow" if uniform(0, step) < share[step // 2] else "fast")
-    assert [line["mode"] for line in said] == drawn
-    moves = [b > a for a, b in itertools.pairwise(share) if a != b]
-    assert {True, False} == {*moves}, "the share has moved, both ways"
-    assert all((line["ce_teacher"] is None) == (line["mode"] == "fast") for line in said)
 
 
 def test_nothing_is_made_further_ahead_than_plans_are_known(home, tmp_path, monkeypatch):

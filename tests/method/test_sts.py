@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny
 from support.runs import settings as settings_of
-from support.runs import train_through, unlike
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinyspeed import DualSpeed, UserError, cli, recipe
+from tinyspeed import DualSpeed, UserError, recipe
 from tinyspeed.bench.estimate import Estimate, estimate
 from tinyspeed.data import loader
 from tinyspeed.recipe import schedules
@@ -273,42 +272,6 @@ def test_a_step_saves_the_work_of_its_skipped_layers_forward_and_backward(plan):
 
 
 # Runs
-
-STS = {
-    "random": ("sts.skip=0.34",),
-    "influence": (
-        "sts.skip=0.34", "sts.layers=influence", "train.row_budget=60", "sts.protect_first=0", "sts.protect_last=0",
-    ),
-    "alone": (
-        "sts.skip=0.34", "sts.layers=influence", "sts.every=3", "dualspeed.schedule=full", "dualspeed.isolator=0",
-        "align.steps=2", "align.batch=4", "sts.compress=0.5", "lora.rank=4", "model.quantise=nf4",
-    ),
-    "every": ("sts.skip=0.34", "sts.layers=influence", "sts.every=2", "dualspeed.schedule=fast"),
-}  # fmt: skip
-
-
-def log(made) -> list[dict]:
-    return [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("which", STS)
-def test_killed_and_resumed_is_never_killed(home, tmp_path, monkeypatch, which):
-    """Pruned rows and skipped layers in one run, whose measurements are in its checkpoints."""
-    whole = settings_of(home, tmp_path, "whole", *STS[which])
-    asked = itertools.chain(*(("--set", change) for change in STS[which]))
-    assert cli.main(["train", str(tmp_path / "whole.toml"), *asked]) == 0
-    made = settings_of(home, tmp_path, "run", *STS[which])
-    train_through(monkeypatch, made, 1, 3)
-    assert not unlike(made, whole)
-    assert [e["layers"] for e in log(made)] == [e["layers"] for e in log(whole)]
-    tuned = [e for e in log(whole) if e["stage"] == "train"]
-    assert {e["layers"] for e in tuned if e["mode"] == "slow"} <= {None}
-    assert {e["layers"] for e in tuned} == {None, 2}, "some steps skip one of three layers, and some do not"
-    if which == "alone":
-        aligned = [e for e in log(whole) if e["stage"] == "align"]
-        assert {(e["mode"], e["layers"]) for e in aligned} == {("fast", None)}
-        assert all(e["rows_kept"] < e["rows_full"] for e in aligned)
-        assert all(e["rows_kept"] == e["rows_full"] for e in tuned)
 
 
 def test_what_a_run_measures_chooses_what_it_skips(home, tmp_path):

@@ -7,19 +7,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import tiny
 from support.forwards import FAST, FULL, SLOW, backward, wrap
-from support.runs import train_through, unlike
 from support.trainers import Pictures, arguments, gather
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, Trainer
 
-from tinyspeed import DualSpeed, UserError, cli, recipe
-from tinyspeed.data import digits
-from tinyspeed.data.examples import collate
-from tinyspeed.evaluation import accuracy
+from tinyspeed import DualSpeed, UserError
+from tinyspeed.data import digits_model
 from tinyspeed.models import export, loading, lora, trainable
 from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import PeriodicSchedule, Plan
-from tinyspeed.training import checkpoint, optimizer, trained
+from tinyspeed.training import checkpoint, optimizer
 from tinyspeed.training.callback import SetStep
 
 # The view that a step learns in.
@@ -179,36 +176,8 @@ def test_what_is_exported_is_the_slow_view(family, tmp_path):
     assert not tiny.difference(model.model.merge_and_unload(adapter_names=["slow"])(**batch).logits, want)
 
 
-def test_a_run_on_the_command_line(tmp_path, monkeypatch):
-    """The embedded default, aligned first; killed, resumed, exported."""
-    changes = [
-        "digits.width=32", "digits.tower_width=16", "digits.tower_steps=2", "lora.rank=4", "dualspeed.views=true",
-        "dualspeed.slow=0.4", "align.steps=2", "train.steps=6", "train.batch=4", "align.batch=4", "run.save_every=2",
-        "train.weight_decay=0.1", "run.threads=1", "run.device=cpu", "data.eval_pictures=40",
-    ]  # fmt: skip
-    flags = [word for change in [*changes, f"run.folder={tmp_path}", "run.name=whole"] for word in ("--set", change)]
-    assert cli.main(["train", "digits", *flags]) == 0
-    whole = recipe.of_run(str(tmp_path / "whole"))
-    made = recipe.read("digits", [*changes, f"run.folder={tmp_path}", "run.name=run"])
-    train_through(monkeypatch, made, 1, 4, 6)
-    assert not unlike(made, whole)
-
-    ours = trained.load_trained(made)
-    lora = {name: p for name, p in ours.named_parameters() if "lora_B" in name}
-    for view in ("fast", "slow"):
-        assert any(view_of(name) == view and p.any() for name, p in lora.items()), "both were trained and came back"
-    assert cli.main(["export", str(made.folder), str(tmp_path / "out")]) == 0
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
-    batch = collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)
-    accuracy.held_out(ours, made, bar=False)  # which ends in the fast view
-    want = ours.eval()(**batch).logits
-    assert not tiny.difference(plain(**batch).logits, want)
-    ours.views.use("fast")
-    assert tiny.difference(ours.model(**batch).logits, want)
-
-
 def test_the_trainer_trains_both_views(tmp_path):
-    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
+    base = digits_model.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
     lora = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS), adapter_name="slow")
     lora.add_adapter("fast", LoraConfig(r=4, target_modules=TARGETS))  # peft leaves it frozen
 

@@ -8,13 +8,8 @@ from pathlib import Path
 
 import jinja2
 import pytest
-import torch
-from safetensors.torch import load_file
-from support import tiny
-from support.album import album
 
-from scale import __main__
-from scale.dealing import WINDOW, Alike
+from scale.balancing import WINDOW, LengthGroupedOrder
 from scale.planner import hardware, plan
 from tinyspeed import UserError, recipe
 from tinyspeed.models import assembling, loading, memory
@@ -54,7 +49,7 @@ def planned(models, tmp_path_factory):
             if name in ALIGNS:
                 changes = [f"model.tower={folder / 'clip'}", f"model.llm={folder / size(name)}"]
             (job,) = plan.jobs(recipe.read(name, changes), SAMPLES[kind(name)])
-            found[name, gpu] = plan.cost(job, hardware.Layout(hardware.GPUS[gpu], 8, 8))
+            found[name, gpu] = plan.cost(job, hardware.Sharding(hardware.GPUS[gpu], 8, 8))
         return found[name, gpu]
 
     return made
@@ -73,7 +68,7 @@ def test_before_a_model_is_put_together_its_data_cannot_be_read_and_the_publishe
     changes = [f"{key}={tmp_path / name}" for key, name in where.items()]
     (job,) = plan.jobs(recipe.read("llava-1.5-7b-stage1", changes))
     assert job.steps == STEPS["1.5 stage1"]
-    assert "LLaVA's captions" in job.said
+    assert "LLaVA's captions" in job.source
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +77,7 @@ def test_an_epoch_has_the_published_steps_and_fits(planned, name):
         cost = planned(name, gpu)
         assert cost.job.steps == STEPS[kind(name)]
         assert cost.fits
-        assert not any(cost.modes[mode].recompute for mode in cost.job.shares)
+        assert not any(mode.recompute for mode in cost.modes.values() if mode.share)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,31 +127,6 @@ def test_stage_2_goes_on_where_stage_1_ends(name):
         loading.load_config(then.model.path)
 
 
-def test_the_stages_run_one_after_the_other(tmp_path, monkeypatch):
-    """The recipes themselves, on a tiny tower and a tiny LLM. Changed are places, the batch, and how far stage 1
-    takes the isolator: further than stage 2 could, had it begun with a new one."""
-    monkeypatch.chdir(tmp_path)
-    tower, llm = tiny.parts(tmp_path)
-    data = {"file": album(tmp_path, 10), "images": "images", "max_rows": 0, "workers": 0, "skip_bad": "true"}
-    common = ["model.precision=fp32", "run.device=cpu", *(f"data.{key}={value}" for key, value in data.items())]
-    stages = {
-        "llava-1.5-7b-stage1": [f"model.tower={tower}", f"model.llm={llm}", "align.batch=2", "align.lr=0.1"],
-        "llava-1.5-7b-stage2": ["train.batch=4"],
-        "llava-1.5-7b-stage2-lora": ["train.batch=4"],
-    }
-    for name, changes in stages.items():
-        assert __main__.main([name, *(word for change in common + changes for word in ("--set", change))]) == 0
-    learned = [load_file(f"runs/{name}/isolator.safetensors")["isolator.weight"] for name in stages]
-    for later in learned[1:]:
-        assert 0 < (later - learned[0]).abs().max() < 0.001
-    before, after = (load_file(f"runs/{name}/model/model.safetensors") for name in (*stages,)[:2])
-    assert before.keys() == after.keys()
-    moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert moved
-    assert not any("vision_tower" in key for key in moved)
-    assert any("language_model" in key for key in moved)
-
-
 @pytest.mark.parametrize("name", [name for name in TUNES if "next" not in name])
 def test_the_prompt_is_llavas_own(name):
     """`conv_vicuna_v1` of LLaVA's conversation.py."""
@@ -184,8 +154,8 @@ def test_a_checkpoint_is_as_large_as_the_recipe_says(planned, name):
 def test_batches_are_made_alike_where_ranks_would_wait_for_each_other(planned, name, monkeypatch):
     """A picture and its caption are like any other; instructions are not."""
     cost = planned(name, "a100-80")
-    monkeypatch.setattr(plan, "Alike", partial(Alike, window=1))
-    drawn = plan.cost(dataclasses.replace(cost.job), cost.layout)
+    monkeypatch.setattr(plan, "LengthGroupedOrder", partial(LengthGroupedOrder, window=1))
+    drawn = plan.cost(dataclasses.replace(cost.job), cost.sharding)
     waiting = 1 - 1 / drawn.waiting
     window = recipe.read(name).scale.window
     if name in ALIGNS:

@@ -82,7 +82,7 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
         ("dualspeed.isolator=-1", "negative"),
         ("dualspeed.views=true", "set lora.rank"),
         ("run.seed=-1", "between 0"),
-        ("train.epochs=inf", "infinite"),
+        ("train.epochs=inf", "finite number"),
         ("run.name=../up", "plain folder name"),
         ("lr=1", "section.key=value"),
         ("train.lr", "section.key=value"),

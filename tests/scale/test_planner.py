@@ -8,8 +8,10 @@ import re
 from itertools import product
 from pathlib import Path
 
+import flops_and_times
 import numpy as np
 import pytest
+import straggling
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +19,10 @@ from support import published_models
 from support.published_models import REAL
 from transformers import AutoModelForImageTextToText
 
-from scale.dealing import WINDOW
-from scale.planner import hardware, measure, plan, simulate
-from scale.planner.hardware import GPUS, Layout
-from scale.planner.plan import Model, jobs
+from scale.balancing import WINDOW
+from scale.planner import hardware, plan
+from scale.planner.hardware import GPUS, Sharding
+from scale.planner.plan import ShardedModel, jobs
 from tinyspeed import UserError
 from tinyspeed.bench.estimate import flops
 from tinyspeed.data import llava_mix
@@ -58,14 +60,14 @@ def test_what_is_gathered_and_what_trains_is_the_models_own(name, rank, views):
         part = "tower" if "vision_tower" in key else "layers" if ".layers." in key else "root"
         sizes[part] += p.numel()
         trained += p.numel() * (p.requires_grad and ".fast." not in key)  # a step moves one view
-    model = Model(Shape(config), Settings(rank=rank, isolator=0, views=views))
+    model = ShardedModel(Shape(config), Settings(rank=rank, isolator=0, views=views))
     assert model.layer * model.shape.layers == 2 * sizes["layers"]
     assert model.root == 2 * sizes["root"]
     assert model.shape.layers * model.trained[0] + model.trained[1] == trained
 
 
 def test_a_gpu_of_eight_holds_what_was_worked_out_by_hand():
-    model = Model(Shape(REAL["1.5-7b"]()), Settings())
+    model = ShardedModel(Shape(REAL["1.5-7b"]()), Settings())
     of = model.shape.parameters
     llm = sum(of.values()) - of["tower"]
     by_hand = 16 * llm / 8 + 2 * of["tower"]  # weights, gradients and two moments in fp32, of an eighth; and the tower
@@ -76,7 +78,7 @@ def test_a_gpu_of_eight_holds_what_was_worked_out_by_hand():
 
 @given(st.sampled_from([0, 16]), st.sampled_from([1, 2, 4, 8, 16, 512]), st.sampled_from(["align", "train"]))
 def test_more_shards_hold_less_and_one_holds_what_one_gpu_does(rank, shards, stage):
-    model = Model(Shape(REAL["1.5-7b"]()), Settings(rank=rank, stage=stage))
+    model = ShardedModel(Shape(REAL["1.5-7b"]()), Settings(rank=rank, stage=stage))
     held = lambda n: model.held(n)
     assert held(1) == memory.fixed(model.shape, model.s).total
     if shards > 1:
@@ -91,15 +93,15 @@ def test_a_ring_takes_as_long_as_passing_chunks_around(n, chunk):
         passing = [passing[rank - 1] for rank in range(n)]  # what each gets from its neighbour
         held = [chunks | {got} for chunks, got in zip(held, passing, strict=True)]
         seconds += chunk / (gpu.link * 1e9 * hardware.LINKS) + hardware.HOP
-    assert seconds == pytest.approx(Layout(gpu, n, n).seconds(n * chunk, 1))
+    assert seconds == pytest.approx(Sharding(gpu, n, n).seconds(n * chunk, 1))
 
 
 @pytest.mark.parametrize("name", GPUS)
 def test_one_gpu_waits_for_no_network_and_one_replica_for_no_other(name):
-    assert Layout(GPUS[name], 1, 1).seconds(10**12, 100) == 0
-    assert Layout(GPUS[name], 8, 8).all_reduce(10**12, 100) == 0
-    assert Layout(GPUS[name], 64, 8).all_reduce(10**9, 1) > 0
-    assert Layout(GPUS[name], 64, 64).seconds(10**9, 1) >= Layout(GPUS[name], 64, 8).seconds(10**9, 1)
+    assert Sharding(GPUS[name], 1, 1).seconds(10**12, 100) == 0
+    assert Sharding(GPUS[name], 8, 8).all_reduce(10**12, 100) == 0
+    assert Sharding(GPUS[name], 64, 8).all_reduce(10**9, 1) > 0
+    assert Sharding(GPUS[name], 64, 64).seconds(10**9, 1) >= Sharding(GPUS[name], 64, 8).seconds(10**9, 1)
 
 
 def test_all_ranks_together_do_the_work_of_every_sample(recipe):
@@ -117,7 +119,7 @@ def test_all_ranks_together_do_the_work_of_every_sample(recipe):
 
 def test_on_one_gpu_a_step_is_its_arithmetic(recipe):
     (job,) = jobs(recipe(train_batch=8))
-    cost = plan.cost(job, Layout(GPUS["h200"], 1, 1))
+    cost = plan.cost(job, Sharding(GPUS["h200"], 1, 1))
     for mode, found in cost.modes.items():
         assert found.step == found.compute == job.flops(mode, 1, found.recompute)[0] / (989e12 * plan.SUSTAINED)
         assert (found.sent, found.network, found.waiting) == (0, 0, pytest.approx(1))
@@ -127,8 +129,8 @@ def test_on_one_gpu_a_step_is_its_arithmetic(recipe):
 @pytest.mark.parametrize("gpus", [8, 16])
 def test_a_step_is_never_shorter_than_its_parts(recipe, gpus):
     (job,) = jobs(recipe(train_batch=32))
-    for layout in hardware.layouts("a100-80", [gpus]):
-        cost = plan.cost(job, layout)
+    for sharding in hardware.shardings("a100-80", [gpus]):
+        cost = plan.cost(job, sharding)
         assert cost.hours == pytest.approx(
             job.steps * (0.9 * cost.modes["fast"].step + 0.1 * cost.modes["slow"].step) / 3600
         )
@@ -136,7 +138,7 @@ def test_a_step_is_never_shorter_than_its_parts(recipe, gpus):
         for found in cost.modes.values():
             assert found.step >= max(found.compute + found.ends, found.network)
             assert found.ends < found.network
-            assert (found.between > 0) == (layout.replicas > 1)
+            assert (found.between > 0) == (sharding.replicas > 1)
             assert found.waiting >= 1
         assert cost.modes["fast"].compute < cost.modes["full"].compute < cost.modes["slow"].compute
         assert cost.modes["slow"].network / cost.modes["slow"].forwards > (
@@ -146,7 +148,7 @@ def test_a_step_is_never_shorter_than_its_parts(recipe, gpus):
 
 def test_ordinary_training_gains_nothing(recipe):
     (job,) = jobs(recipe(train_batch=8, dualspeed_schedule="full"))
-    cost = plan.cost(job, Layout(GPUS["h100"], 8, 8))
+    cost = plan.cost(job, Sharding(GPUS["h100"], 8, 8))
     assert set(cost.modes) == {"full"}
     assert cost.hours == cost.full_hours
 
@@ -159,9 +161,9 @@ def test_steps_that_skip_layers_cost_what_a_model_without_them_costs(recipe, sch
     (whole,) = jobs(recipe(**how))
     config = REAL["1.5-7b"]()
     config.text_config.num_hidden_layers = 24
-    shallow = dataclasses.replace(whole, model=Model(Shape(config), whole.model.s))
-    layout = Layout(GPUS["h100"], 16, 8)
-    found, less, more = (plan.cost(j, layout) for j in (job, shallow, whole))
+    shallow = dataclasses.replace(whole, model=ShardedModel(Shape(config), whole.model.s))
+    sharding = Sharding(GPUS["h100"], 16, 8)
+    found, less, more = (plan.cost(j, sharding) for j in (job, shallow, whole))
     mine = {"full": "skipping"}.get(schedule, "fast")
     pruned = less.modes["full" if schedule == "full" else "fast"]
     for name in ("compute", "network", "sent", "between", "forwards"):  # up to the norms, which count as the root's
@@ -180,10 +182,10 @@ def test_one_step_in_so_many_runs_all_layers(recipe):
 
 
 def test_lora_reduces_adapters_only(recipe):
-    whole, lora = (Model(Shape(REAL["1.5-7b"]()), Settings(rank=rank)) for rank in (0, 16))
+    whole, lora = (ShardedModel(Shape(REAL["1.5-7b"]()), Settings(rank=rank)) for rank in (0, 16))
     extra = 2 * 2 * sum(a * b for a, b in lora.shape.adapters(16)) * 32  # gathered twice, in half precision
     reduced = 4 * (memory.fixed(whole.shape, whole.s).trainable - memory.fixed(lora.shape, lora.s).trainable)
-    assert whole.micro_batch("full")[0] - lora.micro_batch("full")[0] == reduced - extra
+    assert whole.traffic("full")[0] - lora.traffic("full")[0] == reduced - extra
 
 
 # What LLaVA's README reports for its own code on 8 A100: hours of tuning and of aligning.
@@ -199,7 +201,7 @@ def test_full_training_takes_about_the_published_hours(recipe, name, stage):
             "train_epochs": 0.0, "data_template": "plain", "dualspeed_schedule": "full",
         }  # fmt: skip
     (job,) = jobs(recipe(name, **changes))
-    cost = plan.cost(job, Layout(GPUS["a100-80"], 8, 8))
+    cost = plan.cost(job, Sharding(GPUS["a100-80"], 8, 8))
     assert cost.hours == pytest.approx(PUBLISHED[name, stage], rel=0.3)
     assert f"| {PUBLISHED[name, stage]:g} | {cost.hours:.1f} |" in README
 
@@ -214,26 +216,26 @@ def test_the_expected_longest_rank_is_that_of_all_ways_to_draw(fast, more, share
     for draw in product((0, 1), repeat=len(fast)):
         chance = math.prod(share if drawn else 1 - share for drawn in draw)
         mean += chance * max(s if drawn else f for drawn, f, s in zip(draw, fast, slow, strict=True))
-    assert simulate.expected_longest(np.array(fast), np.array(slow), share) == pytest.approx(mean)
+    assert straggling.expected_longest(np.array(fast), np.array(slow), share) == pytest.approx(mean)
 
 
 @pytest.fixture(scope="module")
 def waits():
-    return [simulate.simulate(ranks) for ranks in (8, 16, 32, 64)]
+    return [straggling.simulate(ranks) for ranks in (8, 16, 32, 64)]
 
 
 def test_dealing_by_rows_keeps_its_promise_at_64_ranks(waits):
     found = waits[-1]
     for mode in ("fast", "slow"):
         assert found.uneven["by rows, alike", mode] < 1.05 < found.uneven["by count", mode]
-    for drawn in simulate.DRAWN:
+    for drawn in straggling.DRAWN:
         assert found.time[drawn, "by rows, alike"] < found.time[drawn, "by rows"] < found.time[drawn, "by count"]
-    for dealt in simulate.DEALT:
-        assert 1 <= found.time["together", dealt] < found.time["apart", dealt]
+    for way in straggling.WAYS:
+        assert 1 <= found.time["together", way] < found.time["apart", way]
 
 
 def test_the_readme_has_the_simulations_numbers(waits):
-    rows = [line for line in simulate.tables(waits).splitlines() if re.match(r"\| +\d", line)]
+    rows = [line for line in straggling.tables(waits).splitlines() if re.match(r"\| +\d", line)]
     assert len(rows) == 8
     in_readme = [re.sub(r" +", " ", line) for line in README.splitlines()]
     assert [row for row in rows if re.sub(r" +", " ", row) not in in_readme] == []
@@ -309,13 +311,19 @@ def test_the_mix_is_what_is_public_of_it(family, longest):
         llava_mix.mix(1, 0, family, 600)
 
 
-def test_times_of_steps_follow_their_flops():
-    """Within a factor, on whatever machine this is: half as wide as what the README shows, and fewer times."""
-    torch.set_num_threads(1)
-    size = measure.Size(hidden=256, inner=688, vocab=1024, tower=64, samples=2, repeats=3)
-    found = {timed.mode: timed for timed in measure.steps(2, size, torch.device("cpu"))}
-    for mode in ("slow", "full"):
-        times = found[mode].seconds / found["fast"].seconds
-        assert times == pytest.approx(found[mode].flops / found["fast"].flops, rel=0.5)
-    assert found["slow"].seconds > 1.5 * found["fast"].seconds
-    assert "| full |" in measure.describe(list(found.values()))
+def test_steps_are_measured_beside_their_flops():
+    size = flops_and_times.Size(hidden=64, inner=128, vocab=64, tower=64, pixels=56, samples=1, repeats=1)
+    found = flops_and_times.measure(torch.device("cpu"), size, layers=(1, 2))
+    assert [(timed.layers, timed.mode) for timed in found] == [
+        (n, mode) for n in (1, 2) for mode in flops_and_times.MODES
+    ]
+    assert found[0].flops < found[2].flops < found[5].flops, "fast, full, and full with two layers"
+
+
+def test_the_table_of_measured_steps_has_times_beside_flops():
+    timed = {(2, "fast"): (1e9, 0.5), (2, "full"): (8e9, 2.0), (6, "fast"): (3e9, 1.0), (6, "full"): (24e9, 5.0)}
+    lines = flops_and_times.describe(
+        [flops_and_times.Timed(*of, *numbers) for of, numbers in timed.items()]
+    ).splitlines()
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells == ["6", "full", "24", "5e+03", "8.00x", "5.00x", "3.00x", "2.50x", "4.8"]

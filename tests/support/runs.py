@@ -10,11 +10,33 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.waiting import HANGS
 
 from tinyspeed import cli, recipe
 from tinyspeed.training import checkpoint, train
 from tinyspeed.training.loop import StageRun
 
+ROOT = Path(__file__).parents[2]
+HELD_RUN = Path(__file__).with_name("held_run.py")
+SMALL_GPU = {  # ways to fit a small GPU
+    "qlora": (
+        "model.quantise=nf4",
+        "lora.rank=4",
+        "lora.alpha=5.0",
+        "data.workers=2",
+        "train.checkpointing=on",
+        "train.row_budget=120",
+    ),
+    "fp16": ("model.precision=fp16", "lora.rank=4", "train.optimizer=adamw8bit", "model.quantise=nf4"),
+    # Ten records, five a step: killed at the end of an epoch, and again in the middle of the next.
+    "bf16": ("model.precision=bf16", "lora.rank=4", "train.optimizer=paged_adamw8bit", "train.batch=5"),
+    "full": ("model.precision=bf16", "train.row_budget=150"),
+    "views": ("lora.rank=4", "dualspeed.views=true", "train.optimizer=adamw8bit", "train.weight_decay=0.1"),
+}
+ADAPTIVE = (  # a schedule that moves its share of slow steps within a run of so few
+    "lora.rank=4", "dualspeed.schedule=adaptive", "dualspeed.slow=0.8", "dualspeed.gap=0.02", "train.steps=24",
+    "train.row_budget=60",
+)  # fmt: skip
 UNSURE = ("seconds", "rows_per_second", "speedup", "memory_mib")  # of a line of the log: what differs every time
 
 
@@ -78,18 +100,50 @@ def settings(home, folder, name, *changes, family="llava"):
     return recipe.read(str(folder / f"{name}.toml"), list(changes))
 
 
+def log_of(made) -> list[dict]:
+    """The lines of the run's log."""
+    return [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def recipe_file(made) -> str:
+    """Write the recipe beside its run's folder; returns the file's name."""
+    (made.folder.parent / f"{made.run.name}.toml").write_text(made.to_toml())
+    return f"{made.run.name}.toml"
+
+
+def steps_done(made) -> int:
+    """Lines of the run's log."""
+    file = made.folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
 def finish(process) -> tuple[str, str]:
-    out, err = process.communicate(timeout=240)
+    """What a command that must succeed has printed."""
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err[-3000:]
     return out, err
 
 
-def run_cli(*arguments, folder, **how):
-    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[2])}
-    command = [sys.executable, "-m", "tinyspeed", *map(str, arguments)]
+def run_cli(*arguments, folder):
+    """`tinyspeed` in a process of its own."""
+    return _process("-m", "tinyspeed", *arguments, folder=folder)
+
+
+def run_python(script: str, *arguments, folder):
+    """This script in a process of its own."""
+    return _process("-c", script, *arguments, folder=folder)
+
+
+def run_held(behind: int, module: str, *arguments, folder):
+    """`tinyspeed` or `scale` in a process of its own, whose run stands still behind a step (see `held_run.py`)."""
+    return _process(HELD_RUN, behind, module, *arguments, folder=folder)
+
+
+def _process(*words, folder) -> subprocess.Popen:
     return subprocess.Popen(
-        command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how
-    )
+        [sys.executable, *map(str, words)], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def fails(capsys, *words):

@@ -1,6 +1,6 @@
-"""What several ranks compute beside one process: torchrun runs this for test_sharding.py, and it writes what it found.
+"""What several ranks compute beside one process: torchrun runs this for test_two_ranks.py, and it writes what it found.
 
-    torchrun --nproc-per-node 2 ranks.py HOME OUT.json
+    torchrun --nproc-per-node 2 sharded_ranks.py HOME OUT.json
 
 Starting two processes costs seven seconds, so all cases share a start. Rank 0 also takes the same step by itself, as
 the core does, which is the oracle.
@@ -18,7 +18,7 @@ from support import tiny
 from support.runs import settings
 from torch.distributed.tensor import DTensor
 
-from scale import run, shard, stage, world
+from scale import loop, ranks, run, shard
 from tinyspeed import UserError, adaptive
 from tinyspeed.data import loader
 from tinyspeed.scheduler import Plan
@@ -97,13 +97,13 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
     return sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
 
 
-def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -> dict:
+def parity(here: ranks.Ranks, home: Path, name: str, changes: tuple[str, ...]) -> dict:
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.dropout=0.0", *changes, family=name.split()[0])
-    source, mesh = run._source(made, here), here.mesh(made.scale.shard)
+    source, mesh = run.read_source(made, here), here.device_mesh(made.scale.shard)
     found = {}
     for mode, plan in (SKIPPING if "skipping" in name else PLANS).items():
         model = run.sharded_model(made, "train", here, mesh, None)
-        sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
+        sharded = loop.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
         parts = list(sharded._parts(STEP, plan))
         done = sharded._forward_backward(STEP, plan, loader.batches(source, (part for part, _ in parts), 0))
         done = sharded._together(done)
@@ -111,7 +111,7 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
         sharded._update(plan, done["loss"], [])
         after = trained(model)
         forwards = here.gather([[len(rows) for _, rows in parts]])
-        if here.leads:
+        if here.is_main:
             losses, influence, want, way, alone = one(made, plan)
             whole = torch.nn.utils.get_total_norm(want.values()).item()
             found[mode] = {
@@ -126,16 +126,16 @@ def parity(here: world.World, home: Path, name: str, changes: tuple[str, ...]) -
     return found
 
 
-def adapting(here: world.World, home: Path) -> dict:
+def adapting(here: ranks.Ranks, home: Path) -> dict:
     """A run whose steps depend on what those before have measured: its modes and shares, on each rank and alone."""
     adaptive.BLOCK = 2
     changes = ("lora.rank=4", "lora.dropout=0.0", "train.row_budget=60", "train.lr=0.001")
     changes += ("dualspeed.schedule=adaptive", "dualspeed.slow=0.8", "dualspeed.gap=0.002")
     made = settings(home, home.parent / f"run{here.rank}", "run", *changes)
-    source, mesh = run._source(made, here), here.mesh(made.scale.shard)
+    source, mesh = run.read_source(made, here), here.device_mesh(made.scale.shard)
     model = run.sharded_model(made, "train", here, mesh, None)
-    found = here.gather([steps(stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals()))])
-    if here.leads:
+    found = here.gather([steps(loop.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals()))])
+    if here.is_main:
         model, source = build.build(made)
         return {"ranks": found, "alone": steps(StageRun(made, model, source, "train", 0, made.train, Totals()))}
     return {}
@@ -147,7 +147,7 @@ def steps(part: StageRun) -> tuple[list[str], list[float]]:
     return modes, part.model.schedule.shares
 
 
-def mistakes(here: world.World, home: Path) -> dict:
+def mistakes(here: ranks.Ranks, home: Path) -> dict:
     """What every rank is told when something is wrong on one."""
 
     def told(of) -> str:
@@ -159,7 +159,7 @@ def mistakes(here: world.World, home: Path) -> dict:
 
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", "train.steps=2")
     other = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", f"train.lr={0.1 + here.rank}")
-    source, mesh = run._source(made, here), here.mesh(0)
+    source, mesh = run.read_source(made, here), here.device_mesh(0)
     alive = []
 
     def watched(model, *given, **how):
@@ -169,7 +169,7 @@ def mistakes(here: world.World, home: Path) -> dict:
 
     run.shard = watched
     model = run.sharded_model(made, "train", here, mesh, None)
-    sharded = stage.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
+    sharded = loop.ShardedStage(here, mesh, made, model, source, "train", 0, made.train, Totals())
     backward = sharded._micro_batch
 
     def broken(*given):
@@ -197,26 +197,26 @@ def mistakes(here: world.World, home: Path) -> dict:
     stop, calm = [signal.SIGTERM] * (here.rank == 1), []
     return {
         "alive": here.gather(alive),
-        "recipes": here.gather([told(lambda: run.same_recipe(other, here))]),
+        "recipes": here.gather([told(lambda: run.require_same_recipe(other, here))]),
         "stops": here.gather([(sharded._stops(stop), stop)]),
         "goes on": here.gather([(sharded._stops(calm), calm)]),
         "NaN": here.gather([told(lambda: sharded._step(0, batches, None))]),
         "moment": poisoned("exp_avg_sq", float("inf")),
         "saving": poisoned("", float("nan")),
         "steps": here.gather([sharded.totals.steps]),
-        "disagree": here.gather([told(lambda: here.agree("the weather", here.rank))]),
-        "agree": here.gather([told(lambda: here.agree("the weather", "fine"))]),
-        "divide": here.gather([told(lambda: here.mesh(3))]),
+        "disagree": here.gather([told(lambda: here.require_same("the weather", here.rank))]),
+        "agree": here.gather([told(lambda: here.require_same("the weather", "fine"))]),
+        "divide": here.gather([told(lambda: here.device_mesh(3))]),
     }
 
 
 def main(home: str, out: str) -> None:
     torch.set_num_threads(1)
-    with world.join() as here:
+    with ranks.join() as here:
         found = {name: parity(here, Path(home), name, changes) for name, changes in CASES.items()}
         found["mistakes"] = mistakes(here, Path(home))
         found["adapting"] = adapting(here, Path(home))
-        if here.leads:
+        if here.is_main:
             Path(out).write_text(json.dumps(found))
 
 

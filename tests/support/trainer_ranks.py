@@ -1,4 +1,4 @@
-"""`transformers.Trainer` on several ranks: torchrun runs this for test_callback.py, and it writes what rank 0 trained.
+"""`transformers.Trainer` on several ranks: torchrun runs this for test_torchrun.py, and it writes what rank 0 trained.
 
 torchrun --nproc-per-node 2 trainer_ranks.py FOLDER
 """

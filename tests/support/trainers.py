@@ -5,7 +5,7 @@ from transformers import TrainingArguments
 
 from tinyspeed import DualSpeed
 from tinyspeed.adaptive import AdaptiveSchedule
-from tinyspeed.data import digits
+from tinyspeed.data import digits, digits_model
 from tinyspeed.data.examples import collate
 from tinyspeed.scheduler import Combined
 from tinyspeed.sts import LayerSkipper
@@ -25,7 +25,7 @@ class Pictures(torch.utils.data.Dataset):
 def adapting() -> DualSpeed:
     schedule = AdaptiveSchedule(slow=0.9, keep=0.3, gap=0.001)
     schedule.block = 2
-    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
+    base = digits_model.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1)
     base.model.vision_tower.requires_grad_(False)
     return DualSpeed(base, schedule=Combined(schedule, LayerSkipper(2, 0.5, "influence", 0, 0, every=0)))
 
@@ -43,6 +43,6 @@ def gather(items):
 
 
 def wrapped(**kw):
-    model = digits.build_model(0, width=32, layers=1, tower_width=16, tower_layers=1)
+    model = digits_model.build_model(0, width=32, layers=1, tower_width=16, tower_layers=1)
     model.model.vision_tower.requires_grad_(False)
     return DualSpeed(model, positions="original", **kw)

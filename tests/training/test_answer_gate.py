@@ -8,10 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import hostile_model as bait
-from support import tiny
+from support import hostile, tiny
 from support.album import album
-from support.launching import log, torchrun
 from support.runs import Killed, die_before, fails, unlike
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
@@ -27,10 +25,6 @@ from tinyspeed.training.reference import Reference
 
 CPU = torch.device("cpu")
 STEPS = 9
-EVERYTHING = (
-    "dualspeed.schedule=periodic", "dualspeed.slow=0.25", "dualspeed.plugin=tome", "lora.rank=4", "lora.dropout=0",
-    "dualspeed.views=true", "sts.skip=0.34", "sts.layers=influence", "sts.protect_first=0", "sts.protect_last=0",
-)  # fmt: skip
 SKIPS = ("regate.keep=0.4", "regate.cycle=4", "regate.refresh=1", "regate.warmup=2")
 
 
@@ -156,27 +150,6 @@ def test_one_rank_is_the_core_bit_for_bit(home, tmp_path):
     (tmp_path / "scaled.toml").write_text(made.to_toml())
     assert scaled([str(tmp_path / "scaled.toml")]) == 0
     assert not unlike(made, alone)
-
-
-@pytest.mark.parametrize("together", [False, True], ids=["answers", "answers, rows, layers and views"])
-def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_path, monkeypatch, together):
-    """Also where a rank has nothing to learn: three samples a step, a forward each."""
-    more = (f"regate.reference={home / 'llm'}", "train.batch=3", "train.row_budget=1", "train.lr=0.001")
-    more += EVERYTHING if together else ()
-    alone, made = (settings(home, tmp_path, name, *more) for name in ("alone", "scaled"))
-    train.train(alone, bar=False)
-    with monkeypatch.context() as patch:
-        die_before(patch, 3)
-        with pytest.raises(Killed):
-            train.train(made, bar=False)
-    (tmp_path / "scaled.toml").write_text(made.to_toml())
-    assert torchrun(tmp_path, "-m", "scale", "scaled.toml").wait(120) == 0, log(tmp_path)
-    for a, b in zip(lines(alone), lines(made), strict=True):
-        assert all(a[of] == b[of] for of in ("mode", "answers", "rows_kept", "layers"))
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-    assert any(line["layers"] for line in lines(made)) == together
-    assert "going on behind step 2" in log(tmp_path)
-    torch.testing.assert_close(remembered(made), remembered(alone), rtol=1e-3, atol=1e-4)
 
 
 def test_a_sample_that_a_step_has_twice_counts_once_by_its_mean(home, tmp_path):
@@ -404,11 +377,11 @@ def test_a_reference_that_cannot_read_so_far_is_refused(home, tmp_path):
         reference_of(made).losses(CPU, bar=False)
 
 
-@pytest.mark.parametrize("plant", [bait.unknown_model, bait.unknown_tokenizer], ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("plant", [hostile.unknown_model, hostile.unknown_tokenizer], ids=lambda plant: plant.__name__)
 def test_code_that_comes_with_a_reference_is_not_run_and_nobody_is_asked(plant, home, tmp_path, monkeypatch):
-    code, asked = bait.Code(tmp_path / "canary"), []
+    code, asked = hostile.Code(tmp_path / "canary"), []
     monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
-    folder = bait.copy(home / "llm", tmp_path / "llm")
+    folder = hostile.copy(home / "llm", tmp_path / "llm")
     plant(folder, code)
     made = settings(home, tmp_path, "run", f"regate.reference={folder}")
     with pytest.raises(UserError, match=r"regate\.reference: .* such code is never run here"):
@@ -418,7 +391,7 @@ def test_code_that_comes_with_a_reference_is_not_run_and_nobody_is_asked(plant, 
 
 
 def test_a_reference_whose_index_names_a_pickle_is_refused(home, tmp_path):
-    folder = bait.copy(home / "llm", tmp_path / "llm")
-    bait.index_of_pickles(folder, bait.Code(tmp_path / "canary"))
+    folder = hostile.copy(home / "llm", tmp_path / "llm")
+    hostile.index_of_pickles(folder, hostile.Code(tmp_path / "canary"))
     with pytest.raises(UserError, match="Only safetensors are read"):
         train.train(settings(home, tmp_path, "run", f"regate.reference={folder}"), bar=False)

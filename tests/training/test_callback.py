@@ -6,7 +6,7 @@ from support.trainers import Pictures, adapting, arguments, gather, wrapped
 from transformers import Trainer
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.scheduler import FastSchedule, PeriodicSchedule
 from tinyspeed.training.callback import SetStep
 
@@ -46,7 +46,7 @@ def test_the_loss_is_token_weighted_over_accumulated_batches(tmp_path):
 def test_lora_on_a_bf16_model_as_the_readme_has_it(tmp_path, checkpointing):
     from peft import LoraConfig, get_peft_model
 
-    base = digits.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1).bfloat16()
+    base = digits_model.build_model(0, width=32, layers=2, tower_width=16, tower_layers=1).bfloat16()
     before = {name: p.clone() for name, p in base.named_parameters()}
     lora = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*_proj"))
     base.model.multi_modal_projector.float().requires_grad_(True)
@@ -130,7 +130,7 @@ def test_trl_with_compute_loss_given_back(tmp_path):
     pictures = Pictures(16)
     trainer = Sft(
         model, run, train_dataset=numbers, data_collator=lambda items: gather([pictures[x["i"]] for x in items]),
-        processing_class=digits.build_processor(), callbacks=[SetStep(model)],
+        processing_class=digits_model.build_processor(), callbacks=[SetStep(model)],
     )  # fmt: skip
     trainer.train()
     assert model.forwards >= 2
@@ -178,26 +178,3 @@ def test_a_schedule_with_a_state_resumes_under_the_trainer(tmp_path):
     assert resumed.schedule.state_dict() == whole.schedule.state_dict()
     for (name, p), (_, q) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(p, q), name
-
-
-def test_two_ranks_are_one_with_twice_the_samples(tmp_path):
-    """Under torchrun the Trainer wraps the model in DistributedDataParallel. Modes touch different parameters, but the
-    same ones on all ranks; and the schedule hears what all of them saw."""
-    from support import trainer_ranks
-    from support.launching import log, torchrun
-
-    agent = torchrun(tmp_path, trainer_ranks.__file__, tmp_path)
-    assert agent.wait(240) == 0, log(tmp_path)
-    for number, name in enumerate(trainer_ranks.CASES):
-        alone, state = trainer_ranks.train(name, tmp_path / "alone", ranks=1)
-        for rank in (0, 1):
-            weights, told = torch.load(tmp_path / f"{number}-{rank}.pt")
-            assert weights.keys() == alone.keys()
-            for key, p in weights.items():
-                assert torch.allclose(p, alone[key], rtol=1e-4, atol=1e-6), (name, key)
-            if "adaptive" in name:  # sums over ranks, of numbers that are added in another order
-                told, expected = ([n for pair in found["schedule"]["sums"] for n in pair] for found in (told, state))
-                assert told == pytest.approx(expected, rel=1e-3)
-                assert len(told) == 6  # a sum and a count for each block that is over
-            else:
-                assert told == state

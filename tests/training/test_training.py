@@ -2,18 +2,15 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.digits_runs import ALIGN, TUNE, settings, small_base
 from support.runs import train_through, unlike
 
 from tinyspeed import UserError, recipe
@@ -25,40 +22,10 @@ from tinyspeed.training.loop import StageRun, Totals
 from tinyspeed.training.optimizer import learning_rate
 from tinyspeed.util import paths
 
-ALIGN, TUNE = 3, 7
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny base model with attention dropout, so that the random state matters to a resumed run."""
-    folder = tmp_path_factory.mktemp("base") / "base"
-    digits.prepare(folder, 0, bar=False, width=32, layers=2, tower_width=16, tower_layers=1, tower_steps=2)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["attention_dropout"] = 0.2
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
-def settings(base, home, name, *changes):
-    return recipe.read(
-        "digits",
-        [
-            f"model.path={base}",
-            f"run.folder={home}",
-            f"run.name={name}",
-            "run.save_every=2",
-            "run.threads=1",
-            "run.device=cpu",
-            "data.eval_pictures=20",
-            "dualspeed.slow=0.4",
-            f"align.steps={ALIGN}",
-            f"train.steps={TUNE}",
-            "align.batch=4",
-            "train.batch=4",
-            "train.weight_decay=0.1",
-            *changes,
-        ],
-    )
+    return small_base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +41,6 @@ def uninterrupted(base, tmp_path_factory):
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(deaths, base, uninterrupted, tmp_path, monkeypatch):
     made = settings(base, tmp_path, "run")
     train_through(monkeypatch, made, *deaths)
-    assert not unlike(made, uninterrupted)
-
-
-def test_the_demo_killed_for_real_at_a_random_step_ends_the_same(base, uninterrupted, tmp_path):
-    made = settings(base, tmp_path, "run")
-    (tmp_path / "recipe.toml").write_text(made.to_toml())
-    command = [sys.executable, "-m", "tinyspeed", "demo", str(tmp_path / "recipe.toml")]
-    # In its own directory, as a user would be; the package is found where this test found it.
-    environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[2])}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, cwd=tmp_path)
-    metrics = made.folder / "metrics.jsonl"
-    deadline, steps = time.monotonic() + 120, random.randrange(1, ALIGN + TUNE - 1)
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= steps:
-            break
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, f"the demo ended before it could be killed at step {steps}"
-    assert not (made.folder / "model").exists()
-    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
     assert not unlike(made, uninterrupted)
 
 

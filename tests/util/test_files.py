@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from support import tiny
 
-from scale import world
+from scale import ranks
 from tinyspeed import UserError, cli, recipe
-from tinyspeed.data import records
+from tinyspeed.data import parquet
 from tinyspeed.models import isolator_file
 from tinyspeed.training import checkpoint, run_folder, train
 from tinyspeed.util import files, plots
@@ -63,17 +63,17 @@ def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, small_file
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("number", sorted(files.MENDS))
+@pytest.mark.parametrize("number", sorted(files.REMEDIES))
 def test_a_mend_for_every_refusal_also_by_rust(number):
     for error in (OSError(number, "no"), Exception(f"I/O error: no (os error {number})")):
-        said = f"^cannot write there: .*; {files.MENDS[number]}, then give the same command again"
-        with pytest.raises(files.DiskError, match=said), files.about("there"):
+        said = f"^cannot write there: .*; {files.REMEDIES[number]}, then give the same command again"
+        with pytest.raises(files.DiskError, match=said), files.errors_about("there"):
             raise error
 
 
 def test_other_errors_stay_what_they_are():
     for error in (FileNotFoundError(errno.ENOENT, "no", "x"), UserError("(os error 28)"), KeyError("x")):
-        with pytest.raises(type(error)) as found, files.about("there"):
+        with pytest.raises(type(error)) as found, files.errors_about("there"):
             raise error
         assert found.value is error
 
@@ -274,20 +274,20 @@ def test_a_rank_that_says_why_is_not_lost_when_the_board_goes_first(monkeypatch)
             return False
 
     board = Board()
-    here = world.World(1, 2, torch.device("cpu"), board)
-    real = world.time.sleep
+    here = ranks.Ranks(1, 2, torch.device("cpu"), board)
+    real = ranks.time.sleep
 
     def asleep(seconds):
         board.gone = True
         real(0.2)
 
-    monkeypatch.setattr(world, "LOOK_EVERY", 0.01)
-    monkeypatch.setattr(world.time, "sleep", asleep)
-    monkeypatch.setattr(world.os, "_exit", codes.append)
+    monkeypatch.setattr(ranks, "CHECK_EVERY", 0.01)
+    monkeypatch.setattr(ranks.time, "sleep", asleep)
+    monkeypatch.setattr(ranks.os, "_exit", codes.append)
     here.watch()
-    here.leave(world.MISTAKE, "why")
+    here.abort(ranks.MISTAKE, "why")
     here.watcher.join()
-    assert codes == [world.MISTAKE]
+    assert codes == [ranks.MISTAKE]
 
 
 def test_a_cache_is_swept_of_what_the_dead_left_and_of_nothing_else(tmp_path):
@@ -298,7 +298,7 @@ def test_a_cache_is_swept_of_what_the_dead_left_and_of_nothing_else(tmp_path):
         return path
 
     old, young = left(".a.1.tmp", 2 * files.STALE), left(".b.2.tmp", 0.0)
-    files.remove_stale([old, young, tmp_path / ".gone.3.tmp"])
+    files.delete_stale([old, young, tmp_path / ".gone.3.tmp"])
     assert not old.exists()
     assert young.read_text() == "half"
 
@@ -337,13 +337,14 @@ def test_a_run_that_ended_before_it_had_pruned_does_so_when_it_goes_on(tmp_path)
 
 
 def test_parquet_that_is_unpacked_is_read_without_writing(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("pyarrow")
     import pyarrow
+    import pyarrow.parquet
 
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A cat."}]
-    parquet.write_table(pyarrow.Table.from_pylist([{"conversations": turns}]), tmp_path / "x.parquet")
-    first = records.unpack(tmp_path / "x.parquet", tmp_path / "cache")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"conversations": turns}]), tmp_path / "x.parquet")
+    first = parquet.unpack(tmp_path / "x.parquet", tmp_path / "cache")
     for lock in (tmp_path / "cache").glob(".*.lock"):
         lock.unlink()
-    assert records.unpack(tmp_path / "x.parquet", tmp_path / "cache") == first
+    assert parquet.unpack(tmp_path / "x.parquet", tmp_path / "cache") == first
     assert not [*(tmp_path / "cache").glob(".*")]  # on a read-only disk it would have failed

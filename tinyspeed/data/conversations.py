@@ -1,12 +1,20 @@
-"""Conversations about pictures of your own: a file and a folder to examples, every record looked at before step 0.
+"""Your own conversations about pictures, as examples. Each record takes this way, once before training to be checked,
+and once more whenever it is trained on:
 
-Before training each record is read, its pictures' headers too, and tokenised. What is kept is a few numbers a record
-(text rows, visual rows of each picture, tokens to learn): 200,000 records take a few MB, and batches are cut and losses
-divided without touching a picture. Visual rows come from the processor's own count for a picture of that size.
+    record_files.py  its part of the file is read (parquet.py has unpacked a parquet file before)
+    records.py       is parsed into a `Record`
+    images.py        its pictures are found, and their sizes read from their headers
+    chat.py          its text becomes ids and labels, with one token for each visual feature
+    images.py        its pictures are decoded; or feature_cache.py has what the tower makes of them
+    examples.py      it is an `Example`, and loader.py makes batches of examples in worker processes
 
-What is wrong with a record is an error that names file and record; `data.skip_bad` leaves such records out, counts and
-lists them. Only a picture that is damaged in the middle, behind a sound header and end, is found when it is decoded;
-then `skip_bad` names it and learns nothing of its record.
+The check stops where pictures would be decoded. It keeps a few numbers of each record (text tokens, visual tokens of
+each picture, tokens to learn): 200,000 records take a few MB, and batches are cut and losses divided without opening
+a picture. Visual tokens are counted by the processor itself for a picture of that size.
+
+A mistake in a record is an error that names file and record; with `data.skip_bad` such records are left out, counted
+and listed. Only a picture that is damaged in the middle, between a sound header and a sound end, is found as late as
+when it is decoded; then `skip_bad` names it, and nothing is learned from its record.
 """
 
 import sys
@@ -21,50 +29,45 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import paths
-from ..util.errors import UserError
+from ..util import UserError, paths
 from . import images
 from .chat import Chat
-from .examples import Example
-from .loader import at_most, explaining_crashes, ignore_signals
-from .records import Record, Records
+from .examples import Example, Sample
+from .loader import at_most, explaining_crashes, in_workers
+from .record_files import RecordFile
+from .records import Record
 
-AT_ONCE = 64  # records a worker checks before it reports
-WORTH_WORKERS = 2000  # fewer records are checked before a worker has started
-ENOUGH = 100  # bad records after which nobody wants to wait for the rest
+CHECKED_AT_ONCE = 64  # records that a worker checks before it reports
+MANY = 2000  # fewer records are checked before a worker has started
+MOST_BAD = 100  # bad records, after which nobody wants to wait for the rest
+
+Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum of its ids and labels
 
 
 class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
     def __init__(
-        self,
-        data: DataSection,
-        processor,
-        cache: Path,
-        *,
-        bar: bool = True,
-        mine: slice = slice(None),
-        gather: Callable[[list], list] = list,
+        self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather: Callable = list
     ):
-        paths.conversations(data.file, data.images)
+        """Where several processes share the check, `mine` is this one's share of its parts, and `gather` returns what
+        all of them have found."""
+        paths.require_conversations(data.file, data.images)
         self.data, self.processor = data, processor
-        self.records = Records(data.file, data.images or None, cache=cache, bar=bar)
+        self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
-        self.mine = mine  # of the parts, where several processes share the checking
-        self.features = None  # a `features.Features` to read instead of decoding pictures
-        self._measure_all(gather, bar)
+        self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures
+        self._keep(sorted(gather(self._check(mine, bar)), key=lambda found: found[0]))
 
     def __len__(self) -> int:
         return len(self.good)
 
-    def lengths(self, i: int) -> tuple[int, list[int], int]:
+    def lengths(self, i: int) -> Sample:
         text, answers = self.sizes[i].tolist()
         return text, self.visual[self.starts[i] : self.starts[i + 1]].tolist(), answers
 
@@ -78,40 +81,64 @@ class Conversations:
     def where(self, i: int) -> str:
         return self.records[int(self.good[i])].where
 
+    def pictures(self) -> Iterator[Path]:
+        """Every picture of the good records, as often as it is used."""
+        for i in self.good:
+            yield from self._paths(self.records[int(i)])
+
+    def measure(self, number: int) -> Measure | str:
+        """Checks record `number` of the file. Returns its measure, or what is wrong with it."""
+        try:
+            with self._record(number) as record:
+                _, _, rows, ids, labels = self._read(record)
+        except UserError as error:
+            return str(error)
+        checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes()))
+        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum
+
     def text(self, i: int) -> tuple[Tensor, Tensor]:
-        record = self.records[int(self.good[i])]
-        with _about(record):
-            rows = self.visual[self.starts[i] : self.starts[i + 1]].tolist()
-            ids, labels = map(torch.from_numpy, self._tokens(record, rows))
-        return ids, labels
+        with self._record(int(self.good[i])) as record:
+            ids, labels = self._tokens(record, self.lengths(i)[1])
+        return torch.from_numpy(ids), torch.from_numpy(labels)
 
     def example(self, i: int) -> Example:
-        record = self.records[int(self.good[i])]
-        with _about(record):
-            paths = self._paths(record)
-            sizes = [images.size(path, record.where) for path in paths]
-            ids, labels = map(torch.from_numpy, self._tokens(record, [self._rows(*size) for size in sizes]))
-            if not paths:
+        with self._record(int(self.good[i])) as record:
+            files, sizes, _, *text = self._read(record)
+            ids, labels = map(torch.from_numpy, text)
+            if not files:
                 return Example(ids, labels)
             if self.features:
-                looked, image_sizes = zip(*map(self.features.read, paths), strict=True)
+                looked, image_sizes = zip(*map(self.features.read, files), strict=True)
                 image_sizes = None if image_sizes[0] is None else torch.cat(image_sizes)
                 return Example(ids, labels, None, image_sizes, torch.cat(looked))
             try:
-                pictures = [images.decode(path, record.where) for path in paths]
+                pictures = [images.decode(file, record.where) for file in files]
             except UserError as error:
                 if not self.data.skip_bad:
                     raise
-                # Its place in the batch is taken already. Nothing is learned of it.
+                # It already has its place in the batch, so black pictures stand in, and no label is left.
                 print(f"left out: {error}", file=sys.stderr)
                 pictures, labels = [Image.new("RGB", size) for size in sizes], torch.full_like(labels, IGNORE)
         batch = self.processor.image_processor(pictures, return_tensors="pt")
         return Example(ids, labels, batch["pixel_values"], batch.get("image_sizes"))
 
-    def pictures(self) -> Iterator[Path]:
-        """Every picture of the good records, as often as it is used."""
-        for i in self.good:
-            yield from self._paths(self.records[int(i)])
+    @contextmanager
+    def _record(self, number: int) -> Iterator[Record]:
+        """Record `number` of the file. Every error about it names it."""
+        record = self.records[number]
+        try:
+            yield record
+        except UserError as error:
+            if str(error).startswith(record.where):
+                raise
+            raise UserError(f"{record.where}: {error}") from error
+
+    def _read(self, record: Record) -> tuple[list[Path], list[tuple[int, int]], list[int], np.ndarray, np.ndarray]:
+        """All of a record but its pixels: its picture files, their sizes, their visual tokens, its ids and labels."""
+        files = self._paths(record)
+        sizes = [images.size(file, record.where) for file in files]
+        rows = [self._rows(*size) for size in sizes]
+        return files, sizes, rows, *self._tokens(record, rows)
 
     def _paths(self, record: Record) -> list[Path]:
         return [images.inside(self.records.folder, name, record.where) for name in record.images]
@@ -123,14 +150,14 @@ class Conversations:
         except (ZeroDivisionError, ValueError) as error:
             raise UserError(f"a picture of {width} x {height} pixels is too thin for this model: {error}") from error
 
-    def _tokens(self, record: Record, image_rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        ids, labels = self.chat.encode(record.turns, image_rows)
-        most = self.data.max_rows or len(ids)  # 0: whatever the model takes, which `of` has looked up
+    def _tokens(self, record: Record, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = self.chat.encode(record.turns, rows)
+        most = self.data.max_rows or len(ids)  # `from_recipe` has replaced 0 by the model's context
         if len(ids) > most:
             if self.data.too_long == "error":
                 raise UserError(
-                    f"{len(ids):,} rows, and data.max_rows is {most:,}: raise it if the model's context "
-                    f'allows, shorten the record, or set data.too_long = "cut"'
+                    f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}: raise that if the "
+                    f'model\'s context allows it, shorten the record, or set data.too_long = "cut"'
                 )
             if (ids[most:] == self.chat.image_id).any():
                 raise UserError(f"cutting it to data.max_rows = {most:,} would cut through a picture")
@@ -139,72 +166,40 @@ class Conversations:
             raise UserError("no token of an answer is left to learn")
         return ids, labels
 
-    def measure(self, i: int) -> tuple[int, list[int], int, int]:
-        """What `lengths` will say of record i of the file, and a checksum of its text; a bad record is an error."""
-        record = self.records[i]
-        with _about(record):
-            rows = [self._rows(*images.size(path, record.where)) for path in self._paths(record)]
-            ids, labels = self._tokens(record, rows)
-        checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes()))
-        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum
-
-    def _part(self, numbers: range) -> list[tuple[int, tuple[int, list[int], int, int] | str]]:
-        """Measures of these records, or what is wrong with them."""
-        found = []
-        for i in numbers:
-            try:
-                found.append((i, self.measure(i)))
-            except UserError as error:
-                found.append((i, str(error)))
-        return found
-
-    def _parts(self) -> Iterator[list]:
-        count = len(self.records)
-        parts = [range(begin, min(begin + AT_ONCE, count)) for begin in range(0, count, AT_ONCE)][self.mine]
-        workers = at_most(self.data.workers)
-        if workers == 0 or count < WORTH_WORKERS:
-            return map(self._part, parts)
-        return iter(
-            DataLoader(
-                _Parts(self), batch_size=None, sampler=parts, num_workers=workers, worker_init_fn=ignore_signals,
-                generator=torch.Generator(),
-            )
-        )  # fmt: skip
-
-    def _measure_all(self, gather: Callable[[list], list], bar: bool) -> None:
-        count = len(self.records)
-        good, texts, sizes, visual, starts, bad = [], [], [], [], [0], []
-        measures, wrong = [], 0
+    def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
+        """The numbers of the records in this process's share, with their measures or what is wrong with them."""
+        count, found, bad = len(self.records), [], 0
+        parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
+        workers = 0 if count < MANY else at_most(self.data.workers)
         with (
             explaining_crashes(),
             tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line,
         ):
-            for part in self._parts():
-                measures += part
-                wrong += sum(isinstance(found, str) for _, found in part)
+            for part in in_workers(self._measures, parts[mine], workers):
+                found += part
+                bad += sum(isinstance(measure, str) for _, measure in part)
                 line.update(len(part))
-                if wrong > ENOUGH and not self.data.skip_bad:
+                if bad > MOST_BAD and not self.data.skip_bad:
                     break
-        for i, found in sorted(gather(measures), key=lambda measure: measure[0]):
-            if isinstance(found, str):
-                bad.append(found)
-                continue
-            text, rows, answers, checksum = found
-            good.append(i)
-            texts.append(checksum)
-            sizes.append((text, answers))
-            visual += rows
-            starts.append(len(visual))
-        if bad and not self.data.skip_bad:
-            raise UserError(_listed(bad, self.data.file))
+        return found
+
+    def _measures(self, numbers: range) -> list[tuple[int, Measure | str]]:
+        return [(number, self.measure(number)) for number in numbers]
+
+    def _keep(self, found: list[tuple[int, Measure | str]]) -> None:
+        """Keeps the measures of the good records in arrays, or refuses the file."""
+        self.bad = [measure for _, measure in found if isinstance(measure, str)]
+        if self.bad and not self.data.skip_bad:
+            raise UserError(_listed(self.bad, self.data.file))
+        good = [(number, *measure) for number, measure in found if not isinstance(measure, str)]
         if not good:
-            raise UserError(f"no record of {self.data.file} can be used; the first: {bad[0]}")
-        self.bad = bad
-        self.good = np.array(good, dtype=np.int64)
-        self.texts = np.array(texts, dtype=np.uint32)
-        self.sizes = np.array(sizes, dtype=np.int32)
-        self.visual = np.array(visual, dtype=np.int32)
-        self.starts = np.array(starts, dtype=np.int64)
+            raise UserError(f"no record of {self.data.file} can be used; the first: {self.bad[0]}")
+        numbers, texts, visual, answers, checksums = zip(*good, strict=True)
+        self.good = np.array(numbers, dtype=np.int64)
+        self.texts = np.array(checksums, dtype=np.uint32)
+        self.sizes = np.array([texts, answers], dtype=np.int32).T
+        self.visual = np.array([rows for each in visual for rows in each], dtype=np.int32)
+        self.starts = np.cumsum([0, *map(len, visual)], dtype=np.int64)
 
 
 def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
@@ -216,27 +211,8 @@ def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     return Conversations(data, loading.load_processor(model), paths.expanded(recipe.run.cache), **how)
 
 
-class _Parts(Dataset):
-    def __init__(self, source: Conversations):
-        self.source = source
-
-    def __getitem__(self, numbers: range):
-        return self.source._part(numbers)
-
-
 def _listed(bad: list[str], file: str) -> str:
     if len(bad) == 1:
         return f"{bad[0]} (--skip-bad trains without such records)"
-    count = f"the first {ENOUGH}" if len(bad) > ENOUGH else str(len(bad))
-    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:ENOUGH]])
-
-
-@contextmanager
-def _about(record: Record) -> Iterator[None]:
-    """Name the record in every error about it."""
-    try:
-        yield
-    except UserError as error:
-        if str(error).startswith(record.where):
-            raise
-        raise UserError(f"{record.where}: {error}") from error
+    count = f"the first {MOST_BAD}" if len(bad) > MOST_BAD else str(len(bad))
+    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:MOST_BAD]])

@@ -1,7 +1,7 @@
-"""Records -> examples -> batches of tensors.
+"""An `Example` is one conversation, tokenized, with its pictures; a `Source` has many of them; `collate` makes a batch.
 
-An `Example` is one conversation, tokenised, with its pictures: placeholders already expanded to one id a feature row,
-labels IGNORE wherever the model is not asked to speak.
+Each picture's placeholder is already repeated once for each of its features. Labels are IGNORE wherever the model is
+not asked to speak.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..rows import IGNORE
 
+Sample = tuple[int, list[int], int]  # the lengths of an example: text tokens, visual tokens by picture, tokens to learn
+
 
 @dataclass(frozen=True)
 class Example:
@@ -20,19 +22,18 @@ class Example:
     labels: Tensor  # (S,)
     pixel_values: Tensor | None = None  # (images, 3, H, W), of LLaVA-NeXT (images, crops, 3, H, W)
     image_sizes: Tensor | None = None  # (images, 2), of LLaVA-NeXT: height and width before it was cut into crops
-    tower_features: Tensor | None = None  # (images' crops, patches, width), instead of pixels: see `features.py`
+    tower_features: Tensor | None = None  # (images' crops, patches, width), instead of pixels: see feature_cache.py
 
 
 class Source(Protocol):
     """Where examples come from. Example i must not depend on which others were made before it."""
 
-    fingerprint: str  # changes when the data does: a run must not resume on other data in silence
+    fingerprint: str  # changes with the data, so that a run is never resumed on other data by mistake
 
     def __len__(self) -> int: ...
 
-    def lengths(self, i: int) -> tuple[int, list[int], int]:
-        """Text rows, visual rows of each image, and tokens to learn, without decoding a picture: micro-batches are cut
-        by the rows, and losses divided by the tokens."""
+    def lengths(self, i: int) -> Sample:
+        """Known without decoding a picture: they decide how batches are cut and what losses are divided by."""
 
     def text(self, i: int) -> tuple[Tensor, Tensor]:
         """Ids and labels of example i, without decoding a picture."""
@@ -40,19 +41,16 @@ class Source(Protocol):
     def example(self, i: int) -> Example: ...
 
     def where(self, i: int) -> str:
-        """How the user calls example i, in an error."""
+        """How the user calls example i, for errors."""
 
 
 def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
-    """Examples to a processor-style batch, padded to the right."""
-    width = max(len(e.input_ids) for e in examples)
-    ids = torch.full((len(examples), width), pad)
-    labels = torch.full_like(ids, IGNORE)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        n = len(example.input_ids)
-        ids[row, :n], labels[row, :n], mask[row, :n] = example.input_ids, example.labels, 1
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    """A batch such as transformers' processors make, padded on the right."""
+    batch = {
+        "input_ids": pad_sequence([e.input_ids for e in examples], batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(e.input_ids) for e in examples], batch_first=True),
+        "labels": pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
+    }
     pictures = [picture for e in examples if e.pixel_values is not None for picture in e.pixel_values]
     if pictures:  # an image with fewer crops than another is filled up with black ones, which the model leaves out
         alike = len({picture.shape for picture in pictures}) == 1
@@ -62,6 +60,3 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         if parts:
             batch[name] = torch.cat(parts)
     return batch
-
-
-Sample = tuple[int, list[int], int]  # text rows, visual rows of each image, tokens to learn

@@ -1,10 +1,10 @@
-"""Pictures from strangers: a name becomes a file inside one folder, a file becomes upright RGB, or it is an error.
+"""Pictures from strangers: a name becomes a file inside one folder, and a file becomes upright RGB, or it is an error.
 
-    name --inside--> path --size--> (width, height)     from the header: hundreds of thousands can be asked beforehand
-                     path --load--> the pixels          and of exactly that size
+    name --inside--> path --size----> (width, height)   from the header, so that hundreds of thousands can be measured
+                     path --decode--> the pixels        of exactly that size
 
-A picture is what transformers' `load_image` makes of it: its first frame, turned as its EXIF says, in Pillow's own
-conversion to RGB. One thing is mended: 16-bit grey, which that conversion clips to white, is scaled to 8 bits.
+A picture is what transformers' `load_image` makes of it: its first frame, turned as its EXIF says, converted to RGB by
+Pillow. One thing is mended: 16-bit grey, which that conversion clips to white, is scaled to 8 bits.
 """
 
 import os
@@ -21,18 +21,18 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from ..util.errors import UserError
+from ..util import UserError
 from ..util.paths import CONTROL
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that is a program, as EPS is
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none of them is a program, as EPS is
 MOST_PIXELS = 100_000_000
-MOST_LONG = 200  # times as long as wide: LLaVA-1.5's processor makes the short side 336, and 1 x 10,000 would be 11 GB
+MOST_LONG = 200  # long to short side: LLaVA-1.5's processor makes the short side 336, and 1 x 10,000 would be 11 GB
 TAIL = 1 << 16  # bytes at the end of a file that are searched for its end marker; cameras' EXIF fits in too
 TURNS = {  # by EXIF's orientation; 1 is upright
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-ENDS = {  # whether the end of a file has its format's end marker; the others have none, and WEBP is read at once
+ENDS = {  # whether the end of a file has its format's end marker; others have none, and WEBP is read as a whole
     "JPEG": lambda tail: b"\xff\xd9" in tail,
     "MPO": lambda tail: b"\xff\xd9" in tail,
     "PNG": lambda tail: b"IEND" in tail,
@@ -42,12 +42,11 @@ _OUTWARDS = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.([/\\]|$)")  # by the ru
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """The file `name` of `folder`. Links may lead about within the folder, but not out of it."""
+    """The file `name` in `folder`. Links may point anywhere within the folder, but not out of it."""
     if not isinstance(name, str) or not name.strip() or CONTROL.search(name):
-        raise UserError(f"{where}: {name!r:.300} is no file name")
+        raise UserError(f"{where}: {name!r:.300} is not a file name")
     if _OUTWARDS.search(name):
-        what = "is absolute or leads out of the picture folder"
-        raise UserError(f"{where}: {name!r:.300} {what}; give the path from {folder} on")
+        raise UserError(f"{where}: {name!r:.300} leads out of the picture folder; give its path relative to {folder}")
     path = os.path.join(folder, name)
     try:
         found, here = os.lstat(path), os.getcwd()
@@ -66,12 +65,12 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 @lru_cache(1 << 16)
 def _real(folder: str) -> str:
-    """Without links. Cached: to resolve every picture's folders anew would cost more than all the rest."""
+    """The folder without links. Cached, since resolving the folders of every picture would cost more than the rest."""
     return os.path.realpath(folder)
 
 
 def size(path: Path, where: str) -> tuple[int, int]:
-    """The width and height that `load` would give, without decoding. A file that is visibly cut short is an error."""
+    """The width and height of the decoded picture, from the header. A file that is visibly cut short is an error."""
     with _opened(path, where) as (_, _, upright):
         return upright
 
@@ -83,16 +82,16 @@ def decode(path: Path, where: str) -> Image.Image:
         if orientation in TURNS:
             picture = picture.transpose(TURNS[orientation])
         if picture.size != upright:
-            raise ValueError(f"its header says {upright}, and it is {picture.size}")
-        picture.info.clear()  # or whoever reads its EXIF next would turn it again
+            raise ValueError(f"its header says that it has {upright} pixels, but it has {picture.size}")
+        picture.info.clear()  # otherwise whoever reads its EXIF next would turn it again
         return picture
 
 
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, tuple[int, int]]]:
-    """A picture of which only the header was read, its orientation in EXIF, and its size once upright."""
+    """A picture of which only the header was read, its orientation by its EXIF, and its size when it is upright."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what matters of them is an error here
+        warnings.simplefilter("ignore")  # those that matter are errors here
         try:
             with open(path, "rb") as file:
                 image = Image.open(file, formats=FORMATS)
@@ -100,11 +99,13 @@ def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, t
                 if width * height > MOST_PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller")
                 if max(width, height) > MOST_LONG * min(width, height):
-                    raise ValueError(f"it has {width} x {height} pixels, too thin to be made square; cut it in pieces")
+                    raise ValueError(
+                        f"it has {width} x {height} pixels, too thin to be made square; cut it into pieces"
+                    )
                 tail = _tail(image.format, file)
-                if image.format == "PNG" and b"eXIf" in tail:  # behind the pixels, as ImageMagick writes it
+                if image.format == "PNG" and b"eXIf" in tail:  # after the pixels, where ImageMagick writes it
                     image.load()
-                # Not image.getexif(): a PNG would always decode its pixels to look behind them.
+                # Not image.getexif(): that decodes the pixels of every PNG to look after them.
                 orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
                 if image.format == "TIFF":  # Pillow turns these by itself
                     orientation = None
@@ -117,9 +118,9 @@ def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, t
 
 
 def _tail(kind: str, file: BinaryIO) -> bytes:
-    """The end of a file of which the header was read; an error where its format's end marker is missing."""
+    """The end of a file of which the header was read. A missing end marker is an error."""
     start, end = file.tell(), file.seek(0, os.SEEK_END)
-    for at in (max(start, end - TAIL), start):  # some phones append a film, so that all of it must be searched
+    for at in (max(start, end - TAIL), start):  # some phones append a film, so all of the file is searched
         file.seek(at)
         tail = file.read()
         if kind not in ENDS or ENDS[kind](tail):
@@ -128,7 +129,7 @@ def _tail(kind: str, file: BinaryIO) -> bytes:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as its high bytes, which is also what Pillow keeps of 16-bit colours."""
+    """16-bit grey scaled to its high bytes, which is also what Pillow keeps of 16-bit colours."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 bits")
     if not image.mode.startswith("I"):

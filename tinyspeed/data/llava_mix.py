@@ -1,36 +1,35 @@
-"""How long the samples of LLaVA's instruction mix are: what imbalance between ranks depends on.
+"""How long the samples of LLaVA's instruction mix are, which the balance between GPUs depends on.
 
-llava_v1_5_mix665k is ten sets. How many samples each has, how many questions a picture brings, and that long texts are
-cut and not split, is public (the appendix of LLaVA-1.5, arXiv 2310.03744, and the sets' own counts):
+llava_v1_5_mix665k is ten sets. How many samples each has, how many questions are asked about a picture, and that long
+texts are cut and not split, is public (the appendix of LLaVA-1.5, arXiv 2310.03744, and the sets' own counts):
 
     VQAv2     443,757 questions on 82,783 pictures, 5.4 a conversation; GQA 943,000 on 72,140, 13.1
     VG        up to 10 regions a picture, RefCOCO fewer; A-OKVQA a question once for each of its choices
     ShareGPT  no pictures, cut at 2,048 tokens
 
-How many tokens a turn takes is not; those here are estimates (a short question and answer with its roles about 20, a
-region with its box 45, a system message 35), so a length is a draw: 35 + turns x a log-normal number of tokens. Some
-sets' turns vary, some texts are twice as long as others, and the long tail is the texts without pictures. Against the
-real file (`tinyspeed estimate` reads it) the mean may be off by a quarter; the shape is what the simulation needs.
+How many tokens a turn has is not public. Those here are estimates (a short question and answer with its roles about 20,
+a region with its box 45, a system message 35), so a length is drawn: 35 + turns x a log-normal number of tokens. In
+some sets the number of turns varies, some texts are twice as long as others, and the long tail is the texts without
+pictures. Compared with the real file (`tinyspeed estimate` reads it) the mean may be wrong by a quarter; the simulation
+needs only the shape.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..util.errors import UserError, unknown
+from ..util import UserError, unknown
 from .examples import Sample
-
-SYSTEM = 35  # tokens before the first turn
 
 
 @dataclass(frozen=True)
 class Set:
     name: str
     samples: int
-    turns: float  # mean number of turns; above 1, 1 + a Poisson number
+    turns: float  # their mean number; above 1, it is 1 + a Poisson number
     tokens: float  # of a turn: the median
     spread: float  # sigma of the log of a sample's tokens a turn
-    learned: float  # share of them that are the answer's
+    learned: float  # the share of them that is the answer's
     picture: bool = True
 
 
@@ -49,20 +48,19 @@ MIX = [
     Set("VG", 86_417, 8.5, 45, 0.15, 0.5),
 ]
 SAMPLES = sum(part.samples for part in MIX)
-# Visual rows of a picture, and how often. NeXT cuts it into crops on a grid and drops what was padding: a picture of
-# 4:3 leaves 36 lines of 48 patches and a newline, beside the 576 rows of the whole. Most pictures are COCO's.
+CAPTIONS = 558_128  # LLaVA's alignment set: a picture and a web caption of some 15 words, and nothing else
+SYSTEM = 35  # tokens before the first turn
+# Visual tokens of a picture, and how often. NeXT cuts it into crops on a grid and drops what was padding: a picture of
+# 4:3 leaves 36 lines of 48 patches and a newline, beside the 576 of the whole picture. Most pictures are COCO's.
 VISUAL = {
     "1.5": {576: 1.0},
     "next": {2340: 0.55, 2352: 0.2, 2144: 0.12, 2928: 0.05, 1752: 0.05, 1176: 0.03},
 }
-
-
-LONGEST = {"1.5": 2048, "next": 4096}  # rows of a sample, its picture's included, as they were trained
+LONGEST = {"1.5": 2048, "next": 4096}  # tokens of a sample with its picture, as the models were trained
 
 
 def mix(n: int, seed: int, family: str = "1.5", longest: int = 0) -> list[Sample]:
-    """`n` samples as they come in a shuffled epoch: text rows, visual rows of each picture, tokens to learn. A sample
-    has at most `longest` rows (0: as published)."""
+    """The lengths of `n` samples in a shuffled epoch. A sample has at most `longest` tokens (0: as published)."""
     draw = np.random.default_rng([seed, 665])
     kinds = draw.choice(len(MIX), size=n, p=[part.samples / SAMPLES for part in MIX])
     turns = np.array([part.turns for part in MIX])[kinds]
@@ -72,25 +70,22 @@ def mix(n: int, seed: int, family: str = "1.5", longest: int = 0) -> list[Sample
     visual = _visual(draw, n, family)
     longest = longest or LONGEST[family]
     if longest < max(VISUAL[family]) + SYSTEM:
-        raise UserError(f"samples of at most {longest:,} rows have no room for pictures of {max(VISUAL[family]):,}")
+        raise UserError(f"samples of at most {longest:,} tokens have no room for pictures of {max(VISUAL[family]):,}")
     found: list[Sample] = []
-    for kind, rows, picture in zip(kinds, text.round().astype(int), visual, strict=True):
+    for kind, length, picture in zip(kinds, text.round().astype(int), visual, strict=True):
         part = MIX[kind]
         images = [int(picture)] * part.picture
-        rows = int(min(rows, longest - sum(images)))
-        found.append((rows, images, max(1, int((rows - SYSTEM) * part.learned))))
+        length = int(min(length, longest - sum(images)))
+        found.append((length, images, max(1, int((length - SYSTEM) * part.learned))))
     return found
 
 
-CAPTIONS = 558_128  # LLaVA's alignment set: a picture and a web caption of some 15 words, and nothing else
-
-
 def captions(n: int, seed: int, family: str = "1.5") -> list[Sample]:
-    """The same of the alignment stage, which has neither a template nor a system message."""
+    """The lengths of `n` samples of the alignment set, which has neither a template nor a system message."""
     draw = np.random.default_rng([seed, 558])
     words = np.maximum(4, 22 * np.exp(0.4 * draw.standard_normal(n))).round().astype(int)
     visual = _visual(draw, n, family)
-    return [(int(rows) + 1, [int(picture)], int(rows)) for rows, picture in zip(words, visual, strict=True)]
+    return [(int(tokens) + 1, [int(picture)], int(tokens)) for tokens, picture in zip(words, visual, strict=True)]
 
 
 def _visual(draw: np.random.Generator, n: int, family: str) -> np.ndarray:

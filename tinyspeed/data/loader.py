@@ -1,8 +1,8 @@
-"""Micro-batches made ahead of their step, in worker processes: decoding pictures must not keep a GPU waiting.
+"""Micro-batches made ahead of their step, in worker processes: a GPU must not wait while pictures are decoded.
 
-Which samples make up which micro-batch is decided before (`batching.py`), so workers change nothing but the time it
-takes: the same batches come out in the same order, from any number of them. They draw nothing from anybody's random
-numbers, leave signals to the main process, and hand a bad picture over as the UserError that it is.
+Which samples make up which micro-batch is decided beforehand (`batching.py`), so workers change nothing but the time:
+any number of them makes the same batches in the same order. They draw from nobody's random numbers and leave signals
+to the main process, and a bad picture reaches the main process as a UserError.
 """
 
 import os
@@ -10,15 +10,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.queues import Queue
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..util.errors import UserError
+from ..util import UserError
 from .examples import Source, collate
 
 PREFETCH = 2  # batches that each worker is ahead
@@ -28,12 +30,20 @@ def batches(
     source: Source, parts: Iterable[list[int]], pad: int, *, workers: int = 0, pin: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """The batches of these lists of samples, in order."""
-    workers = at_most(workers)
+    return in_workers(partial(_batch, source, pad), parts, at_most(workers), pin)
+
+
+def _batch(source: Source, pad: int, part: list[int]) -> dict[str, Tensor]:
+    return collate([source.example(i) for i in part], pad)
+
+
+def in_workers(make: Callable[[Any], Any], parts: Iterable, workers: int, pin: bool = False) -> Iterator:
+    """What `make` returns for each part, in order, made by so many worker processes; with 0 of them, by this one."""
     if workers == 0:
-        yield from (collate([source.example(i) for i in part], pad) for part in parts)
+        yield from map(make, parts)
         return
-    ahead = DataLoader(
-        _Made(source, pad),
+    made = DataLoader(
+        _Made(make),
         batch_size=None,
         sampler=parts,
         num_workers=workers,
@@ -42,59 +52,55 @@ def batches(
         worker_init_fn=_begin,
         generator=torch.Generator(),  # its own: the default one belongs to dropout
     )
-    for batch in ahead:
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch
+    for found in made:
+        if isinstance(found, str):
+            raise UserError(found)
+        yield found
+
+
+class _Made(Dataset):
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make = make
+
+    def __getitem__(self, part: Any) -> Any:
+        try:
+            return self.make(part)
+        except UserError as error:  # raised here, it would arrive wrapped in a traceback
+            return str(error)
 
 
 @contextmanager
 def explaining_crashes() -> Iterator[None]:
-    """A worker that the system kills becomes advice. torch raises this wherever the main process happens to be."""
+    """Turns the death of a worker into advice. torch raises it wherever the main process happens to be."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        with suppress(RuntimeError):  # it says so twice: when it misses a batch, and when the signal arrives
+        with suppress(RuntimeError):  # it comes twice: when a batch is missing, and when the signal arrives
             time.sleep(0.5)
         raise UserError(
-            "a process that decodes pictures was killed, most likely for want of (shared) memory, or for what it said "
-            "above: set data.workers lower, or to 0, and go on with --resume"
+            "a process that decodes pictures was killed, most likely because (shared) memory ran out, or for the "
+            "reason that it printed above: set data.workers lower, or to 0, and continue with --resume"
         ) from error
 
 
-class _Made(Dataset):
-    def __init__(self, source: Source, pad: int):
-        self.source, self.pad = source, pad
-
-    def __getitem__(self, part: list[int]) -> dict[str, Tensor] | str:
-        try:
-            return collate([self.source.example(i) for i in part], self.pad)
-        except UserError as error:  # raised here, it would arrive wrapped in a traceback
-            return str(error)
-
-
 def at_most(workers: int) -> int:
-    """More workers than cores only wait for each other."""
+    """No more workers than cores: more would only wait for each other."""
     return min(workers, os.cpu_count() or 1)
 
 
 def _begin(worker: int) -> None:
-    ignore_signals(worker)
-    # Python would drop a batch that cannot be sent, say so, and go on; the main process would wait for it for ever.
-    Queue._on_queue_feeder_error = staticmethod(_lost)
-
-
-def _lost(error: Exception, batch: object) -> None:
-    """A batch goes by way of shared memory, and of a socket in the folder for temporary files."""
-    where = f"through shared memory and a socket in {tempfile.gettempdir()}"
-    print(f"tinyspeed: a batch cannot be handed over {where}: {error}", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def ignore_signals(worker: int) -> None:
-    # A scheduler signals every process of a job, and the main one must find its workers alive to finish the step. They
-    # leave when it tells them to, or is gone.
+    # A job's scheduler signals all its processes, and the main one needs its workers to finish the step. They end when
+    # it tells them to, or when it is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Python would drop a batch that cannot be sent, print a message and go on; the main process would wait for ever.
+    Queue._on_queue_feeder_error = staticmethod(_cannot_send)
+
+
+def _cannot_send(error: Exception, batch: object) -> None:
+    """A batch is sent through shared memory, and through a socket in the folder for temporary files."""
+    where = f"through shared memory and a socket in {tempfile.gettempdir()}"
+    print(f"tinyspeed: a batch cannot be sent {where}: {error}", file=sys.stderr, flush=True)
+    os._exit(1)

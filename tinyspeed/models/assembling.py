@@ -14,8 +14,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from ..util import files
-from ..util.errors import UserError
+from ..util import UserError, files
 from . import manifest
 from .loading import explaining, require_safetensors
 

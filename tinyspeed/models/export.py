@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..util import finite, paths
-from ..util.errors import UserError
+from ..util import UserError, finite, paths
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -61,7 +60,7 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-    for file in paths.weights(folder):
+    for file in paths.weight_files(folder):
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             metadata = opened.metadata()

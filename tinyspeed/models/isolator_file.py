@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..util.errors import UserError
+from ..util import UserError
 
 
 def save(learned: Mapping[str, Tensor], file: Path) -> None:

@@ -2,7 +2,7 @@
 
     load_model("llava-hf/llava-1.5-7b-hf", "bf16", quantise="nf4")    14.1 GB of weights become 4.5
 
-Users of other trainers have found out two things the hard way. Both are taken care of here and checked after loading:
+Two things that users of other trainers found out the hard way are taken care of here and checked after loading:
 
 - Only the LLM's layers are quantised. By default transformers also quantises the vision tower and the projector, and a
   skip list whose names do not match (`vision_tower` instead of `model.vision_tower`) does nothing.
@@ -10,7 +10,7 @@ Users of other trainers have found out two things the hard way. Both are taken c
   embeddings and lm_head into fp32, which takes 1.5 GB for nothing.
 
 Weights are read from safetensors only, because a pickle can run code when it is opened. Code that comes with a model is
-never run. transformers must be told so in every call: otherwise it asks the user, and a "y" runs the code.
+never run: transformers must be told so in every call, or it asks the user, and a "y" runs the code.
 """
 
 import json
@@ -50,8 +50,7 @@ def load_model(
     if precision not in DTYPES:
         raise unknown("precision", precision, DTYPES)
     where = _resolve(path)
-    require_safetensors(where)
-    how = {"dtype": DTYPES[precision], "use_safetensors": True, "trust_remote_code": False}
+    how = {"dtype": DTYPES[precision]}
     if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
         how["device_map"] = {"": str(device)}
     if quantise == "nf4":
@@ -65,12 +64,22 @@ def load_model(
         )
     elif quantise != "none":
         raise unknown("quantisation", quantise, ("none", "nf4"))
-    with explaining(f"cannot load the model {path}"):
-        model, found = AutoModelForImageTextToText.from_pretrained(where, **how, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random and carry on
-        raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
+    model = load_weights(AutoModelForImageTextToText, where, **how)
     if quantise != "none":
         _check_quantised(model)
+    return model
+
+
+def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
+    """Loads a model of one of transformers' classes from safetensors, and refuses one that lacks some of its weights:
+    transformers would draw them at random and carry on."""
+    require_safetensors(path)
+    with explaining(f"cannot load the model {path}"):
+        model, found = kind.from_pretrained(
+            path, **how, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
     return model
 
 
@@ -89,13 +98,12 @@ def require_safetensors(path: str | Path) -> None:
     except OSError:  # there is no such model, and loading it will say so
         return
     if index:
-        paths.weights(Path(index).parent)
+        paths.weight_files(Path(index).parent)
 
 
 @contextmanager
 def explaining(what: str) -> Iterator[None]:
-    """Turns any error in its block into a `UserError` of one line: a broken folder makes transformers raise nearly
-    anything."""
+    """Turns any error into a `UserError` of one line: a broken folder makes transformers raise nearly anything."""
     try:
         yield
     except UserError:
@@ -120,7 +128,7 @@ def _reason(error: Exception) -> str:
 
 def _resolve(path: str) -> str | Path:
     """Returns the folder, or the hub id as it is. Refuses a folder with a model that tinyspeed does not know."""
-    found = paths.model(path)
+    found = paths.model_folder_or_hub_id(path)
     if isinstance(found, Path):
         try:
             kind = json.loads((found / "config.json").read_text(encoding="utf-8"))["model_type"]
@@ -128,7 +136,7 @@ def _resolve(path: str) -> str | Path:
             raise UserError(f"{path}/config.json is not a model's configuration: {error!r}") from error
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise UserError(f"{path} holds a {kind!r} model; tinyspeed knows {', '.join(sorted(FAMILIES))}")
-        paths.weights(found)
+        paths.weight_files(found)
     return found
 
 

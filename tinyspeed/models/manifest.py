@@ -8,7 +8,7 @@ import json
 import stat
 from pathlib import Path
 
-from ..util.errors import UserError
+from ..util import UserError
 from ..util.files import UNREADABLE, fingerprint
 
 _verified: set[tuple] = set()  # by this process, which asks several times, and the files may be large

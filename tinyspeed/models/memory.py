@@ -14,9 +14,8 @@ which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers take 4.8 GiB. That is why
 (activation checkpointing): only the input of each layer is kept, and one layer at a time runs again in the backward.
 
 Where CPU and GPU differ, the formulas follow the GPU: packed attention repeats grouped keys, masks are bytes, norms of
-the tower return fp32. The CUDA context and the gaps between the allocator's blocks are left out; RESERVE and MARGIN
-stand for them. The tests compare the formulas with what autograd saves in real steps, and with what is alive at their
-peak.
+the tower return fp32. RESERVE and MARGIN stand for the CUDA context and the gaps between the allocator's blocks. The
+tests compare the formulas with what autograd saves in real steps, and with what is alive at their peak.
 """
 
 import bisect
@@ -110,8 +109,7 @@ class Settings:
         return self.precision != "fp32"
 
     @property
-    def width(self) -> int:
-        """Bytes of a number in a matrix product, and in a frozen weight."""
+    def width(self) -> int:  # bytes of a number in a matrix product, and in a frozen weight
         return 2 if self.half else 4
 
     @property
@@ -120,8 +118,7 @@ class Settings:
         return self.stage == "train" and not self.rank
 
     @property
-    def stream(self) -> int:
-        """Bytes of a number between two layers of the LLM."""
+    def stream(self) -> int:  # bytes of a number between two layers of the LLM
         return 4 if self.full else self.width
 
     @property
@@ -132,8 +129,6 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What is in memory throughout a stage."""
-
     parameters: int
     trainable: int
     weights: int  # bytes, from here on
@@ -326,9 +321,9 @@ class Step:
 
 @cache
 def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = None) -> int:
-    """Returns how many rows a micro-batch may have without recomputing in this much free memory, which is free beside
-    weights and moments. It holds for any rows: all visual and all answers, or those that pruning has left of pictures.
-    `coming` is how many bytes will still be allocated for good; by default the gradients."""
+    """Returns how many rows of any kind a micro-batch may have without recomputing: all visual and all answers, or what
+    pruning has left of pictures. Weights and moments are allocated already; `coming` bytes (by default the gradients')
+    will be."""
     free = (1 - MARGIN) * free - (fixed(shape, s).gradients if coming is None else coming)
 
     def needs(rows: int, mode: str, visual: int) -> int:
@@ -340,8 +335,7 @@ def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = Non
 
 
 def rows_that_fit(model, s: Settings, coming: int | None = None) -> float:
-    """Returns `rows_within` for the memory that the model's device has left and this process may still take; infinity
-    on a CPU."""
+    """Returns `rows_within` what the model's device has left and this process may take; infinity on a CPU."""
     device = model.device
     if device.type != "cuda":
         return math.inf

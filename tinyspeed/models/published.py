@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from ..util.errors import require_known
+from ..util import require_known
 
 GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # height, width: how NeXT cuts a picture
 COMMON = {"vocab_size": 32064, "rms_norm_eps": 1e-5}  # 32,000 words, <image>, <pad>, rounded up to a multiple of 64

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..util.errors import require_known
+from ..util import require_known
 from .families import family
 
 STAGES = ("align", "train")

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..util.errors import NotFinite, UserError, require
+from ..util import NotFinite, UserError, require
 from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
 from .registry import Entry, entry, names, register, works_with
 

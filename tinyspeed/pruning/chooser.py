@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import pruning
-from ..util.errors import UserError, require
+from ..util import UserError, require
 from . import signals as tower_signals
 
 if TYPE_CHECKING:  # the models import the pruning room, and not the other way round

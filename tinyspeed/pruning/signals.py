@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import pruning
-from ..util.errors import UserError
+from ..util import UserError
 
 if TYPE_CHECKING:  # the models import the pruning room, and not the other way round
     from ..models.families import Family

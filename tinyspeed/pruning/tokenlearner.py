@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..util.errors import UserError
+from ..util import UserError
 from .controls import grid
 from .registry import register
 

@@ -17,7 +17,7 @@ not change what these depend on.
 import itertools
 from pathlib import Path
 
-from ..util.errors import UserError, unknown
+from ..util import UserError, unknown
 from .reading import changed, setting, tables_of, value_of
 from .sections import Recipe
 

@@ -9,8 +9,7 @@ import tomllib
 from pathlib import Path
 from reprlib import repr as short
 
-from ..util import paths
-from ..util.errors import UserError, unknown
+from ..util import UserError, paths, unknown
 from .sections import LARGEST, LAST, Recipe
 
 BUILT_IN = Path(__file__).parent / "presets"
@@ -80,10 +79,7 @@ def _absolute(recipe: Recipe) -> Recipe:
     data = {name: paths.absolute(getattr(recipe.data, name)) for name in ("file", "images")}
     dual = {"isolator_from": paths.absolute(recipe.dualspeed.isolator_from)}
     gate = {"reference": paths.absolute(recipe.regate.reference)}
-    changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
-    return dataclasses.replace(
-        recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
-    )
+    return recipe.replaced(model=model, data=data, dualspeed=dual, regate=gate)
 
 
 def from_tables(tables: dict, where: str) -> Recipe:
@@ -106,7 +102,7 @@ def from_tables(tables: dict, where: str) -> Recipe:
                 values = {**values, key: float(value)}
             elif type(value) is not wanted:
                 raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
-            elif wanted is str and paths.NO_NAME.search(value):
+            elif wanted is str and paths.UNENCODABLE.search(value):
                 raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
         typed[section] = values
     made = {}
@@ -127,5 +123,4 @@ def of_run(folder: str) -> Recipe:
     if not file.is_file():
         raise UserError(f"{folder} is not a run: it has no recipe.toml")
     here = Path(folder).resolve()
-    recipe = read(str(file))
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))
+    return read(str(file)).replaced(run={"folder": str(here.parent), "name": here.name})

@@ -9,7 +9,7 @@ from ..adaptive import AdaptiveSchedule
 from ..regate import Cycle
 from ..scheduler import KINDS, Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Schedule
 from ..sts import LayerSkipper
-from ..util.errors import unknown
+from ..util import unknown
 from . import Recipe
 
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from ..adaptive import AdaptiveSchedule
 from ..regate import Settings as RegateSettings
 from ..scheduler import KINDS, Plan
-from ..util import paths
-from ..util.errors import require, require_known, require_range
+from ..util import paths, require, require_known, require_range
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTISATIONS = ("none", "nf4")
@@ -253,6 +252,11 @@ class Recipe:
     align: StageSection = field(default_factory=StageSection)
     train: StageSection = field(default_factory=StageSection)
     scale: ScaleSection = field(default_factory=ScaleSection)
+
+    def replaced(self, **sections: dict) -> "Recipe":
+        """Returns the recipe with other values: `recipe.replaced(train={"steps": 5})`."""
+        changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(self, **changed)
 
     def __post_init__(self):
         tunes, aligns = (bool(stage.steps or stage.epochs) for stage in (self.train, self.align))

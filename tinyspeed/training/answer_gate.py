@@ -20,8 +20,7 @@ from ..recipe import Recipe
 from ..recipe.schedules import rows_schedule
 from ..regate import Cycle, Memory
 from ..rows import IGNORE
-from ..util import paths
-from ..util.errors import UserError, counted
+from ..util import UserError, counted, paths
 from .batching import Order
 from .reference import Reference
 

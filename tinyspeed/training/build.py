@@ -18,14 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..data import conversations, digits, feature_cache
+from ..data import conversations, digits, digits_model, feature_cache
 from ..data.examples import Source
 from ..dualspeed import DualSpeed
 from ..models import assembling, isolator_file, loading, lora, precision
 from ..recipe import Recipe
 from ..recipe.schedules import schedule_of
-from ..util import files, paths
-from ..util.errors import counted
+from ..util import counted, files, paths
 from . import answer_gate, run_folder
 
 
@@ -42,7 +41,7 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
         source = digits.from_recipe(recipe)
         answer_gate.require_some_skipping(recipe, len(source))
         base = base_model(recipe, where.device)
-        digits.require_fitting(loading.load_config(base), base, source.canvas)
+        digits_model.require_fitting(loading.load_config(base), base, source.canvas)
     else:
         base = base_model(recipe, where.device)
         source = conversations.from_recipe(recipe, base)
@@ -76,7 +75,7 @@ def base_model(recipe: Recipe, device: torch.device) -> str:
         return str(assembling.assemble(recipe.model.tower, recipe.model.llm, folder, recipe.run.seed))
     sizes = recipe.digits
     how = {"tower_steps": sizes.tower_steps, "device": device, **sizes.sizes}
-    return str(digits.prepare(folder, recipe.run.seed, **how))
+    return str(digits_model.prepare(folder, recipe.run.seed, **how))
 
 
 def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
@@ -117,13 +116,12 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
         seed=recipe.run.seed,
     )
     if settings.isolator_from:
-        isolator_file.load_into(model.only_training, paths.isolator(settings.isolator_from))
+        isolator_file.load_into(model.only_training, paths.require_isolator(settings.isolator_from))
     return model
 
 
 def keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations, name: str) -> None:
     """Lets the examples read the frozen tower's features from disk, and computes those that are missing."""
     folder, most = paths.expanded(recipe.run.cache) / "features", recipe.data.feature_cache_gb * feature_cache.GB
-    prepare = source.processor.image_processor
-    source.features = feature_cache.Features(folder, model.vlm, prepare, name)
-    feature_cache.fill(source.features, source.pictures(), model.vlm, prepare, name, most, bar=True)
+    source.features = feature_cache.FeatureCache(folder, model.vlm, source.processor.image_processor, name)
+    source.features.fill(source.pictures(), model.vlm, most, bar=True)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from ..dualspeed import DualSpeed
 from ..scheduler import Schedule
-from ..util.errors import UserError
+from ..util import UserError
 
 STATE = "tinyspeed"  # the key of our entry in trainer_state.json
 

@@ -25,8 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..util import files, finite
-from ..util.errors import UserError
+from ..util import UserError, files, finite
 from ..util.files import UNREADABLE, fingerprint
 
 CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' tables of 8-bit values, the same for all parameters
@@ -42,7 +41,9 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
         temporary = begin(folder, step)
         return finish(temporary, state, write(temporary, tensors), keep)
     except BaseException:
-        files.remove(temporary_folder_of(folder, step))  # a half-written checkpoint would keep a full disk full
+        files.delete_if_possible(
+            temporary_folder_of(folder, step)
+        )  # a half-written checkpoint would keep a full disk full
         raise
 
 
@@ -70,7 +71,7 @@ def temporary_folder_of(folder: Path, step: int) -> Path:
 def begin(folder: Path, step: int) -> Path:
     """Makes an empty folder for the checkpoint of `step`, under its temporary name."""
     temporary = temporary_folder_of(folder, step)
-    with files.about(folder_of(folder, step)):
+    with files.errors_about(folder_of(folder, step)):
         files.delete(temporary)
         temporary.mkdir(parents=True)
     return temporary
@@ -83,7 +84,7 @@ def write(
     files, the first row of this part and the number of rows in all files."""
     path = temporary / TENSORS.replace("tensors.", f"tensors{part}.")
     here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with files.about(_final(temporary) / path.name):
+    with files.errors_about(_final(temporary) / path.name):
         save_file(here, path, metadata={"rows": json.dumps(rows or {})})
         files.flush(path)
     return {path.name: [*fingerprint(path)]}
@@ -93,10 +94,10 @@ def finish(temporary: Path, state: dict, written: dict[str, list[int]], keep: in
     """Writes the state when all files are there, gives the folder its final name, and deletes old checkpoints."""
     final = _final(temporary)
     state = {**state, "step": int(final.name.rpartition("-")[2]), "files": written}
-    with files.about(final / STATE):
+    with files.errors_about(final / STATE):
         (temporary / STATE).write_text(json.dumps({"state": state, "crc32": _crc(state)}, indent=1), encoding="utf-8")
         files.flush(temporary / STATE)
-    with files.about(final):
+    with files.errors_about(final):
         temporary.rename(final)
         files.flush(final.parent)
     prune(final.parent, keep)
@@ -118,7 +119,7 @@ def only_one(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such locks
         yield
         return
-    with files.about(folder / ".lock"):
+    with files.errors_about(folder / ".lock"):
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     with lock:
         try:

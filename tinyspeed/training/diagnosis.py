@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..util import finite
-from ..util.errors import NotFinite, UserError
+from ..util import NotFinite, UserError, finite
 
 MEASURED = ("gradient norm", "weights and moments", "loss", "ce", "kl", "ce_teacher")  # then each layer's influence
 SHOWN = 3  # records of a micro-batch that a message names

@@ -34,8 +34,7 @@ from ..recipe import Recipe, StageSection
 from ..recipe.schedules import schedule_of
 from ..rows import plan_rows
 from ..scheduler import Plan
-from ..util import files, finite, malloc, provenance
-from ..util.errors import NotFinite, UserError, counted
+from ..util import NotFinite, UserError, counted, files, finite, malloc, provenance
 from . import checkpoint, diagnosis, optimizer
 from .answer_gate import Gate
 from .batching import Order, cut
@@ -149,7 +148,7 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once a step, since a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # after a power cut the log must reach as far as the checkpoint
-                        with files.about(folder / LOG):
+                        with files.errors_about(folder / LOG):
                             files.flush(folder / LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
@@ -161,7 +160,7 @@ class StageRun:
     def _announce(self) -> None:
         """Warns of a short run that draws no slow step: its model never sees a whole picture and is poor at them."""
         modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
-        if "fast" in modes and "slow" not in modes and self.name == "train":
+        if self.lead and self.name == "train" and "fast" in modes and "slow" not in modes:
             print(
                 f"in {counted(self.steps, 'step')} no whole picture is seen: train for more steps (more train.epochs, "
                 f'a smaller train.batch), or set dualspeed.schedule = "periodic" and a larger dualspeed.slow',

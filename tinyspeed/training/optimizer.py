@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..recipe import StageSection
-from ..util.errors import UserError
+from ..util import UserError
 from .checkpoint import CONSTANT
 
 

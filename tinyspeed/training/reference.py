@@ -38,8 +38,7 @@ from ..distill import answer_loss
 from ..models import loading
 from ..models.precision import DTYPES
 from ..rows import IGNORE
-from ..util import files, paths
-from ..util.errors import UserError
+from ..util import UserError, files, paths
 
 AT_ONCE = 1024  # samples a file
 ROWS = 16384  # tokens of a forward
@@ -69,9 +68,9 @@ class Reference:
         if missing:
             self._check_context()
             model = self._load(device)
-            with files.about(self.folder):
+            with files.errors_about(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            files.remove_stale(self.folder.parent.glob("*/.*.tmp"))
+            files.delete_stale(self.folder.parent.glob("*/.*.tmp"))
             for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
                 found[number] = self._make(model, parts[number])
                 self._write(number, found[number])
@@ -163,7 +162,7 @@ class Reference:
 
 def _files(path: str) -> str:
     """The folder with the reference's files. A hub id is downloaded."""
-    found = paths.model(path)
+    found = paths.model_folder_or_hub_id(path)
     if isinstance(found, Path):
         return str(found)
     with loading.explaining(f"regate.reference: cannot download {path}"):

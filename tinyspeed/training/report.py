@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..util.errors import UserError, counted
+from ..util import UserError, counted
 from ..util.plots import GREY, figure, fit_scale, label_ends, plain_axes, save, smooth
 
 MODES = {  # mode -> how its curve and its single steps are drawn

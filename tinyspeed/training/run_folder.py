@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..recipe import Recipe, read
-from ..util import files, paths
-from ..util.errors import UserError
+from ..util import UserError, files, paths
 
 LOG = "metrics.jsonl"
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
@@ -44,13 +43,13 @@ PLACES = {
 def require_sources(recipe: Recipe) -> None:
     """Refuses a recipe whose model, reference, isolator or data is not where it says."""
     if recipe.model.path:
-        paths.model(recipe.model.path)
+        paths.model_folder_or_hub_id(recipe.model.path)
     if recipe.regate.reference:
-        paths.model(recipe.regate.reference)
+        paths.model_folder_or_hub_id(recipe.regate.reference)
     if recipe.dualspeed.isolator_from:
-        paths.isolator(recipe.dualspeed.isolator_from)
+        paths.require_isolator(recipe.dualspeed.isolator_from)
     if recipe.data.kind == "chat":
-        paths.conversations(recipe.data.file, recipe.data.images)
+        paths.require_conversations(recipe.data.file, recipe.data.images)
 
 
 def require_free_or_resumable(recipe: Recipe, resume: bool) -> None:
@@ -130,7 +129,7 @@ def claimed(recipe: Recipe, resume: bool) -> Iterator[Path]:
 
     folder = recipe.folder
     new = not folder.is_dir()
-    with files.about(folder):
+    with files.errors_about(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     with checkpoint.only_one(folder):
         try:

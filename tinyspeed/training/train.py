@@ -18,8 +18,7 @@ from ..dualspeed import DualSpeed
 from ..models import isolator_file, loading
 from ..models.export import only_training
 from ..recipe import Recipe
-from ..util import files, paths, provenance
-from ..util.errors import counted
+from ..util import counted, files, paths, provenance
 from . import answer_gate, checkpoint, run_folder
 from .build import base_model, build, set_threads
 from .loop import StageRun, Totals
@@ -112,7 +111,7 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     and writes record.json."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
-        files.remove(half)
+        files.delete_if_possible(half)
     checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # the run may have ended before it did
     if state and state["threads"] != torch.get_num_threads():
         print(

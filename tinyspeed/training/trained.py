@@ -14,8 +14,7 @@ from ..dualspeed import DualSpeed
 from ..models import loading, lora, precision, trainable
 from ..models.export import merge, save_adapter
 from ..recipe import Recipe, of_run
-from ..util import files, paths
-from ..util.errors import UserError
+from ..util import UserError, files, paths
 from . import build, checkpoint, run_folder
 from .loop import Totals
 

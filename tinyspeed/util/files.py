@@ -1,11 +1,11 @@
-"""Files and folders that are whole or not there; and what is said when a disk takes no more.
+"""Files and folders that are whole or not there, and one error for a disk that cannot be written.
 
-    with disk.whole(path) as temporary:    ...write...     becomes `path` when all of it is on disk; or nothing is left
-    with disk.lines(path) as add:          add(line)       a file that grows; it never keeps half a line
-    with disk.to(path):                    ...write...     an error in here is about `path`
+    with files.atomic(path) as temporary:  ...write...     becomes `path` once all of it is on disk; or nothing is left
+    with files.appending(path) as add:     add(line)       a file that grows, and never keeps half a line
+    with files.errors_about(path):         ...write...     a disk error in here names `path`
 
-A full disk shows in any write, and in most the system does not say of which file. Parts of what we write with are in
-Rust, and have errors of their own, in which the system's number is words. All of them become one `DiskError`.
+Any write can find the disk full, and the system mostly does not say which file it was. Some libraries that we write
+with are in Rust and raise errors of their own, with the system's number in their text. All become one `DiskError`.
 """
 
 import errno
@@ -20,46 +20,45 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from . import files
 from .errors import UserError
 
-# What reading a damaged file of ours may raise.
+# What reading a damaged file of our own may raise.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
-STALE = 3600.0  # seconds
+STALE = 3600.0  # seconds after which an unfinished file is taken for one of a killed process
 MANY = 1000  # files
-MENDS = {
+REMEDIES = {
     errno.ENOSPC: "make space there",
     errno.EROFS: "make it writable",
-    errno.EFBIG: "let files be as large as that there",
-    errno.EIO: "look after that disk",
+    errno.EFBIG: "allow larger files there",
+    errno.EIO: "check that disk",
 }
 if hasattr(errno, "EDQUOT"):  # not on Windows
-    MENDS[errno.EDQUOT] = "make space there, or raise the quota"
+    REMEDIES[errno.EDQUOT] = "make space there, or raise the quota"
 
 
 class DiskError(UserError):
-    """A disk that does not take what is written. `then`: what the user is to do when it does."""
+    """A disk that cannot be written. `then` is what to do once that is mended."""
 
     then = "give the same command again"
 
     def __init__(self, path: Path | str, number: int):
-        super().__init__(f"cannot write {path}: {os.strerror(number)}; {MENDS[number]}")
+        super().__init__(f"cannot write {path}: {os.strerror(number)}; {REMEDIES[number]}")
 
     def __str__(self) -> str:
         return f"{super().__str__()}, then {self.then}"
 
 
 def errno_of(error: BaseException) -> int | None:
-    """The system's number of what a disk said; None if it is something else. An error from Rust has it in its text."""
+    """The system's number for a disk error, or None for any other error. Errors from Rust have it in their text."""
     found = error.errno if isinstance(error, OSError) else None
     if not isinstance(error, OSError | UserError) and (said := re.search(r"\(os error (\d+)\)", str(error))):
         found = int(said[1])
-    return found if found in MENDS else None
+    return found if found in REMEDIES else None
 
 
 @contextmanager
-def about(path: Path | str) -> Iterator[None]:
-    """Whatever a disk refuses in here is about this path."""
+def errors_about(path: Path | str) -> Iterator[None]:
+    """Turns a disk error into one that names this path."""
     try:
         yield
     except Exception as error:
@@ -70,22 +69,22 @@ def about(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path, *, cached: bool = False) -> Iterator[Path]:
-    """A name to write a file or a folder to, which then gets its own. `cached`: it can be made again, so that it need
-    not survive a power cut, and other processes may be making the same."""
-    target = path.resolve()  # a link stays one
+    """A temporary name for a file or a folder, which is renamed to `path` once it is written. What is only `cached` can
+    be made again: it need not survive a power cut, and other processes may be making the same."""
+    target = path.resolve()  # a link stays a link
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp" if cached else f".{target.name}.tmp")
-    with about(path):
+    with errors_about(path):
         if target.exists() and not (target.is_file() or target.is_dir()):  # /dev/null must not become a file
             yield target
             return
-        delete(temporary)  # of a killed process
+        delete(temporary)  # left by a killed process
         try:
             yield temporary
             if not cached:
                 flush_all([*temporary.rglob("*"), temporary])
             temporary.replace(target)
         except BaseException:
-            remove(temporary)
+            delete_if_possible(temporary)
             raise
         if not cached:
             flush(target.parent)
@@ -93,15 +92,15 @@ def atomic(path: Path, *, cached: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """A function that adds a line to a file; when it returns, the system has it and no signal takes it away."""
-    with about(path):
-        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below, where an error is about the path again)
+    """A function that adds a line to a file. Once it returns, the system has the line, and no signal can lose it."""
+    with errors_about(path):
+        file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed below, where errors name the path again)
 
     def add(line: bytes) -> None:
         before = file.tell()
-        with about(path):
+        with errors_about(path):
             try:
-                while line:  # a disk that is nearly full takes a part, and says no to the rest
+                while line:  # a disk that is nearly full writes a part, and refuses the rest
                     line = line[file.write(line) :]
             except OSError:
                 with suppress(OSError):
@@ -111,26 +110,25 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
     try:
         yield add
     finally:
-        with about(path):
+        with errors_about(path):
             file.close()
 
 
-def remove_stale(halves: Iterable[Path]) -> None:
-    """Take away what killed processes have left half-written in a cache; a living one's is seconds old."""
-    for half in halves:
+def delete_stale(unfinished: Iterable[Path]) -> None:
+    """Deletes what killed processes have left half-written in a cache. Files of living ones are seconds old."""
+    for path in unfinished:
         with suppress(OSError):
-            if time.time() - half.stat().st_mtime > STALE:
-                remove(half)
+            if time.time() - path.stat().st_mtime > STALE:
+                delete_if_possible(path)
 
 
-def remove(path: Path) -> None:
-    """A file or a folder, if it is there and can be taken away."""
+def delete_if_possible(path: Path) -> None:
     with suppress(OSError):
         delete(path)
 
 
 def delete(path: Path) -> None:
-    """The same of what is in the way: where it cannot be taken away, the disk says why."""
+    """Deletes a file or a folder, if it is there, and raises if it cannot."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -138,7 +136,7 @@ def delete(path: Path) -> None:
 
 
 def flush_all(paths: list[Path]) -> None:
-    """Many files at once: each costs a disk milliseconds, and 500,000 pictures are an hour."""
+    """Flushes many files by flushing the disk: each file takes milliseconds, and 500,000 pictures an hour."""
     if len(paths) > MANY and hasattr(os, "sync"):  # not on Windows
         os.sync()
         return
@@ -147,8 +145,8 @@ def flush_all(paths: list[Path]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Make sure that a file's content, or a folder's entries, survive a power cut."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot, and keeps its folders in order by itself
+    """Makes sure that a file's content, or a folder's entries, survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot, and keeps its folders consistent by itself
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -158,12 +156,12 @@ def flush(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    with files.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def fingerprint(path: Path) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
+    """The size and the CRC-32 of a file."""
     crc = size = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -1,12 +1,12 @@
-"""Numbers that are NaN or infinite: that there is one, at nearly no cost; and which one, once there is.
+"""Finds NaN and infinite numbers: whether there is one, at almost no cost; and where, once there is.
 
-    size(tensors)     the norm of all, on the device: NaN or infinite if any entry is; nobody waits for it
-    first(named)      the name of the first tensor that has one, and what it has; waits
-    number(state)     the same of plain numbers in dicts and lists
+    norm(tensors)       a tensor on the device that is NaN or infinite if any entry is, so that nothing waits for it
+    first_bad(named)    which tensor has one, and how many; this waits for the device
+    bad_number(state)   which plain number in dicts and lists is one
 
-One NaN in a weight is in every weight two steps later; a second moment that is infinite makes every update zero, and
-the run stands still and looks well. So what the optimizer will read is looked at before it does, and what a checkpoint
-or an exported model will hold before it is written.
+One NaN in a weight is in every weight two steps later. An infinite second moment makes every update zero, so that the
+run stands still and looks healthy. So what the optimizer will read is checked before it does, and what a checkpoint or
+an exported model will hold is checked before it is written.
 """
 
 import math
@@ -17,20 +17,21 @@ from torch import Tensor
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Of nothing, 0. Whole numbers are finite, and left out. The squares of what is beyond 1e19 overflow: weights and
-    moments of such a size are as lost as infinite ones. (To find the largest entry takes a CPU twenty times as long.)
-    """
+    """The norm of all tensors together; 0 for no tensors. Integer tensors are skipped, since they are always finite.
+    Squares of entries beyond 1e19 overflow, but weights and moments of that size are as useless as infinite ones. (To
+    find the largest entry instead takes a CPU twenty times as long.)"""
     return torch.nn.utils.get_total_norm([t for t in tensors if t.is_floating_point()])
 
 
 def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The size of each."""
+    """The norm of each tensor."""
     return [torch.linalg.vector_norm(t.detach(), dtype=torch.float32) for t in tensors]
 
 
 def first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor with NaN or infinite numbers, with their count and the first of them; or None."""
     for name, tensor in named:
-        if math.isfinite(norm([tensor])):  # as nearly always, and this takes no memory
+        if math.isfinite(norm([tensor])):  # nearly always, and this takes no memory
             continue
         bad = tensor.detach()[~tensor.detach().isfinite()]
         if len(bad):
@@ -40,10 +41,9 @@ def first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def bad_number(state: object, name: str = "") -> str | None:
+    """Where in nested dicts and lists the first such number is, as "a.1.b is nan"; or None."""
     if isinstance(state, dict | list | tuple):
-        inside = state.items() if isinstance(state, dict) else enumerate(state)
-        return next(
-            filter(None, (bad_number(value, f"{name}.{key}" if name else str(key)) for key, value in inside)),
-            None,
-        )
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        found = (bad_number(value, f"{name}.{key}" if name else str(key)) for key, value in items)
+        return next(filter(None, found), None)
     return f"{name} is {state}" if isinstance(state, float) and not math.isfinite(state) else None

@@ -1,10 +1,9 @@
-"""On a CPU, memory that a step has freed is there for the next one.
+"""On a CPU, memory that one step has freed is kept for the next one.
 
-The C library gives large blocks back to the system at once, and gets them again a moment later, page by page: each page
-of 4 KiB is then cleared by the kernel when it is first written to, thousands of times a step. Told to keep what it has,
-it does not.
-
-The price: the process stays as large as its largest step. Only glibc can be told; elsewhere nothing happens.
+The C library gives large blocks back to the system at once and asks for them again a moment later. The kernel then
+clears each page of 4 KiB when it is first written to, thousands of times a step. glibc can be told to keep the memory
+instead; other C libraries cannot, and there nothing happens. The price is that the process stays as large as its
+largest step.
 """
 
 import ctypes
@@ -14,7 +13,7 @@ KEEP, DEFAULT = (0, 2**31 - 1), (65536, 128 * 1024)
 
 
 def keep_freed_memory(on: bool = True) -> bool:
-    """Keep what is freed from now on, in this process, or give it back again. Whether the C library could be told."""
+    """Makes this process keep the memory that it frees from now on, or give it back again. Returns whether it can."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library, another system

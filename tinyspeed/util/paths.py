@@ -1,7 +1,7 @@
-"""What the paths that a user gives mean: a run, a model here or on the hub, an adapter, nothing. Nothing is loaded.
+"""What the paths that a user gives mean: a run, a model here or on the hub, an adapter, or nothing. Nothing is loaded.
 
-A slip in a path is the most common mistake of all. Here it is named without the seconds that transformers takes to
-import, and a folder that is not where it was is never taken for a model of that name on the hub.
+A slip in a path is the most common mistake of all. Here it is found without the seconds that importing transformers
+takes, and a folder that has moved is never taken for a model of that name on the hub.
 """
 
 import json
@@ -10,22 +10,23 @@ from pathlib import Path
 
 from .errors import UserError
 
-NO_NAME = re.compile("[\0\ud800-\udfff]")  # what no file's name can have
+UNENCODABLE = re.compile("[\0\ud800-\udfff]")  # characters that neither the name of a file nor UTF-8 text can have
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 INDEX = "model.safetensors.index.json"
-ISOLATOR = "isolator.safetensors"  # in the run's folder
+ISOLATOR = "isolator.safetensors"  # in a run's folder
 
 
 def expanded(path: str | Path) -> Path:
-    """The path, with what ~ stands for."""
+    """The path, with ~ replaced by the home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{path}: there is no such user here, and ~ is a user's folder") from error
+        raise UserError(f"{path}: ~ stands for a user's home folder, and there is no such user here") from error
 
 
 def absolute(path: str) -> str:
-    """The whole path of what is there; anything else as it is: it may be a hub id, or a mistake that is named later."""
+    """The absolute path of what exists. Anything else is returned as it is: it may be a hub id, or a mistake that is
+    reported later."""
     found = expanded(path)
     try:
         return str(found.absolute()) if path and found.exists() else path
@@ -37,57 +38,54 @@ def is_run(path: str) -> bool:
     return (Path(path) / "recipe.toml").is_file()
 
 
-def model(path: str) -> Path | str:
-    """The model folder, or the hub id as it is; anything else is an error that says what it is."""
+def model_folder_or_hub_id(path: str) -> Path | str:
+    """The model folder as a Path, or the hub id as it is. Anything else is an error that says what it is."""
     folder = expanded(path)
     if (folder / "config.json").is_file():
         return folder
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{path} is an adapter without its model, for peft to load: give the run that it is of, or export that run "
-            f"without --adapter"
+            f"{path} is an adapter without its model, to be loaded by peft: give the run that it comes from, or export "
+            f"that run without --adapter"
         )
     if folder.is_dir():
         raise UserError(f"{path} is not a model folder: it has no config.json")
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
         raise UserError(
-            f"there is no model folder {path}, and no run; give one that is there, or a hub id such as "
+            f"there is no model folder {path}, and no run; give one that exists, or a hub id such as "
             f"llava-hf/llava-1.5-7b-hf"
         )
     return path
 
 
-def weights(folder: Path) -> list[Path]:
-    """The files of a model's weights. What an index names lies beside it, and nowhere else."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights."""
     index = folder / INDEX
     if not index.is_file():
         return [folder / "model.safetensors"]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        pickles = [name for name in names if not name.endswith(".safetensors")]
-        strange = [name for name in names if Path(name).name != name]
+        bad = [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} is no index of weights: {error!r}") from error
-    if pickles:
+        raise UserError(f"{index} is not an index of weights: {error!r}") from error
+    if bad:
         raise UserError(
-            f"{index} names {pickles[0]!r}. Only safetensors are read, since a pickle can run code: save the model "
-            f"again with save_pretrained"
+            f"{index} names {bad[0]!r}. Only safetensors are read, since a pickle can run code, and only from the same "
+            f"folder: save the model again with save_pretrained"
         )
-    if strange:
-        raise UserError(f"{index} names {strange[0]!r}, which is no file beside it")
     return [folder / name for name in names]
 
 
-def isolator(path: str) -> Path:
-    """What a finished run leaves for the next one, `dualspeed.isolator_from`."""
+def require_isolator(path: str) -> Path:
+    """The file that a finished run leaves for the next one, `dualspeed.isolator_from`."""
     file = expanded(path) / ISOLATOR
     if not file.is_file():
         raise UserError(f"dualspeed.isolator_from: there is no {file}: was that run finished?")
     return file
 
 
-def conversations(file: str, images: str) -> None:
-    """That the file of conversations is there, and the folder of its pictures."""
+def require_conversations(file: str, images: str) -> None:
+    """Refuses a file of conversations, or a folder of their pictures, that does not exist."""
     if not expanded(file).exists():
         raise UserError(f"data.file: there is no file {file}")
     if images and not expanded(images).is_dir():

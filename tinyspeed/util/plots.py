@@ -1,8 +1,8 @@
-"""Names beside what they name: at the ends of curves, and around points, none over another.
+"""Plots: figures that need no window, one set of colours, and names written next to what they name.
 
-Legends make one look to and fro, and colours alone fail on grey printers. So names are placed as a person would: near,
-and where there is room; a thin line leads to what had none beside it. All distances are measured in pixels, on the
-drawing as it will be saved.
+A legend makes one look to and fro, and colours alone fail on grey printers. So names are placed as a person would place
+them: near the end of a curve or near a point, where there is room; a thin line leads to a name that is further away.
+All distances are measured in pixels, on the drawing as it will be saved.
 """
 
 import itertools
@@ -14,10 +14,78 @@ import numpy as np
 from . import files
 from .errors import UserError
 
+DPI = 120
+GREY = "#666666"
+# Okabe and Ito's colours, the pale ones darkened so that names can be written in them. Each goes with a dash and a
+# marker. The three cycles have lengths 7, 4 and 9, so no two of the first 252 arms look alike.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#008060", "#AA4499", "#8C6500", "#777777")
+DASHES = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+# The sides of a point on which its name is tried, in degrees: right and left first, above and below last.
+_ANGLES = (0, 180, *(a for tilt in range(15, 91, 15) for a in (tilt, -tilt, 180 - tilt, tilt - 180)))
+
+
+def figure(width: float, height: float):
+    """An empty matplotlib Figure, in inches, that draws itself without a window or pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(fig)
+    return fig
+
+
+def save(fig, out: Path | str) -> Path:
+    """Writes a Figure to a file, in the format that its name asks for."""
+    out = Path(out) if Path(out).suffix else Path(f"{out}.png")
+    try:
+        with files.errors_about(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic(out) as temporary:
+            fig.savefig(temporary, dpi=DPI, format=out.suffix[1:])
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write the picture {out}: {error.strerror}") from error
+    except ValueError as error:  # matplotlib does not know the suffix
+        raise UserError(f"cannot write the picture {out}: choose a name that ends in .png, .svg or .pdf") from error
+    return out
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A centred running mean over a twentieth of the values, but of few values over at least 15 or a third of them. At
+    both ends half of its window is missing, which bends the curve a little but leaves its last value honest."""
+    n = len(values)
+    half = max(n // 20, min(n // 3, 15)) // 2
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    return (total[high] - total[low]) / (high - low)
+
+
+def plain_axes(ax) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def fit_scale(ax, heights: list[float]) -> None:
+    """Fits the y-axis to these heights of the smooth curves and ignores single steps; it is logarithmic if they fall
+    far."""
+    low, high = min(heights, default=0), max(heights, default=1)
+    if low > 0 and high / low > 8:
+        ax.set_yscale("log")
+        ax.set_ylim(low / 1.3, high * 1.3)
+        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+        ax.yaxis.get_minor_locator().set_params(subs=())
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        pad = 0.08 * (high - low) or 0.1 * abs(high) or 1
+        ax.set_ylim(low - pad, high + pad)
+
 
 def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
-    """Write each curve's name right of the axes, at the height of its end (x, y, name, colour), or as near to that as
-    the other names leave room; a thin line leads there."""
+    """Writes each curve's name to the right of the axes, at the height of its end (x, y, name, colour) or as near to it
+    as the other names leave room; a thin line leads there."""
     box = ax.get_window_extent()
     ends = sorted(ends, key=lambda end: (end[1], end[0]))
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, *_ in ends]).clip(box.y0, box.y1)
@@ -31,11 +99,11 @@ def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def _spread(wanted: np.ndarray, tall: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Ascending heights near the wanted (ascending) ones, so that labels `tall` high do not touch and, if there is
-    room at all, stay within low .. high. Labels that would touch are pooled into a block about its mean."""
+    """Ascending heights near the wanted (ascending) ones, at which labels `tall` high do not touch and stay within
+    low .. high if there is room at all. Labels that would touch are pooled into a block around its mean."""
     gaps = np.concatenate([[0.0], (tall[:-1] + tall[1:]) / 2]).cumsum()
     blocks: list[list[float]] = []  # [mean of (wanted - gap), members]
-    for value in wanted - gaps:  # touching labels must be equal here at least: isotonic regression
+    for value in wanted - gaps:  # isotonic regression: where two labels touch, these are equal
         blocks.append([value, 1])
         while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
             mean, n = blocks.pop()
@@ -45,10 +113,10 @@ def _spread(wanted: np.ndarray, tall: np.ndarray, low: float, high: float) -> np
 
 
 def label_points(ax, points: list[tuple[float, float, str, str]], spans: list[tuple]) -> None:
-    """Name each point (x, y, name, colour) as near to it as the name covers no point, no error bar (`spans`: x0, y0,
-    x1, y1 of each), no other name and no line that leads to one. In a crowd, where names close by would wall in the
-    points of the others, all names step back."""
-    ax.figure.canvas.draw()  # settles the axes' limits
+    """Names each point (x, y, name, colour), as near to it as possible while the name covers no point, no error bar
+    (`spans`: x0, y0, x1, y1 of each), no other name and no line that leads to one. In a crowd, names close by would
+    wall in the points of the others, so all names step back."""
+    ax.figure.canvas.draw()  # settles the limits of the axes
     at = [ax.transData.transform((x, y)) for x, y, *_ in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
     for (x, y), (x0, y0, x1, y1) in zip(at, spans, strict=True):
@@ -68,16 +136,12 @@ def label_points(ax, points: list[tuple[float, float, str, str]], spans: list[tu
             ax.annotate("", (x, y), edge - point, textcoords="offset pixels", arrowprops=arrow)
 
 
-# The sides of a point on which its name is tried, in degrees: beside it first, above and below it last.
-_TURNS = (0, 180, *(a for tilt in range(15, 91, 15) for a in (tilt, -tilt, 180 - tilt, tilt - 180)))
-
-
 def _arrange(at: list, sizes: list, taken: list, area, nearest: int) -> list:
-    """For each point the box of its name and the end of the line to it, or None. All in pixels."""
+    """For each point the box of its name and the end of the line to it, or None if there is no room. All in pixels."""
     taken, places = list(taken), []
     for (x, y), (wide, tall) in zip(at, sizes, strict=True):
         places.append(None)
-        for away, turn in itertools.product(range(nearest, 240, 8), _TURNS):
+        for away, turn in itertools.product(range(nearest, 240, 8), _ANGLES):
             dx, dy = math.cos(math.radians(turn)), math.sin(math.radians(turn))
             left, low = x + dx * (away + wide / 2) - wide / 2, y + dy * (away + tall / 2) - tall / 2
             box = (left, low, left + wide, low + tall)
@@ -85,84 +149,10 @@ def _arrange(at: list, sizes: list, taken: list, area, nearest: int) -> list:
                 continue
             edge = min(max(x, left), box[2]), min(max(y, low), box[3])
             shares = [t / math.dist((x, y), edge) for t in range(20, int(math.dist((x, y), edge)), 3)]
-            line = [(x + (edge[0] - x) * t, y + (edge[1] - y) * t) for t in shares]  # next to the point it may touch
+            line = [(x + (edge[0] - x) * t, y + (edge[1] - y) * t) for t in shares]  # it may touch its own point
             parts = [box, *((u - 1, v - 1, u + 1, v + 1) for u, v in line)]
             if not any(a < r and p < c and b < s and q < d for a, b, c, d in parts for p, q, r, s in taken):
                 taken += parts
                 places[-1] = box, edge
                 break
     return places
-
-
-DPI = 120
-
-
-# Okabe and Ito's colours, the pale ones darkened so that names can be written in them. With each goes a dash and a
-# marker; the three cycles have lengths 7, 4 and 9, so no two of the first 252 arms look alike.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#008060", "#AA4499", "#8C6500", "#777777")
-
-
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)))
-
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-
-
-GREY = "#666666"
-
-
-def figure(width: float, height: float):
-    """An empty matplotlib Figure (inches) that draws itself and knows nothing of windows or pyplot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(width, height), dpi=DPI)
-    FigureCanvasAgg(fig)
-    return fig
-
-
-def save(fig, out: Path | str) -> Path:
-    """Write a Figure where the user wants it, in the format that the file's name asks for."""
-    out = Path(out) if Path(out).suffix else Path(f"{out}.png")
-    try:
-        with files.about(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        with files.atomic(out) as temporary:
-            fig.savefig(temporary, dpi=DPI, format=out.suffix[1:])
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write the picture {out}: {error.strerror}") from error
-    except ValueError as error:  # matplotlib's word for an unknown suffix
-        raise UserError(f"cannot write the picture {out}: choose a name that ends in .png, .svg or .pdf") from error
-    return out
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred running mean over a twentieth of the values, and of few values over at least 15 or a third of them.
-    At the ends half of its window is missing, which bends the curve a little and keeps the last value trustworthy."""
-    n = len(values)
-    half = max(n // 20, min(n // 3, 15)) // 2
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
-    return (total[high] - total[low]) / (high - low)
-
-
-def plain_axes(ax) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-
-
-def fit_scale(ax, heights: list[float]) -> None:
-    """Show the curves, whatever single steps do; logarithmically where they fall far."""
-    low, high = min(heights, default=0), max(heights, default=1)
-    if low > 0 and high / low > 8:
-        ax.set_yscale("log")
-        ax.set_ylim(low / 1.3, high * 1.3)
-        ax.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-        ax.yaxis.get_minor_locator().set_params(subs=())
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    else:
-        pad = 0.08 * (high - low) or 0.1 * abs(high) or 1
-        ax.set_ylim(low - pad, high + pad)

@@ -1,4 +1,4 @@
-"""What a result needs beside it to be believed: versions, commit, machine, command."""
+"""What belongs next to a result so that others can believe and repeat it: versions, commit, machine, command."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def describe(device: torch.device | str = "cpu", **more) -> dict:
     return {
         "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "commit": commit(),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions,
@@ -40,26 +40,26 @@ def _program(file: Path) -> list[str]:
 
 
 def write(path: Path, **more) -> None:
-    """Describe a run when it starts; a resumed run adds to what is there."""
+    """Writes the description of a run that starts; a resumed run adds its own to it."""
     now = describe(**more)
     if path.is_file():
         try:
             first = json.loads(path.read_text(encoding="utf-8"))
             now = {**first, "resumed": [*first.get("resumed", []), now]}
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it to go on without what it says") from error
+            raise UserError(f"{path} is damaged ({error}); delete it to continue without what it says") from error
     write_atomically(path, json.dumps(now, indent=1))
 
 
 def commit() -> str | None:
-    """The commit of the source this package runs from, with a + when files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """The commit of the source that this package runs from, with a + if files differ; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parent:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None  # installed inside some other project's checkout
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -67,7 +67,7 @@ def commit() -> str | None:
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
-    """Peak of the GPU's allocator, or on a CPU of the whole process; None where the system does not tell."""
+    """The peak of the GPU's allocator, or on a CPU of the whole process; None where the system does not tell."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     try:
@@ -78,7 +78,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def processor() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -3,17 +3,16 @@
 import re
 from collections.abc import Sequence
 
-# A number, its unit, and how sure one is of it: 12, -3.4e-5, 1,234, 3.1x, 98.4 %, 98.4 ± 0.2, 9.1 (8.8 to 9.3), nan, -
+# A number with its unit and its uncertainty: 12, -3.4e-5, 1,234, 3.1x, 98.4 %, 98.4 ± 0.2, 9.1 (8.8 to 9.3), nan, -
 _NUMBER = re.compile(
     r"[<>~]?[-+]?(\d[\d,]*\.?\d*(e[-+]?\d+)?( ?± ?[\d.]+)?( ?(%|[a-zA-Z/]{1,5}))?( \([^()]*\))?|nan|inf)|-"
 )
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A monospaced table that is valid GitHub Markdown. Columns of numbers ("3.1x", "98.4 %" and blanks included)
-    are aligned to the right."""
+    """A table that is aligned in plain text too: columns of numbers, such as "3.1x" or "98.4 %", to the right."""
     cells = [[_cell(c) for c in row] for row in (headers, *rows)]
-    assert all(len(row) == len(headers) for row in cells), "every row needs one cell a header"
+    assert all(len(row) == len(headers) for row in cells), "every row needs one cell for each header"
     columns = list(zip(*cells, strict=True))
     widths = [max(3, *map(len, column)) for column in columns]
     right = [len(c) > 1 and any(c[1:]) and all(_NUMBER.fullmatch(text) for text in c[1:] if text) for c in columns]

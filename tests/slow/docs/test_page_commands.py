@@ -18,7 +18,7 @@ from support.trainers import Pictures, gather
 
 from tinyspeed import cli
 from tinyspeed.bench import loss, pruning, savings, scaling
-from tinyspeed.data import digits
+from tinyspeed.data import digits_model
 from tinyspeed.pruning import registry
 
 DIGITS = [
@@ -97,7 +97,7 @@ def desk(tmp_path_factory):
     desk = tmp_path_factory.mktemp("desk")
     sizes = {"width": 16, "tower_width": 16, "tower_layers": 1, "tower_steps": 1}
     for name, layers in (("base", 1), ("base-3", 3)):
-        digits.prepare(desk / name, 0, bar=False, layers=layers, **sizes)
+        digits_model.prepare(desk / name, 0, bar=False, layers=layers, **sizes)
     tiny.checkpoint("llava", desk / "llava")
     records = json.loads(Path(album(desk / "album")).read_text())
     (desk / "album" / "images").rename(desk / "pictures")

@@ -6,7 +6,7 @@ a single number per row (Qwen-VL) overrides `hidden`.
 
 from torch import nn
 
-from ...util.errors import UserError
+from ...util import UserError
 from .base import Family
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo

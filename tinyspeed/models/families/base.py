@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rows import Layout
-from ...util.errors import UserError
+from ...util import UserError
 from .. import attention
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 
 class Family:
-    """LLaVA-1.5, and the base of the other families."""
-
     square = True  # the rows of an image form one square picture
     rowwise = True  # the projector makes each feature from a single row of its input
 
@@ -32,28 +30,16 @@ class Family:
         # peft wraps the model; its base is the same modules with adapters in place.
         self.model: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: PreTrainedConfig = self.model.config
+        self.hidden_size: int = self.config.text_config.hidden_size
+        self.tower: PreTrainedModel = self.model.model.vision_tower
+        self.projector: nn.Module = self.model.model.multi_modal_projector
+        self.language_model: PreTrainedModel = self.model.model.language_model
         self.language_model.set_attn_implementation(attention.NAME)
-
-    @property
-    def tower(self) -> "PreTrainedModel":
-        return self.model.model.vision_tower
-
-    @property
-    def projector(self) -> nn.Module:
-        return self.model.model.multi_modal_projector
-
-    @property
-    def language_model(self) -> "PreTrainedModel":
-        return self.model.model.language_model
 
     @property
     def placeholders(self) -> dict[str, int]:
         """The token that stands for one feature row, by kind, in the order of the table."""
         return {"image": self.config.image_token_id}
-
-    @property
-    def hidden_size(self) -> int:
-        return self.config.text_config.hidden_size
 
     @property
     def most_rows(self) -> int:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from ...util.errors import UserError
+from ...util import UserError
 from .base import Family
 
 
