@@ -52,10 +52,7 @@ CAPTIONS = 558_128  # LLaVA's alignment set: a picture and a web caption of some
 SYSTEM = 35  # tokens before the first turn
 # Visual tokens of a picture, and how often. NeXT cuts it into crops on a grid and drops what was padding: a picture of
 # 4:3 leaves 36 lines of 48 patches and a newline, beside the 576 of the whole picture. Most pictures are COCO's.
-VISUAL = {
-    "1.5": {576: 1.0},
-    "next": {2340: 0.55, 2352: 0.2, 2144: 0.12, 2928: 0.05, 1752: 0.05, 1176: 0.03},
-}
+VISUAL = {"1.5": {576: 1.0}, "next": {2340: 0.55, 2352: 0.2, 2144: 0.12, 2928: 0.05, 1752: 0.05, 1176: 0.03}}
 LONGEST = {"1.5": 2048, "next": 4096}  # tokens of a sample with its picture, as the models were trained
 
 

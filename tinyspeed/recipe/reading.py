@@ -10,7 +10,7 @@ from pathlib import Path
 from reprlib import repr as short
 
 from ..util import UserError, paths, unknown
-from .sections import LARGEST, LAST, Recipe
+from .sections import INPUTS, LARGEST, LAST, Recipe
 
 BUILT_IN = Path(__file__).parent / "presets"
 
@@ -63,11 +63,9 @@ def value_of(section: str, key: str, text: str):
         value, *more = tomllib.loads(f"value = {text}").values()
     except (ValueError, RecursionError):
         return text.strip()
-    if more:  # the text had a line break and keys of its own behind it
-        return text.strip()
-    if kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind)):
-        return value if isinstance(value, str) else text.strip()  # run.name=2026-11-20 is a name, not a date
-    return value
+    is_text = kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind))
+    # `more`: the text had a line break and further keys. And run.name=2026-11-20 is a name, not a date.
+    return text.strip() if more or (is_text and not isinstance(value, str)) else value
 
 
 def _absolute(recipe: Recipe) -> Recipe:
@@ -75,14 +73,11 @@ def _absolute(recipe: Recipe) -> Recipe:
     a model of that name on the hub."""
     for path in (recipe.run.folder, recipe.run.cache):
         paths.expanded(path)
-    model = {name: paths.absolute(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
-    data = {name: paths.absolute(getattr(recipe.data, name)) for name in ("file", "images")}
-    dual = {"isolator_from": paths.absolute(recipe.dualspeed.isolator_from)}
-    gate = {"reference": paths.absolute(recipe.regate.reference)}
-    changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
-    return dataclasses.replace(
-        recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
-    )
+    changes = {}
+    for name, keys in INPUTS.items():
+        section = getattr(recipe, name)
+        changes[name] = dataclasses.replace(section, **{key: paths.absolute(getattr(section, key)) for key in keys})
+    return dataclasses.replace(recipe, **changes)
 
 
 def from_tables(tables: dict, where: str) -> Recipe:
