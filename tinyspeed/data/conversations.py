@@ -34,7 +34,7 @@ from tqdm import tqdm
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import UserError, paths
+from ..util import UserError, paths, require
 from . import images
 from .chat import Chat
 from .examples import Example, Sample
@@ -155,15 +155,13 @@ class Conversations:
         most = self.data.max_rows or len(ids)  # `from_recipe` has replaced 0 by the model's context
         if len(ids) > most:
             if self.data.too_long == "error":
-                raise UserError(
-                    f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}: raise that if the "
-                    f'model\'s context allows it, shorten the record, or set data.too_long = "cut"'
-                )
-            if (ids[most:] == self.chat.image_id).any():
-                raise UserError(f"cutting it to data.max_rows = {most:,} would cut through a picture")
+                what = f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}"
+                mend = "raise that if the model's context allows it, shorten the record"
+                raise UserError(f'{what}: {mend}, or set data.too_long = "cut"')
+            cuts_picture = (ids[most:] == self.chat.image_id).any()
+            require(not cuts_picture, f"cutting it to data.max_rows = {most:,} would cut through a picture")
             ids, labels = ids[:most], labels[:most]
-        if not (labels[1:] != IGNORE).any():
-            raise UserError("no token of an answer is left to learn")
+        require((labels[1:] != IGNORE).any(), "no token of an answer is left to learn")
         return ids, labels
 
     def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
@@ -171,10 +169,8 @@ class Conversations:
         count, found, bad = len(self.records), [], 0
         parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
         workers = 0 if count < MANY else at_most(self.data.workers)
-        with (
-            explaining_crashes(),
-            tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line,
-        ):
+        line = tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5)
+        with explaining_crashes(), line:
             for part in in_workers(self._measures, parts[mine], workers):
                 found += part
                 bad += sum(isinstance(measure, str) for _, measure in part)
@@ -205,8 +201,8 @@ class Conversations:
 def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     """The conversations that a recipe names, as this model reads them."""
     data, context = recipe.data, loading.load_config(model).text_config.max_position_embeddings
-    if data.max_rows > context:
-        raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
+    fits = data.max_rows <= context
+    require(fits, f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
     data = replace(data, max_rows=data.max_rows or context)
     return Conversations(data, loading.load_processor(model), paths.expanded(recipe.run.cache), **how)
 

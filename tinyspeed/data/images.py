@@ -99,9 +99,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, t
                 if width * height > MOST_PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller")
                 if max(width, height) > MOST_LONG * min(width, height):
-                    raise ValueError(
-                        f"it has {width} x {height} pixels, too thin to be made square; cut it into pieces"
-                    )
+                    raise ValueError(f"it has {width} x {height} pixels, too thin to be made square; cut it in pieces")
                 tail = _tail(image.format, file)
                 if image.format == "PNG" and b"eXIf" in tail:  # after the pixels, where ImageMagick writes it
                     image.load()

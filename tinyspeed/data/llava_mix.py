@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..util import UserError, unknown
+from ..util import require, require_known
 from .examples import Sample
 
 
@@ -66,8 +66,9 @@ def mix(n: int, seed: int, family: str = "1.5", longest: int = 0) -> list[Sample
     text = SYSTEM + turns * tokens * np.exp(spread * draw.standard_normal(n))
     visual = _visual(draw, n, family)
     longest = longest or LONGEST[family]
-    if longest < max(VISUAL[family]) + SYSTEM:
-        raise UserError(f"samples of at most {longest:,} tokens have no room for pictures of {max(VISUAL[family]):,}")
+    largest = max(VISUAL[family])
+    room = longest >= largest + SYSTEM
+    require(room, f"samples of at most {longest:,} tokens have no room for pictures of {largest:,}")
     found: list[Sample] = []
     for kind, length, picture in zip(kinds, text.round().astype(int), visual, strict=True):
         part = MIX[kind]
@@ -86,6 +87,5 @@ def captions(n: int, seed: int, family: str = "1.5") -> list[Sample]:
 
 
 def _visual(draw: np.random.Generator, n: int, family: str) -> np.ndarray:
-    if family not in VISUAL:
-        raise unknown("family", family, VISUAL)
+    require_known("family", family, VISUAL)
     return draw.choice(list(VISUAL[family]), size=n, p=list(VISUAL[family].values()))

@@ -109,11 +109,9 @@ def parse(raw: object, where: str) -> Record:
         found = f"{counted(places, 'place')} for {counted(len(given), 'picture')}"
         _refuse(where, f"has {found}; write {MARKER} once for each picture, where it belongs in a question")
     rest = iter(given)
-    return Record(
-        where,
-        tuple(picture.file or next(rest) for picture in pictures),
-        tuple(Turn(role, tuple(IMAGE if isinstance(p, Picture) else p for p in parts)) for role, parts in said),
-    )
+    images = tuple(picture.file or next(rest) for picture in pictures)
+    turns = (Turn(role, tuple(IMAGE if isinstance(p, Picture) else p for p in parts)) for role, parts in said)
+    return Record(where, images, tuple(turns))
 
 
 def worth_reading(columns: list[str], where: str) -> list[str]:

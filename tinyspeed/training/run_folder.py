@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..recipe import Recipe, read
 from ..recipe.sections import INPUTS
-from ..util import UserError, files, paths
+from ..util import UserError, files, paths, require
 
 LOG = "metrics.jsonl"
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
@@ -49,16 +49,14 @@ def require_sources(recipe: Recipe) -> None:
 def require_free_or_resumable(recipe: Recipe, resume: bool) -> None:
     """Refuses a folder in which the run may neither begin nor be resumed."""
     folder = recipe.folder
-    if resume and not folder.is_dir():
-        raise UserError(f"there is no run to resume in {folder}")
+    require(folder.is_dir() or not resume, f"there is no run to resume in {folder}")
     there = has_begun(folder)
     if there and not resume:
         raise UserError(f"{folder} holds a run already: --resume continues it, and --set run.name=NAME begins another")
-    if there and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
+    file = folder / "recipe.toml"
+    if there and (changed := differences(read(str(file)), recipe)):
         which = f"{', '.join(changed)} {'differs' if len(changed) == 1 else 'differ'}"
-        raise UserError(
-            f"{folder} was started with another recipe: {which}. Use the recipe.toml in it, or set another run.name"
-        )
+        raise UserError(f"the run was started with another recipe ({file}): {which}. Use that, or another run.name")
     if folder.is_dir() and any(folder.iterdir()) and not OURS & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
 

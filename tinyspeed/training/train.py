@@ -113,12 +113,9 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
         print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
         files.delete_if_possible(half)
     checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # the run may have ended before it did
-    if state and state["threads"] != torch.get_num_threads():
-        print(
-            f"the run used {counted(state['threads'], 'thread')} and goes on with {torch.get_num_threads()}: "
-            f"its weights will be right, but not bit-identical to an uninterrupted run",
-            file=sys.stderr,
-        )
+    if state and state["threads"] != (now := torch.get_num_threads()):
+        what = "its weights will be right, but not bit-identical to an uninterrupted run"
+        print(f"the run used {counted(state['threads'], 'thread')} and goes on with {now}: {what}", file=sys.stderr)
     with files.atomic(folder / run_folder.LOG) as temporary:
         temporary.write_bytes(run_folder.log_until(folder, state) if state else b"")
     model = base_model(recipe, device)
