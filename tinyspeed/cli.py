@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, paths, tables
+from .util import UserError, counted, files, paths, require, tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,8 +219,7 @@ def _ask(a) -> int:
     from .data import images
 
     *pictures, question = a.words
-    if Path(question).is_file():
-        raise UserError(f"{question} is a file, but the last argument must be the question")
+    require(not Path(question).is_file(), f"{question} is a file, but the last argument must be the question")
     _check_model(a.model)
     pictures = [images.decode(Path(picture), "ask") for picture in pictures]
     from .evaluation import ask
@@ -253,8 +252,8 @@ def _eval(a) -> int:
     if a.task:
         return _benchmark(a)
     chosen = of_run(a.model)
-    if chosen.data.kind != "digits":
-        raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
+    shows_digits = chosen.data.kind == "digits"
+    require(shows_digits, f"{a.model} was not trained on the digits: give --task, --questions and --images")
     from .evaluation import accuracy
     from .training.trained import load_trained
 
@@ -267,10 +266,8 @@ def _benchmark(a) -> int:
     from .evaluation import questions as official
 
     official.known(a.task)
-    if not (a.questions and a.images):
-        raise UserError("--task needs --questions and --images")
-    if not Path(a.images).is_dir():
-        raise UserError(f"--images: there is no folder {a.images}")
+    require(bool(a.questions and a.images), "--task needs --questions and --images")
+    require(Path(a.images).is_dir(), f"--images: there is no folder {a.images}")
     _check_model(a.model)
     questions = official.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
@@ -309,8 +306,7 @@ def _predictions(model: str, task: str) -> Path:
 def _export(a) -> int:
     from .recipe import of_run
 
-    if Path(a.out).exists():
-        raise UserError(f"{a.out} exists already; nothing was overwritten")
+    require(not Path(a.out).exists(), f"{a.out} exists already; nothing was overwritten")
     run = of_run(a.run)
     from .training.trained import export
 

@@ -138,8 +138,8 @@ class Chat:
 
     def _caption(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         spoken = [turn for turn in turns if turn.role != "system"]
-        if len(spoken) != 2 or IMAGE not in spoken[0].parts:
-            raise UserError('data.template = "plain" takes one question with a picture, and its answer')
+        asks = len(spoken) == 2 and IMAGE in spoken[0].parts
+        require(asks, 'data.template = "plain" takes one question with a picture, and its answer')
         pictures = self.image * spoken[0].parts.count(IMAGE)
         text = pictures + "".join(spoken[1].parts) + "\n"
         return text, [(len(pictures), len(text))]

@@ -19,7 +19,7 @@ when it is decoded; then `skip_bad` names it, and nothing is learned from its re
 
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import UserError, paths, require
+from ..util import UserError, located, paths, require
 from . import images
 from .chat import Chat
 from .examples import Example, Sample
@@ -52,9 +52,7 @@ Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum 
 class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
-    def __init__(
-        self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather: Callable = list
-    ):
+    def __init__(self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather=list):
         """Where several processes share the check, `mine` is this one's share of its parts, and `gather` returns what
         all of them have found."""
         paths.require_conversations(data.file, data.images)
@@ -126,12 +124,8 @@ class Conversations:
     def _record(self, number: int) -> Iterator[Record]:
         """Record `number` of the file. Every error about it names it."""
         record = self.records[number]
-        try:
+        with located(record.where):
             yield record
-        except UserError as error:
-            if str(error).startswith(record.where):
-                raise
-            raise UserError(f"{record.where}: {error}") from error
 
     def _read(self, record: Record) -> tuple[list[Path], list[tuple[int, int]], list[int], np.ndarray, np.ndarray]:
         """All of a record but its pixels: its picture files, their sizes, their visual tokens, its ids and labels."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..recipe import Recipe
 from ..rows import IGNORE
-from ..util import UserError
+from ..util import require
 from .examples import Example, Sample
 
 CELL = 8  # pixels
@@ -77,8 +77,7 @@ DEFAULT = Canvas()
 def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The scans (n, 8, 8) as uint8, and their labels. One scan in five is held out for evaluation."""
     found = find_spec("sklearn")
-    if found is None:
-        raise UserError("the digits come with scikit-learn: pip install 'tinyspeed[demo]'")
+    require(found is not None, "the digits come with scikit-learn: pip install 'tinyspeed[demo]'")
     # Only its file is read, since importing scikit-learn takes a second.
     digits = np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     held_out = np.arange(len(digits)) % 5 == 0

@@ -57,8 +57,8 @@ def folder_of(arm: str) -> str:
 
 
 def _made(recipe: Recipe, arms: dict, where: str, only: str | None) -> dict[str, Recipe]:
-    if recipe.data.kind != "digits":
-        raise UserError(f'compare asks about digits: data.kind = "{recipe.data.kind}" has no such questions')
+    kind = recipe.data.kind
+    require(kind == "digits", f'compare asks about digits: data.kind = "{kind}" has no such questions')
     names = list(dict.fromkeys(name.strip() for name in only.split(","))) if only else list(arms)
     for name in names:
         require_known("arm", name, arms)

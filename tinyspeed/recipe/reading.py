@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from reprlib import repr as short
 
-from ..util import UserError, paths, unknown
+from ..util import UserError, located, paths, require, require_known, unknown
 from .sections import INPUTS, LARGEST, LAST, Recipe
 
 BUILT_IN = Path(__file__).parent / "presets"
@@ -20,8 +20,7 @@ def read(path: str, changes: list[str] = ()) -> Recipe:
     tables, file = tables_of(path, BUILT_IN, "recipe file")
     for change in changes:
         section, key, value = setting("--set", change)
-        if not isinstance(tables.setdefault(section, {}), dict):
-            raise UserError(f"{file}: {section} must be a table, [{section}]")
+        require(isinstance(tables.setdefault(section, {}), dict), f"{file}: {section} must be a table, [{section}]")
         tables[section][key] = value_of(section, key, value)
     return _absolute(from_tables(tables, f"{file}, with --set" if changes else file))
 
@@ -37,9 +36,8 @@ def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
 def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
     """The tables of a TOML file, or of the built-in one of this name, and the path of that file."""
     file = Path(path) if Path(path).is_file() else built_in / f"{path}.toml"
-    if not file.is_file():
-        known = sorted(p.stem for p in built_in.glob("*.toml"))
-        raise UserError(f"there is no {kind} {path}; built in: {', '.join(known)}")
+    known = ", ".join(sorted(p.stem for p in built_in.glob("*.toml")))
+    require(file.is_file(), f"there is no {kind} {path}; built in: {known}")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
     except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not text, or 5,000 digits
@@ -81,45 +79,41 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 
 def from_tables(tables: dict, where: str) -> Recipe:
-    sections = {f.name: f for f in dataclasses.fields(Recipe)}
-    typed = {}
-    for section, values in tables.items():
-        if section not in sections:
-            raise UserError(f"{where}: {unknown('section', section, sections)}")
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: {section} must be a table, [{section}]")
-        kind = sections[section].type
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for key, value in values.items():
-            if key not in fields:
-                raise UserError(f"{where}: {unknown('key', key, fields, f'{section}.')}")
-            wanted = fields[key].type
-            if type(value) is int and not -LARGEST <= value <= (2**32 if key == "seed" else LARGEST):
-                raise UserError(f"{where}: {section}.{key} = {short(value)} is too large a number")
-            if wanted is float and type(value) is int:
-                values = {**values, key: float(value)}
-            elif type(value) is not wanted:
-                raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
-            elif wanted is str and paths.UNENCODABLE.search(value):
-                raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
-        typed[section] = values
-    made = {}
-    for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):
-        try:
-            made[section] = sections[section].type(**values)
-        except UserError as error:
-            raise UserError(f"{where}: [{section}] {error}") from error
-    try:
+    with located(where):
+        kinds = {f.name: f.type for f in dataclasses.fields(Recipe)}
+        typed = {section: _typed(kinds, section, values) for section, values in tables.items()}
+        made = {}
+        for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):
+            try:
+                made[section] = kinds[section](**values)
+            except UserError as error:
+                raise UserError(f"[{section}] {error}") from error
         return Recipe(**made)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+
+
+def _typed(kinds: dict[str, type], section: str, values: object) -> dict:
+    """The values of a section, in which whole numbers are floats where the section wants them so."""
+    require_known("section", section, kinds)
+    require(isinstance(values, dict), f"{section} must be a table, [{section}]")
+    types = {f.name: f.type for f in dataclasses.fields(kinds[section])}
+    found = {}
+    for key, value in values.items():
+        if key not in types:
+            raise unknown("key", key, types, f"{section}.")
+        wanted, at = types[key], f"{section}.{key} = {short(value)}"
+        most = 2**32 if key == "seed" else LARGEST
+        require(type(value) is not int or -LARGEST <= value <= most, f"{at} is too large a number")
+        found[key] = float(value) if wanted is float and type(value) is int else value
+        require(type(found[key]) is wanted, f"{at} must be of type {wanted.__name__}")
+        fine = wanted is not str or not paths.UNENCODABLE.search(value)
+        require(fine, f"{at} has a character that no file can have")
+    return found
 
 
 def of_run(folder: str) -> Recipe:
     """The recipe that a run was made with, with the folder in which the run is now."""
     file = Path(folder) / "recipe.toml"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a run: it has no recipe.toml")
+    require(file.is_file(), f"{folder} is not a run: it has no recipe.toml")
     here = Path(folder).resolve()
     recipe = read(str(file))
     return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))

@@ -81,7 +81,6 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
     """Writes the records that --skip-bad left out to skipped.txt in the run's folder, and says how many there are."""
     if source.bad:
         file = recipe.folder / "skipped.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(file, "\n".join(source.bad) + "\n")
         count = f"{len(source.bad):,} of {counted(len(source.records), 'record')}"
         print(f"{count} left out, listed in {file}; the first: {source.bad[0]}", file=sys.stderr)

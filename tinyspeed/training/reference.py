@@ -68,8 +68,6 @@ class Reference:
         if missing:
             self._check_context()
             model = self._load(device)
-            with files.errors_about(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
             files.delete_stale(self.folder.parent.glob("*/.*.tmp"))
             for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
                 found[number] = self._make(model, parts[number])
