@@ -70,8 +70,7 @@ class SafeStream:
 
 
 def block_hub_kernels() -> None:
-    """Hides the package `kernels`, with which bitsandbytes and transformers would download compiled code from the hub
-    and run it."""
+    """Hides the package `kernels`, with which bitsandbytes and transformers would run compiled code from the hub."""
     sys.modules.setdefault("kernels", None)
 
 
@@ -252,8 +251,8 @@ def _eval(a) -> int:
     if a.task:
         return _benchmark(a)
     chosen = of_run(a.model)
-    shows_digits = chosen.data.kind == "digits"
-    require(shows_digits, f"{a.model} was not trained on the digits: give --task, --questions and --images")
+    if chosen.data.kind != "digits":
+        raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
     from .evaluation import accuracy
     from .training.trained import load_trained
 

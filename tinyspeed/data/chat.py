@@ -29,16 +29,15 @@ from .records import IMAGE, Turn
 
 
 class Chat:
-    """Renders and tokenizes conversations for a processor's model. `system` is a system message for conversations that
-    have none."""
+    """Renders and tokenizes conversations for a processor's model. `system` goes before those that have none."""
 
     def __init__(self, processor, template: str = "chat", system: str = ""):
         self.processor, self.plain, self.system = processor, template == "plain", system
         self.tokenizer = processor.tokenizer
         fast = self.tokenizer.is_fast
         require(fast, "the processor has no fast tokenizer, and only those tell where in the text a token is from")
-        known = self.plain or processor.chat_template
-        require(known, 'the processor has no chat template; copy the model\'s, or set data.template = "plain"')
+        if not self.plain and not processor.chat_template:
+            raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
         self.image = processor.image_token
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
         # Tokens without a name count too: Llama 3's <|eot_id|> ends every turn, and is neither its bos nor its eos.
@@ -69,8 +68,8 @@ class Chat:
 
     def prompt(self, question: str, images: int) -> str:
         """The text that asks a question about so many pictures, up to where the answer begins."""
-        fine = self.image not in question
-        require(fine, f"the question contains {self.image}, which stands for a picture: leave it out")
+        if self.image in question:
+            raise UserError(f"the question contains {self.image}, which stands for a picture: leave it out")
         turns = [Turn("user", (*[IMAGE] * images, question))]
         text = self._template([_message(turn) for turn in turns], add_generation_prompt=True)
         self._check(text, turns)
@@ -138,8 +137,8 @@ class Chat:
 
     def _caption(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         spoken = [turn for turn in turns if turn.role != "system"]
-        asks = len(spoken) == 2 and IMAGE in spoken[0].parts
-        require(asks, 'data.template = "plain" takes one question with a picture, and its answer')
+        if len(spoken) != 2 or IMAGE not in spoken[0].parts:
+            raise UserError('data.template = "plain" takes one question with a picture, and its answer')
         pictures = self.image * spoken[0].parts.count(IMAGE)
         text = pictures + "".join(spoken[1].parts) + "\n"
         return text, [(len(pictures), len(text))]

@@ -53,8 +53,7 @@ class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
     def __init__(self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather=list):
-        """Where several processes share the check, `mine` is this one's share of its parts, and `gather` returns what
-        all of them have found."""
+        """If processes share the check, `mine` is this one's share of its parts, and `gather` returns that of all."""
         paths.require_conversations(data.file, data.images)
         self.data, self.processor = data, processor
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
@@ -152,8 +151,8 @@ class Conversations:
                 what = f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}"
                 mend = "raise that if the model's context allows it, shorten the record"
                 raise UserError(f'{what}: {mend}, or set data.too_long = "cut"')
-            cuts_picture = (ids[most:] == self.chat.image_id).any()
-            require(not cuts_picture, f"cutting it to data.max_rows = {most:,} would cut through a picture")
+            if (ids[most:] == self.chat.image_id).any():
+                raise UserError(f"cutting it to data.max_rows = {most:,} would cut through a picture")
             ids, labels = ids[:most], labels[:most]
         require((labels[1:] != IGNORE).any(), "no token of an answer is left to learn")
         return ids, labels
@@ -195,8 +194,8 @@ class Conversations:
 def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     """The conversations that a recipe names, as this model reads them."""
     data, context = recipe.data, loading.load_config(model).text_config.max_position_embeddings
-    fits = data.max_rows <= context
-    require(fits, f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
+    if data.max_rows > context:
+        raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
     data = replace(data, max_rows=data.max_rows or context)
     return Conversations(data, loading.load_processor(model), paths.expanded(recipe.run.cache), **how)
 

@@ -57,9 +57,7 @@ def context(canvas: Canvas) -> int:
     return max(512, canvas.cells + 128)
 
 
-def train_tower(
-    tower: nn.Module, seed: int, steps: int, batch=32, report=lambda step, loss: None, canvas=DEFAULT
-) -> float:
+def train_tower(tower, seed: int, steps: int, batch=32, report=lambda step, loss: None, canvas=DEFAULT) -> float:
     """Teaches the tower what each cell holds and where the cell is; returns its accuracy on held-out digits.
 
     A linear head reads the tokens that LLaVA will read. Blank cells outnumber digits fifty to one, so they weigh less,
@@ -122,8 +120,7 @@ def build_processor(canvas: Canvas = DEFAULT):
 
 
 def prepare(folder: Path, seed: int, *, tower_steps: int, bar=True, device="cpu", **sizes: int) -> Path:
-    """The base model in `folder`, in transformers' own format. If it is not there yet, it is built, and its tower is
-    trained on the device."""
+    """The base model in `folder`, in transformers' own format. On first use it is built, and its tower trained."""
     how = {"seed": seed, "tower_steps": tower_steps, **sizes}
     if folder.is_dir():
         manifest.verify(folder, "digits.json", how)

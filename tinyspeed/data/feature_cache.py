@@ -35,8 +35,8 @@ class FeatureCache:
 
     def __init__(self, folder: Path, vlm: Family, image_processor, precision: str):
         kind = vlm.config.model_type
-        known = kind in ("llava", "llava_next")
-        require(known, f"data.feature_cache_gb: features of a {kind!r} model cannot be kept; set it to 0")
+        if kind not in ("llava", "llava_next"):
+            raise UserError(f"data.feature_cache_gb: features of a {kind!r} model cannot be kept; set it to 0")
         self.folder, self.image_processor, self.precision = folder, image_processor, precision
         key = hashlib.blake2b(repr((precision, vlm.feature_source)).encode(), digest_size=16)
         key.update(image_processor.to_json_string().encode())
@@ -80,8 +80,6 @@ class FeatureCache:
             used += len(content)
             what = f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB"
             require(used <= most, f"{what}: raise data.feature_cache_gb, or set it to 0 to train without them")
-            with files.errors_about(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
             with files.atomic(file, cached=True) as temporary:
                 temporary.write_bytes(content)
 

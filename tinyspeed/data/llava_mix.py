@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..util import require, require_known
+from ..util import UserError, require_known
 from .examples import Sample
 
 
@@ -66,9 +66,8 @@ def mix(n: int, seed: int, family: str = "1.5", longest: int = 0) -> list[Sample
     text = SYSTEM + turns * tokens * np.exp(spread * draw.standard_normal(n))
     visual = _visual(draw, n, family)
     longest = longest or LONGEST[family]
-    largest = max(VISUAL[family])
-    room = longest >= largest + SYSTEM
-    require(room, f"samples of at most {longest:,} tokens have no room for pictures of {largest:,}")
+    if longest < max(VISUAL[family]) + SYSTEM:
+        raise UserError(f"samples of at most {longest:,} tokens have no room for pictures of {max(VISUAL[family]):,}")
     found: list[Sample] = []
     for kind, length, picture in zip(kinds, text.round().astype(int), visual, strict=True):
         part = MIX[kind]

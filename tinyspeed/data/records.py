@@ -169,8 +169,7 @@ def _part(part: object, where: str) -> str | Picture:
 
 
 def _one_of(keys: Collection[str], raw: dict, where: str) -> str | None:
-    """Which one of these keys is there, or None. Two of them are an error, and so is a misspelt one, whose value would
-    be lost."""
+    """Which of these keys is there, or None. Two are an error, and so is a misspelt one, whose value would be lost."""
     found = [key for key in keys if key in raw]
     if len(found) > 1:
         _refuse(where, f"has both {found[0]!r} and {found[1]!r}; keep one")

@@ -10,8 +10,7 @@ A file of arms is TOML. Each table at its top level is an arm, and holds section
     keep = 0.25
 
 `vary` makes an arm of every combination of some values, and names it by them. It adds the arm `full`, which the tables
-measure the others against. All arms of a seed start from the same base model and see the same pictures, so an arm may
-not change what these depend on.
+measure the others against. All arms of a seed share a base model and see the same pictures: no arm may change these.
 """
 
 import itertools
@@ -57,8 +56,8 @@ def folder_of(arm: str) -> str:
 
 
 def _made(recipe: Recipe, arms: dict, where: str, only: str | None) -> dict[str, Recipe]:
-    kind = recipe.data.kind
-    require(kind == "digits", f'compare asks about digits: data.kind = "{kind}" has no such questions')
+    if recipe.data.kind != "digits":
+        raise UserError(f'compare asks about digits: data.kind = "{recipe.data.kind}" has no such questions')
     names = list(dict.fromkeys(name.strip() for name in only.split(","))) if only else list(arms)
     for name in names:
         require_known("arm", name, arms)

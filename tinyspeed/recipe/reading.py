@@ -1,7 +1,6 @@
 """From a TOML file to a recipe. An unknown key is an error that names the nearest known one.
 
-`--set section.key=value` on the command line changes a value before the sections check theirs, so a change is checked
-exactly as the file is.
+`--set section.key=value` on the command line changes a value before the sections check theirs: all are checked alike.
 """
 
 import dataclasses
@@ -48,9 +47,8 @@ def setting(flag: str, text: str) -> tuple[str, str, str]:
     """Splits a flag's section.key=value."""
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not (equals and dot):
-        example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
-        raise UserError(f"{flag} {text}: write it as section.key=value, for example {example}")
+    example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
+    require(bool(equals and dot), f"{flag} {text}: write it as section.key=value, for example {example}")
     return section, name, value
 
 
@@ -67,8 +65,7 @@ def value_of(section: str, key: str, text: str):
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """Makes paths absolute. A run can then be exported from any folder, and a folder which has moved is never taken for
-    a model of that name on the hub."""
+    """Makes paths absolute: a run can be exported from any folder, and a moved folder is not taken for a hub id."""
     for path in (recipe.run.folder, recipe.run.cache):
         paths.expanded(path)
     changes = {}
@@ -114,6 +111,5 @@ def of_run(folder: str) -> Recipe:
     """The recipe that a run was made with, with the folder in which the run is now."""
     file = Path(folder) / "recipe.toml"
     require(file.is_file(), f"{folder} is not a run: it has no recipe.toml")
-    here = Path(folder).resolve()
-    recipe = read(str(file))
+    recipe, here = read(str(file)), Path(folder).resolve()
     return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))

@@ -80,8 +80,7 @@ class Gate:
             self.done.append((self.marked, losses))
 
     def losses(self) -> Tensor:
-        """The sums of this process's losses for each token of the step's samples, and how often each sample ran. These
-        numbers can be added up over processes."""
+        """The sums of this process's losses of each token, and how often each sample ran. Processes add them up."""
         found = {i: torch.zeros(int(stays.sum()) + 1) for i, stays in self.stays.items()}
         for samples, losses in self.done:
             sizes = [len(found[i]) - 1 for i in samples]

@@ -78,7 +78,7 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def write(
-    temporary: Path, tensors: dict[str, Tensor], rows: dict[str, tuple[int, int]] | None = None, part: str = ""
+    temporary: Path, tensors: dict[str, Tensor], rows: dict | None = None, part: str = ""
 ) -> dict[str, list[int]]:
     """Writes the file of one process and returns its name with its fingerprint. `rows`: for tensors that are split over
     files, the first row of this part and the number of rows in all files."""
@@ -202,8 +202,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
-    """Reads one checkpoint: its tensors and its state. A damaged one is refused. `mine`: the files that this process
-    verifies, if several processes share the work."""
+    """The tensors and the state of a checkpoint. A damaged one is refused. `mine`: the files this process verifies."""
     with reading(path):
         expect((path / STATE).is_file(), f"{STATE} is missing, or not a file")
         written = json.loads((path / STATE).read_text(encoding="utf-8"), parse_constant=_no_number)

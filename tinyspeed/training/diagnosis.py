@@ -1,7 +1,6 @@
 """Why a step was stopped: which tensor was NaN or infinite, and what to do about it.
 
-NaN spreads: from one weight to the loss, and from there to every gradient. So the causes are looked for in this order,
-and the first one found is named:
+NaN spreads: from one weight to the loss, and from there to every gradient. So the first cause in this order is named:
 
     a weight,  a picture's features,  a micro-batch's loss,  the optimizer's moments,  a gradient
 

@@ -4,8 +4,7 @@
                for each micro-batch, cut by the plan's rows:  loss = sum over its answers / answers of the whole batch
                clip the gradients, check that everything is finite, step the optimizer
 
-The speed-up shown is an estimate. Before the stage one full forward and backward on its first batch is timed (the
-probe) and thrown away, and
+The speed-up shown is an estimate. Before the stage a full forward and backward on its first batch is timed (the probe):
 
     speed-up = seconds that full steps would have taken, by their number of rows / seconds taken
 
@@ -70,15 +69,9 @@ class StageRun:
     processes = 1
 
     def __init__(
-        self,
-        recipe: Recipe,
-        model: DualSpeed,
-        source: Source,
-        name: str,
-        number: int,
-        stage: StageSection,
+        self, recipe: Recipe, model: DualSpeed, source: Source, name: str, number: int, stage: StageSection,
         totals: Totals,
-    ):
+    ):  # fmt: skip
         if model.device.type == "cpu":
             malloc.keep_freed_memory()
         self.recipe, self.model, self.source = recipe, model, source
@@ -249,8 +242,7 @@ class StageRun:
         return diagnosis.find_cause(self)
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
-        """Clips, checks that everything is finite, and steps. Returns numbers for the log, and whether the step was
-        skipped because the loss scale overflowed."""
+        """Clips, checks that all is finite, and steps. Returns the log's numbers, and whether an overflow skipped it."""
         gradients = self._gradients()
         norm, beside = self._norms(gradients)
         norm = norm / self.scale.scale

@@ -10,8 +10,7 @@ one is computed again. Files are written under a temporary name and renamed, so 
 the folders that were used last are kept.
 
 The reference must have the student's tokens. Special tokens that it does not know, such as the placeholder of a
-picture, become pad. That is not allowed for tokens of an answer, such as its end token, because the loss would be that
-of a pad.
+picture, become pad. Tokens of an answer, such as its end token, may not: their loss would be that of a pad.
 """
 
 import hashlib

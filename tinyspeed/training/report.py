@@ -31,8 +31,7 @@ def draw_run(folder: Path | str) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl in order. If a step was written twice the later line counts. A crash may have cut
-    off the last line, but no other."""
+    """The steps of a metrics.jsonl in order. The later of two lines of a step counts, and the last may be cut off."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

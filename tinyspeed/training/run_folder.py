@@ -3,8 +3,7 @@
     runs/NAME/   recipe.toml   checkpoints/   metrics.jsonl   ...
 
 Nothing of another run, or of anything else, is ever overwritten, and a run that never began leaves nothing behind.
-Everything here is checked before torch builds a model, so a mistake costs a second and not the minutes that a base
-model or 200,000 records take.
+Everything here is checked before torch builds a model, so that a mistake costs a second and not minutes.
 """
 
 import dataclasses

@@ -107,8 +107,7 @@ def rehearsed(run: StageRun) -> Iterator[dict]:
 
 
 def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None, **more) -> None:
-    """Prepares the run's folder: deletes half-written checkpoints, cuts the log off at the checkpoint with this state,
-    and writes record.json."""
+    """Prepares the run's folder: no half-written checkpoints, the log cut off at this state's step, and record.json."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
         files.delete_if_possible(half)
