@@ -242,7 +242,7 @@ class StageRun:
         return diagnosis.find_cause(self)
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
-        """Clips, checks that all is finite, and steps. Returns the log's numbers, and whether an overflow skipped it."""
+        """Clips, checks that all is finite, and steps. Returns the log's numbers, and whether it overflowed."""
         gradients = self._gradients()
         norm, beside = self._norms(gradients)
         norm = norm / self.scale.scale
