@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, paths, require, tables
+from .util import UserError, counted, files, paths, require, require_known, tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -264,7 +264,7 @@ def _eval(a) -> int:
 def _benchmark(a) -> int:
     from .evaluation import questions as official
 
-    official.known(a.task)
+    require_known("benchmark", a.task, official.READERS)
     require(bool(a.questions and a.images), "--task needs --questions and --images")
     require(Path(a.images).is_dir(), f"--images: there is no folder {a.images}")
     _check_model(a.model)

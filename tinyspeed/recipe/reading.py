@@ -71,8 +71,8 @@ def _absolute(recipe: Recipe) -> Recipe:
     changes = {}
     for name, keys in INPUTS.items():
         section = getattr(recipe, name)
-        changes[name] = dataclasses.replace(section, **{key: paths.absolute(getattr(section, key)) for key in keys})
-    return dataclasses.replace(recipe, **changes)
+        changes[name] = {key: paths.absolute(getattr(section, key)) for key in keys}
+    return recipe.replaced(**changes)
 
 
 def from_tables(tables: dict, where: str) -> Recipe:
@@ -111,5 +111,5 @@ def of_run(folder: str) -> Recipe:
     """The recipe that a run was made with, with the folder in which the run is now."""
     file = Path(folder) / "recipe.toml"
     require(file.is_file(), f"{folder} is not a run: it has no recipe.toml")
-    recipe, here = read(str(file)), Path(folder).resolve()
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))
+    here = Path(folder).resolve()
+    return read(str(file)).replaced(run={"folder": str(here.parent), "name": here.name})

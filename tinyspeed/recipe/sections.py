@@ -249,6 +249,11 @@ class Recipe:
     train: StageSection = field(default_factory=StageSection)
     scale: ScaleSection = field(default_factory=ScaleSection)
 
+    def replaced(self, **sections: dict) -> "Recipe":
+        """Returns the recipe with other values: `recipe.replaced(train={"steps": 5})`."""
+        changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(self, **changed)
+
     def __post_init__(self):
         tunes, aligns = (bool(stage.steps or stage.epochs) for stage in (self.train, self.align))
         require(tunes or aligns, "the recipe trains nothing: set train.steps or train.epochs")
