@@ -200,7 +200,7 @@ def _train(a) -> int:
         raise
     if result.stopped_by is None:
         t = result.totals
-        speedup = f", {result.speedup:.2f}x full" if result.speedup else ""
+        speedup = f", {t.speedup:.2f}x full" if t.speedup else ""
         before = "the run was complete already: " if complete else ""
         print(f"{before}{counted(t.steps, 'step')}, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
     return _stopped(result.stopped_by)

@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import safe_open
@@ -197,15 +196,12 @@ def expect(good: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{STATE} holds {name}")
-
-
 def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
     """The tensors and the state of a checkpoint. A damaged one is refused. `mine`: the files this process verifies."""
     with reading(path):
         expect((path / STATE).is_file(), f"{STATE} is missing, or not a file")
-        written = json.loads((path / STATE).read_text(encoding="utf-8"), parse_constant=_no_number)
+        text = (path / STATE).read_text(encoding="utf-8")
+        written = json.loads(text, parse_constant=lambda name: expect(False, f"{STATE} holds {name}"))
         state = written["state"]
         expect(written["crc32"] == _crc(state), f"{STATE} is not what was written")
         same = folder_of(path.parent, state["step"]).name == path.name

@@ -32,10 +32,6 @@ class Result:
     totals: Totals
     stopped_by: int | None = None  # the signal that ended the run early
 
-    @property
-    def speedup(self) -> float | None:
-        return self.totals.speedup
-
 
 def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
     """Runs a recipe from the start, or from its newest checkpoint."""
