@@ -49,7 +49,7 @@ def _results(recipe: Recipe, result: Result) -> str:
         ["training seconds", f"{t.seconds:.0f}"],
         ["seconds of full training, estimated", f"{t.full_seconds:.0f}"],
     ]
-    return tables.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.speedup:.2f}"]])
+    return tables.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.totals.speedup:.2f}"]])
 
 
 def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) -> Path:
