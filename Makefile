@@ -1,20 +1,28 @@
 # `make demo`, `make test` and `make tutorials` do all the set-up: each makes .venv and installs what it needs, once.
-# `make test LOWEST=1` tests in .venv-lowest, with the oldest versions that pyproject.toml allows (gigabytes: that torch
-# comes with CUDA).
+# `make test-all LOWEST=1` tests in .venv-lowest, with the oldest versions that pyproject.toml allows (gigabytes: that
+# torch comes with CUDA).
 PYTHON ?= python3
 VENV := .venv$(if $(LOWEST),-lowest)
 READY := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # the tests of a file share what it has set up
 
-.PHONY: demo test tutorials options torture lint clean bench-gpu
+.PHONY: demo test test-slow test-all tutorials options torture lint clean bench-gpu
 
 # make demo SHORT=1 runs the same path in seconds; make demo SEED=3 draws other pictures.
 demo: $(READY)
 	@$(BIN)/tinyspeed demo $(if $(SHORT),--short) $(if $(SEED),--set run.seed=$(SEED) --set run.name=demo-$(SEED))
 
+# What to run before a change is handed in: at most four minutes on two cores.
 test: lint
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a file's tests share what it has set up
+	@$(PYTEST) --ignore tests/slow
+
+# What starts processes, trains for long or attacks a run, the notebooks in their short form, and the wheel.
+test-slow: $(READY)
+	@$(PYTEST) tests/slow
+
+test-all: test test-slow
 
 # make tutorials ONLY=3 executes one chapter; SHORT=1 every cell with fewer repeats; KEEP=1 keeps the new outputs.
 tutorials: $(READY)
@@ -24,14 +32,15 @@ tutorials: $(READY)
 options: $(READY)
 	@$(BIN)/python tutorials/options.py
 
-# The attacks of tests/torture in their long form, an hour or two; `make test` has the short ones.
-# make torture ONLY="kills disk" COUNT=50 SEED=1 does some of them, so often, with other draws.
-tortures := kills disk poison broken sealed steady twice
+# The attacks of tests/slow/attacks in their long form, two hours or more; `make test-slow` has the short ones.
+# make torture ONLY="killed_runs full_disk" COUNT=50 SEED=1 runs some of them, so many cases each, with other draws.
+attacks := killed_runs full_disk not_finite damaged_input foreign_code long_run repeatability
 TORTURE ?= runs/torture
 
 torture: $(READY)
-	@failed=0; $(foreach what,$(or $(ONLY),$(tortures)),echo "== $(what)"; PYTHONPATH=tests $(BIN)/python -m torture.$(what) \
-	    $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED)) --out $(TORTURE)/$(what).json || failed=1;) exit $$failed
+	@failed=0; $(foreach attack,$(or $(ONLY),$(attacks)),echo "== $(attack)"; \
+	    PYTHONPATH=tests $(BIN)/python -m slow.attacks.$(attack) $(if $(COUNT),--count $(COUNT)) \
+	    $(if $(SEED),--seed $(SEED)) --out $(TORTURE)/$(attack).json || failed=1;) exit $$failed
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .

@@ -1,6 +1,6 @@
-"""The same through the whole command line: what is refused is one line on stderr and exit code 2, and nothing else is.
+"""The same on the command line: a refusal is one line on stderr and exit code 2, and nothing else has this code.
 
-In this process, so that what is opened is seen. A sample: a command takes a second or so.
+Commands run in this process, so that one sees what they open. They take a second or so, so this is a sample.
 """
 
 import contextlib
@@ -39,15 +39,14 @@ batch = 2
 class Part:
     def __init__(self, home: Path):
         self.home = home
-        for name in ("records", "recipes", "models", "wrecks"):
+        for name in ("records", "models", "runs"):
             (home / name).mkdir()
-        self.records, self.recipes = records.Part(home / "records"), recipes.Part(home / "recipes")
-        self.models, self.wrecks = models.Part(home / "models"), run_folders.Part(home / "wrecks")
+        self.records, self.models = records.Part(home / "records"), models.Part(home / "models")
+        self.damaged_runs = run_folders.Part(home / "runs")
 
     def case(self, draw: random.Random) -> Case:
-        return getattr(
-            self, draw.choice(("train", "train", "estimate", "estimate", "estimate", "ask", "again", "again"))
-        )(draw)
+        train, estimate, again = [self.train] * 2, [self.estimate] * 3, [self.use_a_run] * 2
+        return draw.choice((*train, *estimate, self.ask, *again))(draw)
 
     def command(self, kind: str, words: list[str], opens: tuple, note: str) -> Case:
         def act() -> None:
@@ -55,12 +54,12 @@ class Part:
                 try:
                     code = cli.main(words)
                 except UserError as error:
-                    raise AssertionError(f"it came out of the command line as an exception: {error}") from error
-                except SystemExit as left:  # argparse, of words that are no command
+                    raise AssertionError(f"the command line raised the error: {error}") from error
+                except SystemExit as left:  # argparse refuses the words
                     code = left.code
             lines = [line for line in said.getvalue().replace("\r", "\n").split("\n") if line.startswith("tinyspeed: ")]
             assert code in (0, 2), f"exit code {code}"
-            assert len(lines) == (code == 2 and "usage: " not in said.getvalue()), f"{code}, and said {lines}"
+            assert len(lines) == (code == 2 and "usage: " not in said.getvalue()), f"{code}, and printed {lines}"
             if code == 2:
                 raise UserError(lines[0] if lines else "usage")
 
@@ -72,14 +71,11 @@ class Part:
         file, toml, home = self.records.home / made.name, self.home / "train.toml", self.records.home
         file.write_bytes(made.content)
         where = {
-            "runs": self.home / "runs",
-            "cache": home / "cache",
-            "model": self.models.sound,
-            "file": file,
+            "runs": self.home / "trained", "cache": home / "cache", "model": self.models.sound, "file": file,
             "images": home / "images",
-        }
+        }  # fmt: skip
         toml.write_text(TRAIN.format(**{name: json.dumps(str(path)) for name, path in where.items()}))
-        shutil.rmtree(self.home / "runs", ignore_errors=True)
+        shutil.rmtree(self.home / "trained", ignore_errors=True)
         words = ["train", str(toml), draw.choice(("--dry-run", "--dry-run", "--skip-bad"))]
         return self.command("train", words, (toml, recipe.BUILT_IN, *where.values()), made.note)
 
@@ -95,32 +91,21 @@ class Part:
         folder = self.models.home / "model"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.models.sound, folder)
-        note, _ = getattr(self.models, draw.choice(("bytes", "structure", "weights", "missing", "code")))(draw, folder)
+        m = self.models
+        note, _ = draw.choice((m.bytes, m.structure, m.weights, m.missing, m.code))(draw, folder)
         picture = self.home / "a.png"
         self.models.picture.save(picture)
-        return self.command(
-            "ask", ["ask", str(folder), str(picture), "What?", "--max-new-tokens=2"], (folder, picture), note
-        )
+        words = ["ask", str(folder), str(picture), "What?", "--max-new-tokens=2"]
+        return self.command("ask", words, (folder, picture), note)
 
-    def again(self, draw: random.Random) -> Case:
-        """A run with something broken in it: gone on with, exported, asked."""
-        folder, how = self.wrecks.stopped(), draw.choice(("bytes", "replaced", "swapped", "forged", "header"))
-        note = getattr(self.wrecks, how)(draw, folder)
-        out = self.home / "out"
+    def use_a_run(self, draw: random.Random) -> Case:
+        """Resume, export or evaluate a run with something damaged in it."""
+        runs, out = self.damaged_runs, self.home / "out"
+        folder = runs.stopped()
+        note = draw.choice((runs.bytes, runs.replaced, runs.swapped, runs.forged, runs.header))(draw, folder)
         shutil.rmtree(out, ignore_errors=True)
-        words = draw.choice(
-            (
-                ["train", str(folder / "recipe.toml"), "--resume"],
-                ["export", str(folder), str(out)],
-                ["eval", str(folder)],
-            )
-        )
-        opens = (
-            folder,
-            self.wrecks.home / "cache",
-            out,
-            out.with_name(".out.tmp"),
-            run_folders.LINKED,
-            recipe.BUILT_IN,
-        )
-        return self.command(f"{words[0]} of a wreck", words, opens, note)
+        resume = ["train", str(folder / "recipe.toml"), "--resume"]
+        words = draw.choice((resume, ["export", str(folder), str(out)], ["eval", str(folder)]))
+        cache, temporary = runs.home / "cache", out.with_name(".out.tmp")
+        opens = (folder, cache, out, temporary, run_folders.LINKED, recipe.BUILT_IN)
+        return self.command(f"{words[0]} of a damaged run", words, opens, note)

@@ -1,7 +1,9 @@
-"""Which files Python opens, lists, moves or removes while a case runs, and whether it starts a program or dials out.
+"""Which files Python opens, lists, moves or removes while a case runs, and whether it starts a program or connects to
+anything.
 
-An audit hook sees them before they happen. It cannot be taken off again, so there is one, asleep between cases. Paths
-are resolved: a link is where it leads. What native code opens by itself (safetensors, pyarrow, tokenizers) is not seen.
+An audit hook sees all this before it happens. Such a hook cannot be removed, so there is one, which is paused between
+cases. Paths are resolved: a link is what it leads to. What native code opens by itself (safetensors, pyarrow,
+tokenizers) is not seen.
 """
 
 import os
@@ -12,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import peft  # noqa: F401 (tinyspeed imports it in the middle of a case, and it asks much of the system)
+import peft  # noqa: F401 (tinyspeed would import it in the middle of a case, and it opens many files)
 
 import tinyspeed
 
@@ -24,28 +26,28 @@ NEVER = {
     "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "socket.getaddrinfo",
     "pickle.find_class", "os.startfile", "webbrowser.open",
 }  # fmt: skip
-# What Python imports, and what any program asks of the system.
-CODE = (sys.prefix, sys.base_prefix, Path(tinyspeed.__file__).parents[1] / "tinyspeed", Path(__file__).parents[1])
+# What Python imports, and what any program reads of the system.
+CODE = (sys.prefix, sys.base_prefix, Path(tinyspeed.__file__).parent, Path(__file__).parents[3])
 SYSTEM = (
     "/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/mounts", "/proc/self/cgroup",
     "/sys/fs/cgroup",
 )  # fmt: skip
 
-_allowed: tuple[str, ...] | None = None
-_holders: set[str] = set()
+_allowed: tuple[str, ...] | None = None  # None: paused
+_parents: set[str] = set()
 _programs: tuple[str, ...] = ()
 _seen: list[str] = []
 
 
 @contextmanager
-def only(allowed: Iterable[str | Path], programs: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    """The list of what else was touched: these files and folders, what is in the folders, and these programs may be.
-    A folder that holds one of them may be opened, as a flush of its entries does, and nothing of it be read."""
-    global _allowed, _holders, _programs
+def allowing(allowed: Iterable[str | Path], programs: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """Yields the list of what else was touched. These files and folders, everything in the folders and these programs
+    are allowed. The folder of an allowed file may be opened, as flushing it does, but not listed."""
+    global _allowed, _parents, _programs
     _seen.clear()
     _programs = programs
     given = [os.path.realpath(path) for path in allowed]
-    _holders = {os.path.dirname(path) for path in given}
+    _parents = {os.path.dirname(path) for path in given}
     _allowed = tuple(os.path.realpath(path) for path in (*CODE, *SYSTEM, *given))
     try:
         yield _seen
@@ -54,8 +56,8 @@ def only(allowed: Iterable[str | Path], programs: tuple[str, ...] = ()) -> Itera
 
 
 @contextmanager
-def asleep() -> Iterator[None]:
-    """For what the torture itself reads meanwhile."""
+def paused() -> Iterator[None]:
+    """For what the attack itself reads in the meantime."""
     global _allowed
     before, _allowed = _allowed, None
     try:
@@ -69,7 +71,7 @@ def _hook(event: str, arguments: tuple) -> None:
         return
     if event == "subprocess.Popen" and arguments[0] in _programs:
         return
-    # A name in a folder that was opened, and seen, before. Of an `open` the hook is not told in which.
+    # A name in a folder that was opened before, and seen then. An `open` does not tell the hook in which folder.
     if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
         return
     if event == "open" and sys._getframe(1).f_code.co_filename == shutil.__file__ and not os.path.isabs(arguments[0]):
@@ -79,13 +81,13 @@ def _hook(event: str, arguments: tuple) -> None:
     elif event in PATHS and isinstance(arguments[0], str | bytes | os.PathLike):
         try:
             path = os.path.realpath(os.fsdecode(arguments[0]))
-        except ValueError:  # no path at all, and so nothing will be opened
+        except ValueError:  # not a path, so nothing will be opened
             return
-        if event == "open" and path in _holders:
+        if event == "open" and path in _parents:
             return
         if not any(path == one or path.startswith(one + os.sep) for one in _allowed):
             _seen.append(f"{event} {path!r:.300}")
 
 
 sys.addaudithook(_hook)
-tempfile.gettempdir()  # asked once, it writes a file to see whether it can
+tempfile.gettempdir()  # the first call writes a file, to see whether it can

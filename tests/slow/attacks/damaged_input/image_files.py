@@ -1,4 +1,4 @@
-"""Pictures of every format and colour, headers that lie, and files that are no pictures."""
+"""Pictures of every format and colour mode, headers with a false size, and files that are not pictures."""
 
 import io
 import struct
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from support.hostile_model import Code
+from support.hostile import Code
 
 ORIENTATION = 0x0112  # in EXIF
 
 
 def coloured(pixels: np.ndarray, colours: str) -> tuple[Image.Image, np.ndarray]:
-    """A picture of other colours, and what it is in RGB."""
+    """The picture in another colour mode, and its pixels in RGB."""
     picture = Image.fromarray(pixels)
     if colours == "16":
         grey = pixels[..., 0].astype(np.uint16) * 257
@@ -30,11 +30,9 @@ def encoded(picture: Image.Image, kind: str, **how) -> bytes:
     kind, _, more = kind.partition(" ")
     how |= {
         "lossless": {"lossless": True, "exact": True}, "lzw": {"compression": "tiff_lzw"},
-        "packbits": {"compression": "packbits"},
-        "deflate": {"compression": "tiff_adobe_deflate"}, "jpeg": {"compression": "jpeg"},
-        "group4": {"compression": "group4"},
-        "progressive": {"progressive": True}, "moving": {"save_all": True, "append_images": [picture.transpose(1),
-        picture]},
+        "packbits": {"compression": "packbits"}, "deflate": {"compression": "tiff_adobe_deflate"},
+        "jpeg": {"compression": "jpeg"}, "group4": {"compression": "group4"}, "progressive": {"progressive": True},
+        "moving": {"save_all": True, "append_images": [picture.transpose(1), picture]},
         "interlaced": {"interlace": 1}, "optimised": {"optimize": True},
     }.get(more, {})  # fmt: skip
     if kind == "APNG":
@@ -45,14 +43,14 @@ def encoded(picture: Image.Image, kind: str, **how) -> bytes:
 
 
 def every_kind(pixels: np.ndarray) -> dict[str, bytes]:
+    """The same picture in every format and colour mode, with and without an EXIF orientation."""
     found = {}
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     kinds = (
         "JPEG", "JPEG progressive", "JPEG optimised", "PNG", "APNG", "GIF", "GIF interlaced", "GIF moving", "WEBP",
         "WEBP lossless", "WEBP moving", "BMP", "TIFF", "TIFF lzw", "TIFF packbits", "TIFF deflate", "TIFF jpeg",
-        "TIFF group4",
-        "TIFF moving", "PPM", "MPO moving",
+        "TIFF group4", "TIFF moving", "PPM", "MPO moving",
     )  # fmt: skip
     for kind in kinds:
         for colours in ("RGB", "L", "1", "RGBA", "LA", "P", "CMYK", "16"):
@@ -62,7 +60,7 @@ def every_kind(pixels: np.ndarray) -> dict[str, bytes]:
                         coloured(pixels, colours)[0], kind, **how
                     )
                 except (OSError, ValueError, KeyError, TypeError, RuntimeError, SystemError):
-                    continue  # the format has no such colours
+                    continue  # the format does not have this colour mode
     return found
 
 
@@ -75,7 +73,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def lie(kind: str, content: bytes, width: int, height: int) -> bytes:
+def with_size(kind: str, content: bytes, width: int, height: int) -> bytes:
+    """The file with another size in its header."""
     made, short = bytearray(content), lambda side: min(side, 65_535)
     if kind.startswith("PNG"):
         return content[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + content[24:29]) + content[33:]
@@ -107,7 +106,7 @@ def zipped() -> bytes:
     return buffer.getvalue()
 
 
-NONE = {
+NOT_PICTURES = {
     "SVG": b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%id) (r) file\n%%EOF\n",
     "PDF": b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF",
@@ -127,6 +126,6 @@ NONE = {
     "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
     "JSON": b'{"error": "rate limited"}',
     "text": b"P6 is not what this is",
-    "nothing": b"",
+    "empty": b"",
     "zeros": bytes(5000),
 }

@@ -1,7 +1,7 @@
-"""Folders of models with something broken in them, and folders that bring code of their own.
+"""Folders of models with something damaged in them, and folders that contain code.
 
-A folder is refused in words, or loads and answers a question about a picture. Code that lies in it never runs: each
-piece would leave a file behind, and every pickle too. What is untouched in substance must say what the sound one says.
+A folder is refused in words, or loads and answers a question about a picture. Code in it never runs: each piece and
+each pickle would leave a folder behind. If nothing essential is damaged, the answer is that of the sound model.
 """
 
 import json
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from slow.attacks.damaged_input import mutations
 from slow.attacks.damaged_input.cases import Case
 from support import tiny
-from support.hostile_model import Code
+from support.hostile import Code
 
 from tinyspeed import UserError
 from tinyspeed.evaluation import ask
@@ -24,8 +24,7 @@ from tinyspeed.models import loading
 
 ODD = (
     *mutations.ODD[:8], 10**9, "llama", "llava", "../../secret", "/etc/passwd", "a\0b", "gelu", "eager", "bfloat16",
-    "fp8", [], {}, [1],
-    {"a": 1}, "tiny--model.Evil", 2, 3, 16, 0.5,
+    "fp8", [], {}, [1], {"a": 1}, "tiny--model.Evil", 2, 3, 16, 0.5,
 )  # fmt: skip
 TEXTS = (
     "config.json", "config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json",
@@ -33,11 +32,10 @@ TEXTS = (
 )  # fmt: skip
 TEMPLATES = (
     "", "{{", "{% for %}", "{{ messages[9] }}", "{{ messages.pop() }}",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ cycler.__init__.__globals__.os.system('true') }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
-    "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages }}", "x", "{{ lipsum() }}",
-    "{% set a = range(10 ** 9) %}{{ a | list }}",
-    "{% generation %}", "{{ undefined.x.y }}", "{{ messages[0]['content'][0]['text'] }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}",
+    "{{ messages }}", "x", "{{ lipsum() }}", "{% set a = range(10 ** 9) %}{{ a | list }}", "{% generation %}",
+    "{{ undefined.x.y }}", "{{ messages[0]['content'][0]['text'] }}",
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
 )  # fmt: skip
 
@@ -53,31 +51,22 @@ class Part:
         folder = self.home / "model"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.sound, folder)
-        kind = draw.choice(
-            (
-                "bytes",
-                "structure",
-                "structure",
-                "structure",
-                "missing",
-                "weights",
-                "index",
-                "template",
-                "code",
-                "pickle",
-            )
-        )
-        note, same = getattr(self, kind)(draw, folder)
+        damages = (
+            self.bytes, self.structure, self.structure, self.structure, self.missing, self.weights, self.index,
+            self.template, self.code, self.pickle,
+        )  # fmt: skip
+        damage = draw.choice(damages)
+        kind, (note, same) = damage.__name__, damage(draw, folder)
 
         def act() -> None:
             try:
                 got = self.answer(folder)
-            except UserError as error:  # what a template or the settings for answers do is found when they are used
+            except UserError as error:  # a bad template or generation_config.json is found only when it is used
                 if not any(word in str(error) for word in (str(folder), "template", "generation_config.json")):
-                    raise AssertionError(f"refused without the folder: {error}") from error
+                    raise AssertionError(f"refused without naming the folder: {error}") from error
                 raise
             finally:
-                assert not self.ran.exists(), "code of the folder's own ran"
+                assert not self.ran.exists(), "code from the folder ran"
             assert not same or got == self.want, "another answer"
 
         must = "refuse" if kind == "index" and "secret" in note else ""
@@ -90,13 +79,13 @@ class Part:
 
     def bytes(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         file = draw.choice(sorted(path for path in folder.iterdir()))
-        content, what = mutations.octets(draw, file.read_bytes())
+        content, what = mutations.mutate_bytes(draw, file.read_bytes())
         file.write_bytes(content)
         return f"{file.name} {what}", False
 
     def structure(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         file = folder / draw.choice(TEXTS)
-        value, what = mutations.structure(draw, json.loads(file.read_text()), ODD)
+        value, what = mutations.mutate_structure(draw, json.loads(file.read_text()), ODD)
         file.write_bytes(json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass"))
         return f"{file.name}: {what}", False
 
@@ -114,10 +103,8 @@ class Part:
     def weights(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         file = folder / "model.safetensors"
         tensors = load_file(file)
-        name, what = (
-            draw.choice(sorted(tensors)),
-            draw.choice(("gone", "shape", "flat", "name", "kind", "huge", "more", "nan")),
-        )
+        name = draw.choice(sorted(tensors))
+        what = draw.choice(("gone", "shape", "flat", "name", "kind", "huge", "more", "nan"))
         tensor = tensors[name]
         if what == "gone":
             del tensors[name]
@@ -139,62 +126,44 @@ class Part:
         return f"{name} {what}", False
 
     def index(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
-        """Weights in two files, by an index that is right, or leads elsewhere."""
+        """Weights in two files, with an index that is right or leads elsewhere."""
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         names = sorted(tensors)
         where = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
         for file in set(where.values()):
-            save_file(
-                {name: tensors[name] for name in names if where[name] == file}, folder / file, metadata={"format": "pt"}
-            )
-        save_file(tensors, self.home / "secret.safetensors", metadata={"format": "pt"})
-        what = draw.choice(
-            (
-                "right",
-                "../secret.safetensors",
-                str(self.home / "secret.safetensors"),
-                "gone.safetensors",
-                "swapped",
-                "shape",
-            )
-        )
+            part = {name: tensors[name] for name in names if where[name] == file}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        secret = self.home / "secret.safetensors"
+        save_file(tensors, secret, metadata={"format": "pt"})
+        what = draw.choice(("right", f"../{secret.name}", str(secret), "gone.safetensors", "swapped", "shape"))
         index = {"metadata": {"total_size": 1}, "weight_map": where}
         if what == "swapped":
             index["weight_map"] = dict(zip(where, reversed(where.values()), strict=True))
         elif what == "shape":
-            index, _ = mutations.structure(draw, index, ODD)
+            index, _ = mutations.mutate_structure(draw, index, ODD)
         elif what != "right":
             index["weight_map"] = {name: draw.choice((what, file)) for name, file in where.items()}
-        (folder / "model.safetensors.index.json").write_bytes(
-            json.dumps(index, ensure_ascii=False).encode(errors="surrogatepass")
-        )
+        text = json.dumps(index, ensure_ascii=False)
+        (folder / "model.safetensors.index.json").write_bytes(text.encode(errors="surrogatepass"))
         return f"index {what}", what == "right"
 
     def template(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         text = draw.choice(TEMPLATES)
         if draw.random() < 0.3:
-            text, _ = mutations.tokens(draw, tiny.CHAT_TEMPLATE)
+            text, _ = mutations.mutate_tokens(draw, tiny.CHAT_TEMPLATE)
         (folder / "chat_template.jinja").write_text(text, errors="surrogateescape")
         return f"template {text!r:.80}", False
 
     def code(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
-        """Files that promise a class of their own, as the hub allows it to those who trust."""
+        """Files that name a class of the folder's own, which the hub allows to those who trust it."""
         (folder / "evil.py").write_text(Code(self.ran).python + "class Evil:\n    pass\n")
         name = draw.choice(TEXTS[1:4])
         told = json.loads((folder / name).read_text())
-        kinds = (
-            "AutoConfig",
-            "AutoModel",
-            "AutoModelForImageTextToText",
-            "AutoProcessor",
-            "AutoTokenizer",
-            "AutoImageProcessor",
-        )
+        kinds = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
         told["auto_map"] = dict.fromkeys(kinds, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-        key = draw.choice(
-            ("tokenizer_class", "processor_class", "image_processor_type", "model_type", "architectures", "none")
-        )
+        keys = ("tokenizer_class", "processor_class", "image_processor_type", "model_type", "architectures", "none")
+        key = draw.choice(keys)
         if key != "none":
             told[key] = ["Evil"] if key == "architectures" else "Evil"
         (folder / name).write_text(json.dumps(told))
@@ -202,13 +171,9 @@ class Part:
 
     def pickle(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
         names = (
-            "pytorch_model.bin",
-            "training_args.bin",
-            "model.pt",
-            "tokenizer.pkl",
-            "adapter_model.bin",
+            "pytorch_model.bin", "training_args.bin", "model.pt", "tokenizer.pkl", "adapter_model.bin",
             "model.safetensors",
-        )
+        )  # fmt: skip
         name, alone = draw.choice(names), draw.random() < 0.6
         if alone:
             (folder / "model.safetensors").unlink()

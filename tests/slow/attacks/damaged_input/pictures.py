@@ -1,7 +1,7 @@
-"""Pictures that are cut, damaged, lied about, or no pictures; and names that lead elsewhere.
+"""Pictures that are cut, damaged, of a false size or not pictures at all, and file names that lead elsewhere.
 
-What comes out of a whole picture is compared with the pixels that were put in, turned as EXIF's definition says; of a
-damaged one with what Pillow itself makes of it; of one that was cut with the whole one.
+A sound picture is compared with the pixels that were put in, turned as EXIF's definition says; a damaged one with what
+Pillow itself reads; one that was cut with the whole one.
 """
 
 import io
@@ -16,20 +16,29 @@ import numpy as np
 from PIL import Image, ImageOps
 from slow.attacks.damaged_input import mutations
 from slow.attacks.damaged_input.cases import Case
-from slow.attacks.damaged_input.file_names import hostile, spelled
-from slow.attacks.damaged_input.image_files import NONE, ORIENTATION, chunk, coloured, encoded, every_kind, lie, zeros
+from slow.attacks.damaged_input.file_names import drawn_name, fill
+from slow.attacks.damaged_input.image_files import (
+    NOT_PICTURES,
+    ORIENTATION,
+    chunk,
+    coloured,
+    encoded,
+    every_kind,
+    with_size,
+    zeros,
+)
 
 from tinyspeed import UserError
 from tinyspeed.data import images
 
 WHERE = "a.json: record 3 (id b)"
-UPRIGHT: dict[int, Callable] = {  # EXIF 2.32: where row 0 and column 0 of what is stored are seen
+UPRIGHT: dict[int, Callable] = {  # EXIF 2.32: where row 0 and column 0 of the stored pixels are shown
     1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
     5: lambda a: a.swapaxes(0, 1), 6: lambda a: a.swapaxes(0, 1)[:, ::-1],
     7: lambda a: a.swapaxes(0, 1)[::-1, ::-1], 8: lambda a: a.swapaxes(0, 1)[::-1],
 }  # fmt: skip
 LOSSLESS = ("PNG", "TIFF", "BMP", "PPM", "WEBP lossless", "TIFF lzw", "TIFF deflate", "TIFF packbits", "APNG")
-MARKED = ("JPEG", "PNG", "GIF", "WEBP", "APNG")  # cut ones are known by the end that is missing
+MARKED = ("JPEG", "PNG", "GIF", "WEBP", "APNG")  # formats that have an end mark, so that a cut file is found out
 
 
 class Part:
@@ -40,22 +49,14 @@ class Part:
         self.pixels = rng.integers(0, 256, (9, 14, 3), dtype=np.uint8)
         self.files = every_kind(self.pixels)
         self.wholes = {}
-        self.names = hostile(self.folder, home)
+        self.names = fill(self.folder, home)
 
     def case(self, draw: random.Random) -> Case:
-        kinds = (
-            "turned",
-            "cut",
-            "damaged",
-            "damaged",
-            "lied about",
-            "a bomb",
-            "no picture",
-            "a name",
-            "a name",
-            "thin",
-        )
-        return getattr(self, draw.choice(kinds).replace(" ", "_"))(draw)
+        damages = (
+            self.turned, self.cut, self.damaged, self.damaged, self.false_size, self.decompression_bomb,
+            self.not_a_picture, self.file_name, self.file_name, self.extreme_shape,
+        )  # fmt: skip
+        return draw.choice(damages)(draw)
 
     def made(self, kind: str, content: bytes, act: Callable, note: str, **more) -> Case:
         path = self.folder / "x"
@@ -63,99 +64,72 @@ class Part:
         return Case(kind, lambda: act(path), names=(WHERE,), opens=(path,), note=note, **more)
 
     def turned(self, draw: random.Random) -> Case:
-        kind, colours = (
-            draw.choice((*LOSSLESS, "JPEG")),
-            draw.choice(("RGB", "L", "1", "RGBA", "LA", "P", "CMYK", "16")),
-        )
+        kind = draw.choice((*LOSSLESS, "JPEG"))
+        colours = draw.choice(("RGB", "L", "1", "RGBA", "LA", "P", "CMYK", "16"))
         turn = draw.choice((*UPRIGHT, *UPRIGHT, 0, 9, 65535, "6", b"\6", -1, 2.5))
         exif = Image.Exif()
         exif[ORIENTATION] = turn
         picture, want = coloured(self.pixels, colours)
         try:
             content = encoded(picture, kind, exif=exif)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            struct.error,
-        ):  # the format has no such colours, or EXIF
-            return self.turned(draw)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error):
+            return self.turned(draw)  # the format does not have this colour mode, or no EXIF
         want = UPRIGHT[turn](want) if turn in UPRIGHT and kind not in ("BMP", "PPM") else want
-        # Pillow clips what it writes to WEBP as 16 bits, and rounds palettes there: then the file holds other pixels.
+        # Pillow clips 16 bits that it writes to WEBP, and rounds palettes there: then the file has other pixels.
         exact = kind != "JPEG" and not (kind == "WEBP lossless" and colours in ("P", "1", "16"))
 
         def act(path: Path) -> None:
             got = both(path)
-            if type(turn) is int:  # what other values mean is anybody's guess
-                assert got.shape == want.shape, f"{got.shape} for {want.shape}"
+            if type(turn) is int:  # nobody knows what other values mean
+                assert got.shape == want.shape, f"{got.shape} instead of {want.shape}"
                 assert not exact or (got == want).all(), "other pixels"
 
-        return self.made(
-            "turned by EXIF", content, act, f"{kind} {colours} {turn!r}", must="work" if type(turn) is int else ""
-        )
+        must = "work" if type(turn) is int else ""
+        return self.made("turned by EXIF", content, act, f"{kind} {colours} {turn!r}", must=must)
 
     def cut(self, draw: random.Random) -> Case:
         kind = draw.choice(sorted(self.files))
         content = self.files[kind]
-        end = draw.choice(
-            (draw.randrange(len(content)), draw.randrange(min(64, len(content))), len(content) - draw.randrange(1, 9))
-        )
+        size = len(content)
+        end = max(0, draw.choice((draw.randrange(size), draw.randrange(min(64, size)), size - draw.randrange(1, 9))))
         filled = draw.random() < 0.3
-        broken = content[: max(0, end)] + bytes(len(content) - max(0, end)) * filled
+        damaged = content[:end] + bytes(size - end) * filled
         known = kind.split()[0] in MARKED and not (filled and "WEBP" in kind)
 
         def act(path: Path) -> None:
-            if known:  # by its header and end alone, before training: decoding it is too late
+            if known:  # found before training, by its header and end alone: when it is decoded it is too late
                 images.size(path, WHERE)
                 try:
                     images.decode(path, WHERE)
                 except UserError as error:
-                    raise AssertionError(f"what is cut is found only when it is decoded: {error}") from error
+                    raise AssertionError(f"a cut file is found only when it is decoded: {error}") from error
             got = both(path)
             whole = self.whole(kind)
-            assert not known or (got.shape == whole.shape and (got == whole).all()), "half a picture was taken for one"
+            assert not known or (got.shape == whole.shape and (got == whole).all()), "half a picture was accepted"
 
-        return self.made("cut", broken, act, f"{kind} at {end} of {len(content)}, zeros {filled}")
+        return self.made("cut", damaged, act, f"{kind} at {end} of {size}, zeros {filled}")
 
     def damaged(self, draw: random.Random) -> Case:
         kind = draw.choice(sorted(self.files))
         content, note = self.files[kind], kind
         for _ in range(draw.choice((1, 1, 2, 4))):
-            content, what = mutations.octets(draw, content)
+            content, what = mutations.mutate_bytes(draw, content)
             note += "; " + what
         return self.made("damaged", content, both, note)
 
-    def lied_about(self, draw: random.Random) -> Case:
-        """A header with other measures, its checksum right again."""
-        kind = draw.choice(
-            [kind for kind in self.files if kind.split()[0] in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM", "WEBP")]
-        )
+    def false_size(self, draw: random.Random) -> Case:
+        """A header with another size, and the right checksum for it."""
+        formats = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "PPM", "WEBP")
+        kind = draw.choice([kind for kind in self.files if kind.split()[0] in formats])
         sides = (
-            0,
-            1,
-            13,
-            15,
-            255,
-            256,
-            4095,
-            9999,
-            10_000,
-            16_383,
-            30_000,
-            65_500,
-            65_535,
-            2**24 - 1,
-            2**31 - 1,
+            0, 1, 13, 15, 255, 256, 4095, 9999, 10_000, 16_383, 30_000, 65_500, 65_535, 2**24 - 1, 2**31 - 1,
             2**32 - 1,
-        )
+        )  # fmt: skip
         width, height = draw.choice(sides), draw.choice(sides)
-        content = lie(kind, self.files[kind], width, height)
-        return self.made("lied about", content, both, f"{kind} says {width} x {height}")
+        content = with_size(kind, self.files[kind], width, height)
+        return self.made("false size", content, both, f"{kind} says {width} x {height}")
 
-    def a_bomb(self, draw: random.Random) -> Case:
+    def decompression_bomb(self, draw: random.Random) -> Case:
         size = draw.choice((1 << 20, 1 << 25, 1 << 27))
         packed = zeros(size)
         png = self.files["PNG RGB"]
@@ -170,7 +144,7 @@ class Part:
             "fdAT": chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)),
         }
         what, behind = draw.choice(sorted(extra)), draw.random() < 0.3
-        if what == "IDAT":  # few bytes, many pixels, and true
+        if what == "IDAT":  # few bytes, many pixels, and a true header
             side = draw.choice((3000, 9999, 20_000))
             pixels = zeros((side // 8 + 2) * side)
             content = png[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
@@ -182,45 +156,34 @@ class Part:
         def act(path: Path) -> None:
             both(path, oracle=what != "IDAT")
 
-        return self.made("a bomb", content, act, f"{what} of {size}, behind {behind}", seconds=60)
+        return self.made("decompression bomb", content, act, f"{what} of {size}, behind {behind}", seconds=60)
 
-    def no_picture(self, draw: random.Random) -> Case:
-        kind = draw.choice(sorted(NONE))
-        magic = draw.choice(
-            (
-                b"",
-                b"",
-                b"",
-                b"\xff\xd8\xff\xe0",
-                b"\x89PNG\r\n\x1a\n",
-                b"GIF89a",
-                b"BM",
-                b"II*\0",
-                b"P6\n",
-                b"RIFF\0\0\0\0WEBP",
-            )
-        )
-        return self.made("no picture", magic + NONE[kind], both, f"{kind} behind {magic!r}", must="refuse")
+    def not_a_picture(self, draw: random.Random) -> Case:
+        kind = draw.choice(sorted(NOT_PICTURES))
+        magic = draw.choice((
+            b"", b"", b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"II*\0", b"P6\n",
+            b"RIFF\0\0\0\0WEBP",
+        ))  # fmt: skip
+        content = magic + NOT_PICTURES[kind]
+        return self.made("not a picture", content, both, f"{kind} behind {magic!r}", must="refuse")
 
-    def a_name(self, draw: random.Random) -> Case:
-        name = draw.choice(sorted(self.names)) if draw.random() < 0.5 else spelled(draw)
+    def file_name(self, draw: random.Random) -> Case:
+        name = draw.choice(sorted(self.names)) if draw.random() < 0.5 else drawn_name(draw)
         real = os.path.realpath(self.folder / name) if "\0" not in name else ""
 
         def act() -> None:
             path = images.inside(self.folder, name, WHERE)
-            assert str(path.resolve()).startswith(f"{self.folder.resolve()}/"), "it leads out"
+            assert str(path.resolve()).startswith(f"{self.folder.resolve()}/"), "it leads out of the folder"
             assert not os.path.isabs(name)
-            assert ".." not in name.replace("\\", "/").split("/"), "it is written as leading out"
+            assert ".." not in name.replace("\\", "/").split("/"), "it looks as if it led out of the folder"
             both(path)
 
-        good = self.names.get(name)
-        return Case(
-            "a name", act, names=(WHERE,), opens=(self.folder,), note=f"{name!r:.80} to {real:.80}", seconds=5,
-            must={True: "work", False: "refuse", None: ""}[good],
-        )  # fmt: skip
+        must = {True: "work", False: "refuse", None: ""}[self.names.get(name)]
+        note = f"{name!r:.80} to {real:.80}"
+        return Case("file name", act, names=(WHERE,), opens=(self.folder,), note=note, must=must)
 
-    def thin(self, draw: random.Random) -> Case:
-        """What the largest processor makes of it must fit into any machine."""
+    def extreme_shape(self, draw: random.Random) -> Case:
+        """What the processor with the largest pictures makes of it must fit into any machine."""
         short, long = draw.choice((1, 2, 7)), draw.choice((100, 199, 200, 1000, 1401, 10_000, 1_000_000))
         size = (short, long) if draw.random() < 0.5 else (long, short)
         content = encoded(Image.new("L", size), draw.choice(("PNG", "GIF", "PPM")) if long < 65_000 else "PNG")
@@ -231,7 +194,7 @@ class Part:
             assert made < images.MOST_PIXELS, f"scaled to 336 it has {made:,.0f} pixels"
             both(path)
 
-        return self.made("thin", content, act, f"{size}")
+        return self.made("extreme shape", content, act, f"{size}")
 
     def whole(self, kind: str) -> np.ndarray:
         if kind not in self.wholes:
@@ -240,13 +203,13 @@ class Part:
 
 
 def both(path: Path, oracle: bool = True) -> np.ndarray:
-    """The pixels, by ours and by Pillow alone; and the size that was told before."""
+    """Returns the pixels, which are compared with what Pillow alone reads, and their size with what `size` said."""
     size, picture = images.size(path, WHERE), images.decode(path, WHERE)
-    assert (picture.mode, picture.size) == ("RGB", size), f"{picture.mode} {picture.size}, and {size} was told"
+    assert (picture.mode, picture.size) == ("RGB", size), f"{picture.mode} {picture.size}, but `size` said {size}"
     got = np.asarray(picture)
     if oracle:
         want = reading(path)
-        assert got.shape == want.shape, f"{got.shape}, and Pillow has {want.shape}"
+        assert got.shape == want.shape, f"{got.shape}, but Pillow has {want.shape}"
         assert (got == want).all(), "other pixels than Pillow's"
     return got
 
@@ -254,10 +217,10 @@ def both(path: Path, oracle: bool = True) -> np.ndarray:
 def reading(file) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = Image.open(
-            io.BytesIO(file.read_bytes()) if isinstance(file, Path) else file
-        )  # mapped, it is not turned
+        # From memory: Pillow does not turn a file that it maps.
+        picture = Image.open(io.BytesIO(file.read_bytes()) if isinstance(file, Path) else file)
         picture.load()
+
         if picture.format != "TIFF":
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):

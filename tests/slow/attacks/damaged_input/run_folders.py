@@ -1,7 +1,8 @@
-"""Runs with something broken in their folder: gone on with, exported, opened, and asked for their isolator.
+"""Folders of runs with something damaged in them, which are then resumed, exported, opened, and read for their
+isolator.
 
-The oracle is a run that nobody touched. Damage is named, or it cannot matter: then the run ends with the very bits. Of
-a state that was forged, checksums and all, only a decent end is asked.
+The oracle is an undisturbed run. Either the damage is named, or it does not matter and the run ends with the same bits.
+Of a state that was forged together with its checksums, it is only asked that nothing crashes.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ SETTINGS = (
     "dualspeed.slow=0.3", "dualspeed.schedule=adaptive", "regate.keep=0.5", "regate.warmup=2", "regate.cycle=4",
     "regate.refresh=1",
 )  # fmt: skip
-STEPS = ("step-00000004", "step-00000008", "step-00000012")  # stopped behind the second, ended behind the third
-LINKED = "/etc/passwd"  # a link is the user's own, and may be followed; what it leads to is not what was written
+STEPS = ("step-00000004", "step-00000008", "step-00000012")  # a stopped run has the first two
+LINKED = "/etc/passwd"  # links are the user's own and may be followed; this one leads to another file than was written
 ODD = (None, True, -1, 0, 3, 10**30, 0.5, float("nan"), "", "x", "../state.json", "/etc/passwd", [], {}, [[]], {"a": 1})
 
 
@@ -49,30 +50,22 @@ class Part:
         self.whole = self.runs["whole"]
         for name, made in self.runs.items():
             shutil.copytree(made.folder, home / "kept" / name)
-        source = home / "runs" / "untouched"
+        source = home / "runs" / "sound"
         shutil.copytree(self.whole.folder, source)
         (home / "wanted").mkdir()
-        for step in reversed(STEPS):  # what is to come out of each step
+        for step in reversed(STEPS):  # the exported model of each checkpoint
             trained.export(recipe.of_run(str(source)), home / "wanted" / step)
             shutil.rmtree(source / "checkpoints" / step)
 
     def run(self, name: str, more: tuple[str, ...]) -> recipe.Recipe:
-        made = recipe.read(
-            "digits",
-            [
-                *SETTINGS,
-                *more,
-                f"run.name={name}",
-                f"run.folder={self.home / 'runs'}",
-                f"run.cache={self.home / 'cache'}",
-            ],
-        )
+        where = (f"run.name={name}", f"run.folder={self.home / 'runs'}", f"run.cache={self.home / 'cache'}")
+        made = recipe.read("digits", [*SETTINGS, *more, *where])
         core.train(made, bar=False)
         return made
 
     def stopped(self, done: bool = False) -> Path:
-        """A copy of the run as it was when it was stopped, or had ended."""
-        folder = self.home / "runs" / "broken"
+        """A copy of the run as it was when it was stopped, or when it had ended."""
+        folder = self.home / "runs" / "damaged"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.home / "kept" / "whole", folder)
         (folder / "recipe.toml").write_text(recipe.of_run(str(folder)).to_toml())
@@ -86,38 +79,32 @@ class Part:
         done = draw.random() < 0.3
         folder = self.stopped(done)
         made = recipe.of_run(str(folder))
-        act = draw.choice(("resume", "resume", "resume", "export", "open", "isolator" if done else "resume"))
-        self.how = how = draw.choice(("bytes", "bytes", "replaced", "swapped", "forged", "forged", "header", "parts"))
-        note = getattr(self, how)(draw, folder)
+        use = draw.choice((*[self.resume] * 3, self.export, self.open, self.isolator if done else self.resume))
+        damages = (
+            self.bytes, self.bytes, self.replaced, self.swapped, self.forged, self.forged, self.header, self.parts,
+        )  # fmt: skip
+        damage = draw.choice(damages)
+        self.how, note = damage.__name__, damage(draw, folder)
         return Case(
-            f"{how}, then {act}",
-            lambda: getattr(self, act)(made, folder),
-            opens=(
-                folder,
-                self.home / "cache",
-                self.home / "out",
-                self.home / ".out.tmp",
-                self.home / "wanted",
-                LINKED,
-            ),
-            programs=("git",),  # record.json has the commit
+            f"{self.how}, then {use.__name__}",
+            lambda: use(made, folder),
+            opens=(folder, *(self.home / name for name in ("cache", "out", ".out.tmp", "wanted")), LINKED),
+            programs=("git",),  # for the commit in record.json
             note=f"{note}, {'done' if done else 'stopped'}",
-            seconds=30,
+            seconds=60,
         )
 
-    # What breaks
+    # Damage
 
     def bytes(self, draw: random.Random, folder: Path) -> str:
         file = draw.choice(files(folder))
-        content, what = mutations.octets(draw, file.read_bytes())
+        content, what = mutations.mutate_bytes(draw, file.read_bytes())
         file.write_bytes(content)
         return f"{file.relative_to(folder)} {what}"
 
     def replaced(self, draw: random.Random, folder: Path) -> str:
-        file, what = (
-            draw.choice(files(folder)),
-            draw.choice(("gone", "folder", "link", "link out", "pipe", "loop", "empty")),
-        )
+        file = draw.choice(files(folder))
+        what = draw.choice(("gone", "folder", "link", "link out", "pipe", "loop", "empty"))
         kept = file.read_bytes()
         file.unlink()
         if what == "folder":
@@ -136,39 +123,38 @@ class Part:
         return f"{file.relative_to(folder)} is {what}"
 
     def swapped(self, draw: random.Random, folder: Path) -> str:
-        """With what lies there in another run, or in another step's folder."""
+        """With what is there in another run, or in another step's folder."""
         if draw.random() < 0.4:
             steps = sorted((folder / "checkpoints").iterdir())
             one, other = draw.sample(steps, 2)
             if draw.random() < 0.5:
                 other = folder / "checkpoints" / draw.choice(("step-00000009", "step-99999999", "step-00000000"))
                 one.rename(other)
-                return f"{one.name} is {other.name}"
+                return f"{one.name} is called {other.name}"
             name = draw.choice(("", "/state.json", "/tensors.safetensors"))
             a, b, c = Path(f"{one}{name}"), Path(f"{other}{name}"), folder / "between"
             a.rename(c)
             b.rename(a)
             c.rename(b)
-            return f"{one.name} and {other.name} change {name or 'names'}"
+            return f"{one.name} and {other.name} swap {name or 'names'}"
         other = self.home / "kept" / draw.choice(("seed", "rate"))
         if draw.random() < 0.5:
             step = draw.choice(sorted((folder / "checkpoints").iterdir()))
             shutil.rmtree(step)
             shutil.copytree(other / "checkpoints" / step.name, step)
-            return f"{step.name} is of {other.name}"
+            return f"{step.name} is from {other.name}"
         file = draw.choice(files(folder))
         shutil.copyfile(other / file.relative_to(folder), file)
-        return f"{file.relative_to(folder)} is of {other.name}"
+        return f"{file.relative_to(folder)} is from {other.name}"
 
     def forged(self, draw: random.Random, folder: Path) -> str:
-        """JSON of another shape, with a checksum that is right."""
+        """JSON of another shape, with the right checksum."""
         file = newest(folder) / "state.json"
         state = json.loads(file.read_text())["state"]
-        state, what = mutations.structure(draw, state, ODD)
+        state, what = mutations.mutate_structure(draw, state, ODD)
         if isinstance(state, dict) and draw.random() < 0.3:
-            name = draw.choice(
-                ("../../recipe.toml", "/etc/passwd", "../tensors.safetensors", "a\0b", "", ".", "state.json")
-            )
+            names = ("../../recipe.toml", "/etc/passwd", "../tensors.safetensors", "a\0b", "", ".", "state.json")
+            name = draw.choice(names)
             state["files"], what = {name: [1, 2]}, f"files {name!r}"
         try:
             crc = zlib.crc32(json.dumps(state, sort_keys=True).encode())
@@ -178,7 +164,7 @@ class Part:
         return f"state: {what}"
 
     def header(self, draw: random.Random, folder: Path) -> str:
-        """A safetensors file that says it is larger, and its checksum right again."""
+        """A safetensors file with a false header, and the right checksum for it."""
         path = newest(folder)
         file = path / "tensors.safetensors"
         content = file.read_bytes()
@@ -193,22 +179,11 @@ class Part:
             if what == "offsets":
                 told[name]["data_offsets"] = draw.choice(([0, 2**62], [0, 0], [-1, 4], [10, 5], "x", []))
             elif what == "shape":
-                told[name]["shape"] = draw.choice(
-                    ([2**40, 2**40], [0], [-1], [], "x", [1], told[name]["shape"][::-1] + [1])
-                )
+                shapes = ([2**40, 2**40], [0], [-1], [], "x", [1], told[name]["shape"][::-1] + [1])
+                told[name]["shape"] = draw.choice(shapes)
             elif what == "rows":
-                rows = draw.choice(
-                    (
-                        {name: [0, 5]},
-                        {name: [3, 9]},
-                        {name: []},
-                        {name: "x"},
-                        [],
-                        7,
-                        {name: [-1, 1]},
-                        {name: [0, 10**12]},
-                    )
-                )
+                places = ([0, 5], [3, 9], [], "x", [-1, 1], [0, 10**12])
+                rows = draw.choice(([], 7, *({name: place} for place in places)))
                 told["__metadata__"] = draw.choice(({"rows": json.dumps(rows)}, {"rows": "{"}, {}))
             elif what == "key":
                 told[f"{name}x"] = told.pop(name)
@@ -217,11 +192,11 @@ class Part:
             head = json.dumps(told).encode()
             content = struct.pack("<Q", len(head)) + head + content[8 + size :]
         file.write_bytes(content)
-        reseal(path)
+        correct_checksums(path)
         return f"{what} forged"
 
     def parts(self, draw: random.Random, folder: Path) -> str:
-        """As many ranks write it; then the parts are mixed up."""
+        """In parts, as two ranks write it; then the parts are mixed up."""
         path = newest(folder)
         tensors = load_file(path / "tensors.safetensors")
         (path / "tensors.safetensors").unlink()
@@ -238,37 +213,29 @@ class Part:
         if what == "one twice":
             made[1] = {name: made[0][name] for name in tall}
         for number, part in enumerate(made):
-            told = {
-                name: [rows[name] * number if what != "one twice" else 0, len(tensors[name])]
-                for name in part
-                if name in rows
-            }
+            first = 0 if what == "one twice" else number
+            told = {name: [rows[name] * first, len(tensors[name])] for name in part if name in rows}
             if what == "rows wrong":
-                told = {
-                    name: [first + draw.choice((0, 1)), count + draw.choice((0, 1))]
-                    for name, (first, count) in told.items()
-                }
+                told = {name: [value + draw.choice((0, 1)) for value in place] for name, place in told.items()}
             save_file(part, path / f"tensors-0000{number}-of-00002.safetensors", metadata={"rows": json.dumps(told)})
         if what == "one missing":
             (path / f"tensors-0000{draw.randrange(2)}-of-00002.safetensors").unlink()
         if what == "another step's":
-            other = path / "tensors-00001-of-00002.safetensors"
-            other.write_bytes(
-                (self.home / "kept" / "whole" / "checkpoints" / "step-00000004" / "tensors.safetensors").read_bytes()
-            )
-        reseal(path)
+            other = self.home / "kept" / "whole" / "checkpoints" / STEPS[0] / "tensors.safetensors"
+            shutil.copyfile(other, path / "tensors-00001-of-00002.safetensors")
+        correct_checksums(path)
         return f"parts: {what}"
 
-    # What is done with it
+    # Use
 
     def resume(self, made: recipe.Recipe, folder: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             core.train(made, resume=True, bar=False)
         gone = "log begins at step" in said.getvalue()
-        with file_access.asleep():
+        with file_access.paused():
             different = (unlike_but_the_log if gone else unlike)(made, self.whole)
-        # A state that is forged well is another state: nothing can tell it from what was written.
-        assert not different or self.how == "forged", f"it ends otherwise: {different[:4]}"
+        # Nothing can tell a well forged state from one that was written.
+        assert not different or self.how == "forged", f"it has another end: {different[:4]}"
 
     def export(self, made: recipe.Recipe, folder: Path) -> None:
         out = self.home / "out"
@@ -277,9 +244,8 @@ class Part:
         step = newest(folder).name
         trained.export(recipe.of_run(str(folder)), out)
         got, want = load_file(out / "model.safetensors"), self.exported(step)
-        assert all(torch.equal(got[name], want[name]) for name in got.keys() | want.keys()), (
-            f"another model than {step}'s"
-        )
+        same = all(torch.equal(got[name], want[name]) for name in got.keys() | want.keys())
+        assert same, f"another model than {step}'s"
 
     def open(self, made: recipe.Recipe, folder: Path) -> None:
         step = newest(folder).name
@@ -300,7 +266,7 @@ class Part:
 
 
 def merged(name: str) -> str:
-    """What the names of a tensor in a file and in a model have in common."""
+    """The part of a tensor's name that a file and a model have in common."""
     return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
@@ -313,8 +279,8 @@ def newest(folder: Path) -> Path:
     return checkpoint.newest(folder / "checkpoints")
 
 
-def reseal(path: Path) -> None:
-    """A state whose checksums are right for what lies beside it."""
+def correct_checksums(path: Path) -> None:
+    """Write the checksums of the files that are there now into the state."""
     file = path / "state.json"
     state = json.loads(file.read_text())["state"]
     found = sorted(other for other in path.iterdir() if other.name != "state.json")
@@ -324,7 +290,7 @@ def reseal(path: Path) -> None:
 
 
 def unlike_but_the_log(made: recipe.Recipe, whole: recipe.Recipe) -> list[str]:
-    """Where two ends differ, but for lines of a log that is gone."""
+    """Where two runs differ, apart from lines of a log that was lost."""
     log = made.folder / "metrics.jsonl"
     lines = (whole.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     mine = log.read_text().splitlines(keepends=True)
