@@ -51,7 +51,7 @@ def many(home: Path, out: Path, count: int, seed: int) -> None:
             tried[f"on one of two ranks: {kind}"] = tried.get(f"on one of two ranks: {kind}", 0) + 1
             failures += [f"{system}, {kind}, {value}, seed {seed + number}: {wrong}" for wrong in found if wrong]
             gc.collect()
-        if here.leads:
+        if here.is_main:
             out.write_text(json.dumps({"tried": tried, "failures": failures}))
 
 
@@ -60,9 +60,9 @@ def together(here: ranks.Ranks, home: Path, system: str, kind: str, value: float
     draw = random.Random(f"{system} {kind} {value} {seed}")
     whole, made = recipe_of(home, system, "ranks"), recipe_of(home, system, "injected")
     steps, damaged = steps_of(whole), draw.randrange(here.size)
-    if here.leads:
+    if here.is_main:
         shutil.rmtree(made.folder, ignore_errors=True)
-    here.wait()
+    here.barrier()
     first = drawn_step(steps, draw)
     with injected(kind, value, first, draw.randrange(2**32), ShardedStage, here.rank == damaged) as done:
         try:
@@ -74,7 +74,7 @@ def together(here: ranks.Ranks, home: Path, system: str, kind: str, value: float
     wrong = done.wrong(line, mode, stage)
     if kind != "gradient" and f"on rank {damaged} " not in line:  # a gradient is the sum of all ranks'
         wrong = wrong or f"rank {damaged} is not named: {line}"
-    if here.leads:
+    if here.is_main:
         wrong = wrong or wrong_on_disk(made, steps, done.step)
     lines = here.gather([line])
     wrong = wrong or ("" if len({*lines}) == 1 else f"ranks are told different things: {lines}")
@@ -91,18 +91,18 @@ def one(home: Path, out: Path, kind: str, value: float, seed: int) -> None:
     steps, damaged = steps_of(recipe_of(home, ONE, "ranks")), draw.randrange(2)
     fast = [number for number, (_, mode) in enumerate(steps) if mode == "fast"]
     first = draw.choice(fast) if kind in WITHIN else drawn_step(steps, draw)
-    leave = ranks.Ranks.leave
+    abort = ranks.Ranks.abort
 
-    def leaves(here, code, message):
+    def aborts(here, code, message):
         stage, mode = steps[done.step]
         wrong = done.wrong(message, mode, stage) or ("" if code == ranks.MISTAKE else f"exit code {code}: {message}")
         out.write_text(json.dumps({"wrong": wrong, "step": done.step, "rank": damaged}))
-        leave(here, code, message)
+        abort(here, code, message)
 
     mine = int(os.environ["RANK"]) == damaged
     with (
         injected(kind, value, first, draw.randrange(2**32), ShardedStage, mine) as done,
-        mock.patch.object(ranks.Ranks, "abort", leaves),
+        mock.patch.object(ranks.Ranks, "abort", aborts),
     ):
         sys.exit(__main__.main([str(home / "alone.toml")]))
 
