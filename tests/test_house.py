@@ -23,7 +23,7 @@ def files(*folders: str) -> dict[Path, ast.Module]:
 
 
 def room(module: str) -> str:
-    """The room of a module: `tinyspeed.util.files` is in util, `tinyspeed.rows` in rows, `scale.world` in scale."""
+    """The room of a module: `tinyspeed.util.files` is in util, `tinyspeed.rows` in rows, `scale.ranks` in scale."""
     package, _, inside = module.partition(".")
     return inside.partition(".")[0] if package == "tinyspeed" else package
 

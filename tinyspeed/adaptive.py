@@ -67,13 +67,13 @@ class AdaptiveSchedule(DualSpeedSchedule):
             raise NotFinite(f"the adaptive share of slow steps is {share}")
         return uniform(self.seed, step) < share
 
-    def observe(self, plan: Plan, seen: dict) -> None:
+    def observe(self, plan: Plan, metrics: dict) -> None:
         if plan.mode != "slow":
             return
-        block = seen["step"] // self.block
+        block = metrics["step"] // self.block
         self.sums += [[0.0, 0.0] for _ in range(block + 1 - len(self.sums))]
-        self.sums[block][0] += (float(seen["ce"]) - float(seen["ce_teacher"])) * seen["answers"]
-        self.sums[block][1] += seen["answers"]
+        self.sums[block][0] += (float(metrics["ce"]) - float(metrics["ce_teacher"])) * metrics["answers"]
+        self.sums[block][1] += metrics["answers"]
         self._update_shares(block)
 
     def _update_shares(self, block: int) -> None:

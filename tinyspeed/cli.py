@@ -12,11 +12,12 @@ import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, suppress
+from functools import partial
 from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, paths, tables
+from .util import UserError, counted, files, paths, require, require_known, tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,8 +70,7 @@ class SafeStream:
 
 
 def block_hub_kernels() -> None:
-    """Hides the package `kernels`, with which bitsandbytes and transformers would download compiled code from the hub
-    and run it."""
+    """Hides the package `kernels`, with which bitsandbytes and transformers would run compiled code from the hub."""
     sys.modules.setdefault("kernels", None)
 
 
@@ -84,58 +84,50 @@ def message_of(error: UserError | OSError) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tinyspeed", description="Train vision-language models faster by pruning visual tokens in training."
-    )
+    says = "Train vision-language models faster by pruning visual tokens in training."
+    parser = argparse.ArgumentParser(prog="tinyspeed", description=says)
     parser.add_argument("--version", action="version", version=f"tinyspeed {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function, help: str) -> argparse.ArgumentParser:
+    def command(name: str, function, help: str, takes: str = "") -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
         made.set_defaults(command=function)
+        if takes == "recipe":
+            made.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
+        elif takes == "digits":
+            made.add_argument("recipe", nargs="?", default="digits", help="a recipe (default: the built-in digits)")
+        elif takes == "model":
+            made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
+        if takes in ("recipe", "digits"):
+            made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a value")
         return made
 
-    def takes_recipe(made: argparse.ArgumentParser, default: str | None = None) -> None:
-        if default is None:
-            made.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
-        else:
-            made.add_argument("recipe", nargs="?", default=default, help=f"a recipe (default: the built-in {default})")
-        made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
-
-    made = command("demo", _demo, "the embedded default: real handwritten digits, on a CPU, in minutes")
-    takes_recipe(made, "digits")
+    made = command("demo", _demo, "the embedded default: real handwritten digits, on a CPU, in minutes", "digits")
     made.add_argument("--short", action="store_true", help="a few steps only, to see that everything runs")
 
-    made = command("train", _train, "train a recipe")
-    takes_recipe(made)
+    made = command("train", _train, "train a recipe", "recipe")
     made.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     made.add_argument("--skip-bad", action="store_true", help="leave bad records out instead of stopping; lists them")
-    made.add_argument(
-        "--dry-run", action="store_true", help="only one step of each mode, on the longest example: does it fit?"
-    )
+    made.add_argument("--dry-run", action="store_true", help="a step of each mode on the longest example: does it fit?")
 
-    made = command("estimate", _estimate, "memory and time of a recipe, before anything is loaded")
-    takes_recipe(made)
+    made = command("estimate", _estimate, "memory and time of a recipe, before anything is loaded", "recipe")
     made.add_argument("--gpu", type=float, metavar="GIB", help="does it fit a GPU with so much memory? what would?")
     made.add_argument("--tflops", type=float, help="what your GPU sustains, for the time an epoch takes")
 
-    made = command("ask", _ask, "ask a run's model, or any LLaVA, about a picture")
-    made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
+    made = command("ask", _ask, "ask a run's model, or any LLaVA, about a picture", "model")
     made.add_argument("words", nargs="+", metavar="[IMAGE ...] QUESTION")
     made.add_argument("--max-new-tokens", type=int, default=256)
 
-    made = command("compare", _compare, "full training, DualSpeed, and arms of your own, side by side, on digits")
-    takes_recipe(made, "digits")
+    says = "full training, DualSpeed, and arms of your own, side by side, on digits"
+    made = command("compare", _compare, says, "digits")
     made.add_argument("--seeds", type=int, default=1)
     arms = made.add_mutually_exclusive_group()
     arms.add_argument("--arms", default="paper", help="a TOML file of arms, or a built-in one (default: paper)")
-    arms.add_argument(
-        "--vary", action="append", metavar="section.key=v1,v2", help="an arm for each value, or combination of values"
-    )
+    arms.add_argument("--vary", action="append", metavar="section.key=v1,v2", help="an arm for each combination")
     made.add_argument("--only", metavar="ARM,ARM", help="only these arms")
 
-    made = command("eval", _eval, "the score of a model in an official benchmark, or the accuracy of a run on digits")
-    made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
+    says = "the score of a model in an official benchmark, or the accuracy of a run on digits"
+    made = command("eval", _eval, says, "model")
     made.add_argument("--task", help="pope, scienceqa, textvqa, vqav2 or gqa")
     made.add_argument("--questions", metavar="PATH", help="the benchmark's own file, or folder of files")
     made.add_argument("--beside", metavar="PATH", help="textvqa: a file of OCR tokens; vqav2: the annotations")
@@ -149,9 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
     made.add_argument("image")
-    made.add_argument(
-        "--plugin", action="append", metavar="NAME", help="may be repeated (default: all that can be drawn)"
-    )
+    made.add_argument("--plugin", action="append", metavar="NAME", help="repeat for several (default: all that draw)")
     made.add_argument("--keep", type=float, default=0.1)
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
     made.add_argument("--seed", type=int, default=0, help="of plugins that draw at random")
@@ -170,19 +160,21 @@ def _stopped(number: int | None, go_on: str = "saved; continue with --resume") -
     return 143 if number == signal.SIGTERM else 0
 
 
-def _demo(a) -> int:
-    from . import recipe
+def _recipe(a, *more: str):
+    from .recipe import read
 
-    chosen = recipe.read(a.recipe, a.set)
+    return read(a.recipe, [*a.set, *more])
+
+
+def _demo(a) -> int:
+    chosen = _recipe(a)
     from .evaluation import demo
 
     return _stopped(demo.demo(demo.short(chosen) if a.short else chosen).stopped_by, "saved; the same command goes on")
 
 
 def _train(a) -> int:
-    from . import recipe
-
-    chosen = recipe.read(a.recipe, a.set + ["data.skip_bad=true"] * a.skip_bad)
+    chosen = _recipe(a, *["data.skip_bad=true"] * a.skip_bad)
     from .training import run_folder
 
     run_folder.require_sources(chosen)
@@ -208,16 +200,14 @@ def _train(a) -> int:
         raise
     if result.stopped_by is None:
         t = result.totals
-        speedup = f", {result.speedup:.2f}x full" if result.speedup else ""
+        speedup = f", {t.speedup:.2f}x full" if t.speedup else ""
         before = "the run was complete already: " if complete else ""
         print(f"{before}{counted(t.steps, 'step')}, {t.seconds:.0f} s{speedup}; model in {chosen.folder / 'model'}")
     return _stopped(result.stopped_by)
 
 
 def _estimate(a) -> int:
-    from . import recipe
-
-    chosen = recipe.read(a.recipe, a.set)
+    chosen = _recipe(a)
     from .bench import estimate
 
     print(estimate.describe(estimate.estimate(chosen, a.gpu, a.tflops)))
@@ -228,24 +218,20 @@ def _ask(a) -> int:
     from .data import images
 
     *pictures, question = a.words
-    if Path(question).is_file():
-        raise UserError(f"{question} is a file, but the last argument must be the question")
+    require(not Path(question).is_file(), f"{question} is a file, but the last argument must be the question")
     _check_model(a.model)
     pictures = [images.decode(Path(picture), "ask") for picture in pictures]
     from .evaluation import ask
     from .training.trained import open_model
 
     with open_model(a.model) as (model, processor, _):
-        ask.answer(
-            model, processor, pictures, question, max_new_tokens=a.max_new_tokens, streamer=ask.to_stdout(processor)
-        )
+        how = {"max_new_tokens": a.max_new_tokens, "streamer": ask.to_stdout(processor)}
+        ask.answer(model, processor, pictures, question, **how)
     return 0
 
 
 def _compare(a) -> int:
-    from . import recipe
-
-    chosen = recipe.read(a.recipe, a.set)
+    chosen = _recipe(a)
     from .recipe import comparison
 
     arms = comparison.vary(chosen, a.vary, a.only) if a.vary else comparison.read(chosen, a.arms, a.only)
@@ -278,32 +264,26 @@ def _eval(a) -> int:
 def _benchmark(a) -> int:
     from .evaluation import questions as official
 
-    official.known(a.task)
-    if not (a.questions and a.images):
-        raise UserError("--task needs --questions and --images")
-    if not Path(a.images).is_dir():
-        raise UserError(f"--images: there is no folder {a.images}")
+    require_known("benchmark", a.task, official.READERS)
+    require(bool(a.questions and a.images), "--task needs --questions and --images")
+    require(Path(a.images).is_dir(), f"--images: there is no folder {a.images}")
     _check_model(a.model)
     questions = official.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
     print(f"predictions go to {out}", file=sys.stderr)
     from .evaluation import ask, benchmarks
     from .training.trained import open_model
-    from .util.files import write_atomically
 
     with open_model(a.model) as (model, processor, name):
-
-        def asked(pictures, text: str) -> str:
-            return ask.answer(model, processor, pictures, text)
-
+        asked = partial(ask.answer, model, processor)
         predictions = benchmarks.run(a.task, questions, Path(a.images), asked, out, model=name)
     if any(question.truth is None for question in questions):
         file = out.with_suffix(".submission.json")
-        write_atomically(file, json.dumps(benchmarks.submission(questions, predictions)))
+        files.write_atomically(file, json.dumps(benchmarks.submission(questions, predictions)))
         print(f"{file}: for the benchmark's server, since the answers are not public")
         return 0
     scores = benchmarks.score(a.task, questions, predictions)
-    write_atomically(out.with_suffix(".json"), json.dumps({"model": name, "task": a.task, **scores}, indent=1))
+    files.write_atomically(out.with_suffix(".json"), json.dumps({"model": name, "task": a.task, **scores}, indent=1))
     print(tables.table([a.task, "%"], [[key, f"{value:.2f}"] for key, value in scores.items()]))
     print(f"predictions in {out}, scores in {out.with_suffix('.json')}")
     return 0
@@ -325,8 +305,7 @@ def _predictions(model: str, task: str) -> Path:
 def _export(a) -> int:
     from .recipe import of_run
 
-    if Path(a.out).exists():
-        raise UserError(f"{a.out} exists already; nothing was overwritten")
+    require(not Path(a.out).exists(), f"{a.out} exists already; nothing was overwritten")
     run = of_run(a.run)
     from .training.trained import export
 
@@ -340,8 +319,6 @@ def _look(a) -> int:
     from .evaluation.look import look
 
     kept = look(a.image, a.out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
-    print(
-        f"{a.out if Path(a.out).suffix else a.out + '.png'}: "
-        + ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items())
-    )
+    shown = ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items())
+    print(f"{a.out if Path(a.out).suffix else a.out + '.png'}: {shown}")
     return 0

@@ -18,7 +18,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from .util import UserError, require, require_known
+from .util import require, require_known
 
 MODES = ("full", "fast", "slow")
 KINDS = ("full", "fast", "bernoulli", "periodic", "adaptive")  # the schedules that a recipe can name
@@ -60,7 +60,7 @@ class Plan:
 
 
 def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on (seed, step) only: the same on every machine, rank and Python version."""
+    """A number in [0, 1) that depends only on (seed, step): the same on every machine, rank and Python version."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
@@ -74,20 +74,21 @@ class Stateful:
     learned: tuple[str, ...] = ()  # attributes that `observe` changes
     derived: tuple[str, ...] = ()  # attributes that follow from the others, and that a checkpoint leaves out
 
-    def observe(self, plan: Plan, seen: dict) -> None:
-        """Learns from a step with this plan. `seen` holds its number "step" and the metrics of its forward, over the
-        answers of all ranks. A schedule depends on nothing but its settings and these."""
+    def observe(self, plan: Plan, metrics: dict) -> None:
+        """Learns from a step with this plan: from its number, "step", and from the metrics of its forward over the
+        answers of all ranks. Plans depend only on these and on the settings."""
 
     def state_dict(self) -> dict:
         state = {name: value for name, value in vars(self).items() if name not in self.derived}
         return {"kind": type(self).__name__, **copy.deepcopy(state)}
 
     def load_state_dict(self, state: dict) -> None:
-        both = (state, self.state_dict())
-        theirs, ours = ({name: of[name] for name in of if name not in self.learned} for of in both)
-        if theirs != ours:
-            raise UserError(f"the checkpoint was made with schedule {theirs}, this run asks for {ours}")
+        theirs, ours = self._settings(state), self._settings(self.state_dict())
+        require(theirs == ours, f"the checkpoint was made with schedule {theirs}, this run asks for {ours}")
         vars(self).update({name: copy.deepcopy(state[name]) for name in self.learned})
+
+    def _settings(self, state: dict) -> dict:
+        return {name: value for name, value in state.items() if name not in self.learned}
 
 
 class Schedule(Stateful):
@@ -168,16 +169,16 @@ class Combined(Schedule):
             plan = part.change(plan, step)
         return plan
 
-    def observe(self, plan: Plan, seen: dict) -> None:
+    def observe(self, plan: Plan, metrics: dict) -> None:
         for part in (self.schedule, *self.parts):
-            part.observe(plan, seen)
+            part.observe(plan, metrics)
 
     def state_dict(self) -> dict:
         return {"schedule": self.schedule.state_dict(), "parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state: dict) -> None:
-        if state.keys() != {"schedule", "parts"} or len(state["parts"]) != len(self.parts):
-            raise UserError(f"the checkpoint was made with schedule {state}, this run asks for {self.state_dict()}")
+        alike = state.keys() == {"schedule", "parts"} and len(state["parts"]) == len(self.parts)
+        require(alike, f"the checkpoint was made with schedule {state}, this run asks for {self.state_dict()}")
         self.schedule.load_state_dict(state["schedule"])
         for part, of in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(of)

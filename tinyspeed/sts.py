@@ -90,12 +90,12 @@ class LayerSkipper(Stateful):
         skipped = self._least_influential() if by_influence else self._drawn(step)
         return replace(plan, layers=tuple(layer for layer in range(self.layers) if layer not in skipped))
 
-    def observe(self, plan: Plan, seen: dict) -> None:
+    def observe(self, plan: Plan, metrics: dict) -> None:
         """Adds what a step measured: for each layer the sum of 1 - cos over the answer rows of all ranks. (In a loop of
         your own, with one forward per step: `observe(plan, {"step": step, **out.metrics})`.)"""
         if plan.measure and self.choose == "influence":
-            self.sums = [MEMORY * old + float(new) for old, new in zip(self.sums, seen["influence"], strict=True)]
-            self.answers = MEMORY * self.answers + seen["answers"]
+            self.sums = [MEMORY * old + float(new) for old, new in zip(self.sums, metrics["influence"], strict=True)]
+            self.answers = MEMORY * self.answers + metrics["answers"]
 
     @property
     def on_average(self) -> float:

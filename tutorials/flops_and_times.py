@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from tinyspeed import DualSpeed
 from tinyspeed.bench.estimate import flops
-from tinyspeed.bench.noise import Noise
-from tinyspeed.bench.timing import timed
+from tinyspeed.bench.harness import time_in_turns
+from tinyspeed.bench.random_examples import RandomExamples
 from tinyspeed.data.examples import collate
 from tinyspeed.models import precision, published, trainable
 from tinyspeed.models.memory import Settings, Shape
@@ -66,7 +66,7 @@ def steps(layers: int, size: Size, device: torch.device) -> list[Timed]:
     model.train().step = 0
 
     sample = (TEXT, [(size.pixels // 14) ** 2], ANSWERS)
-    source = Noise(config, [sample] * size.samples)
+    source = RandomExamples(config, [sample] * size.samples)
     batch = collate([source.example(i) for i in range(size.samples)], pad=0)
     batch = {name: value.to(device) for name, value in batch.items()}
     name = "bf16" if device.type == "cuda" else "fp32"
@@ -78,7 +78,7 @@ def steps(layers: int, size: Size, device: torch.device) -> list[Timed]:
         model.zero_grad(set_to_none=True)
 
     plans = [Plan(mode, keep=KEEP, distill=float(mode == "slow")) for mode in MODES]
-    times = timed({plan.mode: partial(step, plan) for plan in plans}, size.repeats, device)
+    times = time_in_turns({plan.mode: partial(step, plan) for plan in plans}, size.repeats, device)
     work = partial(flops, Shape(config), Settings(precision=name), sample=sample, recompute=False)
     return [Timed(layers, mode, size.samples * work(mode=mode), times[mode]["min_ms"] / 1000) for mode in MODES]
 

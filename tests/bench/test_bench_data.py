@@ -8,7 +8,7 @@ from PIL import Image
 from support.album import album
 
 from tinyspeed import UserError, cli
-from tinyspeed.bench import data, estimate
+from tinyspeed.bench import data, estimate, harness
 from tinyspeed.data import llava_mix
 from tinyspeed.models import published
 from tinyspeed.models.memory import Settings, Shape
@@ -72,7 +72,7 @@ def test_a_recipes_own_records(tmp_path, capsys, checkpoint):
 )
 def test_mistakes_are_named(how, says):
     with pytest.raises(UserError, match=says):
-        data.bench_data(**how)
+        harness.run(data, **how)
 
 
 def test_digits_are_no_conversations(capsys):

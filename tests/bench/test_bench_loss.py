@@ -5,14 +5,14 @@ import json
 import pytest
 
 from tinyspeed import UserError, cli
-from tinyspeed.bench import loss
+from tinyspeed.bench import harness, loss
 
 
 def test_every_way_gives_the_same_loss_and_gradient_and_ours_holds_less(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loss, "ROWS", 300)
     monkeypatch.setattr(loss, "ANSWERS", 40)
     out = tmp_path / "loss.json"
-    result = loss.bench_loss(16, 500, chunks=(8, 64), repeats=2, out=out, png=out.with_suffix(".png"))
+    result = harness.run(loss, width=16, vocab=500, chunks=(8, 64), repeats=2, out=out, png=out.with_suffix(".png"))
     assert out.with_suffix(".png").stat().st_size > 5000
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert list(result["kinds"]) == ["cross-entropy", "with a teacher"]
@@ -35,6 +35,6 @@ def test_every_way_gives_the_same_loss_and_gradient_and_ours_holds_less(tmp_path
 
 def test_mistakes_are_named(capsys):
     with pytest.raises(UserError, match="at least once"):
-        loss.bench_loss(4, 8, repeats=0)
+        harness.run(loss, width=4, vocab=8, repeats=0)
     assert cli.main(["bench", "loss", "--device", "cuda:99"]) == 2
     assert "cannot be used here" in capsys.readouterr().err

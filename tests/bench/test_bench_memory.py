@@ -15,7 +15,7 @@ from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
 from tinyspeed import UserError, cli, recipe
 from tinyspeed.bench import memory as bench_memory
-from tinyspeed.bench import noise
+from tinyspeed.bench import random_examples
 from tinyspeed.bench.estimate import estimate
 from tinyspeed.models import loading, memory
 from tinyspeed.models.memory import GIB
@@ -38,7 +38,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """No processes of their own, which take seconds to begin; and temporary folders in `here`."""
-    monkeypatch.setattr(bench_memory, "_alone", lambda task, *arguments: task(*arguments))
+    monkeypatch.setattr(bench_memory, "_in_a_process", lambda task, *arguments: task(*arguments))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     return tmp_path / "temporary"
@@ -73,15 +73,15 @@ sides = st.integers(30, 2000)
 
 @given(sides, sides)
 def test_visual_rows_are_the_processors(height, width):
-    assert noise.visual_rows(REAL["next-7b"](), height, width) == Counts.rows(height, width)
-    assert noise.visual_rows(REAL["1.5-7b"](), height, width) == 576
+    assert random_examples.visual_rows(REAL["next-7b"](), height, width) == Counts.rows(height, width)
+    assert random_examples.visual_rows(REAL["1.5-7b"](), height, width) == 576
 
 
 @given(st.integers(900, 4096), sides, sides)
 def test_no_other_picture_is_nearer_to_what_is_assumed(most, height, width):
     """And text makes up for the rest."""
     config, chosen = REAL["next-7b"](), tiny_recipe("somebody/model", f"data.max_rows={most}")
-    found = bench_memory.longest(chosen, config)
+    found = bench_memory.longest_example(chosen, config)
     text, (rows,), answers = found.lengths(0)
     assert rows == Counts.rows(*found.sizes[0])
     assert text >= 100
@@ -94,20 +94,22 @@ def test_no_other_picture_is_nearer_to_what_is_assumed(most, height, width):
 @pytest.mark.parametrize(("name", "sample"), [("1.5-7b", (100, [576], 60)), ("next-mistral", (100, [2928], 60))])
 def test_where_there_is_such_a_picture_it_is_what_estimate_assumes(name, sample):
     chosen = tiny_recipe("somebody/model", "data.max_rows=4096")
-    assert bench_memory.longest(chosen, REAL[name]()).lengths(0) == sample
+    assert bench_memory.longest_example(chosen, REAL[name]()).lengths(0) == sample
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in recipe.BUILT_IN.glob("llava-*gb*.toml")))
 def test_what_is_measured_of_a_recipe_is_the_peak_that_it_names(name):
     chosen = recipe.read(name)
     found = estimate(chosen, 24)
-    assert [bench_memory.longest(chosen, loading.load_config(chosen.model.path)).lengths(0)] == found.case.samples
+    assert [
+        bench_memory.longest_example(chosen, loading.load_config(chosen.model.path)).lengths(0)
+    ] == found.case.samples
 
 
 @pytest.mark.parametrize("name", ["1.5-7b", "next-7b"])
 def test_the_example_is_as_long_as_it_says(name):
     config = REAL[name]()
-    source = bench_memory.longest(tiny_recipe("somebody/model", "data.max_rows=2900"), config)
+    source = bench_memory.longest_example(tiny_recipe("somebody/model", "data.max_rows=2900"), config)
     (text, (rows,), answers), example = source.lengths(0), source.example(0)
     pictured = example.input_ids == config.image_token_id
     assert (int(pictured.sum()), int((~pictured).sum())) == (rows, text)
@@ -116,7 +118,7 @@ def test_the_example_is_as_long_as_it_says(name):
     assert example.pixel_values.shape[-3:] == (3, 336, 336)
     if name == "next-7b":
         assert example.pixel_values.shape[:2] == (1, 5), "a grid of two by two, and the whole"
-        assert noise.visual_rows(config, *example.image_sizes[0].tolist()) == rows
+        assert random_examples.visual_rows(config, *example.image_sizes[0].tolist()) == rows
 
 
 # The measuring
@@ -159,7 +161,7 @@ def test_what_is_written_is_what_was_measured(family, shapes, here, tmp_path, ca
 def test_estimates_are_those_of_the_same_micro_batches(shapes, here):
     """Written out: `estimate` of the shape, with the samples that were in the measured micro-batch."""
     chosen = tiny_recipe(shapes / "llava_next")
-    found = bench_memory.bench_memory({"mine": chosen})["recipes"][0]
+    found = bench_memory.run({"mine": chosen})["recipes"][0]
     s, shape = memory.Settings.of(chosen, "train", "fp32"), memory.Shape(tiny.config("llava_next"))
     for m in found["modes"]:
         batch = memory.MicroBatch.of(m["mode"], found["text"], found["visual"], found["answers"], s, m["samples"])
@@ -169,10 +171,10 @@ def test_estimates_are_those_of_the_same_micro_batches(shapes, here):
 
 
 def test_weights_are_as_the_hub_has_them(shapes, tmp_path):
-    bench_memory.draw(str(shapes / "llava"), str(tmp_path / "drawn"), "cpu")
+    bench_memory.write_random_weights(str(shapes / "llava"), str(tmp_path / "drawn"), "cpu")
     model = loading.load_model(str(tmp_path / "drawn"), "bf16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert sum(p.nbytes for p in model.parameters()) == bench_memory._size(str(shapes / "llava"))
+    assert sum(p.nbytes for p in model.parameters()) == bench_memory._bytes(str(shapes / "llava"))
     assert all(p.isfinite().all() for p in model.parameters())
     assert 0 < model.lm_head.weight.float().std() < 0.1
 
@@ -186,7 +188,7 @@ def test_the_last_micro_batch_is_beside_moments_and_gradients(shapes, tmp_path, 
         return micro_batch(run, *arguments)
 
     monkeypatch.setattr(StageRun, "_micro_batch", watched)
-    bench_memory.draw(str(shapes / "llava"), str(tmp_path / "drawn"), "cpu")
+    bench_memory.write_random_weights(str(shapes / "llava"), str(tmp_path / "drawn"), "cpu")
     found = bench_memory.measure(tiny_recipe(shapes / "llava"), str(tmp_path / "drawn"), None)
     assert [m["mode"] for m in found["modes"]] == ["fast", "slow"]
     assert beside == 2 * [(True, False), (True, True)]
@@ -204,7 +206,7 @@ def test_one_that_fails_costs_no_other_its_numbers(shapes, here, tmp_path, monke
     monkeypatch.setattr(StageRun, "_micro_batch", full)
     out = tmp_path / "memory.json"
     with pytest.raises(UserError, match=r"^fails: .* slow micro-batch of .* does not fit"):
-        bench_memory.bench_memory({"fails": fails, "fits": fits}, out=out)
+        bench_memory.run({"fails": fails, "fits": fits}, out=out)
     first, second = json.loads(out.read_text())["recipes"]
     assert [m["mode"] for m in first["modes"]] == ["fast"]
     assert [m["mode"] for m in second["modes"]] == ["fast", "slow"]
@@ -212,10 +214,10 @@ def test_one_that_fails_costs_no_other_its_numbers(shapes, here, tmp_path, monke
 
 
 def test_each_recipe_has_a_process_of_its_own():
-    first, second = bench_memory._alone(os.getpid), bench_memory._alone(os.getpid)
+    first, second = bench_memory._in_a_process(os.getpid), bench_memory._in_a_process(os.getpid)
     assert len({first, second, os.getpid()}) == 3
-    with pytest.raises(UserError, match="want of memory"):
-        bench_memory._alone(os._exit, 9)
+    with pytest.raises(UserError, match="lack of memory"):
+        bench_memory._in_a_process(os._exit, 9)
 
 
 class Gpu:
@@ -234,29 +236,29 @@ class Gpu:
 
 def test_a_gpu_is_held_to_what_a_smaller_one_leaves(monkeypatch):
     gpu, device = Gpu(monkeypatch), torch.device("cuda", 0)
-    assert bench_memory._hold(device, None) == (12, 0.5)
+    assert bench_memory._limit(device, None) == (12, 0.5)
     assert gpu.fraction is None
-    assert bench_memory._hold(device, 8) == (8, 0.5)
+    assert bench_memory._limit(device, 8) == (8, 0.5)
     assert gpu.fraction * 12 == pytest.approx(7.5)
     with pytest.raises(UserError, match=r"this one has 12\.0 GiB"):
-        bench_memory._hold(device, 13)
+        bench_memory._limit(device, 13)
 
 
 def test_mistakes_are_named(shapes, here, monkeypatch):
     good = tiny_recipe(shapes / "llava")
     with pytest.raises(UserError, match="must be above 0"):
-        bench_memory.bench_memory({"good": good}, gpu=0)
+        bench_memory.run({"good": good}, gpu=0)
     with pytest.raises(UserError, match=r"digits: .* model\.path"):
-        bench_memory.bench_memory({"digits": recipe.read("digits")})
+        bench_memory.run({"digits": recipe.read("digits")})
     with pytest.raises(UserError, match="not llava_onevision"):
-        bench_memory.bench_memory({"one": tiny_recipe(shapes / "llava_onevision")})
+        bench_memory.run({"one": tiny_recipe(shapes / "llava_onevision")})
     with pytest.raises(UserError, match=r"no picture has 5 rows or fewer; data.max_rows = 105"):
-        bench_memory.bench_memory({"short": tiny_recipe(shapes / "llava", "data.max_rows=105")})
+        bench_memory.run({"short": tiny_recipe(shapes / "llava", "data.max_rows=105")})
     with pytest.raises(UserError, match="--gpu: there is no GPU"):
-        bench_memory.bench_memory({"good": good}, gpu=8)
+        bench_memory.run({"good": good}, gpu=8)
     monkeypatch.setattr(bench_memory.shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(UserError, match=r"need 13.8 GiB of disk, .* has 9.0 GiB free: set TMPDIR"):
-        bench_memory.bench_memory({"large": recipe.read(QLORA)})
+        bench_memory.run({"large": recipe.read(QLORA)})
 
 
 class Usage:
@@ -267,7 +269,7 @@ class Usage:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bench_memory_on_a_gpu(shapes, tmp_path):
     chosen = recipe.read(QLORA, [f"model.path={shapes / 'llava_next'}", "train.row_budget=400", "train.batch=4"])
-    result = bench_memory.bench_memory({"mine": chosen}, gpu=4, out=tmp_path / "memory.json")
+    result = bench_memory.run({"mine": chosen}, gpu=4, out=tmp_path / "memory.json")
     found = result["recipes"][0]
     assert found["gpu_gib"] == 4
     for m in found["modes"]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tinyspeed import UserError, pruning
+from tinyspeed.bench import harness
 from tinyspeed.bench import pruning as bench_pruning
-from tinyspeed.bench import timing
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,9 @@ def test_shared_is_the_share_of_rows_in_common():
 def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(pruning.registry.PLUGINS, "mine", pruning.registry.PLUGINS["grid"])
     out = tmp_path / "deep" / "bench.json"
-    result = bench_pruning.bench_pruning((2, 40, 16), keep=0.2, repeats=3, out=out, png=out.with_suffix(".png"))
+    result = harness.run(
+        bench_pruning, images=2, rows=40, width=16, keep=0.2, repeats=3, out=out, png=out.with_suffix(".png")
+    )
     assert out.with_suffix(".png").stat().st_size > 5000
     assert json.loads(out.read_text()) == result
     assert result["count"] == 8
@@ -63,7 +65,7 @@ def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path
 
 
 def test_a_fast_step_does_more_where_more_is_kept_of_more_rows():
-    few, half, wide = (bench_pruning.fast_step(16, *how) for how in ((576, 0.1), (576, 0.5), (2880, 0.1)))
+    few, half, wide = (bench_pruning.fast_step_flops(16, *how) for how in ((576, 0.1), (576, 0.5), (2880, 0.1)))
     weights = 16 * 4 * 6.4e9
     assert half - few == pytest.approx(weights * (288 - 57), rel=0.1)
     assert wide - few > weights * (288 - 57)
@@ -77,7 +79,7 @@ def test_a_learned_plugin_is_timed_with_its_backward(name):
 
 
 def test_the_results_name_machine_versions_and_command(tmp_path):
-    result = bench_pruning.bench_pruning((1, 8, 4), repeats=1)
+    result = harness.run(bench_pruning, images=1, rows=8, width=4, repeats=1)
     assert result["processor"]
     assert result["device"] == result["processor"]
     assert result["threads"] == torch.get_num_threads()
@@ -87,7 +89,7 @@ def test_the_results_name_machine_versions_and_command(tmp_path):
 
 def test_contestants_take_turns_in_changing_order():
     calls = []
-    times = timing.timed({name: lambda name=name: calls.append(name) for name in "abcd"}, 10, CPU)
+    times = harness.time_in_turns({name: lambda name=name: calls.append(name) for name in "abcd"}, 10, CPU)
     rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
     assert len(rounds) == 12
     assert all(sorted(r) == list("abcd") for r in rounds)
@@ -97,19 +99,19 @@ def test_contestants_take_turns_in_changing_order():
 
 def test_median_and_minimum_are_of_the_counted_repeats(monkeypatch):
     clock = iter([0, 0, 0, 1, 0, 7, 0, 3])  # two rounds of warm-up, which never stop the clock, then three
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    times = timing.timed({"a": lambda: None}, 3, CPU)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    times = harness.time_in_turns({"a": lambda: None}, 3, CPU)
     assert times == {"a": {"median_ms": 3000, "min_ms": 1000, "ms": [1000, 7000, 3000]}}
     twice = {"a": {**times["a"], "ms": [2000, 7000, 9000]}}
-    assert timing.faster(twice["a"], times["a"]) == 2
+    assert harness.speedup(twice["a"], times["a"]) == 2
 
 
 @pytest.mark.parametrize(
     ("match", "how"),
     [
-        ("give images, rows", {"shape": (4, 10)}),
-        ("give images, rows", {"shape": (4, 1, 8)}),
-        ("give images, rows", {"shape": (0, 10, 8)}),
+        ("must be at least", {"width": 0}),
+        ("must be at least", {"rows": 1}),
+        ("must be at least", {"images": 0}),
         ("at least once", {"repeats": 0}),
         ("keep = 0", {"keep": 0}),
         ("cannot be used here", {"device": "toaster"}),
@@ -117,19 +119,19 @@ def test_median_and_minimum_are_of_the_counted_repeats(monkeypatch):
 )
 def test_mistakes_are_named(match, how):
     with pytest.raises(UserError, match=match):
-        bench_pruning.bench_pruning(**{"shape": (1, 10, 8)} | how)
+        harness.run(bench_pruning, **{"images": 1, "rows": 10, "width": 8} | how)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_an_absent_gpu_is_named():
     with pytest.raises(UserError, match="'cuda' cannot be used here"):
-        bench_pruning.bench_pruning((1, 10, 8), device="cuda")
+        harness.run(bench_pruning, images=1, rows=10, width=8, device="cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_bench_pruning_on_a_gpu():
-    result = bench_pruning.bench_pruning((2, 64, 32), repeats=2, device="cuda")
+    result = harness.run(bench_pruning, images=2, rows=64, width=32, repeats=2, device="cuda")
     assert result["same_rows"][bench_pruning.LOOP] > 0.9
     assert result["device"] != result["processor"]
 
@@ -137,4 +139,4 @@ def test_bench_pruning_on_a_gpu():
 def test_results_that_cannot_be_written_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the results"):
-        bench_pruning.bench_pruning((1, 8, 4), repeats=1, out=tmp_path / "file" / "bench.json")
+        harness.run(bench_pruning, images=1, rows=8, width=4, repeats=1, out=tmp_path / "file" / "bench.json")

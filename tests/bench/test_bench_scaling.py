@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tinyspeed import UserError, cli
-from tinyspeed.bench import scaling
+from tinyspeed.bench import harness, scaling
 from tinyspeed.models import published
 from tinyspeed.models.published import clip, vicuna
 
@@ -29,7 +29,7 @@ def test_frames_are_what_the_llm_sees(dwarf, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(scaling.DualSpeed, "forward", look)
     out, png = tmp_path / "scaling.json", tmp_path / "scaling.png"
-    result = scaling.bench_scaling("dwarf", frames=(1, 2), repeats=1, out=out, png=png)
+    result = harness.run(scaling, size="dwarf", frames=(1, 2), repeats=1, out=out, png=png)
     assert {s for s in seen if s[0] == "fast"} == {("fast", 144 + 64, 14 + 4 + 64), ("fast", 288 + 64, 28 + 4 + 64)}
     assert {s for s in seen if s[0] == "full"} == {("full", 208, 208), ("full", 352, 352)}
     assert [f["tokens"] for f in result["steps"]] == [144, 288]
@@ -46,9 +46,9 @@ def test_the_slope_is_the_power(power):
 
 def test_mistakes_are_named(capsys):
     with pytest.raises(UserError, match="at least two numbers"):
-        scaling.bench_scaling(frames=(1,))
+        harness.run(scaling, frames=(1,))
     with pytest.raises(UserError, match="unknown size 'large'"):
-        scaling.bench_scaling("large")
+        harness.run(scaling, size="large")
     assert cli.main(["bench", "scaling", "--size", "large"]) == 2
     assert "unknown size" in capsys.readouterr().err
 
@@ -56,4 +56,4 @@ def test_mistakes_are_named(capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
-    assert scaling.bench_scaling(frames=(1, 4), repeats=1, device="cuda")["slopes"]["fast"] < 1.5
+    assert harness.run(scaling, frames=(1, 4), repeats=1, device="cuda")["slopes"]["fast"] < 1.5

@@ -44,7 +44,7 @@ def recipe(models):
 )
 def test_qlora_of_real_models_is_what_was_worked_out_by_hand(recipe, name, rows, fixed, peak):
     found = estimate(recipe(name, data_max_rows=rows, train_row_budget=1, train_checkpointing="on"), 24)
-    modes = found.case.used(found.recipe)
+    modes = found.case.worst_batches(found.recipe)
     assert modes["train", "slow"].rows == rows
     assert found.peak / GIB == pytest.approx(peak, rel=0.08)
     assert (found.peak - fixed * GIB) / GIB < 2.5
@@ -60,7 +60,7 @@ def test_larger_micro_batches_more_bits_and_no_recomputing_never_need_less(recip
 
     def peak(**changes) -> int:
         changes = {key.replace("_", ".", 1): value for key, value in changes.items()}
-        return max(mode.peak for mode in found.case.used(changed(found.recipe, changes)).values())
+        return max(mode.peak for mode in found.case.worst_batches(changed(found.recipe, changes)).values())
 
     assert found.peak == peak()
     assert peak(train_optimizer="paged_adamw8bit") <= peak() <= peak(train_row_budget=more)
@@ -86,7 +86,7 @@ recipes = st.fixed_dictionaries(
 def again(found, *changes):
     """Estimated once more, with changes: whether it fits, and how many modes recompute."""
     recipe = changed(found.recipe, *changes)
-    return not found.case.too_large(recipe), sum(mode.recompute for mode in found.case.used(recipe).values())
+    return not found.case.too_large(recipe), sum(mode.recompute for mode in found.case.worst_batches(recipe).values())
 
 
 @given(recipes, gpus)
@@ -118,7 +118,7 @@ def test_no_advice_says_more_than_is_needed(recipe):
 def test_the_next_larger_row_budget_does_not_fit(recipe):
     found = estimate(recipe("next-7b", train_checkpointing="on", train_row_budget=64, train_batch=512), 12)
     budget = found.room["train.row_budget"]
-    rows = found.case.used(found.recipe)["train", "slow"].rows
+    rows = found.case.worst_batches(found.recipe)["train", "slow"].rows
     assert again(found, {"train.row_budget": budget})[0]
     assert not again(found, {"train.row_budget": (budget // rows + 1) * rows})[0]
 
@@ -203,7 +203,7 @@ def test_lengths_come_from_the_data_where_it_is_there(tmp_path):
     }
     found = estimate(from_tables(tables, "the test"))
     assert (len(found.case.samples), found.case.epoch) == (12, 12)
-    assert found.case.used(found.recipe)["train", "slow"].rows == 4 * longest(found)
+    assert found.case.worst_batches(found.recipe)["train", "slow"].rows == 4 * longest(found)
     assert found.work("train")[0] == 24
     assert "12 samples of" in describe(found)
 
@@ -248,7 +248,7 @@ def test_flags_can_be_given_to_a_recipe(tmp_path, recipe):
 
 def test_measured_beside_estimated(recipe):
     found = estimate(recipe(train_row_budget=700), 12)
-    slow = found.case.used(found.recipe)["train", "slow"]
+    slow = found.case.worst_batches(found.recipe)["train", "slow"]
     measured = {"stage": "train", "mode": "slow", "samples": 1, "rows": 676, "memory_mib": slow.peak / 2**20 / 1.1}
     text = compare_measured(found, [measured, {**measured, "mode": "fast", "memory_mib": None}])
     assert re.search(r"\| train \| slow \|  676 \| .* \| +\+10 \|", text)

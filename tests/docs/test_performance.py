@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyspeed.bench import bars, data, estimate, levers, loss, pruning, savings, scaling, step
+from tinyspeed.bench import data, estimate, harness, levers, loss, pruning, savings, scaling, step
 from tinyspeed.data import llava_mix
 from tinyspeed.models import published
 from tinyspeed.models.memory import Settings, Shape
@@ -18,6 +18,9 @@ from tinyspeed.util import tables
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "tutorials" / "results" / "performance.md"
 RESULTS = sorted((ROOT / "tutorials" / "results").glob("bench-*.json"))
+BENCHMARKS = {
+    module.__name__.split(".")[-1]: module for module in (data, levers, loss, pruning, savings, scaling, step)
+}
 SHAPES = {
     "LLaVA-1.5-7B": ("7b", "1.5"),
     "LLaVA-1.5-13B": ("13b", "1.5"),
@@ -26,16 +29,7 @@ SHAPES = {
 
 
 def printed(result: dict) -> str:
-    describe = {
-        "data": data.describe,
-        "levers": levers.describe,
-        "loss": loss.describe,
-        "pruning": pruning.describe,
-        "savings": savings.describe,
-        "scaling": scaling.describe,
-        "step": lambda found: "\n\n".join(step.describe(*of) for of in found["texts"].items()),
-    }
-    return describe[result["bench"]](result)
+    return BENCHMARKS[result["bench"]].describe(result)
 
 
 def promised() -> str:
@@ -76,7 +70,9 @@ def test_a_table_is_what_the_benchmark_printed(file):
 )
 @settings(max_examples=10)
 def test_a_bar_is_as_long_as_its_number(panels):
-    fig = bars.draw({title: [bars.Bar(*bar, dark=bar[1] / 2) for bar in of] for title, of in panels.items()}, "ms")
+    fig = harness.bar_chart(
+        {title: [harness.Bar(*bar, dark=bar[1] / 2) for bar in of] for title, of in panels.items()}, "ms"
+    )
     names = list(dict.fromkeys(name for of in panels.values() for name, _ in of))
     assert len(fig.axes) == len(panels)
     for ax, (title, of) in zip(fig.axes, panels.items(), strict=True):

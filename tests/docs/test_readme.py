@@ -84,10 +84,9 @@ def test_a_command_is_one_that_the_program_knows(page, command):
     program, *words = shlex.split(command)
     if program == "tinyspeed":
         known = cli._parser().parse_args(words)
-        if name := getattr(known, "recipe", None):
-            for one in [name] if isinstance(name, str) else name:
-                if one != "my.toml":
-                    recipe.read(one, known.set)
+        for one in getattr(known, "recipes", [getattr(known, "recipe", None)]):
+            if one not in (None, "my.toml"):
+                recipe.read(one, known.set)
     elif program == "make":
         subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)
     elif program == "pip":

@@ -14,7 +14,8 @@ from PIL import Image
 
 from tinyspeed import UserError
 from tinyspeed.evaluation import benchmarks, vqa
-from tinyspeed.evaluation.benchmarks import Question, option, read, run, score, submission, yes_no
+from tinyspeed.evaluation.benchmarks import option, run, score, submission, yes_no
+from tinyspeed.evaluation.questions import Question, read
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -511,10 +512,10 @@ def test_another_evaluations_file_is_refused_and_untouched(tmp_path):
     whole = out.read_bytes()
     reworded = [*QUESTIONS[:3], Question("q3", None, "Else?", "0")]
     for other, differs in [
-        ({"task": "pope"}, "answers gqa, and not pope"),
-        ({"model": "n"}, "has the answers of m, and not of n"),
-        ({"questions": QUESTIONS[:3]}, "another number of questions, 4 and not 3"),
-        ({"questions": reworded}, "other questions, or the same with other words"),
+        ({"task": "pope"}, "was made with task = gqa, not pope"),
+        ({"model": "n"}, "was made with model = m, not n"),
+        ({"questions": QUESTIONS[:3]}, "was made with questions = 4, not 3"),
+        ({"questions": reworded}, "other questions, or the same ones with other words"),
     ]:
         with pytest.raises(UserError, match=rf"{differs}.*: choose another file \(--out\)") as caught:
             go(out, **other)

@@ -318,7 +318,7 @@ def test_off_is_the_default_and_changes_nothing():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("sts.skip=1.5", "between 0 and 1"),
+        ("sts.skip=1.5", "at most 1"),
         ("sts.layers=influense", "did you mean 'influence'"),
         ("sts.compressor=divprune", "set sts.compress too"),
         ("sts.compress=0.1 sts.compressor=tokenlearner", "the same in all stages"),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
 from tinyspeed import DualSpeed, pruning, recipe
-from tinyspeed.bench.live import Live, storages
+from tinyspeed.bench.peak_memory import LiveStorages, storages
 from tinyspeed.models import loading, lora, memory, precision, trainable
 from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.models.published import GRIDS, clip
@@ -112,7 +112,7 @@ def counted(model, batch, plan, s: Settings) -> tuple[int, int]:
     saved.clear()
     del loss
     pixels = batch["pixel_values"].nbytes
-    with Live(set(storages(model)) | {value.untyped_storage().data_ptr() for value in batch.values()}) as live:
+    with LiveStorages(set(storages(model)) | {value.untyped_storage().data_ptr() for value in batch.values()}) as live:
         forward().backward()
     return kept, live.peak + pixels
 
@@ -199,7 +199,9 @@ def test_what_plugins_hold_for_each_pair_of_rows(name, keep):
         valid[0, -rows // 10 :] = False
         signals = {"cls_attention": torch.rand(images, rows), "tower": torch.randn(images, rows, 16)}
         signals["keys"] = signals["tower"]
-        with Live({tensor.untyped_storage().data_ptr() for tensor in (features, valid, *signals.values())}) as live:
+        with LiveStorages(
+            {tensor.untyped_storage().data_ptr() for tensor in (features, valid, *signals.values())}
+        ) as live:
             pruning.choose(name, features, keep=keep, mask=valid, signals=signals)
         peaks.append(live.peak)
     found = (peaks[0] - 2 * peaks[1]) / (images * (n**2 - 2 * (n // 2) ** 2))

@@ -75,7 +75,7 @@ ORACLES = {
     "tokenlearner": (MERGING, "test_glances_are_the_means_that_their_network_asks_for"),
     "tome": (MERGING, "test_tome_merges_the_most_similar_pairs_round_by_round"),
     "vispruner": (SELECTING, "test_vispruner_equals_its_definition_where_there_are_no_ties"),
-    "visionzip": (MERGING, "test_visionzip_keeps_what_cls_looks_at_and_melts_the_rest"),
+    "visionzip": (MERGING, "test_visionzip_keeps_what_cls_looks_at_and_merges_the_rest"),
     **dict.fromkeys(("coverage", "divprune_centred", "dpp", "dpp_centred"), GREEDY),
     **dict.fromkeys(("grid", "pool", "pool_bilinear"), CELLS),
 }

@@ -51,7 +51,7 @@ def test_merged_rows_are_sums_with_weights_that_sum_to_one(name, features, data)
     assert kept.weight.shape == (len(features), count, features.shape[1])
     assert (kept.weight >= 0).all()
     total = kept.weight.sum(2)
-    # VisionZip's melted rows are a row and a mean of others.
+    # VisionZip's merged rows are a row and a mean of others.
     wanted = total.round() if name == "visionzip" else torch.ones_like(total)
     torch.testing.assert_close(total, wanted, atol=1e-5, rtol=0)
     assert ((wanted == 1) | (wanted == 2)).all()
@@ -240,7 +240,7 @@ def test_rows_that_cancel_each_other_are_merged_like_any():
 
 
 @given(seeds, st.integers(8, 40), st.data())
-def test_visionzip_keeps_what_cls_looks_at_and_melts_the_rest(seed, n, data):
+def test_visionzip_keeps_what_cls_looks_at_and_merges_the_rest(seed, n, data):
     features, count = distinct(seed, 1, n, 6), data.draw(st.integers(1, n - 1))
     attention, keys = distinct(seed + 1, 1, n).abs(), distinct(seed + 2, 1, n, 5)
     few = int(count * 10 / 64)
@@ -394,21 +394,21 @@ def test_a_fast_step_sees_the_merged_rows_in_their_places(family, plugin, positi
     assert not tiny.difference(got, want, rel=1e-4)
 
 
-def test_visionzip_melts_before_the_projector(family):
+def test_visionzip_merges_before_the_projector(family):
     """The same step with a plugin that puts ready-made rows, projected by hand, where VisionZip's belong."""
     net, batch = tiny.model(family), tiny.batch(family)
     model = DualSpeed(copy.deepcopy(net), plugin="visionzip", keep=0.9, seed=SEED).train()
-    heard, original = [], pruning.choose
+    seen, original = [], pruning.choose
 
     def listen(name, features, **how):
-        heard.append((original(name, features, **how), how["signals"]["tower"]))
-        return heard[-1][0]
+        seen.append((original(name, features, **how), how["signals"]["tower"]))
+        return seen[-1][0]
 
     patch = pytest.MonkeyPatch()
     patch.setattr(pruning, "choose", listen)
     pruned = model(**batch, plan=Plan("fast", keep=0.9))
     patch.undo()
-    kept, tower = heard[0]
+    kept, tower = seen[0]
     assert (kept.weight.sum(2) > 1.5).any()
     images = [image.detach().clone() for image in features_of(net, batch)]
     for image, index, weight, features in zip(images, kept.index, kept.weight, tower, strict=True):
@@ -490,7 +490,7 @@ def test_the_largest_picture_there_is_can_be_pruned(llava_next, plugin):
     assert model(**tiny.collate([sample]), plan=Plan("fast", keep=0.9)).loss.isfinite()
 
 
-def test_a_tower_that_trains_learns_from_melted_rows(llava):
+def test_a_tower_that_trains_learns_from_merged_rows(llava):
     llava.model.vision_tower.requires_grad_(True)
     model = DualSpeed(llava, plugin="visionzip", keep=0.9).train()
     model(**tiny.batch("llava"), plan=Plan("fast", keep=0.9)).loss.backward()
@@ -499,7 +499,7 @@ def test_a_tower_that_trains_learns_from_melted_rows(llava):
 
 def test_a_learned_plugin_refuses_more_rows_than_it_was_made_for_and_a_change_of_plugin(llava):
     model = DualSpeed(llava, plugin="tokenlearner", keep=0.2).train()
-    with pytest.raises(UserError, match="was made for 1 rows"):
+    with pytest.raises(UserError, match="was made for 1 tokens"):
         model(**tiny.batch("llava"), plan=Plan("fast", keep=0.9))
     with pytest.raises(UserError, match="the same in all stages"):
         model.chooser.switch("divprune")

@@ -178,7 +178,7 @@ def test_centred_plugins_take_the_least_distinctive_row_last(name, seed, n):
     assert least not in kept or (name == "divprune_centred" and least == int(select("divprune", features, count=1)))
 
 
-# Plugins that are told what [CLS] looks at
+# Plugins that know what [CLS] looks at
 
 
 @given(seeds, st.integers(2, 30), st.data())

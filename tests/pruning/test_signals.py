@@ -1,4 +1,4 @@
-"""Overheard signals against transformers' own eager attention maps, and what a step keeps by them."""
+"""Recorded signals against transformers' own eager attention maps, and what a step keeps by them."""
 
 import copy
 
@@ -57,15 +57,15 @@ def by_hand(net: nn.Module, family: str, batch: dict, block: int = 1) -> list[tu
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_next_video"])
 @pytest.mark.parametrize("layer", [-2, -1, 1])
-def test_what_is_heard_is_what_eager_attention_says(family, layer):
+def test_what_is_recorded_is_what_eager_attention_says(family, layer):
     net, batch = tiny.model(family).eval(), tiny.batch(family)
     net.config.vision_feature_layer = layer
     block = layer + 3 if layer < 0 else layer - 1  # of three, whose hidden states are numbered from the embeddings on
     vlm = adapter(net)
-    with torch.no_grad(), signals.recording(vlm, batch, BOTH) as heard:
+    with torch.no_grad(), signals.recording(vlm, batch, BOTH) as recorded:
         features = vlm.features(batch, "fast")["image"]
     wanted = by_hand(net, family, batch, block)
-    for image, rows, tower, (places, attention) in zip(features, *(heard[n] for n in BOTH), wanted, strict=True):
+    for image, rows, tower, (places, attention) in zip(features, *(recorded[n] for n in BOTH), wanted, strict=True):
         assert rows.shape == image.shape[:1]
         torch.testing.assert_close(rows[places], attention, atol=1e-6, rtol=1e-5)
         assert (attention > 0).all()
@@ -77,7 +77,7 @@ def test_the_keys_are_those_of_the_block_that_the_projector_reads(layer, llava):
     """By the block's own layers, from its input as transformers says it."""
     llava.eval().config.vision_feature_layer = layer
     vlm, batch = adapter(llava), tiny.batch("llava")
-    with torch.no_grad(), signals.recording(vlm, batch, ("keys",)) as heard:
+    with torch.no_grad(), signals.recording(vlm, batch, ("keys",)) as recorded:
         vlm.features(batch, "fast")
         into = layer + 3 if layer < 0 else layer - 1
         hidden = vlm.tower(batch["pixel_values"], output_hidden_states=True).hidden_states[into]
@@ -88,7 +88,7 @@ def test_the_keys_are_those_of_the_block_that_the_projector_reads(layer, llava):
     heads = keys.chunk(block.self_attn.num_heads, dim=-1)
     wanted = (sum(head.double() for head in heads) / len(heads))[:, 1:]  # without [CLS]
     assert len(heads) > 1
-    torch.testing.assert_close(torch.stack(heard["keys"]).double(), wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.stack(recorded["keys"]).double(), wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("plan", [FAST, SLOW], ids=lambda plan: plan.mode)
@@ -123,19 +123,19 @@ def hooks_of(net: nn.Module) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("plugin", ["cls_topk", "vispruner", "visionzip"])
-def test_nothing_stays_hooked_and_full_steps_hear_nothing(plugin, family, monkeypatch):
+def test_nothing_stays_hooked_and_full_steps_record_nothing(plugin, family, monkeypatch):
     net, batch = tiny.model(family), tiny.batch(family)
     model = DualSpeed(net, plugin=plugin, keep=KEEP).train()
-    heard, original = [], pruning.choose
-    monkeypatch.setattr(pruning, "choose", lambda *a, **how: heard.append(how["signals"]) or original(*a, **how))
+    recorded, original = [], pruning.choose
+    monkeypatch.setattr(pruning, "choose", lambda *a, **how: recorded.append(how["signals"]) or original(*a, **how))
     model(**batch, plan=FULL)
     before = hooks_of(net)  # transformers' own
     for plan in (FAST, FULL, SLOW):
         assert model(**batch, plan=plan).loss.isfinite()
-    assert [set(signals) for signals in heard] == [set(pruning.entry(plugin).needs)] * 2
+    assert [set(signals) for signals in recorded] == [set(pruning.entry(plugin).needs)] * 2
     text = tiny.batch(family, outlines=((7,), (4,)))
     assert model(**text, plan=FAST).loss.isfinite()
-    model.vlm.projector.forward = None  # a step that dies within the forward that is listened to
+    model.vlm.projector.forward = None  # a step that dies within the forward that is recorded
     with pytest.raises(TypeError):
         model(**batch, plan=FAST)
     assert hooks_of(net) == before
@@ -204,9 +204,9 @@ def test_a_users_signal_that_no_tower_gives_is_refused(llava):
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "llava without CLS"])
-def test_what_the_projector_reads_can_be_heard_without_cls_and_by_both_modes(kind):
+def test_what_the_projector_reads_can_be_recorded_without_cls_and_by_both_modes(kind):
     """By a plugin of a user's: the rows that a projector makes of what it is given are the features."""
-    net, batch, heard = tiny.model(kind.split()[0]), tiny.batch(kind.split()[0]), []
+    net, batch, recorded = tiny.model(kind.split()[0]), tiny.batch(kind.split()[0]), []
     if "without" in kind:
         vision = tiny.config("llava_onevision").vision_config
         net.config.vision_config, net.config.vision_feature_select_strategy = vision, "full"
@@ -214,7 +214,7 @@ def test_what_the_projector_reads_can_be_heard_without_cls_and_by_both_modes(kin
 
     def reads(features, *, most, tower, **others):
         assert "cls_attention" not in others
-        heard.append((features, tower))
+        recorded.append((features, tower))
         return torch.arange(most, device=features.device).expand(len(features), -1)
 
     pruning.register("reads", needs=("tower",), takes=("cls_attention",))(reads)
@@ -228,9 +228,9 @@ def test_what_the_projector_reads_can_be_heard_without_cls_and_by_both_modes(kin
         )
     finally:
         del pruning.registry.PLUGINS["reads"]
-    assert len(heard) == 2
-    for features, tower in heard:
+    assert len(recorded) == 2
+    for features, tower in recorded:
         assert features.shape[:2] == tower.shape[:2]
         if kind != "llava_next":  # whose packing adds rows that no projector made
             torch.testing.assert_close(model.vlm.projector(tower), features, atol=1e-4, rtol=1e-4)
-    assert torch.equal(heard[0][1], heard[1][1])
+    assert torch.equal(recorded[0][1], recorded[1][1])

@@ -89,7 +89,7 @@ def test_the_command_that_a_built_in_file_opens_with_runs_all_of_its_arms(name, 
         return signal.SIGINT
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "_compare", instead)  # all checks are behind it
+    monkeypatch.setattr(compare, "_run_arms", instead)  # all checks are behind it
     assert cli.main(shlex.split(command.replace("\\\n#", ""))) == 0
     [(chosen, seeds, arms)] = begun
     assert seeds == 3

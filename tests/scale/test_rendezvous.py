@@ -64,7 +64,7 @@ def test_who_is_missing_is_said(monkeypatch):
 
     def clock() -> float:
         """The time is up for a rank when it has looked around once more after rank 2 had come."""
-        looks[threading.get_ident()] += store.check(["has/2"])
+        looks[threading.get_ident()] += store.check(["confirmed/2"])
         return float(looks[threading.get_ident()] > 1)
 
     monkeypatch.setattr("scale.rendezvous.time", SimpleNamespace(monotonic=clock, sleep=time.sleep))

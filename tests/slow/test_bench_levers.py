@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from tinyspeed import DualSpeed, cli
-from tinyspeed.bench import levers
-from tinyspeed.bench.noise import Noise
-from tinyspeed.bench.step import PLANS, random, recipe_of
+from tinyspeed.bench import harness, levers
+from tinyspeed.bench.random_examples import RandomExamples
+from tinyspeed.bench.step import PLANS, random_model
 from tinyspeed.data.examples import collate
-from tinyspeed.models import published
-from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
 from tinyspeed.util import malloc
 
@@ -35,9 +33,8 @@ def run(dwarf, request):
     family, tune, budget = request.param
     picture = {"1.5": 16, "next": 40}[family]
     samples = [(30, [picture], 9), (12, [], 5), (70, [picture], 20)]
-    config, recipe = published.config_of("dwarf", family), recipe_of(tune, 2, len(samples), budget, CPU)
-    model = build.wrap(recipe, random(config, "fp32", tune, CPU))
-    return StageRun(recipe, model, Noise(config, samples), "train", 0, recipe.train, Totals())
+    recipe, model = random_model("dwarf", family, tune, len(samples), budget, CPU)
+    return StageRun(recipe, model, RandomExamples(model.config, samples), "train", 0, recipe.train, Totals())
 
 
 @pytest.mark.parametrize("mode", PLANS)
@@ -154,7 +151,7 @@ def test_a_change_that_does_not_fit_is_left_out(dwarf, monkeypatch):
         return original(model, *given, plan=plan, **batch)
 
     monkeypatch.setattr(DualSpeed, "forward", small)
-    result = levers.bench_levers("dwarf", batch=2, repeats=1)
+    result = harness.run(levers, size="dwarf", batch=2, repeats=1)
     fast, slow = result["steps"].values()
     assert list(fast) == list(levers.CHANGES)
     assert [*slow] == [name for name in levers.CHANGES if name != "padded, not packed"]

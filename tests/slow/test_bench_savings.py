@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tinyspeed import UserError, cli
-from tinyspeed.bench import savings
+from tinyspeed.bench import harness, savings
 
 SKIPPED = ("full", "1/2 of the layers")
 
 
 def test_every_plan_is_timed_and_layers_cost_the_same_each(tmp_path, capsys):
     out = tmp_path / "steps.json"
-    result = savings.bench_savings(4, 16, repeats=2, out=out, png=out.with_suffix(".png"))
+    result = harness.run(savings, layers=4, width=16, repeats=2, out=out, png=out.with_suffix(".png"))
     assert out.with_suffix(".png").stat().st_size > 5000
     assert json.loads(out.read_text()) == result
     found = result["plans"]
@@ -42,15 +42,15 @@ def test_attention_is_counted_on_a_cpu_too(monkeypatch):
         assert counter.get_total_flops() == 2 * 2 * (2 * 3) * 50**2 * 8
         out.sum().backward()
     assert counter.get_total_flops() == 3.5 * 2 * 2 * (2 * 3) * 50**2 * 8
-    with_attention = savings.bench_savings(4, 16, repeats=1)["plans"]
+    with_attention = harness.run(savings, layers=4, width=16, repeats=1)["plans"]
     monkeypatch.setattr(savings, "ON_A_CPU", {})
-    without = savings.bench_savings(4, 16, repeats=1)["plans"]
+    without = harness.run(savings, layers=4, width=16, repeats=1)["plans"]
     for name in ("fast: 10 % of the picture", "1/2 of the answers"):
         assert with_attention[name]["promised"] > without[name]["promised"]
 
 
 def test_together_the_systems_promise_more_than_each_alone():
-    found = savings.bench_savings(4, 16, repeats=1)["plans"]
+    found = harness.run(savings, layers=4, width=16, repeats=1)["plans"]
     fast, layers, answers, *two, three = (f["promised"] for name, f in found.items() if name not in SKIPPED)
     assert min(two) > max(fast, layers, answers)
     assert three > max(two)
@@ -59,7 +59,7 @@ def test_together_the_systems_promise_more_than_each_alone():
 @pytest.mark.parametrize("how", [{"layers": 3}, {"width": 12}, {"device": "nowhere"}], ids=str)
 def test_sizes_that_make_no_model_are_refused(how):
     with pytest.raises(UserError):
-        savings.bench_savings(**how)
+        harness.run(savings, **how)
 
 
 def test_the_command_line_reaches_it(capsys):

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from tinyspeed import UserError, cli
-from tinyspeed.bench import estimate, live, step
+from tinyspeed.bench import estimate, harness, peak_memory, step
 from tinyspeed.models import published
 from tinyspeed.models.memory import Settings, Shape
 
@@ -56,7 +56,9 @@ def test_all_contestants_learn_the_same_from_the_same(dwarf, tmp_path, capsys, f
 
 def test_ours_recompute_as_rivals_do_if_they_are_told_to(dwarf):
     found = [
-        step.bench_step("dwarf", texts=("60",), batch=2, repeats=1, checkpointing=how)["texts"]["60"]["contestants"]
+        harness.run(step, size="dwarf", texts=("60",), batch=2, repeats=1, checkpointing=how)["texts"]["60"][
+            "contestants"
+        ]
         for how in ("on", "off")
     ]
     assert [f["full"]["loss"] for f in found] == [pytest.approx(found[0]["hf"]["loss"], rel=1e-4)] * 2
@@ -67,7 +69,7 @@ def test_ours_recompute_as_rivals_do_if_they_are_told_to(dwarf):
 
 def test_a_contestant_that_does_not_fit_is_left_out(dwarf, monkeypatch):
     """Ours, whose loop makes advice of it, and rivals."""
-    original = step.train.DualSpeed.forward
+    original = step.DualSpeed.forward
 
     def small(model, *given, plan=None, **batch):
         if plan.mode == "slow":
@@ -77,9 +79,9 @@ def test_a_contestant_that_does_not_fit_is_left_out(dwarf, monkeypatch):
     def smaller(model, *given, **batch):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(step.train.DualSpeed, "forward", small)
+    monkeypatch.setattr(step.DualSpeed, "forward", small)
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", smaller)
-    found = step.bench_step("dwarf", texts=("12",), batch=1, repeats=1)["texts"]["12"]["contestants"]
+    found = harness.run(step, size="dwarf", texts=("12",), batch=1, repeats=1)["texts"]["12"]["contestants"]
     assert {"full", "fast"} < found.keys()
     assert not {"hf", "hf, nothing recomputed", "slow", *step.MIXES} & found.keys()
     assert found["fast"]["speedup"] is None
@@ -87,16 +89,16 @@ def test_a_contestant_that_does_not_fit_is_left_out(dwarf, monkeypatch):
 
 def test_trl_is_a_rival_where_it_is_installed(dwarf):
     pytest.importorskip("trl", reason="TRL is not installed")
-    found = step.bench_step("dwarf", texts=("12",), batch=2, repeats=1)["texts"]["12"]["contestants"]
+    found = harness.run(step, size="dwarf", texts=("12",), batch=2, repeats=1)["texts"]["12"]["contestants"]
     assert found["trl"]["loss"] == pytest.approx(found["hf"]["loss"], rel=1e-4)
 
 
 def test_four_bits_come_from_disk(dwarf):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    found = step.bench_step("dwarf", tune="qlora", texts=("12",), batch=1, repeats=1)
+    found = harness.run(step, size="dwarf", tune="qlora", texts=("12",), batch=1, repeats=1)
     assert found["texts"]["12"]["contestants"]["fast"]["loss"] > 0
-    model = step.random(published.config_of("dwarf", "1.5"), "fp32", "qlora", CPU)
-    assert type(model.model.language_model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    _, model = step.random_model("dwarf", "1.5", "qlora", 1, 0, CPU)
+    assert type(model.vlm.language_model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_four_bits_come_from_disk(dwarf):
     [
         ({"size": "7c"}, "did you mean '7b'"),
         ({"family": "1.6"}, "unknown family"),
-        ({"tune": "lorra"}, "one of lora, qlora, full"),
+        ({"tune": "lorra"}, "did you mean 'lora'"),
         ({"texts": ("many",)}, "a number of words"),
         ({"texts": ("1",)}, "at least 2"),
         ({"batch": 0}, "at least 1"),
@@ -114,7 +116,7 @@ def test_four_bits_come_from_disk(dwarf):
 )
 def test_mistakes_are_named(dwarf, how, says):
     with pytest.raises(UserError, match=says):
-        step.bench_step(**{"size": "dwarf", "texts": ("12",), "batch": 1, "repeats": 1, **how})
+        harness.run(step, **{"size": "dwarf", "texts": ("12",), "batch": 1, "repeats": 1, **how})
 
 
 # What is counted
@@ -130,12 +132,12 @@ def test_the_peak_is_of_what_is_alive_at_once():
         c = b + 1  # and 4,000 beside them
         return c[:10], known.add_(1)  # views and known storages are nothing new
 
-    assert live.peak(three, CPU, {known.untyped_storage().data_ptr(): 4000}) == 8000
+    assert peak_memory.peak_bytes(three, CPU, {known.untyped_storage().data_ptr(): 4000}) == 8000
 
 
 def test_storages_are_counted_once_and_gradients_too():
     net = torch.nn.Linear(10, 10, bias=False)
     net.again = net.weight
-    assert sum(live.storages(net).values()) == 400
+    assert sum(peak_memory.storages(net).values()) == 400
     net(torch.ones(10)).sum().backward()
-    assert sum(live.storages(net, [torch.zeros(5)]).values()) == 820
+    assert sum(peak_memory.storages(net, [torch.zeros(5)]).values()) == 820

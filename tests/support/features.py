@@ -1,4 +1,4 @@
-"""Features of made-up images, drawn by hypothesis, and what plugins are told beside them."""
+"""Features of made-up images, drawn by hypothesis, and what plugins get beside them."""
 
 import math
 

@@ -213,7 +213,7 @@ def test_running_out_of_memory_names_mode_rows_and_setting(base, tmp_path, monke
         train.train(made, bar=False)
     # A run without slow steps does not mind that a full step could not even be timed.
     fast = settings(base, tmp_path, "fast", "align.steps=0", "dualspeed.schedule=fast")
-    assert train.train(fast, bar=False).speedup is None
+    assert train.train(fast, bar=False).totals.speedup is None
 
 
 def test_a_damaged_checkpoint_is_named_and_a_half_written_one_removed(base, tmp_path, capsys):

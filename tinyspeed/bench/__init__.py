@@ -1,6 +1,6 @@
-"""How fast and how large, on this machine: ratios, taken side by side, with the machine written beside them.
+"""Benchmarks of speed and memory on this machine.
 
-A time in milliseconds says little about another machine and not much about this one an hour later; a ratio of two
-contestants timed in turns says something about both. So every benchmark here brings its own yardsticks: a floor, what
-nobody can avoid, and what people run today.
+A time in milliseconds says little about another machine, and not much about this one an hour later. The ratio of two
+contestants that were timed in turns says something about both. So every benchmark brings its own yardsticks: what
+people run today, and a floor that nobody can be faster than.
 """

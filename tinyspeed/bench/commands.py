@@ -1,134 +1,87 @@
-"""`tinyspeed bench WHAT`. As in `cli.py`, nothing here imports torch before the arguments have been looked at."""
+"""The commands `tinyspeed bench ...`. As in `cli.py`, torch is not imported before the arguments have been checked."""
 
 import argparse
-from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+NUMBER, REPEATED, RECIPE = {"type": int}, {"action": "append"}, {"metavar": "RECIPE.toml"}
+FLAGS: dict[str, tuple[str, dict]] = {  # of all commands: the help, and what else argparse is told
+    "recipe": ("whose data is read; without it, pictures are made", {**RECIPE, "nargs": "?"}),
+    "recipes": ("recipe files, or names of built-in ones", {**RECIPE, "nargs": "+"}),
+    "--set": ("change one value of the recipe", {**REPEATED, "default": [], "metavar": "section.key=value"}),
+    "--size": ("tiny, 1b, 7b or 13b (default: tiny)", {}),
+    "--family": ("LLaVA-1.5 or NeXT: 1.5 or next (default: 1.5)", {}),
+    "--tune": ("lora, qlora or full (default: lora)", {}),
+    "--text": ('words of a sample, or "mix"; repeat for several', {**REPEATED, "dest": "texts", "metavar": "WORDS"}),
+    "--batch": ("samples of a step (default: 8)", NUMBER),
+    "--micro": ("samples that the others take at a time (default: the batch)", NUMBER),
+    "--budget": ("tokens that our steps take at a time (default: of `step` the batch, of `levers` 4096)", NUMBER),
+    "--checkpointing": ("whether our steps recompute activations: on, off or auto (default: auto)", {}),
+    "--compiled": ("also with compiled layers, which takes longer", {"action": "store_true"}),
+    "--samples": ("records that are read in a round (default: 256)", NUMBER),
+    "--workers": ("worker processes; repeat for several (default: 0, 1, 2)", {**REPEATED, **NUMBER}),
+    "--layers": ("of the LLM (default: 16)", NUMBER),
+    "--width": ("of the features or hidden states; a 7B model's are 4096 wide", NUMBER),
+    "--keep": ("share of the tokens that is kept (default: 0.1)", {"type": float}),
+    "--repeats": ("rounds that are timed", NUMBER),
+    "--gpu": ("as on a GPU with so much memory", {"type": float, "metavar": "GIB"}),
+    "--device": ("cpu or cuda (default: cpu)", {}),
+    "--out": ("write the numbers to this JSON file", {}),
+    "--png": ("draw the results", {}),
+}
+FILES, TIMED = ("--out", "--png"), ("--repeats", "--device", "--out", "--png")
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {  # what it measures, and its flags: parameters of `measure`
+    "step": (
+        "a training step, beside what people run today",
+        ("--size", "--family", "--tune", "--text", "--batch", "--micro", "--budget", "--checkpointing", *TIMED),
+    ),
+    "levers": (
+        "what each lever of a step is worth: the step with it and without",
+        ("--size", "--family", "--tune", "--batch", "--budget", "--compiled", *TIMED),
+    ),
+    "loss": ("the answer loss: time and memory, beside logits of every token", ("--width", *TIMED)),
+    "scaling": ("how a step grows with the picture, to a video of 11,520 tokens", ("--size", *TIMED)),
+    "data": (
+        "records per second, beside what a GPU needs",
+        ("recipe", "--set", "--family", "--samples", "--workers", "--repeats", *FILES),
+    ),
+    "pruning": ("what choosing the tokens costs", ("--width", "--keep", *TIMED)),
+    "savings": (
+        "what skipping tokens, layers and answers saves, beside what that promises",
+        ("--layers", "--width", *TIMED),
+    ),
+    "memory": (
+        "what recipes need, beside what is estimated; downloads nothing",
+        ("recipes", "--set", "--gpu", "--out"),
+    ),
+}
 
 
-def add(what) -> None:
-    """The commands, to the subparsers `what`."""
-
-    def command(name: str, function: Callable, help: str, device: bool = True) -> argparse.ArgumentParser:
-        made = what.add_parser(name, help=help, description=help)
-        made.set_defaults(command=function)
-        if device:
-            made.add_argument("--device", default="cpu")
-        made.add_argument("--out", help="write the numbers to this JSON file")
-        if name != "memory":
-            made.add_argument("--png", help="draw them")
-        return made
-
-    made = command("step", _step, "a training step, beside what people run today")
-    made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
-    made.add_argument("--family", default="1.5", help="1.5 or next (default: 1.5)")
-    made.add_argument("--tune", default="lora", help="lora, qlora or full (default: lora)")
-    made.add_argument("--text", action="append", help='words a sample, or "mix"; repeat for several')
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--micro", type=int, default=0, help="samples that rivals take at a time (0: the batch)")
-    made.add_argument("--budget", type=int, default=0, help="rows that ours take at a time (0: the batch)")
-    made.add_argument("--checkpointing", default="auto", help="on: ours recompute as rivals do; off, auto (default)")
-    made.add_argument("--repeats", type=int, default=5)
-
-    made = command("levers", _levers, "what each lever of a step is worth: the step with it and without")
-    made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
-    made.add_argument("--family", default="1.5", help="1.5 or next (default: 1.5)")
-    made.add_argument("--tune", default="lora", help="lora, qlora or full (default: lora)")
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--budget", type=int, default=4096, help="rows at a time (default: 4096)")
-    made.add_argument("--compiled", action="store_true", help="also with compiled layers, which takes longer")
-    made.add_argument("--repeats", type=int, default=5)
-
-    made = command("loss", _loss, "the answer loss: time and memory, beside logits of every row")
-    made.add_argument("--width", type=int, default=4096)
-    made.add_argument("--repeats", type=int, default=5)
-
-    made = command("scaling", _scaling, "how a step grows with the picture, to a video of 11,520 tokens")
-    made.add_argument("--size", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
-    made.add_argument("--repeats", type=int, default=5)
-
-    made = command("data", _data, "records a second, beside what a GPU asks for", device=False)
-    made.add_argument("recipe", nargs="?", metavar="RECIPE.toml", help="its data; without it, pictures made here")
-    made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
-    made.add_argument("--family", default="1.5", help="of pictures made here: for LLaVA 1.5 or next (default: 1.5)")
-    made.add_argument("--samples", type=int, default=256)
-    made.add_argument("--workers", action="append", type=int, help="repeat for several (default: 0, 1, 2)")
-    made.add_argument("--repeats", type=int, default=3)
-
-    made = command("pruning", _pruning, "what choosing the rows costs")
-    made.add_argument("--width", type=int, default=1024, help="of the features; a 7B model's are 4096 wide")
-    made.add_argument("--repeats", type=int, default=20)
-    made.add_argument("--keep", type=float, default=0.1)
-
-    made = command("savings", _savings, "what skipping rows, layers and answers saves, beside what it promises")
-    made.add_argument("--layers", type=int, default=16)
-    made.add_argument("--width", type=int, default=256)
-
-    made = command("memory", _memory, "what recipes need, beside what is estimated; downloads nothing", device=False)
-    made.add_argument("recipe", nargs="+", metavar="RECIPE.toml", help="recipe files, or names of built-in ones")
-    made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value of all")
-    made.add_argument("--gpu", type=float, metavar="GIB", help="as on a GPU with so much memory")
+def add(subparsers) -> None:
+    """Adds the commands to argparse's subparsers of `tinyspeed bench`."""
+    for name, (help, flags) in COMMANDS.items():
+        parser = subparsers.add_parser(name, help=help, description=help)
+        parser.set_defaults(command=partial(_run, name))
+        for flag in flags:
+            said, how = FLAGS[flag]
+            parser.add_argument(flag, help=said, **how)
 
 
-def _step(a) -> int:
-    from .step import bench_step
-
-    sizes = {"batch": a.batch, "micro": a.micro, "budget": a.budget, "repeats": a.repeats}
-    sizes["checkpointing"] = a.checkpointing
-    texts = tuple(a.text or ("64", "128", "256", "mix"))
-    bench_step(a.size, a.family, a.tune, texts, **sizes, device=a.device, out=a.out, png=a.png)
-    return 0
-
-
-def _levers(a) -> int:
-    from .levers import bench_levers
-
-    sizes = {"batch": a.batch, "budget": a.budget, "compiled": a.compiled, "repeats": a.repeats}
-    bench_levers(a.size, a.family, a.tune, **sizes, device=a.device, out=a.out, png=a.png)
-    return 0
-
-
-def _loss(a) -> int:
-    from .loss import bench_loss
-
-    bench_loss(a.width, repeats=a.repeats, device=a.device, out=a.out, png=a.png)
-    return 0
-
-
-def _scaling(a) -> int:
-    from .scaling import bench_scaling
-
-    bench_scaling(a.size, repeats=a.repeats, device=a.device, out=a.out, png=a.png)
-    return 0
-
-
-def _data(a) -> int:
+def _run(name: str, a: argparse.Namespace) -> int:
+    """Runs a benchmark. A flag that is not given has the default of the function that it goes to."""
     from .. import recipe
 
-    chosen = recipe.read(a.recipe, a.set) if a.recipe else None
-    from .data import bench_data
+    settings = {key: value for key, value in vars(a).items() if value is not None and key != "command"}
+    changes = settings.pop("set", [])
+    if "recipe" in settings:
+        settings["recipe"] = recipe.read(a.recipe, changes)
+    if "recipes" in settings:
+        settings["recipes"] = {path: recipe.read(path, changes) for path in a.recipes}
+    benchmark = import_module(f".{name}", __package__)
+    if name == "memory":
+        benchmark.run(**settings)
+    else:
+        from . import harness
 
-    bench_data(chosen, a.family, a.samples, tuple(a.workers or (0, 1, 2)), a.repeats, out=a.out, png=a.png)
-    return 0
-
-
-def _pruning(a) -> int:
-    from .pruning import bench_pruning
-
-    bench_pruning((16, 576, a.width), a.keep, a.repeats, a.device, a.out, a.png)
-    return 0
-
-
-def _savings(a) -> int:
-    from .savings import bench_savings
-
-    bench_savings(a.layers, a.width, device=a.device, out=a.out, png=a.png)
-    return 0
-
-
-def _memory(a) -> int:
-    from .. import recipe
-
-    chosen = {name: recipe.read(name, a.set) for name in a.recipe}
-    from .memory import bench_memory
-
-    bench_memory(chosen, a.gpu, a.out)
+        harness.run(benchmark, **settings)
     return 0

@@ -1,14 +1,14 @@
-"""Records a second: whether decoding pictures keeps up with a step that leaves most of them out.
+"""Records per second: whether decoding pictures keeps up with steps that leave most of them out.
 
     tinyspeed bench data                       pictures made here: 640 x 480, as COCO's are
     tinyspeed bench data my-recipe.toml        the recipe's own records
 
-A fast step takes a tenth of the visual tokens, and all of the JPEG. So the faster the steps, the sooner they wait for
-data. Measured is what training does for a record, up to the batch on its way to the GPU: read, decode, resize, cut into
-crops, tokenise, collate; by 0, 1, 2, ... worker processes (`data.workers`). Beside it stands what the arithmetic of one
-slow step in fifty asks for, on a GPU that sustains so many TFLOP/s: of the recipe's records, or of records as long as
-in LLaVA's mix. Where that is more than any number of workers brings, `data.feature_cache_gb` decodes every picture only
-once (`features.py`).
+A fast step takes a tenth of the visual tokens, but all of the JPEG. So the faster the steps, the sooner they wait for
+data. What is measured is everything that training does for a record until its batch goes to the GPU: read, decode,
+resize, cut into crops, tokenise, collate; by 0, 1, 2, ... worker processes (`data.workers`). Beside it stands what
+DualSpeed with one slow step in fifty needs, by its FLOPs, on a GPU that sustains so many TFLOP/s: for the recipe's
+records, or for records as long as in LLaVA's mix. Where that is more than any number of workers brings,
+`data.feature_cache_gb` decodes every picture only once (`feature_cache.py`).
 """
 
 import json
@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -34,76 +35,49 @@ from ..data import conversations, llava_mix, loader
 from ..data.examples import Sample, Source
 from ..models import assembling, loading, published
 from ..models.memory import Settings, Shape
-from ..models.precision import device_of
 from ..recipe import DataSection, Recipe
 from ..training import build
-from ..util import files, tables
-from ..util.errors import UserError
-from . import bars, estimate
-from .bars import Bar
-from .timing import described, finish
+from ..util import UserError, files, tables
+from . import estimate
+from .harness import Bar, Results, bar_chart
 
 BATCH, TFLOPS, SLOW, PICTURES = 8, (20.0, 100.0, 400.0), 0.02, 64
 WIDTH, HEIGHT = 640, 480
 
 
-def bench_data(
-    recipe: Recipe | None = None,
-    family: str = "1.5",
-    samples: int = 256,
-    workers: tuple[int, ...] = (0, 1, 2),
-    repeats: int = 3,
-    out: Path | str | None = None,
-    png: Path | str | None = None,
-) -> dict:
-    """Time the records of a recipe, or of an album made for it (`family`: for LLaVA-1.5 or NeXT). Prints a table,
-    returns everything, and writes it as JSON to `out` and as a picture to `png`."""
+def measure(
+    device: torch.device, recipe: Recipe | None = None, family: str = "1.5", samples: int = 256,
+    workers: tuple[int, ...] = (0, 1, 2), repeats: int = 3,
+) -> Results:  # fmt: skip
+    """Times the records of a recipe, or of an album that is made for it (`family`: for LLaVA-1.5 or NeXT)."""
     if samples < BATCH or repeats < 1 or not workers or min(workers) < 0:
         raise UserError(f"samples = {samples}, repeats = {repeats}, workers = {workers}: at least {BATCH}, 1 and 0")
     with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder, files.errors_about(folder):
         if recipe is None:
-            config = published.config_of("7b", family)
-            source, rank, said = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"
-            some = llava_mix.mix(1024, 0, family)
+            config, lengths = published.config_of("7b", family), llava_mix.mix(1024, 0, family)
+            source, rank, name = album(Path(folder), config, family), 64, f"{WIDTH} x {HEIGHT} JPEGs made here"
         else:
             if recipe.data.kind != "chat":
                 raise UserError('bench data: the recipe\'s data must be conversations, data.kind = "chat"')
             base = build.base_model(recipe, build.place(recipe).device)
             config, source = loading.load_config(base), conversations.from_recipe(recipe, base)
-            rank, said = recipe.lora.rank, recipe.data.file
-            some = [source.lengths(i) for i in range(min(len(source), 1024))]
-        counts = sorted({loader.at_most(count) for count in workers})
-        rates: dict[int, list[float]] = {count: [] for count in counts}
+            rank, name = recipe.lora.rank, recipe.data.file
+            lengths = [source.lengths(i) for i in range(min(len(source), 1024))]
+        print(f"{name}, {config.model_type}; {samples} records, median of {repeats}")
+        rates: dict[int, list[float]] = {count: [] for count in sorted({loader.at_most(count) for count in workers})}
         for _ in range(repeats):
-            for count in counts:
-                rates[count].append(_rate(source, samples, count))
-    found = {count: {"median": statistics.median(r), "max": max(r)} for count, r in rates.items()}
-    wanted = {tflops: tflops * 1e12 / _arithmetic(config, some, rank) for tflops in TFLOPS}
-    result = described(
-        device_of("cpu"), bench="data", data=said, model=config.model_type, samples=samples, repeats=repeats,
-        records_per_second=found, wanted=wanted,
-    )  # fmt: skip
-    said = f"{said}, {config.model_type}; {samples} records, median of {repeats}"
-    return finish(said, result, describe, draw, out, png)
+            for count, found in rates.items():
+                found.append(_records_per_second(source, samples, count))
+    results = {
+        "data": name, "model": config.model_type, "samples": samples, "repeats": repeats,
+        "records_per_second": {count: {"median": statistics.median(r), "max": max(r)} for count, r in rates.items()},
+        "wanted": {tflops: tflops * 1e12 / _flops_per_record(config, lengths, rank) for tflops in TFLOPS},
+    }  # fmt: skip
+    yield describe(results), results
 
 
-def describe(result: dict) -> str:
-    given = [[str(n), f"{f['median']:,.1f}"] for n, f in result["records_per_second"].items()]
-    wanted = [[f"{float(tflops):g}", f"{n:,.1f}"] for tflops, n in result["wanted"].items()]
-    return (
-        f"{tables.table(['workers', 'records/s'], given)}\n\nDualSpeed, one slow step in fifty, asks for\n\n"
-        f"{tables.table(['TFLOP/s sustained', 'records/s'], wanted)}"
-    )
-
-
-def draw(result: dict):
-    made = [Bar(f"{n} workers", f["median"]) for n, f in result["records_per_second"].items()]
-    asked = [Bar(f"a GPU at {float(t):g} TFLOP/s", n, ours=False) for t, n in result["wanted"].items()]
-    return bars.draw({"made here, and asked for": made + asked}, "records/s")
-
-
-def _rate(source: Source, samples: int, workers: int) -> float:
-    """Records a second, once the workers are at it."""
+def _records_per_second(source: Source, samples: int, workers: int) -> float:
+    """Measures once the workers are busy."""
     ahead = max(1, workers * loader.PREFETCH)
     count = -(-samples // BATCH)
     parts = [[(BATCH * n + k) % len(source) for k in range(BATCH)] for n in range(count + ahead)]
@@ -116,15 +90,29 @@ def _rate(source: Source, samples: int, workers: int) -> float:
         return count * BATCH / (time.perf_counter() - began)
 
 
-def _arithmetic(config, some: list[Sample], rank: int) -> float:
-    """FLOPs of a record, in the mean."""
+def _flops_per_record(config, samples: list[Sample], rank: int) -> float:
     shape, s = Shape(config), Settings("bf16", rank=rank)
-    of = lambda mode: statistics.fmean(estimate.flops(shape, s, mode, sample, False) for sample in some)
-    return (1 - SLOW) * of("fast") + SLOW * of("slow")
+    mean = lambda mode: statistics.fmean(estimate.flops(shape, s, mode, sample, False) for sample in samples)
+    return (1 - SLOW) * mean("fast") + SLOW * mean("slow")
+
+
+def describe(results: dict) -> str:
+    found = [[str(n), f"{f['median']:,.1f}"] for n, f in results["records_per_second"].items()]
+    wanted = [[f"{float(tflops):g}", f"{n:,.1f}"] for tflops, n in results["wanted"].items()]
+    return (
+        f"{tables.table(['workers', 'records/s'], found)}\n\nDualSpeed with one slow step in fifty needs\n\n"
+        f"{tables.table(['TFLOP/s sustained', 'records/s'], wanted)}"
+    )
+
+
+def draw(results: dict):
+    made = [Bar(f"{n} workers", f["median"]) for n, f in results["records_per_second"].items()]
+    needed = [Bar(f"a GPU at {float(t):g} TFLOP/s", n, ours=False) for t, n in results["wanted"].items()]
+    return bar_chart({"made here, and needed": made + needed}, "records/s")
 
 
 def album(folder: Path, config, family: str) -> conversations.Conversations:
-    """Pictures with as much detail as a photo's, a question and an answer about each, and a processor."""
+    """Writes pictures with as much detail as photos, and returns a conversation about each."""
     draw = np.random.default_rng(0)
     records = []
     for n in range(PICTURES):
@@ -140,7 +128,7 @@ def album(folder: Path, config, family: str) -> conversations.Conversations:
 
 
 def _processor(config, family: str):
-    """The family's own, with a token for each byte."""
+    """Returns the family's own processor, with a token for each byte."""
     words = ["<s>", "</s>", "<pad>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -149,10 +137,10 @@ def _processor(config, family: str):
         extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
     side = config.vision_config.image_size
-    how = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    kind, pictures = LlavaProcessor, CLIPImageProcessor(**how)
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    kind, pictures = LlavaProcessor, CLIPImageProcessor(**sizes)
     if family == "next":
-        kind, pictures = LlavaNextProcessor, LlavaNextImageProcessor(**how, image_grid_pinpoints=published.GRIDS)
+        kind, pictures = LlavaNextProcessor, LlavaNextImageProcessor(**sizes, image_grid_pinpoints=published.GRIDS)
     return kind(
         pictures, tokenizer, patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=assembling.TEMPLATE,

@@ -3,30 +3,26 @@
     tinyspeed bench savings
 
 A plan that skips half of the layers promises nearly half of a step's time. Whether it keeps that promise depends on
-what is not arithmetic: gathers, hooks, small products. So every plan's step, forward and backward, is timed beside the
-full one, on a model whose depth and proportions are an LLM's and whose size is a CPU's, and its FLOPs are counted while
-it runs (by torch, which knows nothing of plans; of attention it counts the half above the diagonal too):
+what is not arithmetic: gathers, hooks, small products. So a step of every plan, forward and backward, is timed beside
+the full one, on a model whose depth and proportions are an LLM's and whose size is a CPU's. torch counts the FLOPs
+while the step runs; it knows nothing of plans, and of attention it counts the half above the diagonal too:
 
     kept of the promise = (1 - seconds / full seconds) / (1 - FLOPs / full FLOPs)
 
-Answers are long here, for ReGATE to have something to skip: 240 tokens behind a question of 16 and a picture of 144.
+Answers are long here, so that ReGATE has something to skip: 240 tokens behind a question of 16 and a picture of 144.
 """
-
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ..data import digits, digits_model
+from ..data import digits_model
+from ..data.examples import collate
 from ..dualspeed import DualSpeed
-from ..models.precision import device_of
 from ..rows import IGNORE
 from ..scheduler import Plan
-from ..util.errors import UserError
-from ..util.tables import table
-from . import bars
-from .bars import Bar
-from .timing import described, faster, finish, timed
+from ..util import UserError, tables
+from .harness import Bar, Results, bar_chart, speedup, time_in_turns
+from .random_examples import RandomExamples
 
 ON_A_CPU = {  # which torch does not count by itself
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
@@ -38,7 +34,7 @@ SAMPLES, QUESTION, ANSWER = 4, 16, 240
 
 
 def plans(layers: int) -> dict[str, Plan]:
-    """The systems, alone and together; the layers that run are spread evenly."""
+    """Returns each way of leaving something out, alone and combined. The layers that run are spread evenly."""
     three_of_four = tuple(i for i in range(layers) if i % 4 != 2)
     every_other = tuple(range(0, layers, 2))
     return {
@@ -53,83 +49,59 @@ def plans(layers: int) -> dict[str, Plan]:
     }
 
 
-def bench_savings(
-    layers: int = 16,
-    width: int = 256,
-    repeats: int = 15,
-    device: str = "cpu",
-    out: Path | str | None = None,
-    png: Path | str | None = None,
-) -> dict:
-    """Time a step of each plan. Prints a table, returns everything, and writes it as JSON to `out` and as a picture to
-    `png`."""
+def measure(device: torch.device, layers: int = 16, width: int = 256, repeats: int = 15) -> Results:
+    """Times a step of each plan, and counts its FLOPs."""
     if layers < 4 or width < 8 or width % 8:
         raise UserError(f"layers = {layers}, width = {width}: give at least 4, and a multiple of 8")
-    where = device_of(device)
-    net = digits_model.build_model(0, width=width, layers=layers).to(where).train()
+    print(f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}")
+    net = digits_model.build_model(0, width=width, layers=layers).to(device).train()
     net.model.vision_tower.requires_grad_(False)
-    model, batch = DualSpeed(net).train(), _batch(net, where)
-    answers = batch.pop("stays")
+    model, (batch, stays) = DualSpeed(net).train(), _batch(net.config, device)
 
     def step(plan: Plan) -> None:
         model.step = 0
-        more = {"answers": answers} if plan.answer_keep < 1 else {}
+        more = {"answers": stays} if plan.answer_keep < 1 else {}
         model(**batch, plan=plan, **more).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    asked = plans(layers)
     flops = {}
-    for name, plan in asked.items():
+    for name, plan in plans(layers).items():
         with FlopCounterMode(display=False, custom_mapping=ON_A_CPU) as counter:
             step(plan)
         flops[name] = counter.get_total_flops()
-    times = timed({name: lambda plan=plan: step(plan) for name, plan in asked.items()}, repeats, where)
-    found = {}
-    for name, t in times.items():
-        speedup = faster(times["full"], t)
-        saved, promised = 1 - 1 / speedup, 1 - flops[name] / flops["full"]
-        found[name] = {
-            **t, "flops": flops[name], "speedup": speedup, "promised": flops["full"] / flops[name],
-            "kept": saved / promised if promised else None,
-        }  # fmt: skip
-    result = described(where, bench="savings", layers=layers, width=width, repeats=repeats, plans=found)
-    said = f"{layers} layers of width {width}, {SAMPLES} samples, median of {repeats}"
-    return finish(said, result, describe, draw, out, png)
+    steps = {name: lambda plan=plan: step(plan) for name, plan in plans(layers).items()}
+    found = time_in_turns(steps, repeats, device)
+    for name, f in found.items():
+        faster, promised = speedup(found["full"], f), flops["full"] / flops[name]
+        kept = (1 - 1 / faster) / (1 - 1 / promised) if promised > 1 else None
+        f |= {"flops": flops[name], "speedup": faster, "promised": promised, "kept": kept}
+    results = {"layers": layers, "width": width, "repeats": repeats, "plans": found}
+    yield describe(results), results
 
 
-def describe(result: dict) -> str:
-    headers = ["a step", "median", "speed-up", "promised", "kept of the promise"]
-    return table(headers, [_line(name, f) for name, f in result["plans"].items()])
+def _batch(config, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Returns samples of one picture each, and which tokens stay where half of the answer's are skipped."""
+    cells = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    source = RandomExamples(config, [(QUESTION + ANSWER, [cells], ANSWER)] * SAMPLES)
+    batch = collate([source.example(i) for i in range(SAMPLES)], 0)
+    answer = batch["labels"] != IGNORE
+    stays = ~answer | (answer.cumsum(1) % 2 == 0)
+    return {name: tensor.to(device) for name, tensor in batch.items()}, stays.to(device)
 
 
-def draw(result: dict):
-    """The dark part of a bar is what the FLOPs promise."""
-    full = result["plans"]["full"]["median_ms"]
+def describe(results: dict) -> str:
+    lines = []
+    for name, f in results["plans"].items():
+        kept = "-" if f["kept"] is None else f"{f['kept']:.0%}"
+        lines.append([name, f"{f['median_ms']:.1f} ms", f"{f['speedup']:.2f}x", f"{f['promised']:.2f}x", kept])
+    return tables.table(["step", "median", "speed-up", "promised", "kept of the promise"], lines)
+
+
+def draw(results: dict):
+    """Draws what the FLOPs promise as the dark part of a bar."""
+    full = results["plans"]["full"]["median_ms"]
     found = [
         Bar(name, f["median_ms"], f"{f['speedup']:.2f}x", full / f["promised"], name != "full")
-        for name, f in result["plans"].items()
+        for name, f in results["plans"].items()
     ]
-    return bars.draw({"a step": found}, "ms; dark: as promised")
-
-
-def _line(name: str, f: dict) -> list[str]:
-    kept = "-" if f["kept"] is None else f"{f['kept']:.0%}"
-    return [name, f"{f['median_ms']:.1f} ms", f"{f['speedup']:.2f}x", f"{f['promised']:.2f}x", kept]
-
-
-def _batch(net: torch.nn.Module, where: torch.device) -> dict[str, torch.Tensor]:
-    """Samples of one picture each, and `stays`, every other answer token."""
-    c = net.config
-    cells = (c.vision_config.image_size // c.vision_config.patch_size) ** 2
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(
-        len(digits.SPECIAL), c.text_config.vocab_size, (SAMPLES, QUESTION + ANSWER), generator=generator
-    )
-    ids = torch.cat([torch.full((SAMPLES, cells), c.image_token_id), text], dim=1)
-    labels = ids.masked_fill(torch.arange(ids.shape[1]) < cells + QUESTION, IGNORE)
-    stays = torch.ones_like(ids, dtype=torch.bool)
-    stays[:, cells + QUESTION :: 2] = False
-    size = c.vision_config.image_size
-    made = {"input_ids": ids, "labels": labels, "stays": stays}
-    made["pixel_values"] = torch.rand(SAMPLES, 3, size, size, generator=generator)
-    return {name: tensor.to(where) for name, tensor in made.items()}
+    return bar_chart({"a step": found}, "ms; dark: as promised")

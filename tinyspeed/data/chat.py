@@ -24,21 +24,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..rows import IGNORE
-from ..util import UserError, counted
+from ..util import UserError, counted, require
 from .records import IMAGE, Turn
 
 
 class Chat:
-    """Renders and tokenizes conversations for a processor's model. `system` is a system message for conversations that
-    have none."""
+    """Renders and tokenizes conversations for a processor's model. `system` goes before those that have none."""
 
     def __init__(self, processor, template: str = "chat", system: str = ""):
         self.processor, self.plain, self.system = processor, template == "plain", system
         self.tokenizer = processor.tokenizer
-        if not self.tokenizer.is_fast:
-            raise UserError(
-                "the processor has no fast tokenizer, and only those tell where in the text a token is from"
-            )
+        fast = self.tokenizer.is_fast
+        require(fast, "the processor has no fast tokenizer, and only those tell where in the text a token is from")
         if not self.plain and not processor.chat_template:
             raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
         self.image = processor.image_token
@@ -59,9 +56,8 @@ class Chat:
             touched = (last > begin) & (first < end) & (last > first)
             labels[touched] = ids[touched]
         pictures = ids == self.image_id
-        if pictures.sum() != len(image_rows):
-            found = counted(int(pictures.sum()), "placeholder")
-            raise UserError(f"{found} {self.image} in the text for {counted(len(image_rows), 'picture')}")
+        found, given = counted(int(pictures.sum()), "placeholder"), counted(len(image_rows), "picture")
+        require(pictures.sum() == len(image_rows), f"{found} {self.image} in the text for {given}")
         times = np.ones_like(ids)
         times[pictures] = image_rows
         return ids.repeat(times), labels.repeat(times)
@@ -106,8 +102,7 @@ class Chat:
         text, spans, lead, opener, cue = "", [], "", "", ""
         for number, answer in enumerate(answers):
             before, found, rest = rest.partition(f"{mark}{number}\ue001")
-            if not found:
-                raise UserError("the chat template loses or moves an answer")
+            require(bool(found), "the chat template loses or moves an answer")
             if number == 0 and before.startswith(prompt):
                 lead = before[len(prompt) :]  # the model has to say this before each answer
             elif number == 0:  # OneVision's opens an answer with "assistant \n", and asks for one with "assistant\n"
@@ -136,9 +131,9 @@ class Chat:
                 if part is not IMAGE and turn.role != "assistant" and part.strip() not in rendered:
                     raise UserError(f"the chat template loses the {turn.role}'s text {part[:60]!r}")
         pictures = sum(part is IMAGE for turn in turns for part in turn.parts)
-        if (made := rendered.count(self.image)) != pictures:
-            made = counted(made, "placeholder")
-            raise UserError(f"the chat template makes {made} of {counted(pictures, 'picture')}")
+        made = rendered.count(self.image)
+        what = f"{counted(made, 'placeholder')} of {counted(pictures, 'picture')}"
+        require(made == pictures, f"the chat template makes {what}")
 
     def _caption(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         spoken = [turn for turn in turns if turn.role != "system"]

@@ -19,7 +19,7 @@ when it is decoded; then `skip_bad` names it, and nothing is learned from its re
 
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import UserError, paths
+from ..util import UserError, located, paths, require
 from . import images
 from .chat import Chat
 from .examples import Example, Sample
@@ -52,11 +52,8 @@ Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum 
 class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
-    def __init__(
-        self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather: Callable = list
-    ):
-        """Where several processes share the check, `mine` is this one's share of its parts, and `gather` returns what
-        all of them have found."""
+    def __init__(self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather=list):
+        """If processes share the check, `mine` is this one's share of its parts, and `gather` returns that of all."""
         paths.require_conversations(data.file, data.images)
         self.data, self.processor = data, processor
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
@@ -126,12 +123,8 @@ class Conversations:
     def _record(self, number: int) -> Iterator[Record]:
         """Record `number` of the file. Every error about it names it."""
         record = self.records[number]
-        try:
+        with located(record.where):
             yield record
-        except UserError as error:
-            if str(error).startswith(record.where):
-                raise
-            raise UserError(f"{record.where}: {error}") from error
 
     def _read(self, record: Record) -> tuple[list[Path], list[tuple[int, int]], list[int], np.ndarray, np.ndarray]:
         """All of a record but its pixels: its picture files, their sizes, their visual tokens, its ids and labels."""
@@ -155,15 +148,13 @@ class Conversations:
         most = self.data.max_rows or len(ids)  # `from_recipe` has replaced 0 by the model's context
         if len(ids) > most:
             if self.data.too_long == "error":
-                raise UserError(
-                    f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}: raise that if the "
-                    f'model\'s context allows it, shorten the record, or set data.too_long = "cut"'
-                )
+                what = f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}"
+                mend = "raise that if the model's context allows it, shorten the record"
+                raise UserError(f'{what}: {mend}, or set data.too_long = "cut"')
             if (ids[most:] == self.chat.image_id).any():
                 raise UserError(f"cutting it to data.max_rows = {most:,} would cut through a picture")
             ids, labels = ids[:most], labels[:most]
-        if not (labels[1:] != IGNORE).any():
-            raise UserError("no token of an answer is left to learn")
+        require((labels[1:] != IGNORE).any(), "no token of an answer is left to learn")
         return ids, labels
 
     def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
@@ -171,10 +162,8 @@ class Conversations:
         count, found, bad = len(self.records), [], 0
         parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
         workers = 0 if count < MANY else at_most(self.data.workers)
-        with (
-            explaining_crashes(),
-            tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5) as line,
-        ):
+        line = tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5)
+        with explaining_crashes(), line:
             for part in in_workers(self._measures, parts[mine], workers):
                 found += part
                 bad += sum(isinstance(measure, str) for _, measure in part)

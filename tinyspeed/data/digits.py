@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from ..recipe import Recipe
 from ..rows import IGNORE
-from ..util import UserError
+from ..util import require
 from .examples import Example, Sample
 
 CELL = 8  # pixels
@@ -77,8 +78,7 @@ DEFAULT = Canvas()
 def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The scans (n, 8, 8) as uint8, and their labels. One scan in five is held out for evaluation."""
     found = find_spec("sklearn")
-    if found is None:
-        raise UserError("the digits come with scikit-learn: pip install 'tinyspeed[demo]'")
+    require(found is not None, "the digits come with scikit-learn: pip install 'tinyspeed[demo]'")
     # Only its file is read, since importing scikit-learn takes a second.
     digits = np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     held_out = np.arange(len(digits)) % 5 == 0
@@ -86,7 +86,7 @@ def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     return (chosen[:, :-1].reshape(-1, 8, 8) / 16 * 255).astype(np.uint8), chosen[:, -1].astype(int)
 
 
-def picture(rng: np.random.Generator, split: str, canvas: Canvas = DEFAULT) -> tuple[np.ndarray, np.ndarray]:
+def picture(rng: Generator, split: str, canvas: Canvas = DEFAULT) -> tuple[np.ndarray, np.ndarray]:
     """A picture's pixels (96, 96) as uint8, and the content of its cells (12, 12): a digit or BLANK."""
     images, labels = scans(split)
     # The smooth background is a 3 x 3 grid of greys, interpolated.
@@ -109,9 +109,7 @@ def picture(rng: np.random.Generator, split: str, canvas: Canvas = DEFAULT) -> t
     return pixels.astype(np.uint8), cells
 
 
-def questions(
-    rng: np.random.Generator, cells: np.ndarray, count: int, canvas: Canvas = DEFAULT
-) -> list[tuple[str, str]]:
+def questions(rng: Generator, cells: np.ndarray, count: int, canvas: Canvas = DEFAULT) -> list[tuple[str, str]]:
     """`count` different questions about a picture, with their answers. Three in five ask for the digit of a region; the
     others ask whether a digit is there, half of them for one that is (if any is)."""
     held = [cells[canvas.region(place)].min() for place in range(len(canvas.places))]
@@ -154,7 +152,7 @@ class Digits:
     def fingerprint(self) -> str:
         return f"{self.size} {self.split} pictures, {self.turns} turns, seed {self.seed}, {self.canvas}"
 
-    def _rng(self, i: int) -> np.random.Generator:
+    def _rng(self, i: int) -> Generator:
         return np.random.default_rng([self.seed, i, self.split == "eval"])
 
     def lengths(self, i: int) -> Sample:

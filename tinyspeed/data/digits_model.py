@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..models import manifest
-from ..util import UserError, files
+from ..util import files, require
 from .digits import BLANK, CELL, DEFAULT, Canvas, picture, pixel_values
 
 
@@ -24,34 +24,20 @@ def build_model(seed: int, *, width=128, layers=2, tower_width=64, tower_layers=
     canvas = Canvas(side, regions)
     ids = canvas.ids
     vision = CLIPVisionConfig(
-        hidden_size=tower_width,
-        intermediate_size=2 * tower_width,
-        num_hidden_layers=tower_layers,
-        num_attention_heads=4,
-        image_size=canvas.pixels,
-        patch_size=CELL,
-    )
+        hidden_size=tower_width, intermediate_size=2 * tower_width, num_hidden_layers=tower_layers,
+        num_attention_heads=4, image_size=canvas.pixels, patch_size=CELL,
+    )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(ids),
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        max_position_embeddings=context(canvas),
+        vocab_size=len(ids), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=context(canvas),
         # transformers' 0.02 suits widths of thousands; with it, this width learns ten times slower.
         initializer_range=width**-0.5,
-        pad_token_id=ids["<pad>"],
-        bos_token_id=ids["<s>"],
-        eos_token_id=ids["</s>"],
-    )
+        pad_token_id=ids["<pad>"], bos_token_id=ids["<s>"], eos_token_id=ids["</s>"],
+    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=ids["<image>"],
-        image_seq_length=canvas.cells,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
+        vision_config=vision, text_config=text, image_token_index=ids["<image>"], image_seq_length=canvas.cells,
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
@@ -71,9 +57,7 @@ def context(canvas: Canvas) -> int:
     return max(512, canvas.cells + 128)
 
 
-def train_tower(
-    tower: nn.Module, seed: int, steps: int, batch: int = 32, report=lambda step, loss: None, canvas: Canvas = DEFAULT
-) -> float:
+def train_tower(tower, seed: int, steps: int, batch=32, report=lambda step, loss: None, canvas=DEFAULT) -> float:
     """Teaches the tower what each cell holds and where the cell is; returns its accuracy on held-out digits.
 
     A linear head reads the tokens that LLaVA will read. Blank cells outnumber digits fifty to one, so they weigh less,
@@ -135,11 +119,8 @@ def build_processor(canvas: Canvas = DEFAULT):
     )  # fmt: skip
 
 
-def prepare(
-    folder: Path, seed: int, *, tower_steps: int, bar: bool = True, device: torch.device | str = "cpu", **sizes: int
-) -> Path:
-    """The base model in `folder`, in transformers' own format. If it is not there yet, it is built, and its tower is
-    trained on the device."""
+def prepare(folder: Path, seed: int, *, tower_steps: int, bar=True, device="cpu", **sizes: int) -> Path:
+    """The base model in `folder`, in transformers' own format. On first use it is built, and its tower trained."""
     how = {"seed": seed, "tower_steps": tower_steps, **sizes}
     if folder.is_dir():
         manifest.verify(folder, "digits.json", how)
@@ -166,12 +147,9 @@ def require_fitting(config, path: str, canvas: Canvas) -> None:
     """Refuses a model whose configuration says that it cannot read these pictures or these words."""
     found = config.text_config.vocab_size, config.image_token_id, config.vision_config.image_size
     wanted = len(canvas.ids), canvas.ids["<image>"], canvas.pixels
-    if found != wanted:
-        words, token, size = (f"{has}, not {wants}" for has, wants in zip(found, wanted, strict=True))
-        raise UserError(
-            f'{path} is not a model for data.kind = "digits" (words: {words}; image token: {token}; pixels: {size}): '
-            f"digits.side and digits.regions must be those that it was built with"
-        )
+    words, token, size = (f"{has}, not {wants}" for has, wants in zip(found, wanted, strict=True))
+    what = f'{path} is not a model for data.kind = "digits" (words: {words}; image token: {token}; pixels: {size})'
+    require(found == wanted, f"{what}: digits.side and digits.regions must be those that it was built with")
 
 
 def _read(tower: nn.Module, head: nn.Module, pixels: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """An `Example` is one conversation, tokenized, with its pictures; a `Source` has many of them; `collate` makes a batch.
 
-Each picture's placeholder is already repeated once for each of its features. Labels are IGNORE wherever the model is
-not asked to speak.
+Each picture's placeholder is already repeated once for each of its features. Labels are IGNORE outside of answers.
 """
 
 from dataclasses import dataclass

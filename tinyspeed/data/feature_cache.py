@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..models.families import Family
 from ..models.precision import autocast
-from ..util import UserError, counted, files, finite
+from ..util import UserError, counted, files, finite, require
 from . import images
 
 GB = 10**9
@@ -57,10 +57,8 @@ class FeatureCache:
                 raise ValueError(f"{found}: not finite")
             return tensors["features"], tensors.get("image_sizes")
         except FileNotFoundError as error:
-            raise UserError(
-                f"the features of {picture} were deleted, by hand or to make room for another run: --resume makes them "
-                f"again; with its own run.cache a run keeps them"
-            ) from error
+            mend = "--resume makes them again; with its own run.cache a run keeps them"
+            raise UserError(f"the features of {picture} were deleted, by hand or for another run: {mend}") from error
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"the features of {picture} in {file} cannot be read ({error}): delete the file") from error
 
@@ -80,13 +78,8 @@ class FeatureCache:
                 used -= held[other].st_size
                 files.delete_if_possible(other)
             used += len(content)
-            if used > most:
-                raise UserError(
-                    f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB: raise "
-                    f"data.feature_cache_gb, or set it to 0 to train without them"
-                )
-            with files.errors_about(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
+            what = f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB"
+            require(used <= most, f"{what}: raise data.feature_cache_gb, or set it to 0 to train without them")
             with files.atomic(file, cached=True) as temporary:
                 temporary.write_bytes(content)
 

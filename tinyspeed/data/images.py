@@ -21,7 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from ..util import UserError
+from ..util import UserError, require
 from ..util.paths import CONTROL
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none of them is a program, as EPS is
@@ -58,8 +58,7 @@ def inside(folder: Path, name: str, where: str) -> Path:
         raise UserError(f"{where}: cannot find the picture {name!r:.300} in {folder}: {reason}") from error
     if real != home and not real.startswith(os.path.join(home, "")):
         raise UserError(f"{where}: {name!r} is a link out of {folder}, to {real}; copy the pictures into the folder")
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{where}: {name!r} in {folder} is not a file")
+    require(stat.S_ISREG(found.st_mode), f"{where}: {name!r} in {folder} is not a file")
     return Path(path)
 
 
@@ -99,9 +98,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, t
                 if width * height > MOST_PIXELS:
                     raise ValueError(f"it has {width} x {height} pixels, more than {MOST_PIXELS:,}; make it smaller")
                 if max(width, height) > MOST_LONG * min(width, height):
-                    raise ValueError(
-                        f"it has {width} x {height} pixels, too thin to be made square; cut it into pieces"
-                    )
+                    raise ValueError(f"it has {width} x {height} pixels, too thin to be made square; cut it in pieces")
                 tail = _tail(image.format, file)
                 if image.format == "PNG" and b"eXIf" in tail:  # after the pixels, where ImageMagick writes it
                     image.load()

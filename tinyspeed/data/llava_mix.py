@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..util import UserError, unknown
+from ..util import UserError, require_known
 from .examples import Sample
 
 
@@ -52,10 +52,7 @@ CAPTIONS = 558_128  # LLaVA's alignment set: a picture and a web caption of some
 SYSTEM = 35  # tokens before the first turn
 # Visual tokens of a picture, and how often. NeXT cuts it into crops on a grid and drops what was padding: a picture of
 # 4:3 leaves 36 lines of 48 patches and a newline, beside the 576 of the whole picture. Most pictures are COCO's.
-VISUAL = {
-    "1.5": {576: 1.0},
-    "next": {2340: 0.55, 2352: 0.2, 2144: 0.12, 2928: 0.05, 1752: 0.05, 1176: 0.03},
-}
+VISUAL = {"1.5": {576: 1.0}, "next": {2340: 0.55, 2352: 0.2, 2144: 0.12, 2928: 0.05, 1752: 0.05, 1176: 0.03}}
 LONGEST = {"1.5": 2048, "next": 4096}  # tokens of a sample with its picture, as the models were trained
 
 
@@ -89,6 +86,5 @@ def captions(n: int, seed: int, family: str = "1.5") -> list[Sample]:
 
 
 def _visual(draw: np.random.Generator, n: int, family: str) -> np.ndarray:
-    if family not in VISUAL:
-        raise unknown("family", family, VISUAL)
+    require_known("family", family, VISUAL)
     return draw.choice(list(VISUAL[family]), size=n, p=list(VISUAL[family].values()))

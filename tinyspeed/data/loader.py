@@ -26,9 +26,7 @@ from .examples import Source, collate
 PREFETCH = 2  # batches that each worker is ahead
 
 
-def batches(
-    source: Source, parts: Iterable[list[int]], pad: int, *, workers: int = 0, pin: bool = False
-) -> Iterator[dict[str, Tensor]]:
+def batches(source: Source, parts: Iterable[list[int]], pad: int, workers=0, pin=False) -> Iterator[dict[str, Tensor]]:
     """The batches of these lists of samples, in order."""
     return in_workers(partial(_batch, source, pad), parts, at_most(workers), pin)
 
@@ -42,17 +40,9 @@ def in_workers(make: Callable[[Any], Any], parts: Iterable, workers: int, pin: b
     if workers == 0:
         yield from map(make, parts)
         return
-    made = DataLoader(
-        _Made(make),
-        batch_size=None,
-        sampler=parts,
-        num_workers=workers,
-        prefetch_factor=PREFETCH,
-        pin_memory=pin,
-        worker_init_fn=_begin,
-        generator=torch.Generator(),  # its own: the default one belongs to dropout
-    )
-    for found in made:
+    how = {"batch_size": None, "num_workers": workers, "prefetch_factor": PREFETCH, "worker_init_fn": _begin}
+    generator = torch.Generator()  # its own: the default one belongs to dropout
+    for found in DataLoader(_Made(make), sampler=parts, pin_memory=pin, generator=generator, **how):
         if isinstance(found, str):
             raise UserError(found)
         yield found
@@ -79,10 +69,9 @@ def explaining_crashes() -> Iterator[None]:
             raise
         with suppress(RuntimeError):  # it comes twice: when a batch is missing, and when the signal arrives
             time.sleep(0.5)
-        raise UserError(
-            "a process that decodes pictures was killed, most likely because (shared) memory ran out, or for the "
-            "reason that it printed above: set data.workers lower, or to 0, and continue with --resume"
-        ) from error
+        why = "most likely because (shared) memory ran out, or for the reason that it printed above"
+        mend = "set data.workers lower, or to 0, and continue with --resume"
+        raise UserError(f"a process that decodes pictures was killed, {why}: {mend}") from error
 
 
 def at_most(workers: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..util import UserError, files
+from ..util import UserError, files, require
 from .records import PICTURES, worth_reading
 
 BAR_AFTER = 1  # seconds after which reading shows a progress bar
@@ -18,10 +18,8 @@ def unpack(given: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path,
     """Unpacks a file, or a folder of files, into `cache`, unless it was done before: the name there depends on the
     files' paths, sizes and times. Returns the file of lines, and the folder of the pictures if any were inside."""
     sources = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
-    if not sources:
-        raise UserError(f"{given} is a folder without .parquet files; give a file, or another folder")
-    if cache is None:
-        raise UserError(f"{given} is parquet, which must be unpacked first: give a cache folder")
+    require(bool(sources), f"{given} is a folder without .parquet files; give a file, or another folder")
+    require(cache is not None, f"{given} is parquet, which must be unpacked first: give a cache folder")
     try:
         versions = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sources]
         key = hashlib.blake2b(json.dumps(versions).encode(), digest_size=8).hexdigest()
@@ -81,8 +79,7 @@ def _picture_file(picture: object, folder: Path, where: str) -> str:
     content, path = picture.get("bytes"), picture.get("path")
     if isinstance(path, str) and not content:
         return path
-    if not content or not isinstance(content, bytes):
-        raise UserError(f"{where}: a picture has neither bytes nor a path")
+    require(bool(content) and isinstance(content, bytes), f"{where}: a picture has neither bytes nor a path")
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     name = f"{digest[:2]}/{digest[2:]}"  # in 256 folders: some file systems are slow with a million files in one
     if not (folder / name).exists():

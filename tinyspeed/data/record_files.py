@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from ..util import UserError, counted
+from ..util import UserError, counted, require
 from . import parquet
 from .records import FORMATS, Record, parse
 
@@ -59,8 +59,7 @@ class RecordFile:
         where = f"{self.name}: record {i + 1}"
         start, length = self._spans[i].tolist()
         with _opened(self.path) as (file, version):
-            if version != self._version:
-                raise UserError(f"{self.path} was changed while it was in use; start again")
+            require(version == self._version, f"{self.path} was changed while it was in use; start again")
             file.seek(start)
             entry = file.read(length)
         try:
@@ -132,8 +131,7 @@ def _entries(file: BinaryIO, name: str) -> Iterator[tuple[int, int]]:
     window, at = "", 0  # window[at:] begins at byte `start` of the file
     while separator == ",":
         begin, broken = _SPACE.match(window, at).end(), f"{name}: broken JSON after record {number}, at byte"
-        if number == 0 and window.startswith("]", begin):
-            raise UserError(f"{name} is an empty list")
+        require(number > 0 or not window.startswith("]", begin), f"{name} is an empty list")
         try:
             _, end = decode(window, begin)
             after = _SPACE.match(window, end).end()

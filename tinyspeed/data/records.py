@@ -109,11 +109,9 @@ def parse(raw: object, where: str) -> Record:
         found = f"{counted(places, 'place')} for {counted(len(given), 'picture')}"
         _refuse(where, f"has {found}; write {MARKER} once for each picture, where it belongs in a question")
     rest = iter(given)
-    return Record(
-        where,
-        tuple(picture.file or next(rest) for picture in pictures),
-        tuple(Turn(role, tuple(IMAGE if isinstance(p, Picture) else p for p in parts)) for role, parts in said),
-    )
+    images = tuple(picture.file or next(rest) for picture in pictures)
+    turns = (Turn(role, tuple(IMAGE if isinstance(p, Picture) else p for p in parts)) for role, parts in said)
+    return Record(where, images, tuple(turns))
 
 
 def worth_reading(columns: list[str], where: str) -> list[str]:
@@ -171,8 +169,7 @@ def _part(part: object, where: str) -> str | Picture:
 
 
 def _one_of(keys: Collection[str], raw: dict, where: str) -> str | None:
-    """Which one of these keys is there, or None. Two of them are an error, and so is a misspelt one, whose value would
-    be lost."""
+    """Which of these keys is there, or None. Two are an error, and so is a misspelt one, whose value would be lost."""
     found = [key for key in keys if key in raw]
     if len(found) > 1:
         _refuse(where, f"has both {found[0]!r} and {found[1]!r}; keep one")

@@ -1,20 +1,20 @@
-"""Official questions, official formulas: what a trained model is worth, in the numbers that papers print.
+"""Official questions and official formulas: what a trained model is worth, in the numbers that papers print.
 
     questions = read("pope", Path("coco"))
     predictions = run("pope", questions, Path("val2014"), ask, Path("pope.jsonl"), model="mine")
     score("pope", questions, predictions)               # {"accuracy": 87.0, "precision": ..., "f1": 85.9, ...}, percent
 
-Right is what each benchmark's own code calls right:
+What counts as right is what each benchmark's own code counts as right:
 
     pope        "no" if the first sentence has the word No, no or not, otherwise "yes"; each split, and the splits' mean
     scienceqa   "B", "B. ..." or a single "The answer is B."; of all questions, and of those with a picture
-    textvqa     agreement with ten people, as TextVQA compares words (vqa.py)
-    vqav2       agreement with ten people, as VQA does (vqa.py); of all questions, and of each type of answer
+    textvqa     agreement with ten people, as TextVQA compares words (`vqa.py`)
+    vqav2       agreement with ten people, as VQA does (`vqa.py`); of all questions, and of each type of answer
     gqa         the very word; in lower case and without periods at its end, as LLaVA submits it
 
-ScienceQA's own code guesses at random where it finds no letter. Here, as in LLaVA's, that is wrong. Where an official
+ScienceQA's own code guesses at random if it finds no letter; here, as in LLaVA's code, that is wrong. Where an official
 formula divides by zero (POPE's precision of a model that never says yes) the value is 0. A question without a
-prediction is an error: the mean over some of the questions is another number.
+prediction is an error, since the mean over some of the questions is another number.
 """
 
 import hashlib
@@ -29,32 +29,30 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import images
-from ..util import files
-from ..util.errors import UserError, counted
+from ..util import UserError, counted, files, require_known
 from . import vqa
-from .questions import LETTERS, Question, known, read
-
-__all__ = ["Question", "read", "run", "score", "submission"]
+from .questions import LETTERS, READERS, Question
 
 Scores = dict[str, float]
+Scorer = Callable[[list[Question], dict[str, str]], Scores]
 
 
 def score(task: str, questions: list[Question], predictions: dict[str, str]) -> Scores:
-    """The benchmark's numbers, in percent."""
-    known(task)
-    _check_complete(questions, predictions)
+    """Returns the benchmark's numbers, in percent."""
+    require_known("benchmark", task, READERS)
+    _require_complete(questions, predictions)
     if any(question.truth is None for question in questions):
         raise UserError(f"the answers to these {task} questions are not known: read the annotations too, or submit")
     return SCORERS[task](questions, predictions)
 
 
 def submission(questions: list[Question], predictions: dict[str, str]) -> list[dict]:
-    """What VQAv2's server takes, to be saved as JSON."""
-    _check_complete(questions, predictions)
+    """Returns what VQAv2's server takes, to be saved as JSON."""
+    _require_complete(questions, predictions)
     return [{"question_id": int(q.id), "answer": vqa.normalise(predictions[q.id])} for q in questions]
 
 
-def _check_complete(questions: list[Question], predictions: dict[str, str]) -> None:
+def _require_complete(questions: list[Question], predictions: dict[str, str]) -> None:
     if not questions:
         raise UserError("there are no questions to score")
     ids = [question.id for question in questions]
@@ -68,13 +66,15 @@ def _check_complete(questions: list[Question], predictions: dict[str, str]) -> N
 def _pope(questions: list[Question], predictions: dict[str, str]) -> Scores:
     splits = {}
     for split in sorted({q.group for q in questions}):
-        splits[split] = _yes_no([(yes_no(predictions[q.id]), q.truth) for q in questions if q.group == split])
+        splits[split] = _precision_and_recall(
+            [(yes_no(predictions[q.id]), q.truth) for q in questions if q.group == split]
+        )
     scores = {name: fmean(each[name] for each in splits.values()) for name in splits[split]}
     return scores | {f"{split} {name}": value for split, each in splits.items() for name, value in each.items()}
 
 
-def _yes_no(pairs: list[tuple[str, str]]) -> Scores:
-    """Accuracy, and how well "yes" is said: precision, recall, and F1 = 2PR / (P + R) = 2 both / (said + true)."""
+def _precision_and_recall(pairs: list[tuple[str, str]]) -> Scores:
+    """Returns accuracy, and precision, recall and F1 = 2PR / (P + R) = 2 both / (said + true) of the answer "yes"."""
     said, true = ([pair[side] for pair in pairs].count("yes") for side in (0, 1))
     both = pairs.count(("yes", "yes"))
     return {
@@ -87,7 +87,7 @@ def _yes_no(pairs: list[tuple[str, str]]) -> Scores:
 
 
 def yes_no(prediction: str) -> str:
-    """What POPE reads in a prediction."""
+    """Returns what POPE reads in a prediction."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
@@ -99,7 +99,7 @@ def _scienceqa(questions: list[Question], predictions: dict[str, str]) -> Scores
 
 
 def option(prediction: str) -> str | None:
-    """The letter that LLaVA reads in a prediction. "B." is none: LLaVA wants words behind the period."""
+    """Returns the letter that LLaVA reads in a prediction. In "B." it reads none, since no words follow the period."""
     if prediction in list(LETTERS):
         return prediction
     if re.match(rf"[{LETTERS}]\. ", prediction):
@@ -108,8 +108,8 @@ def option(prediction: str) -> str | None:
     return letters[0] if len(letters) == 1 else None
 
 
-def _people(agreement: Callable[[str, tuple[str, ...]], float]) -> Callable[[list[Question], dict[str, str]], Scores]:
-    """The scorer of a benchmark with ten people's answers: over all questions, and over each group of them."""
+def _by_agreement(agreement: Callable[[str, tuple[str, ...]], float]) -> Scorer:
+    """Returns the scorer of a benchmark with ten people's answers: over all questions, and over each group of them."""
 
     def scorer(questions: list[Question], predictions: dict[str, str]) -> Scores:
         points: dict[str, list[float]] = {"accuracy": []}
@@ -127,11 +127,11 @@ def _gqa(questions: list[Question], predictions: dict[str, str]) -> Scores:
     return {"accuracy": 100 * fmean(predictions[q.id].rstrip(".").lower() == q.truth for q in questions)}
 
 
-SCORERS: dict[str, Callable[[list[Question], dict[str, str]], Scores]] = {
+SCORERS: dict[str, Scorer] = {
     "pope": _pope,
     "scienceqa": _scienceqa,
-    "textvqa": _people(vqa.textvqa),
-    "vqav2": _people(vqa.vqav2),
+    "textvqa": _by_agreement(vqa.textvqa),
+    "vqav2": _by_agreement(vqa.vqav2),
     "gqa": _gqa,
 }
 
@@ -146,14 +146,12 @@ def run(
     model: str,
     bar: bool = True,
 ) -> dict[str, str]:
-    """Ask a model every question. `out` gets a line for each, at once, so a run that was killed goes on from there.
-
-    Its first line says what was asked of which model: a file that begins otherwise is another's, and refused.
-    """
-    known(task)
+    """Asks a model every question. Each answer is at once written to `out`, a line each, so that a killed run goes on
+    from there. The first line says what was asked of which model, and a file with another first line is refused."""
+    require_known("benchmark", task, READERS)
     predictions = _resume(out, _header(task, questions, model), questions)
     rest = questions[len(predictions) :]
-    # Every picture is looked for before the first question, and not found missing after hours.
+    # All pictures are looked for before the first question is asked, so that none is found missing after hours.
     paths = [q.image and images.inside(image_folder, q.image, f"{task} question {q.id}") for q in rest]
     progress = tqdm(total=len(questions), initial=len(predictions), desc=task, unit="question", disable=not bar)
     with files.appending(out) as log, progress:
@@ -173,46 +171,38 @@ def _header(task: str, questions: list[Question], model: str) -> bytes:
 
 
 def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, str]:
-    """What was predicted already; `out` then ends with it, and no longer with half a line."""
+    """Returns what was predicted already, and cuts off half a line at the end of `out`."""
     held = out.read_bytes() if out.exists() else b""
-    if header.startswith(held):  # nothing yet, or half a header
-        with files.errors_about(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
+    if header.startswith(held):  # it is empty, or has half a header
         with files.atomic(out) as temporary:
             temporary.write_bytes(header)
         return {}
     if not held.startswith(header):
-        what = _other(held.split(b"\n")[0], json.loads(header))
+        what = _difference(held.split(b"\n")[0], json.loads(header))
         raise UserError(f"{out} {what}: choose another file (--out)")
     whole = held[: held.rindex(b"\n") + 1]
     try:
         entries = [json.loads(line) for line in whole.split(b"\n")[1:-1]]
         done = [(entry["id"], entry["prediction"]) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out} is damaged, delete it to begin anew: {error!r}") from error
+        raise UserError(f"{out} is damaged, delete it to start again: {error!r}") from error
     if [id for id, _ in done] != [question.id for question in questions[: len(done)]]:
-        raise UserError(f"{out} is damaged, delete it to begin anew: its lines are not the questions in their order")
+        raise UserError(f"{out} is damaged, delete it to start again: its lines are not the questions in their order")
     with files.errors_about(out):
         os.truncate(out, len(whole))
     return dict(done)
 
 
-def _other(begins: bytes, wanted: dict) -> str:
-    """What a file that begins with this line has, in words, where it is not what is wanted."""
+def _difference(header: bytes, wanted: dict) -> str:
+    """Says how a file with this header differs from the one that is wanted."""
     try:
-        held = json.loads(begins)
-        differ = [key for key in wanted if held[key] != wanted[key]]
-    except (ValueError, KeyError, TypeError):
-        differ = []
-    if not differ:
+        held = json.loads(header)
+        key = next(key for key in wanted if held[key] != wanted[key])
+    except (ValueError, KeyError, TypeError, StopIteration):
         return "does not begin as predictions do"
-    said = {
-        "task": "answers {0[task]}, and not {1[task]}",
-        "model": "has the answers of {0[model]}, and not of {1[model]}",
-        "questions": "has another number of questions, {0[questions]} and not {1[questions]}",
-        "digest": "answers other questions, or the same with other words or pictures",
-    }
-    return said[differ[0]].format(held, wanted)
+    if key == "digest":
+        return "answers other questions, or the same ones with other words or pictures"
+    return f"was made with {key} = {held[key]}, not {wanted[key]}"
 
 
 def _line(entry: dict) -> bytes:

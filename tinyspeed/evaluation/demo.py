@@ -1,10 +1,10 @@
 """`tinyspeed demo`: the whole idea on a CPU, in minutes, with nothing to download.
 
-Real handwritten digits on a large canvas, a LLaVA small enough for a laptop: train the tower, align the projector,
-tune with DualSpeed, ask the trained model about pictures it has never seen on full tokens, and draw what happened.
+A LLaVA that is small enough for a laptop learns to read real handwritten digits on a large canvas. Its tower is
+trained, its projector is aligned, and it is tuned with DualSpeed; then it is asked about new pictures on full tokens,
+and what happened is drawn.
 """
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,12 @@ from ..data import digits
 from ..recipe import Recipe
 from ..training import report
 from ..training.train import Result, train
-from ..util import files, tables
-from ..util.errors import UserError
+from ..util import UserError, files, tables
 from . import accuracy, look
 
 
 def demo(recipe: Recipe) -> Result:
-    """Train, or go on with an interrupted demo, or show a finished one again."""
+    """Trains, goes on with an interrupted demo, or shows a finished one again."""
     if recipe.data.kind != "digits":
         raise UserError("the demo is about digits: `tinyspeed train` is for pictures of your own")
     folder = recipe.folder
@@ -45,15 +44,16 @@ def _results(recipe: Recipe, result: Result) -> str:
         ["% right on full tokens (as used at inference)", f"{full:.1f}"],
         ["% right on pruned tokens", f"{pruned:.1f}"],
         ["steps", f"{t.steps}"],
-        ["rows through the LLM", f"{t.rows:,}"],
-        ["rows in full training", f"{t.rows_full:,}"],
+        ["tokens through the LLM", f"{t.rows:,}"],
+        ["tokens in full training", f"{t.rows_full:,}"],
         ["training seconds", f"{t.seconds:.0f}"],
         ["seconds of full training, estimated", f"{t.full_seconds:.0f}"],
     ]
-    return tables.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.speedup:.2f}"]])
+    return tables.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.totals.speedup:.2f}"]])
 
 
 def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) -> Path:
+    """Writes a picture that the training has not seen."""
     pixels, _ = digits.picture(np.random.default_rng([seed, 7]), "eval", canvas)
     with files.atomic(path) as temporary:
         Image.fromarray(pixels).convert("RGB").save(temporary, format="PNG")
@@ -61,13 +61,12 @@ def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) 
 
 
 def short(recipe: Recipe) -> Recipe:
-    """The same path in seconds, to see that everything runs; it learns nothing worth reading."""
-    return dataclasses.replace(
-        recipe,
-        run=dataclasses.replace(recipe.run, name=f"{recipe.run.name}-short", save_every=10),
-        data=dataclasses.replace(recipe.data, eval_pictures=100),
-        digits=dataclasses.replace(recipe.digits, tower_steps=20),
-        dualspeed=dataclasses.replace(recipe.dualspeed, schedule="periodic", slow=0.2),  # with slow steps, for certain
-        align=dataclasses.replace(recipe.align, steps=5),
-        train=dataclasses.replace(recipe.train, steps=25),
+    """Returns a recipe that takes the same path in seconds, to see that everything runs. It learns next to nothing."""
+    return recipe.replaced(
+        run={"name": f"{recipe.run.name}-short", "save_every": 10},
+        data={"eval_pictures": 100},
+        digits={"tower_steps": 20},
+        dualspeed={"schedule": "periodic", "slow": 0.2},  # so that some steps are slow
+        align={"steps": 5},
+        train={"steps": 25},
     )

@@ -14,17 +14,18 @@
                 Answer the question using a single word or phrase.
 
 VQAv2 and GQA are asked as POPE is. The wording is part of a result: TextVQA without its OCR line is another benchmark
-(58.2 and 45.5 have both been published for one model). A file that is not as its benchmark has it is an error that
+(58.2 and 45.5 have both been published for one model). A file that differs from its benchmark's format is an error that
 names the entry.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..util.errors import UserError, unknown
+from ..util import UserError, require_known
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -42,7 +43,7 @@ class Question:
 
 
 def read(task: str, path: Path, beside: Path | None = None) -> list[Question]:
-    """The questions of an official file or folder, in its order. `beside` is a second file, where there is one.
+    """Returns the questions of an official file or folder, in its order. `beside` is a second file, for two of them.
 
     pope        coco_pope_{adversarial,popular,random}.json, or a folder with the three; images: COCO's val2014
     scienceqa   the folder with problems.json and pid_splits.json; the test split; images: its folder `images`
@@ -50,23 +51,16 @@ def read(task: str, path: Path, beside: Path | None = None) -> list[Question]:
     vqav2       v2_OpenEnded_mscoco_*_questions.json; beside: the annotations, to score; images: COCO's of that split
     gqa         testdev_balanced_questions.json
     """
-    known(task)
+    require_known("benchmark", task, READERS)
     if beside is not None and task not in ("textvqa", "vqav2"):
         raise UserError(f"{task} has no second file: {beside} would not be used")
     questions = list(READERS[task](path) if beside is None else READERS[task](path, beside))
     if not questions:
         raise UserError(f"{path} holds no questions")
-    seen = set()
-    for question in questions:
-        if question.id in seen:
-            raise UserError(f"{path} holds question {question.id} twice")
-        seen.add(question.id)
+    [(id, count)] = Counter(question.id for question in questions).most_common(1)
+    if count > 1:
+        raise UserError(f"{path} holds question {id} twice")
     return questions
-
-
-def known(task: str) -> None:
-    if task not in READERS:
-        raise unknown("benchmark", task, READERS)
 
 
 def _pope(path: Path) -> Iterator[Question]:
@@ -74,75 +68,69 @@ def _pope(path: Path) -> Iterator[Question]:
     for file in [path / f"coco_pope_{split}.json" for split in splits] if path.is_dir() else [path]:
         split = file.stem.removeprefix("coco_pope_")
         for where, entry in _lines(file):
-            truth = _field(entry, "label", str, where)
+            truth, number, image, text = _fields(entry, where, label=str, question_id=int, image=str, text=str)
             if truth not in ("yes", "no"):
                 raise UserError(f"{where}: the label is {truth!r}, neither yes nor no")
-            id = f"{split}/{_field(entry, 'question_id', int, where)}"  # each file counts anew
-            image, text = _field(entry, "image", str, where), _field(entry, "text", str, where)
-            yield Question(id, image, text + SHORT, truth, split)
+            yield Question(f"{split}/{number}", image, text + SHORT, truth, split)  # each file numbers from 1
 
 
 def _scienceqa(path: Path) -> Iterator[Question]:
     splits, problems = path / "pid_splits.json", path / "problems.json"
     every = _json(problems)
-    for id in _field(_json(splits), "test", list, str(splits)):
+    for id in _fields(_json(splits), str(splits), test=list)[0]:
         where = f"{problems}, problem {id}"
-        problem = _field(every, str(id), dict, where)
-        choices, answer = _field(problem, "choices", list, where), _field(problem, "answer", int, where)
+        (problem,) = _fields(every, where, **{str(id): dict})
+        choices, answer, hint, question = _fields(problem, where, choices=list, answer=int, hint=str, question=str)
         if not 0 <= answer < len(choices) <= len(LETTERS):
             raise UserError(f"{where}: answer {answer} of {len(choices)} choices")
-        hint, question = _field(problem, "hint", str, where), _field(problem, "question", str, where)
         options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         text = "\n".join([f"Context: {hint}"] * bool(hint) + [question] + options).strip()
-        image = None if problem.get("image") is None else f"test/{id}/{_field(problem, 'image', str, where)}"
+        image = None if problem.get("image") is None else f"test/{id}/{_fields(problem, where, image=str)[0]}"
         yield Question(str(id), image, text + LETTER, LETTERS[answer])
 
 
 def _textvqa(path: Path, beside: Path | None = None) -> Iterator[Question]:
     prompts = _ocr_prompts(beside) if beside else {}
-    for n, entry in enumerate(_field(_json(path), "data", list, str(path))):
-        where = f"{path}, entry {n}"
-        image, question = _field(entry, "image_id", str, where), _field(entry, "question", str, where)
+    for where, entry in _entries(_json(path), path, "data"):
+        fields = {"image_id": str, "question": str, "question_id": int, "answers": list}
+        image, question, id, answers = _fields(entry, where, **fields)
         text = question.capitalize() + SHORT  # the file has no capitals, and LLaVA begins with one
         if beside:
             text = prompts.get((image, question.lower()), "")
             if not text:
                 raise UserError(f"{beside} has no prompt for {question!r} about {image}, of {where}")
-        id = str(_field(entry, "question_id", int, where))
-        yield Question(id, f"{image}.jpg", text, _people(_field(entry, "answers", list, where), where))
+        yield Question(str(id), f"{image}.jpg", text, _people(answers, where))
 
 
 def _ocr_prompts(path: Path) -> dict[tuple[str, str], str]:
-    """LLaVA's prompts by picture and question: what its file calls question_id is the picture's."""
+    """Returns LLaVA's prompts by picture and question. What its file calls question_id is the picture's id."""
     prompts = {}
     for where, entry in _lines(path):
-        text = _field(entry, "text", str, where)
-        prompts[_field(entry, "question_id", str, where), text.split("\n")[0].lower()] = text
+        text, image = _fields(entry, where, text=str, question_id=str)
+        prompts[image, text.split("\n")[0].lower()] = text
     return prompts
 
 
 def _vqav2(path: Path, beside: Path | None = None) -> Iterator[Question]:
+    # The test-dev questions are some of the test questions, about the same pictures.
     data = _json(path)
-    # The test-dev questions are a part of the test questions, and about the same pictures.
-    pictures = _field(data, "data_subtype", str, str(path)).replace("-dev", "")
+    pictures = _fields(data, str(path), data_subtype=str)[0].replace("-dev", "")
     truths = _annotations(beside) if beside else {}
-    for n, entry in enumerate(_field(data, "questions", list, str(path))):
-        where = f"{path}, entry {n}"
-        id = str(_field(entry, "question_id", int, where))
+    for where, entry in _entries(data, path, "questions"):
+        number, image, question = _fields(entry, where, question_id=int, image_id=int, question=str)
+        id = str(number)
         if beside and id not in truths:
             raise UserError(f"{beside} has no answers to question {id}, of {where}")
-        image = f"COCO_{pictures}_{_field(entry, 'image_id', int, where):012d}.jpg"
-        yield Question(id, image, _field(entry, "question", str, where) + SHORT, *truths.get(id, (None,)))
+        yield Question(id, f"COCO_{pictures}_{image:012d}.jpg", question + SHORT, *truths.get(id, (None,)))
 
 
 def _annotations(path: Path) -> dict[str, tuple[tuple[str, ...], str]]:
-    """Ten answers to each question, and their type: yes/no, number or other."""
+    """Returns the ten answers to each question, and their type: yes/no, number or other."""
     truths = {}
-    for n, entry in enumerate(_field(_json(path), "annotations", list, str(path))):
-        where = f"{path}, entry {n}"
-        answers = [_field(one, "answer", str, where) for one in _field(entry, "answers", list, where)]
-        id, kind = str(_field(entry, "question_id", int, where)), _field(entry, "answer_type", str, where)
-        truths[id] = _people(answers, where), kind
+    for where, entry in _entries(_json(path), path, "annotations"):
+        given, id, kind = _fields(entry, where, answers=list, question_id=int, answer_type=str)
+        answers = [_fields(one, where, answer=str)[0] for one in given]
+        truths[str(id)] = _people(answers, where), kind
     return truths
 
 
@@ -152,9 +140,9 @@ def _gqa(path: Path) -> Iterator[Question]:
         raise UserError(f"{path} should be an object with GQA's questions by their ids")
     for id, entry in every.items():
         where = f"{path}, question {id}"
-        image, text = _field(entry, "imageId", str, where), _field(entry, "question", str, where)
-        if entry.get("isBalanced", True):  # the official code averages over no others
-            yield Question(id, f"{image}.jpg", text + SHORT, _field(entry, "answer", str, where))
+        image, text = _fields(entry, where, imageId=str, question=str)
+        if entry.get("isBalanced", True):  # the official code averages over these only
+            yield Question(id, f"{image}.jpg", text + SHORT, _fields(entry, where, answer=str)[0])
 
 
 READERS: dict[str, Callable[..., Iterator[Question]]] = {
@@ -172,22 +160,30 @@ def _people(answers: list, where: str) -> tuple[str, ...]:
     return tuple(answers)
 
 
-def _field(entry: Any, key: str, kind: type, where: str) -> Any:
-    value = entry.get(key) if isinstance(entry, dict) else None
-    if type(value) is not kind:  # not isinstance: true is no number
-        raise UserError(f"{where}: {key!r} should be of type {kind.__name__}, not {value!r:.100}")
-    return value
+def _fields(entry: Any, where: str, **kinds: type) -> list:
+    """Returns the values of these keys, each of which must have the type that is given."""
+    values = [entry.get(key) if isinstance(entry, dict) else None for key in kinds]
+    for (key, kind), value in zip(kinds.items(), values, strict=True):
+        if type(value) is not kind:  # not isinstance: true is no number
+            raise UserError(f"{where}: {key!r} should be of type {kind.__name__}, not {value!r:.100}")
+    return values
+
+
+def _entries(data: Any, path: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of a list in the JSON object of a file, each with its place."""
+    for n, entry in enumerate(_fields(data, str(path), **{key: list})[0]):
+        yield f"{path}, entry {n}", entry
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of a file with one JSON object per line, each with its place."""
+    for n, line in enumerate(_text(path).split("\n"), 1):  # not splitlines, which also cuts at marks within a text
+        if line.strip():
+            yield f"{path}, line {n}", _parse(line, f"{path}, line {n}")
 
 
 def _json(path: Path) -> Any:
     return _parse(_text(path), str(path))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The entries of a file with a JSON object a line, each with its place."""
-    for n, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: it also cuts at marks within a text
-        if line.strip():
-            yield f"{path}, line {n}", _parse(line, f"{path}, line {n}")
 
 
 def _text(path: Path) -> str:

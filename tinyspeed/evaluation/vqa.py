@@ -1,23 +1,24 @@
 """When two short answers are the same, and how far a model agrees with ten people: the rules of VQAv2 and TextVQA.
 
-Each question was put to ten people. An answer is right as far as they gave it too, each in turn left out:
+Each question was put to ten people. How right an answer is depends on how many of them gave it too, leaving out each
+person in turn:
 
     score = mean over the ten of  min(1, matches among the other nine / 3)      0, 1, 2, 3, 4 alike: 0, .3, .6, .9, 1
 
-Answers match when they are the same letters after normalising. VQA's way (`vqaEval.py` of GT-Vision-Lab/VQA):
-punctuation goes, number words become digits, articles are dropped, contractions get their apostrophe back. TextVQA's
-way (M4C's `EvalAIAnswerProcessor`): commas and question marks are dropped and "'s" is cut off first, then the same.
+Answers match if they are the same letters once they are normalised. VQA (`vqaEval.py` of GT-Vision-Lab/VQA) removes
+punctuation, writes number words as digits, drops articles, and gives contractions their apostrophe back. TextVQA (M4C's
+`EvalAIAnswerProcessor`) first drops commas and question marks and cuts off "'s", then does the same.
 
-The official code for VQAv2 normalises nothing where all ten people wrote the same, so "Yes" misses ten times "yes".
-Predictions are therefore normalised before they are handed in. LLaVA does that too, in TextVQA's way; here it is done
-in VQA's own.
+The official code for VQAv2 normalises nothing if all ten people wrote the same, so "Yes" does not match ten times
+"yes". Predictions are therefore normalised before they are handed in. LLaVA does that too, in TextVQA's way; here it is
+done in VQA's own.
 """
 
 import re
 from collections.abc import Sequence
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The official pattern also says "not behind a digit", but means it of the period itself, where it is always so.
+# The official pattern also asks for "not behind a digit", but of the period itself, where that is always true.
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS = 32  # the official code passes re.UNICODE (32) where the number of replacements belongs
 ARTICLES = {"a", "an", "the"}
@@ -25,39 +26,29 @@ NUMBERS = {
     "none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
     "eight": "8", "nine": "9", "ten": "10",
 }  # fmt: skip
-# As published, slips included. Those with a capital are never met: words are in lower case by then.
-_PUBLISHED = """
-aint:ain't arent:aren't cant:can't couldve:could've couldnt:couldn't couldn'tve:couldn't've couldnt've:couldn't've
-didnt:didn't doesnt:doesn't dont:don't hadnt:hadn't hadnt've:hadn't've hadn'tve:hadn't've hasnt:hasn't
-havent:haven't hed:he'd hed've:he'd've he'dve:he'd've hes:he's howd:how'd howll:how'll hows:how's Id've:I'd've
-I'dve:I'd've Im:I'm Ive:I've isnt:isn't itd:it'd itd've:it'd've it'dve:it'd've itll:it'll let's:let's maam:ma'am
-mightnt:mightn't mightnt've:mightn't've mightn'tve:mightn't've mightve:might've mustnt:mustn't mustve:must've
-neednt:needn't notve:not've oclock:o'clock oughtnt:oughtn't ow's'at:'ow's'at 'ows'at:'ow's'at 'ow'sat:'ow's'at
-shant:shan't shed've:she'd've she'dve:she'd've she's:she's shouldve:should've shouldnt:shouldn't
-shouldnt've:shouldn't've shouldn'tve:shouldn't've somebody'd:somebodyd somebodyd've:somebody'd've
-somebody'dve:somebody'd've somebodyll:somebody'll somebodys:somebody's someoned:someone'd someoned've:someone'd've
-someone'dve:someone'd've someonell:someone'll someones:someone's somethingd:something'd
-somethingd've:something'd've something'dve:something'd've somethingll:something'll thats:that's thered:there'd
-thered've:there'd've there'dve:there'd've therere:there're theres:there's theyd:they'd theyd've:they'd've
-they'dve:they'd've theyll:they'll theyre:they're theyve:they've twas:'twas wasnt:wasn't wed've:we'd've
-we'dve:we'd've weve:we've werent:weren't whatll:what'll whatre:what're whats:what's whatve:what've whens:when's
-whered:where'd wheres:where's whereve:where've whod:who'd whod've:who'd've who'dve:who'd've wholl:who'll whos:who's
-whove:who've whyll:why'll whyre:why're whys:why's wont:won't wouldve:would've wouldnt:wouldn't
-wouldnt've:wouldn't've wouldn'tve:wouldn't've yall:y'all yall'll:y'all'll y'allll:y'all'll yall'd've:y'all'd've
-y'alld've:y'all'd've y'all'dve:y'all'd've youd:you'd youd've:you'd've you'dve:you'd've youll:you'll youre:you're
-youve:you've
+# The published map has each of these words without one of its apostrophes, and a slip of its own. Words with a capital
+# never match: everything is in lower case by then.
+_WORDS = """
+'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am might've mightn't mightn't've
+must've mustn't needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-CONTRACTIONS = dict(pair.split(":") for pair in _PUBLISHED.split())
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _WORDS.split() for i, c in enumerate(word) if c == "'"}
+CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
 def normalise(answer: str) -> str:
-    """An answer as VQA compares it."""
+    """Returns an answer as VQA compares it."""
     words = (NUMBERS.get(word, word) for word in _punctuation(_line(answer)).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def normalise_textvqa(answer: str) -> str:
-    """An answer as TextVQA compares it."""
+    """Returns an answer as TextVQA compares it."""
     return normalise(answer.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
 
 
@@ -66,7 +57,7 @@ def _line(answer: str) -> str:
 
 
 def _punctuation(answer: str) -> str:
-    """A mark next to a space goes; one between letters becomes a space; all of them go where a number has a comma."""
+    """Removes marks next to a space, and makes others a space; if a number has a comma, removes all of them."""
     thousands = re.search(r"\d,\d", answer)
     out = answer
     for mark in PUNCTUATION:
@@ -76,13 +67,13 @@ def _punctuation(answer: str) -> str:
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:
-    """The formula above. Of n people, m said the same: m of them have m - 1 matches among the others, the rest m."""
+    """Returns the score above. Of n people m said the same: these have m - 1 matches among the others, the rest m."""
     n, m = len(people), people.count(answer)
     return (m * min(1, (m - 1) / 3) + (n - m) * min(1, m / 3)) / n
 
 
 def vqav2(prediction: str, people: Sequence[str]) -> float:
-    """What the official code gives for a prediction that was normalised and handed in."""
+    """Returns what the official code gives for a prediction that was normalised and handed in."""
     people = [_line(answer) for answer in people]
     if len(set(people)) > 1:
         people = [normalise(answer) for answer in people]

@@ -50,8 +50,7 @@ def load_model(
     if precision not in DTYPES:
         raise unknown("precision", precision, DTYPES)
     where = _resolve(path)
-    require_safetensors(where)
-    how = {"dtype": DTYPES[precision], "use_safetensors": True, "trust_remote_code": False}
+    how = {"dtype": DTYPES[precision]}
     if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
         how["device_map"] = {"": str(device)}
     if quantise == "nf4":
@@ -65,12 +64,22 @@ def load_model(
         )
     elif quantise != "none":
         raise unknown("quantisation", quantise, ("none", "nf4"))
-    with explaining(f"cannot load the model {path}"):
-        model, found = AutoModelForImageTextToText.from_pretrained(where, **how, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):  # transformers would draw them at random and carry on
-        raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
+    model = load_weights(AutoModelForImageTextToText, where, **how)
     if quantise != "none":
         _check_quantised(model)
+    return model
+
+
+def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
+    """Loads a model of one of transformers' classes from safetensors, and refuses one that lacks some of its weights:
+    transformers would draw them at random and carry on."""
+    require_safetensors(path)
+    with explaining(f"cannot load the model {path}"):
+        model, found = kind.from_pretrained(
+            path, **how, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
     return model
 
 

@@ -1,18 +1,18 @@
-"""Which visual rows a fast step sees: the plugins, and `select` and `choose`, which call them.
+"""Which visual tokens a fast step sees: the plugins, and `select` and `choose`, which call them.
 
     index = pruning.select("divprune", features, keep=0.1)        # (B, N, D) -> (B, K) int64, ascending, unique
     kept = pruning.choose("tome", features, keep=0.1)             # the same index, and kept.weight (B, K, N)
-    rows = kept.weight @ features                                 # what a merging plugin puts in their place
+    tokens = kept.weight @ features                               # what a merging plugin puts in their place
 
-A plugin answers one question, "which K of these N rows?", from the features, and from signals of the vision tower if it
-declares that it needs some (`registry.py`). A merging plugin also returns a weight map: the K rows are sums over all N,
-and the index says where in the image they belong. A plugin never sees the sequence or the labels. Its features are fp32
-(in bf16 DivPrune picks only half of the same rows) and have no graph. `chooser.py` computes the sums, and `rows.py`
-cuts the sequence. What must hold for every plugin is done here: K = int(keep * N + 1e-6) and at least 1 (57 of 576, as
-in DualSpeed's code; official DivPrune rounds to 58), ascending order, masks and errors.
+A plugin answers one question, "which K of these N tokens?", from the features, and from signals of the vision tower if
+it declares that it needs some (`registry.py`). A merging plugin also returns a weight map: the K tokens are sums over
+all N, and the index says where in the image they belong. A plugin never sees the sequence or the labels. Its features
+are fp32 (in bf16 DivPrune picks only half of the same tokens) and have no graph. `chooser.py` computes the sums, and
+`rows.py` cuts the sequence. What must hold for every plugin is done here: K = int(keep * N + 1e-6) and at least 1 (57
+of 576, as in DualSpeed's code; official DivPrune rounds to 58), ascending order, masks and errors.
 
-Images of different sizes share a batch by means of `mask`. Then each has its own K, and shorter index rows are filled
-up with -1, which no gather accepts.
+Images of different sizes share a batch by means of `mask`. Then each has its own K, and shorter lines of the index are
+filled up with -1, which no gather accepts.
 
 Each plugin has its own file, or shares one with its variants, and is written from its paper's description. The authors'
 code is for non-commercial use only (DivPrune, ToMe), MIT (DynamicViT), or Apache-2.0 (CDPruner, FasterVLM, MMTok,
@@ -40,19 +40,19 @@ class Kept:
 
     index: Tensor  # (B, K) int64, ascending; -1 beyond an image's count
     counts: Tensor  # (B,)
-    weight: Tensor | None = None  # (B, K, N): row k becomes weight[k] @ features; None: row index[k] as it is
+    weight: Tensor | None = None  # (B, K, N): token k is weight[k] @ features; None: token index[k] as it is
     loss: Tensor | None = None  # (B,) a learned plugin's own loss, to be added to the step's
 
 
 def keep_count(keep: float, n: int) -> int:
-    """K for an image of n candidate rows. The 1e-6 undoes rounding: 0.1 * 30 must give 3."""
+    """K for an image of n candidate tokens. The 1e-6 undoes rounding: 0.1 * 30 must give 3."""
     return max(1, int(keep * n + 1e-6))
 
 
 @torch.no_grad()
 def select(name: str, features: Tensor, **how) -> Tensor | tuple[Tensor, Tensor]:
-    """The rows that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) if there is a mask. Of a plugin
-    that merges: the rows that its sums take the places of. Takes the settings of `choose`."""
+    """The tokens that plugin `name` keeps of each image: (B, K), or ((B, K), counts (B,)) if there is a mask. If it
+    merges, the tokens whose places its sums take. The settings are those of `choose`."""
     kept = choose(name, features, **how)
     return kept.index if how.get("mask") is None else (kept.index, kept.counts)
 
@@ -72,15 +72,16 @@ def choose(
     """What plugin `name` makes of each image.
 
     Give either `keep`, a share, or `count`, an exact number (one for all images, or one for each, with `mask`).
-    `mask` (B, N) says which rows may be kept. `seed` is for plugins that draw. `signals`, each (B, N) or (B, N, C), are
-    what some plugins need beside the features; a plugin ignores those that it did not declare. `square`: m * m rows are
-    one picture, m by m, and not several in one list. `module`: the learned plugin that `make` made, or else a new one.
+    `mask` (B, N) says which tokens may be kept. `seed` is for plugins that draw. `signals`, each (B, N) or (B, N, C),
+    are what some plugins need beside the features; a plugin ignores those that it did not declare. `square`: m * m
+    tokens are one picture, m by m, and not several in one list. `module`: the learned plugin that `make` made, or else
+    a new one.
     """
     found = entry(name)
     features = features.detach()
     shape = tuple(features.shape)
     fits = features.dim() == 3 and features.is_floating_point() and 0 not in shape
-    require(fits, f"features must be a float tensor (images, rows, width), got {shape}")
+    require(fits, f"features must be a float tensor (images, tokens, width), got {shape}")
     features = _require_finite(features.float())
     batch, n, width = shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
@@ -89,7 +90,7 @@ def choose(
     candidates = [n] * batch if mask is None else mask.sum(1).tolist()
     counts = _counts(keep, count, candidates)
     if mask is None and len(set(counts)) > 1:
-        raise UserError("images with different counts need a mask: their index rows have different lengths")
+        raise UserError("images with different counts need a mask: the lines of their index have different lengths")
     most, counts_ = max(counts), torch.tensor(counts, device=features.device)
     beyond = torch.arange(most, device=features.device) >= counts_[:, None]
     valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
@@ -110,7 +111,7 @@ def choose(
         index, weight, loss = (made, None, None) if isinstance(made, Tensor) else made
         if weight is not None:
             require(bool(found.merges), f'the plugin {name!r} returns weights: register it with merges="features"')
-            if any(keeps_all):  # the others are merged; these keep every row as it is
+            if any(keeps_all):  # the others are merged; these keep every token as it is
                 stays = torch.tensor(keeps_all, device=index.device)[:, None]
                 index = index.where(~stays, first)
                 themselves = torch.zeros_like(weight).scatter_(2, first[:, :, None], 1.0)
@@ -130,7 +131,7 @@ def _in_fp32(module: nn.Module, features: Tensor, **how):
 
 def make(name: str, width: int, most: int, seed: int = 0) -> nn.Module | None:
     """The parameters of a learned plugin at their initial values, for features of this width and images that keep at
-    most so many rows; None for a plugin without parameters."""
+    most so many tokens; None for a plugin without parameters."""
     found = entry(name)
     return _initialised(found, width, most, seed) if found.learned else None
 
@@ -176,15 +177,15 @@ def _require_finite(features: Tensor) -> Tensor:
 
 def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: list[int]) -> list[int]:
     if 0 in candidates:
-        raise UserError(f"image {candidates.index(0)} of the batch has no row that may be kept")
+        raise UserError(f"image {candidates.index(0)} of the batch has no token that may be kept")
     if keep is not None and count is None:
-        require(0 < keep <= 1, f"keep = {keep}: the share of visual rows must be above 0 and at most 1")
+        require(0 < keep <= 1, f"keep = {keep}: the share of visual tokens must be above 0 and at most 1")
         return [keep_count(keep, n) for n in candidates]
     if keep is not None or count is None:
-        raise UserError("give either keep (a share) or count (a number of rows), not both")
+        raise UserError("give either keep (a share) or count (a number of tokens), not both")
     counts = list(count) if isinstance(count, Sequence) else [count] * len(candidates)
     require(all(isinstance(c, int) for c in counts), f"count = {count}: must be a whole number, or one for each image")
     require(len(counts) == len(candidates), f"{len(counts)} counts for {len(candidates)} images")
     for wanted, n in zip(counts, candidates, strict=True):
-        require(1 <= wanted <= n, f"count = {wanted}: an image with {n} rows can keep 1 to {n} of them")
+        require(1 <= wanted <= n, f"count = {wanted}: an image with {n} tokens can keep 1 to {n} of them")
     return counts

@@ -65,25 +65,25 @@ class Chooser(nn.Module):
         pad = functools.partial(pad_sequence, batch_first=True)
         features, mask = pad(images), pad([self.vlm.prunable(image) for image in images])
         beside = {name: pad(signals[name]) for name in self.plugin.needs}
-        found = pruning.choose(
+        choice = pruning.choose(
             self.name, features, keep=keep, mask=mask, signals=beside, square=self.vlm.square,
             seed=self.seed + (step or 0), module=self.learned,
         )  # fmt: skip
         count, width = mask.shape
         kept = torch.zeros(count, width + 1, dtype=torch.bool, device=mask.device)
-        kept.scatter_(1, found.index.where(found.index >= 0, width), True)
+        kept.scatter_(1, choice.index.where(choice.index >= 0, width), True)
         lengths = torch.tensor([len(image) for image in images], device=mask.device)
         kept = kept[:, :-1][torch.arange(width, device=mask.device) < lengths[:, None]]
-        if found.weight is not None:
+        if choice.weight is not None:
             merged = features if self.plugin.merges == "features" else beside["tower"]
-            rows = (found.weight.to(merged.dtype) @ merged)[found.index >= 0]  # in the order of the kept rows
+            rows = (choice.weight.to(merged.dtype) @ merged)[choice.index >= 0]  # in the order of the kept rows
             if self.plugin.merges == "tower":
                 rows = self.vlm.projector(rows)
         elif torch.is_grad_enabled() and self.projects_twice:
             rows = self.vlm.projector(torch.cat(signals["tower"])[kept])
         else:
             rows = torch.cat(images)[kept]
-        return kept, rows.to(features.dtype), found.loss
+        return kept, rows.to(features.dtype), choice.loss
 
     def zero_loss(self) -> Tensor | float:
         """Returns 0 times every parameter, so that a fast step gives all of them a gradient whatever its data."""

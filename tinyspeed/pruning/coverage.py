@@ -23,9 +23,8 @@ def coverage(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
     gains max(0, M - best) are updated in place and never computed again.
     """
     similarity = cosines(features)
-    similarity.diagonal(
-        dim1=1, dim2=2
-    ).sign_()  # two tokens represent each other equally well: rounding must not decide
+    similarity.diagonal(dim1=1, dim2=2).sign_()
+    # Two tokens represent each other equally well, but the two halves of a product may be rounded differently.
     similarity = torch.maximum(similarity, similarity.mT).div_(TEMPERATURE)
     similarity.masked_fill_(~valid[:, None, :], -float("inf"))
     gain = similarity.softmax(2).masked_fill_(~valid[:, :, None], 0)  # tokens that may not be kept need none

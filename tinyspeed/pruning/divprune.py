@@ -19,7 +19,7 @@ def divprune(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
 
     The distance is d(i, j) = 1 - cos(x_i, x_j). The first pick is the token whose nearest neighbour is farthest. Every
     other pick is the token that is farthest from all chosen ones, argmax_j min_{s in S} d(s, j). The code compares
-    cosines, which gives the same order.
+    cosines, which gives the same order, and returns (B, most) picks among the tokens that are `valid` (B, N).
 
     What differs from the official code: a chosen token gets similarity +inf, so a duplicate cannot be picked twice (the
     official code returned 40 distinct tokens of 58 when tokens were repeated). A running maximum of similarities

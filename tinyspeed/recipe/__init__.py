@@ -8,18 +8,7 @@ recipe asks for, `comparison.py` the recipes of a comparison; `presets/` and `co
 """
 
 from .reading import BUILT_IN, changed, from_tables, of_run, read
-from .sections import (
-    DataSection,
-    DigitsSection,
-    DualSpeedSection,
-    LoraSection,
-    ModelSection,
-    Recipe,
-    RunSection,
-    ScaleSection,
-    StageSection,
-    StsSection,
-)
+from .sections import DataSection, DualSpeedSection, Recipe, RunSection, StageSection
 
-__all__ = ["BUILT_IN", "DataSection", "DigitsSection", "DualSpeedSection", "LoraSection", "ModelSection", "Recipe"]
-__all__ += ["RunSection", "ScaleSection", "StageSection", "StsSection", "changed", "from_tables", "of_run", "read"]
+__all__ = ["BUILT_IN", "DataSection", "DualSpeedSection", "Recipe", "RunSection", "StageSection"]
+__all__ += ["changed", "from_tables", "of_run", "read"]

@@ -10,14 +10,13 @@ A file of arms is TOML. Each table at its top level is an arm, and holds section
     keep = 0.25
 
 `vary` makes an arm of every combination of some values, and names it by them. It adds the arm `full`, which the tables
-measure the others against. All arms of a seed start from the same base model and see the same pictures, so an arm may
-not change what these depend on.
+measure the others against. All arms of a seed share a base model and see the same pictures: no arm may change these.
 """
 
 import itertools
 from pathlib import Path
 
-from ..util import UserError, unknown
+from ..util import UserError, require, require_known
 from .reading import changed, setting, tables_of, value_of
 from .sections import Recipe
 
@@ -35,14 +34,12 @@ def read(recipe: Recipe, file: str, only: str | None = None) -> dict[str, Recipe
 
 def vary(recipe: Recipe, changes: list[str], only: str | None = None) -> dict[str, Recipe]:
     """`full`, and an arm for every combination of the values of `section.key=v1,v2,v3`."""
-    axes = []
+    axes, keys = [], []
     for change in changes:
         section, key, values = setting("--vary", change)
+        require((section, key) not in keys, f"--vary {section}.{key} is given twice; give all its values at once")
         axes.append([(section, key, value.strip()) for value in values.split(",")])
-    keys = [(section, key) for (section, key, _), *_ in axes]
-    for at, key in enumerate(keys):
-        if key in keys[:at]:
-            raise UserError(f"--vary {'.'.join(key)} is given twice; give all its values at once")
+        keys.append((section, key))
     short = [key for _, key in keys]
     arms: dict[str, dict] = dict(FULL)
     for chosen in itertools.product(*axes):
@@ -63,27 +60,23 @@ def _made(recipe: Recipe, arms: dict, where: str, only: str | None) -> dict[str,
         raise UserError(f'compare asks about digits: data.kind = "{recipe.data.kind}" has no such questions')
     names = list(dict.fromkeys(name.strip() for name in only.split(","))) if only else list(arms)
     for name in names:
-        if name not in arms:
-            raise unknown("arm", name, arms)
-    if not names:
-        raise UserError(f"{where} holds no arm: each is a table, for example [full.dualspeed]")
+        require_known("arm", name, arms)
+    require(bool(names), f"{where} holds no arm: each is a table, for example [full.dualspeed]")
     folders: dict[str, str] = {}
     for name in names:
         if not name or name.startswith(".") or set(name) & set("/\\,") or folder_of(name) == "base":
             raise UserError(f"{where}: {name!r} cannot be an arm's name: a plain folder name without commas, not base")
         other = folders.setdefault(folder_of(name), name)
-        if other != name:
-            raise UserError(f"{where}: the arms {other!r} and {name!r} would share a folder")
+        require(other == name, f"{where}: the arms {other!r} and {name!r} would share a folder")
     return {name: _arm(recipe, arms[name], f"{where}, arm {name!r}") for name in names}
 
 
 def _arm(recipe: Recipe, tables: dict, where: str) -> Recipe:
-    if not isinstance(tables, dict):
-        raise UserError(f"{where}: an arm must be a table of recipe sections")
+    require(isinstance(tables, dict), f"{where}: an arm must be a table of recipe sections")
     made = changed(recipe, tables, where)  # first, since it names keys that no recipe has
     for section, values in tables.items():
         keys = SHARED.get(section, ())
         for key in values:
-            if keys is None or key in keys:
-                raise UserError(f"{where}: {section}.{key} is the same for all arms; change it with --set")
+            alike = keys is None or key in keys
+            require(not alike, f"{where}: {section}.{key} is the same for all arms; change it with --set")
     return made

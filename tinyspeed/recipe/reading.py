@@ -1,7 +1,6 @@
 """From a TOML file to a recipe. An unknown key is an error that names the nearest known one.
 
-`--set section.key=value` on the command line changes a value before the sections check theirs, so a change is checked
-exactly as the file is.
+`--set section.key=value` on the command line changes a value before the sections check theirs: all are checked alike.
 """
 
 import dataclasses
@@ -9,8 +8,8 @@ import tomllib
 from pathlib import Path
 from reprlib import repr as short
 
-from ..util import UserError, paths, unknown
-from .sections import LARGEST, LAST, Recipe
+from ..util import UserError, located, paths, require, require_known, unknown
+from .sections import INPUTS, LARGEST, LAST, Recipe
 
 BUILT_IN = Path(__file__).parent / "presets"
 
@@ -20,8 +19,7 @@ def read(path: str, changes: list[str] = ()) -> Recipe:
     tables, file = tables_of(path, BUILT_IN, "recipe file")
     for change in changes:
         section, key, value = setting("--set", change)
-        if not isinstance(tables.setdefault(section, {}), dict):
-            raise UserError(f"{file}: {section} must be a table, [{section}]")
+        require(isinstance(tables.setdefault(section, {}), dict), f"{file}: {section} must be a table, [{section}]")
         tables[section][key] = value_of(section, key, value)
     return _absolute(from_tables(tables, f"{file}, with --set" if changes else file))
 
@@ -37,9 +35,8 @@ def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
 def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
     """The tables of a TOML file, or of the built-in one of this name, and the path of that file."""
     file = Path(path) if Path(path).is_file() else built_in / f"{path}.toml"
-    if not file.is_file():
-        known = sorted(p.stem for p in built_in.glob("*.toml"))
-        raise UserError(f"there is no {kind} {path}; built in: {', '.join(known)}")
+    known = ", ".join(sorted(p.stem for p in built_in.glob("*.toml")))
+    require(file.is_file(), f"there is no {kind} {path}; built in: {known}")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
     except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not text, or 5,000 digits
@@ -50,9 +47,8 @@ def setting(flag: str, text: str) -> tuple[str, str, str]:
     """Splits a flag's section.key=value."""
     key, equals, value = text.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not (equals and dot):
-        example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
-        raise UserError(f"{flag} {text}: write it as section.key=value, for example {example}")
+    example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
+    require(bool(equals and dot), f"{flag} {text}: write it as section.key=value, for example {example}")
     return section, name, value
 
 
@@ -63,68 +59,57 @@ def value_of(section: str, key: str, text: str):
         value, *more = tomllib.loads(f"value = {text}").values()
     except (ValueError, RecursionError):
         return text.strip()
-    if more:  # the text had a line break and keys of its own behind it
-        return text.strip()
-    if kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind)):
-        return value if isinstance(value, str) else text.strip()  # run.name=2026-11-20 is a name, not a date
-    return value
+    is_text = kind and any(f.name == key and f.type is str for f in dataclasses.fields(kind))
+    # `more`: the text had a line break and further keys. And run.name=2026-11-20 is a name, not a date.
+    return text.strip() if more or (is_text and not isinstance(value, str)) else value
 
 
 def _absolute(recipe: Recipe) -> Recipe:
-    """Makes paths absolute. A run can then be exported from any folder, and a folder which has moved is never taken for
-    a model of that name on the hub."""
+    """Makes paths absolute: a run can be exported from any folder, and a moved folder is not taken for a hub id."""
     for path in (recipe.run.folder, recipe.run.cache):
         paths.expanded(path)
-    model = {name: paths.absolute(getattr(recipe.model, name)) for name in ("path", "tower", "llm")}
-    data = {name: paths.absolute(getattr(recipe.data, name)) for name in ("file", "images")}
-    dual = {"isolator_from": paths.absolute(recipe.dualspeed.isolator_from)}
-    gate = {"reference": paths.absolute(recipe.regate.reference)}
-    changes = {"model": model, "data": data, "dualspeed": dual, "regate": gate}
-    return dataclasses.replace(
-        recipe, **{name: dataclasses.replace(getattr(recipe, name), **new) for name, new in changes.items()}
-    )
+    changes = {}
+    for name, keys in INPUTS.items():
+        section = getattr(recipe, name)
+        changes[name] = {key: paths.absolute(getattr(section, key)) for key in keys}
+    return recipe.replaced(**changes)
 
 
 def from_tables(tables: dict, where: str) -> Recipe:
-    sections = {f.name: f for f in dataclasses.fields(Recipe)}
-    typed = {}
-    for section, values in tables.items():
-        if section not in sections:
-            raise UserError(f"{where}: {unknown('section', section, sections)}")
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: {section} must be a table, [{section}]")
-        kind = sections[section].type
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        for key, value in values.items():
-            if key not in fields:
-                raise UserError(f"{where}: {unknown('key', key, fields, f'{section}.')}")
-            wanted = fields[key].type
-            if type(value) is int and not -LARGEST <= value <= (2**32 if key == "seed" else LARGEST):
-                raise UserError(f"{where}: {section}.{key} = {short(value)} is too large a number")
-            if wanted is float and type(value) is int:
-                values = {**values, key: float(value)}
-            elif type(value) is not wanted:
-                raise UserError(f"{where}: {section}.{key} = {short(value)} must be of type {wanted.__name__}")
-            elif wanted is str and paths.UNENCODABLE.search(value):
-                raise UserError(f"{where}: {section}.{key} = {short(value)} has a character that no file can have")
-        typed[section] = values
-    made = {}
-    for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):
-        try:
-            made[section] = sections[section].type(**values)
-        except UserError as error:
-            raise UserError(f"{where}: [{section}] {error}") from error
-    try:
+    with located(where):
+        kinds = {f.name: f.type for f in dataclasses.fields(Recipe)}
+        typed = {section: _typed(kinds, section, values) for section, values in tables.items()}
+        made = {}
+        for section, values in sorted(typed.items(), key=lambda item: item[0] in LAST):
+            try:
+                made[section] = kinds[section](**values)
+            except UserError as error:
+                raise UserError(f"[{section}] {error}") from error
         return Recipe(**made)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+
+
+def _typed(kinds: dict[str, type], section: str, values: object) -> dict:
+    """The values of a section, in which whole numbers are floats where the section wants them so."""
+    require_known("section", section, kinds)
+    require(isinstance(values, dict), f"{section} must be a table, [{section}]")
+    types = {f.name: f.type for f in dataclasses.fields(kinds[section])}
+    found = {}
+    for key, value in values.items():
+        if key not in types:
+            raise unknown("key", key, types, f"{section}.")
+        wanted, at = types[key], f"{section}.{key} = {short(value)}"
+        most = 2**32 if key == "seed" else LARGEST
+        require(type(value) is not int or -LARGEST <= value <= most, f"{at} is too large a number")
+        found[key] = float(value) if wanted is float and type(value) is int else value
+        require(type(found[key]) is wanted, f"{at} must be of type {wanted.__name__}")
+        fine = wanted is not str or not paths.UNENCODABLE.search(value)
+        require(fine, f"{at} has a character that no file can have")
+    return found
 
 
 def of_run(folder: str) -> Recipe:
     """The recipe that a run was made with, with the folder in which the run is now."""
     file = Path(folder) / "recipe.toml"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a run: it has no recipe.toml")
+    require(file.is_file(), f"{folder} is not a run: it has no recipe.toml")
     here = Path(folder).resolve()
-    recipe = read(str(file))
-    return dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(here.parent), name=here.name))
+    return read(str(file)).replaced(run={"folder": str(here.parent), "name": here.name})

@@ -1,31 +1,26 @@
 """The schedule that a recipe asks for in a stage: which rows a step sees (DualSpeed), which layers run (STS), and which
-answers stay (ReGATE).
-
-STS saves something else in each stage: visual rows are compressed while aligning, layers are skipped while tuning.
-DualSpeed prunes in both.
+answers stay (ReGATE). DualSpeed prunes in both stages; STS compresses visual rows while aligning and skips
+layers while tuning.
 """
 
 from ..adaptive import AdaptiveSchedule
 from ..regate import Cycle
 from ..scheduler import KINDS, Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Schedule
 from ..sts import LayerSkipper
-from ..util import unknown
+from ..util import require_known
 from . import Recipe
 
 
 def by_name(kind: str, *, slow: float, keep: float, distill: float, seed: int, gap: float) -> Schedule:
     """The schedule of this name."""
+    require_known("schedule", kind, KINDS)
     if kind == "full":
         return FullSchedule()
     if kind == "fast":
         return FastSchedule(keep)
-    if kind == "bernoulli":
-        return DualSpeedSchedule(slow, keep, distill, seed)
-    if kind == "periodic":
-        return PeriodicSchedule(slow, keep, distill, seed)
     if kind == "adaptive":
         return AdaptiveSchedule(slow, keep, distill, seed, gap)
-    raise unknown("schedule", kind, KINDS)
+    return (DualSpeedSchedule if kind == "bernoulli" else PeriodicSchedule)(slow, keep, distill, seed)
 
 
 def rows_schedule(recipe: Recipe, stage: str) -> Schedule:

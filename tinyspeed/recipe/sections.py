@@ -22,6 +22,10 @@ QUANTISATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LARGEST = 2**31 - 1  # the largest whole number of any key but the seed
 LAST = ("dualspeed", "sts")  # their checks may import torch, so those of other sections come first
+INPUTS = {  # the keys that say where a run's inputs are
+    "model": ("path", "tower", "llm"), "data": ("file", "images"), "dualspeed": ("isolator_from",),
+    "regate": ("reference",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class RunSection:
         good = self.name and not self.name.startswith(".") and "/" not in self.name and "\\" not in self.name
         good = good and not paths.CONTROL.search(self.name) and len(self.name.encode()) <= 200
         require(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
-        require(0 <= self.seed < 2**32, f"run.seed = {self.seed}: must be between 0 and 2**32 - 1")
-        require_range(self, "run.", threads=(0, 1024), save_every=(1, LARGEST), keep_checkpoints=(1, LARGEST))
+        require_range(self, "run.", seed=(0, 2**32 - 1), threads=(0, 1024))
+        require_range(self, "run.", save_every=(1, LARGEST), keep_checkpoints=(1, LARGEST))
         require_known("run.device", self.device, ("auto", "cpu", "cuda"))
 
 
@@ -146,7 +150,7 @@ class DualSpeedSection:
     def __post_init__(self):
         require_known("dualspeed.schedule", self.schedule, KINDS)
         Plan("slow", keep=self.keep, distill=self.distill)  # refuses a bad share or weight
-        require(0 <= self.slow <= 1, f"dualspeed.slow = {self.slow}: must be between 0 and 1")
+        require_range(self, "dualspeed.", slow=(0, 1))
         require(0 < self.gap < math.inf, f"dualspeed.gap = {self.gap}: must be above 0")
         if self.schedule == "adaptive":
             AdaptiveSchedule(self.slow, self.keep, self.distill)  # refuses what it cannot follow
@@ -172,13 +176,9 @@ class StsSection:
     compressor: str = ""  # Plugin that chooses them; empty = dualspeed.plugin.
 
     def __post_init__(self):
-        for name in ("skip", "compress"):
-            require(0 <= getattr(self, name) <= 1, f"sts.{name} = {getattr(self, name)}: must be between 0 and 1")
-        for name in ("protect_first", "protect_last", "every"):
-            require(getattr(self, name) >= 0, f"sts.{name} = {getattr(self, name)}: must not be negative")
-        require(
-            not self.skip or self.every != 1, "sts.every = 1: every step would run every layer, and sts.skip skip none"
-        )
+        require_range(self, "sts.", skip=(0, 1), compress=(0, 1), every=(0, LARGEST))
+        require_range(self, "sts.", protect_first=(0, LARGEST), protect_last=(0, LARGEST))
+        require(not self.skip or self.every != 1, "sts.every = 1: every step would run all layers and skip none")
         require(bool(self.compress) or not self.compressor, "sts.compressor is given: set sts.compress too")
         if self.layers != type(self).layers or self.compressor:
             from .. import pruning, sts  # here, for they import torch
@@ -204,13 +204,10 @@ class StageSection:
     checkpointing: str = "auto"  # Recompute activations to save memory: "on", "off", or "auto": where they do not fit.
 
     def __post_init__(self):
-        require_range(
-            self, "", steps=(0, 10**9), epochs=(0, 10**6), batch=(1, 10**6), row_budget=(0, LARGEST), warmup=(0, 1)
-        )
         require(self.lr > 0, f"lr = {self.lr}: must be above 0")
-        require_range(
-            self, "", lr=(0, 10), connector_lr=(0, 10), weight_decay=(0, 10**9)
-        )  # a step moves a weight by lr
+        require_range(self, "", steps=(0, 10**9), epochs=(0, 10**6), batch=(1, 10**6), row_budget=(0, LARGEST))
+        # A step moves a weight by lr.
+        require_range(self, "", warmup=(0, 1), lr=(0, 10), connector_lr=(0, 10), weight_decay=(0, 10**9))
         left = 1 - max(self.lr, self.connector_lr) * self.weight_decay
         require(left > 0, f"weight_decay = {self.weight_decay}: a step leaves {left:.3g} of a weight; set it lower")
         require(self.clip > 0, f"clip = {self.clip}: must be above 0")
@@ -234,9 +231,8 @@ class ScaleSection:
     timeout: float = 600.0  # Seconds without progress after which a rank says so and all ranks stop.
 
     def __post_init__(self):
-        require_range(
-            self, "scale.", shard=(0, LARGEST), window=(1, 10_000), check_every=(1, LARGEST), timeout=(1, 10**7)
-        )
+        require_range(self, "scale.", shard=(0, LARGEST), window=(1, 10_000))
+        require_range(self, "scale.", check_every=(1, LARGEST), timeout=(1, 10**7))
 
 
 @dataclass(frozen=True)
@@ -253,6 +249,11 @@ class Recipe:
     train: StageSection = field(default_factory=StageSection)
     scale: ScaleSection = field(default_factory=ScaleSection)
 
+    def replaced(self, **sections: dict) -> "Recipe":
+        """Returns the recipe with other values: `recipe.replaced(train={"steps": 5})`."""
+        changed = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(self, **changed)
+
     def __post_init__(self):
         tunes, aligns = (bool(stage.steps or stage.epochs) for stage in (self.train, self.align))
         require(tunes or aligns, "the recipe trains nothing: set train.steps or train.epochs")
@@ -265,9 +266,8 @@ class Recipe:
         require(self.lora.rank > 0 or self.model.quantise == "none" or not tunes, frozen)
         views, kind = self.dualspeed.views, self.dualspeed.schedule
         require(self.lora.rank > 0 or not views, "dualspeed.views is a LoRA for each mode: set lora.rank too")
-        require(
-            not views or slow or kind == "full", "dualspeed.views: slow steps train what is exported; there are none"
-        )
+        trains = not views or slow or kind == "full"
+        require(trains, "dualspeed.views: slow steps train what is exported, and there are none")
         require(slow < 1 or not self.sts.skip, "sts.skip: with dualspeed.slow = 1 every step runs every layer")
         require(self.regate.keep == 1 or tunes, "regate.keep: answers are skipped in tuning; set train.steps")
         plugins = sorted({self.pruning(name)[0] for name, _ in self.stages()})
@@ -300,9 +300,7 @@ class Recipe:
     def to_toml(self) -> str:
         lines = []
         for section, values in dataclasses.asdict(self).items():
-            lines.append(f"[{section}]")
-            lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
-            lines.append("")
+            lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
         return "\n".join(lines)
 
 

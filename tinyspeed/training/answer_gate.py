@@ -20,7 +20,7 @@ from ..recipe import Recipe
 from ..recipe.schedules import rows_schedule
 from ..regate import Cycle, Memory
 from ..rows import IGNORE
-from ..util import UserError, counted, paths
+from ..util import counted, paths, require
 from .batching import Order
 from .reference import Reference
 
@@ -32,18 +32,14 @@ def require_some_skipping(recipe: Recipe, samples: int) -> None:
         return
     steps = stage.total(samples)
     known = 0 if settings.reference else math.ceil(samples / stage.batch)  # steps after which all samples were seen
-    if known >= steps:
-        raise UserError(
-            "regate.keep: no sample is seen twice, so nothing is known of any and nothing would be skipped; set "
-            "regate.reference, or train for several epochs"
-        )
+    why = "no sample is seen twice, so nothing is known of any and nothing would be skipped"
+    require(known < steps, f"regate.keep: {why}; set regate.reference, or train for several epochs")
     rows, cycle = rows_schedule(recipe, "train"), Cycle(settings)
-    if not any(cycle.change(rows.plan(step), step).answer_keep < 1 for step in range(known, steps)):
-        raise UserError(
-            f"regate.keep: none of the run's {counted(steps, 'step')} would skip an answer: the first regate.warmup = "
-            f"{settings.warmup} see all, and so do regate.refresh = {settings.refresh} of every regate.cycle = "
-            f"{settings.cycle}, and slow ones; set these lower (warmup to a tenth of the steps), or train for more"
-        )
+    skips = any(cycle.change(rows.plan(step), step).answer_keep < 1 for step in range(known, steps))
+    why = f"none of the run's {counted(steps, 'step')} would skip an answer"
+    cycles = f"regate.refresh = {settings.refresh} of every regate.cycle = {settings.cycle}, and slow ones"
+    why += f": the first regate.warmup = {settings.warmup} see all, and so do {cycles}"
+    require(skips, f"regate.keep: {why}; set these lower (warmup to a tenth of the steps), or train for more")
 
 
 class Gate:
@@ -65,9 +61,7 @@ class Gate:
     def begin(self, samples: list[int], share: float) -> int:
         """Decides for a step, and returns how many answer tokens stay."""
         self.share, self.stays = share, {i: self.memory.keep(i, share) for i in samples}
-        self.done: list[
-            tuple[list[int], Tensor]
-        ] = []  # of each micro-batch its samples and the losses of their answers
+        self.done: list[tuple[list[int], Tensor]] = []  # each micro-batch's samples and the losses of their answers
         return sum(int(self.stays[i].sum()) for i in samples)
 
     def mark(self, samples: list[int], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,8 +80,7 @@ class Gate:
             self.done.append((self.marked, losses))
 
     def losses(self) -> Tensor:
-        """The sums of this process's losses for each token of the step's samples, and how often each sample ran. These
-        numbers can be added up over processes."""
+        """The sums of this process's losses of each token, and how often each sample ran. Processes add them up."""
         found = {i: torch.zeros(int(stays.sum()) + 1) for i, stays in self.stays.items()}
         for samples, losses in self.done:
             sizes = [len(found[i]) - 1 for i in samples]

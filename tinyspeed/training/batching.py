@@ -34,8 +34,7 @@ class Order:
 def cut(rows: list[int], budget: int) -> Iterator[list[int]]:
     """Cuts samples with these rows into micro-batches of at most `budget` rows, padding included. A single sample may
     exceed it. Longest samples come first: sorting puts similar lengths together, which keeps padding small."""
-    part: list[int] = []
-    longest = 0
+    part, longest = [], 0
     for sample in sorted(range(len(rows)), key=lambda s: (-rows[s], s)):
         if part and budget and longest * (len(part) + 1) > budget:
             yield part

@@ -73,8 +73,7 @@ def base_model(recipe: Recipe, device: torch.device) -> str:
     folder = recipe.folder / "base"
     if recipe.model.llm:
         return str(assembling.assemble(recipe.model.tower, recipe.model.llm, folder, recipe.run.seed))
-    sizes = recipe.digits
-    how = {"tower_steps": sizes.tower_steps, "device": device, **sizes.sizes}
+    how = {"tower_steps": recipe.digits.tower_steps, "device": device, **recipe.digits.sizes}
     return str(digits_model.prepare(folder, recipe.run.seed, **how))
 
 
@@ -82,7 +81,6 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
     """Writes the records that --skip-bad left out to skipped.txt in the run's folder, and says how many there are."""
     if source.bad:
         file = recipe.folder / "skipped.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(file, "\n".join(source.bad) + "\n")
         count = f"{len(source.bad):,} of {counted(len(source.records), 'record')}"
         print(f"{count} left out, listed in {file}; the first: {source.bad[0]}", file=sys.stderr)
@@ -102,19 +100,10 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
     """A loaded model with adapters, isolator and the schedule of its steps."""
     if recipe.lora.rank:
         plain = lora.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed, views=recipe.dualspeed.views)
-    settings = recipe.dualspeed
-    model = DualSpeed(
-        plain,
-        plugin=settings.plugin,
-        keep=max(settings.keep, recipe.sts.compress),  # the larger stage's: a learned plugin serves both
-        isolator=settings.isolator,
-        views=settings.views,
-        temperature=settings.temperature,
-        positions=settings.positions,
-        layout=settings.layout,
-        schedule=schedule_of(recipe, "train", plain.config.text_config.num_hidden_layers),
-        seed=recipe.run.seed,
-    )
+    settings, schedule = recipe.dualspeed, schedule_of(recipe, "train", plain.config.text_config.num_hidden_layers)
+    how = {name: getattr(settings, name) for name in ("isolator", "views", "temperature", "positions", "layout")}
+    keep = max(settings.keep, recipe.sts.compress)  # the larger stage's: a learned plugin serves both
+    model = DualSpeed(plain, plugin=settings.plugin, keep=keep, schedule=schedule, seed=recipe.run.seed, **how)
     if settings.isolator_from:
         isolator_file.load_into(model.only_training, paths.require_isolator(settings.isolator_from))
     return model

@@ -45,33 +45,23 @@ class SetStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         if self.model.forwards == self.forwards:
-            raise UserError(
-                "the step ended without DualSpeed's forward: the trainer runs the wrapped model itself, unpruned. "
-                "Use transformers.Trainer, or give your trainer class Trainer.compute_loss back (guide, your-own-loop)"
-            )
+            what = "the step ended without DualSpeed's forward: the trainer runs the wrapped model itself, unpruned"
+            mend = "Use transformers.Trainer, or give your trainer class Trainer.compute_loss back"
+            raise UserError(f"{what}. {mend} (guide, your-own-loop)")
         if self.seen:
             self._observe()
         state.stateful_callbacks[STATE] = self.model.schedule.state_dict()
 
     def _observe(self) -> None:
-        sums = sum(
-            torch.stack(
-                [
-                    torch.tensor(float(seen["answers"]), device=self.model.device),
-                    *(seen[name].float() * seen["answers"] for name in ("ce", "ce_teacher")),
-                    *seen["influence"].float(),
-                ]
-            )
-            for seen in self.seen
-        )
+        sums = 0
+        for seen in self.seen:
+            count = torch.tensor(float(seen["answers"]), device=self.model.device)
+            losses = [seen[name].float() * seen["answers"] for name in ("ce", "ce_teacher")]
+            sums = sums + torch.stack([count, *losses, *seen["influence"].float()])
         if distributed.is_initialized():
             distributed.all_reduce(sums)
         answers, ce, ce_teacher, *influence = sums.tolist()
         if answers and sums.isfinite().all():  # half precision may overflow, and the Trainer leaves such a step out
-            self.model.schedule.observe(
-                self.model.schedule.plan(self.model.step),
-                {
-                    "step": self.model.step, "answers": answers, "ce": ce / answers, "ce_teacher": ce_teacher / answers,
-                    "influence": influence,
-                },
-            )  # fmt: skip
+            means = {"ce": ce / answers, "ce_teacher": ce_teacher / answers, "influence": influence}
+            known = {"step": self.model.step, "answers": answers, **means}
+            self.model.schedule.observe(self.model.schedule.plan(self.model.step), known)

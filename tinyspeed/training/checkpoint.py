@@ -18,19 +18,21 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..util import UserError, files, finite
 from ..util.files import UNREADABLE, fingerprint
 
+BACK = "delete the folder to resume from the one before it"
 CONSTANT = ("qmap1", "qmap2")  # bitsandbytes' tables of 8-bit values, the same for all parameters
 TENSORS, STATE = "tensors.safetensors", "state.json"
 _OURS = re.compile(r"tensors[-\w]*\.safetensors")
+Local = Callable[[Tensor], tuple[Tensor, int]]  # gives the part of a tensor that this process holds, and its first row
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep: int) -> Path:
@@ -41,9 +43,8 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict, keep:
         temporary = begin(folder, step)
         return finish(temporary, state, write(temporary, tensors), keep)
     except BaseException:
-        files.delete_if_possible(
-            temporary_folder_of(folder, step)
-        )  # a half-written checkpoint would keep a full disk full
+        # A half-written checkpoint would keep a full disk full.
+        files.delete_if_possible(temporary_folder_of(folder, step))
         raise
 
 
@@ -53,9 +54,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]], state: dict) -> str | None
 
 
 def refusal(step: int, found: str) -> UserError:
-    return UserError(
-        f"the checkpoint of step {step} was not written: {found}. Resume the run: what was saved before is good"
-    )
+    return UserError(f"the checkpoint of step {step} was not written: {found}. Resume the run: the one before is good")
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -78,7 +77,7 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def write(
-    temporary: Path, tensors: dict[str, Tensor], rows: dict[str, tuple[int, int]] | None = None, part: str = ""
+    temporary: Path, tensors: dict[str, Tensor], rows: dict | None = None, part: str = ""
 ) -> dict[str, list[int]]:
     """Writes the file of one process and returns its name with its fingerprint. `rows`: for tensors that are split over
     files, the first row of this part and the number of rows in all files."""
@@ -157,11 +156,9 @@ class Saved(Mapping[str, Tensor]):
             parts.sort(key=lambda part: part[:2])
             end = 0
             for first, count, _ in parts:
-                if count and first != end:
-                    raise ValueError(f"{name} has rows twice or not at all")
+                expect(first == end or not count, f"{name} has rows twice or not at all")
                 end += count
-            if end != self._rows[name]:
-                raise ValueError(f"{name} has {end} rows of {self._rows[name]}")
+            expect(end == self._rows[name], f"{name} has {end} rows of {self._rows[name]}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -176,9 +173,7 @@ class Saved(Mapping[str, Tensor]):
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if found := finite.first_bad([(name, tensor)]):
-            raise UserError(
-                f"checkpoint {self._folder} is not finite: {found}; delete the folder to resume from the one before it"
-            )
+            raise UserError(f"checkpoint {self._folder} is not finite: {found}; {BACK}")
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -195,29 +190,27 @@ class Saved(Mapping[str, Tensor]):
         return self._finite(name, found[0] if len(found) == 1 else torch.cat(found))
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{STATE} holds {name}")
+def expect(good: bool, what: str) -> None:
+    """Refuses a checkpoint inside of `reading`, which says that it is damaged."""
+    if not good:
+        raise ValueError(what)
 
 
 def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
-    """Reads one checkpoint: its tensors and its state. A damaged one is refused. `mine`: the files that this process
-    verifies, if several processes share the work."""
+    """The tensors and the state of a checkpoint. A damaged one is refused. `mine`: the files this process verifies."""
     with reading(path):
-        if not (path / STATE).is_file():
-            raise ValueError(f"{STATE} is missing, or not a file")
-        written = json.loads((path / STATE).read_text(encoding="utf-8"), parse_constant=_no_number)
+        expect((path / STATE).is_file(), f"{STATE} is missing, or not a file")
+        text = (path / STATE).read_text(encoding="utf-8")
+        written = json.loads(text, parse_constant=lambda name: expect(False, f"{STATE} holds {name}"))
         state = written["state"]
-        if written["crc32"] != _crc(state):
-            raise ValueError(f"{STATE} is not what was written")
-        if folder_of(path.parent, state["step"]).name != path.name:
-            raise ValueError(f"it is the checkpoint of step {state['step']}")
-        if strange := [name for name in state["files"] if not _OURS.fullmatch(name)]:
-            raise ValueError(f"{strange[0]!r} is not the name of a checkpoint's file")
+        expect(written["crc32"] == _crc(state), f"{STATE} is not what was written")
+        same = folder_of(path.parent, state["step"]).name == path.name
+        expect(same, f"it is the checkpoint of step {state['step']}")
+        for name in state["files"]:
+            expect(bool(_OURS.fullmatch(name)), f"{name!r} is not the name of a checkpoint's file")
         for name in sorted(state["files"])[mine]:
-            if not (path / name).is_file():  # opening a pipe would block
-                raise ValueError(f"{name} is missing, or not a file")
-            if [*fingerprint(path / name)] != state["files"][name]:
-                raise ValueError(f"{name} is not what was written")
+            expect((path / name).is_file(), f"{name} is missing, or not a file")  # opening a pipe would block
+            expect([*fingerprint(path / name)] == state["files"][name], f"{name} is not what was written")
         return Saved([path / name for name in state["files"]]), state
 
 
@@ -229,10 +222,7 @@ def reading(path: Path | str) -> Iterator[None]:
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(
-            f"checkpoint {path} is damaged ({type(error).__name__}: {error}); delete the folder to resume from the one "
-            f"before it"
-        ) from error
+        raise UserError(f"checkpoint {path} is damaged ({type(error).__name__}: {error}); {BACK}") from error
 
 
 def unsharded(tensor: Tensor) -> tuple[Tensor, int]:
@@ -240,16 +230,15 @@ def unsharded(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor, 0
 
 
-def fill(tensors: dict[str, Tensor], saved: Saved, local: Callable[[Tensor], tuple[Tensor, int]] = unsharded) -> None:
+@torch.no_grad()
+def fill(tensors: dict[str, Tensor], saved: Saved, local: Local = unsharded) -> None:
     """Copies what was saved into these tensors. Refuses a checkpoint that lacks one of them."""
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if name not in saved or saved.shape(name) != tuple(tensor.shape):
-                raise UserError(
-                    f"the checkpoint has no {name} of shape {tuple(tensor.shape)}: it is of another model or recipe"
-                )
-            here, begin = local(tensor)
-            here.copy_(saved.part(name, begin, begin + len(here)) if here.dim() else saved[name])
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        if name not in saved or saved.shape(name) != shape:
+            raise UserError(f"the checkpoint has no {name} of shape {shape}: it is of another model or recipe")
+        here, begin = local(tensor)
+        here.copy_(saved.part(name, begin, begin + len(here)) if here.dim() else saved[name])
 
 
 def _final(temporary: Path) -> Path:
@@ -264,22 +253,16 @@ def _crc(state: dict) -> int:
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
     """The optimizer's moments, named by their parameters."""
-    return {
-        f"optimizer/{key}/{names[parameter]}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-        if key not in CONSTANT
-    }
+    found = {}
+    for parameter, state in optimizer.state.items():
+        kept = {key: torch.as_tensor(value) for key, value in state.items() if key not in CONSTANT}
+        found |= {f"optimizer/{key}/{names[parameter]}": value for key, value in kept.items()}
+    return found
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: dict[Tensor, str],
-    saved: Saved,
-    local: Callable[[Tensor], tuple[Tensor, int]] = unsharded,
-) -> None:
+def load_optimizer(optimizer: Optimizer, names: dict[Tensor, str], saved: Saved, local: Local = unsharded) -> None:
     """Fills the optimizer's moments, which must exist already (`optimizer.py` makes them before step 0)."""
     current = optimizer_tensors(optimizer, names)
     fill(current, saved, local)

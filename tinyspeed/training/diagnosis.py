@@ -1,7 +1,6 @@
 """Why a step was stopped: which tensor was NaN or infinite, and what to do about it.
 
-NaN spreads: from one weight to the loss, and from there to every gradient. So the causes are looked for in this order,
-and the first one found is named:
+NaN spreads: from one weight to the loss, and from there to every gradient. So the first cause in this order is named:
 
     a weight,  a picture's features,  a micro-batch's loss,  the optimizer's moments,  a gradient
 
@@ -83,18 +82,14 @@ def find_cause(run) -> tuple[int, str, str]:
 
 def _weight(run) -> tuple[str, str] | None:
     found = finite.first_bad((name, run._local(p)[0]) for p, name in run.names.items())
-    if run.totals.steps:
-        return found and (f"the weight {found}", advice(run))
-    return found and (f"the weight {found}", "Resume the run; if it stops here again, copy the base model again")
+    early = "Resume the run; if it stops here again, copy the base model again"
+    return found and (f"the weight {found}", advice(run) if run.totals.steps else early)
 
 
 def _frozen(run) -> tuple[str, str] | None:
     trained = {*run.names.values()}
     found = finite.first_bad((name, run._local(p)[0]) for name, p in _numbers(run.model) if name not in trained)
-    return found and (
-        f"the weight {found}",
-        "It is frozen, so the base model on disk has it: copy the base model again",
-    )
+    return found and (f"the weight {found}", "It is frozen, so the base on disk has it: copy the base model again")
 
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

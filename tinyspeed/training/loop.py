@@ -4,8 +4,7 @@
                for each micro-batch, cut by the plan's rows:  loss = sum over its answers / answers of the whole batch
                clip the gradients, check that everything is finite, step the optimizer
 
-The speed-up shown is an estimate. Before the stage one full forward and backward on its first batch is timed (the
-probe) and thrown away, and
+The speed-up shown is an estimate. Before the stage a full forward and backward on its first batch is timed (the probe):
 
     speed-up = seconds that full steps would have taken, by their number of rows / seconds taken
 
@@ -34,7 +33,7 @@ from ..recipe import Recipe, StageSection
 from ..recipe.schedules import schedule_of
 from ..rows import plan_rows
 from ..scheduler import Plan
-from ..util import NotFinite, UserError, counted, files, finite, malloc, provenance
+from ..util import NotFinite, UserError, counted, files, finite, malloc, provenance, require
 from . import checkpoint, diagnosis, optimizer
 from .answer_gate import Gate
 from .batching import Order, cut
@@ -70,15 +69,9 @@ class StageRun:
     processes = 1
 
     def __init__(
-        self,
-        recipe: Recipe,
-        model: DualSpeed,
-        source: Source,
-        name: str,
-        number: int,
-        stage: StageSection,
+        self, recipe: Recipe, model: DualSpeed, source: Source, name: str, number: int, stage: StageSection,
         totals: Totals,
-    ):
+    ):  # fmt: skip
         if model.device.type == "cpu":
             malloc.keep_freed_memory()
         self.recipe, self.model, self.source = recipe, model, source
@@ -105,11 +98,9 @@ class StageRun:
 
     def _gate(self) -> Gate | None:
         """What decides which answers are skipped, if the recipe asks for ReGATE."""
-        if self.name != "train" or self.recipe.regate.keep == 1:
-            return None
-        # `build.base_model` puts a model that has no path there.
-        base = self.recipe.model.path or str(self.recipe.folder / "base")
-        return Gate(self.recipe, self.source, self.model.device, base)
+        skips = self.name == "train" and self.recipe.regate.keep < 1
+        base = self.recipe.model.path or str(self.recipe.folder / "base")  # where `build.base_model` puts its model
+        return Gate(self.recipe, self.source, self.model.device, base) if skips else None
 
     def _rows_that_fit(self) -> float:
         """The number of rows up to which a micro-batch's activations fit on the device. Larger ones are recomputed."""
@@ -122,28 +113,22 @@ class StageRun:
             return
         self._announce()
         full_seconds_per_row = self._probe()
-        on_cuda = self.model.device.type == "cuda"
         # A schedule that adapts allows batches to be made only so many steps ahead, and each holds a step at most.
         workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
-        batches = loader.batches(self.source, self._ahead(), self.pad, workers=workers, pin=on_cuda)
-        with (
-            loader.explaining_crashes(),
-            closing(batches),
-            files.appending(folder / LOG if self.lead else Path(os.devnull)) as log,
-            tqdm(
-                total=self.steps, initial=self.first, desc=self.name, unit="step", disable=not bar, mininterval=0.2
-            ) as line,
-        ):
+        pin = self.model.device.type == "cuda"
+        batches = loader.batches(self.source, self._ahead(), self.pad, workers=workers, pin=pin)
+        adding = files.appending(folder / LOG if self.lead else Path(os.devnull))
+        how = {"unit": "step", "disable": not bar, "mininterval": 0.2}
+        line = tqdm(total=self.steps, initial=self.first, desc=self.name, **how)
+        with loader.explaining_crashes(), closing(batches), adding as log, line:
             for step in range(self.first, self.steps):
                 with diagnosis.naming_the_step(self):
                     entry = self._step(step, batches, full_seconds_per_row)
                 log(json.dumps(entry).encode() + b"\n")
                 note = " skipped" if entry["skipped"] else ""
-                speedup = f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
-                line.set_postfix_str(
-                    f"{entry['mode']} loss {entry['loss']:.3f}{note} {entry['rows_per_second']:,.0f} rows/s{speedup}",
-                    refresh=False,
-                )
+                speed = f"{entry['rows_per_second']:,.0f} rows/s"
+                speed += f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
+                line.set_postfix_str(f"{entry['mode']} loss {entry['loss']:.3f}{note} {speed}", refresh=False)
                 line.update()
                 self.stopped = self._stops(stop)  # asked once a step, since a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
@@ -161,11 +146,9 @@ class StageRun:
         """Warns of a short run that draws no slow step: its model never sees a whole picture and is poor at them."""
         modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
         if self.lead and self.name == "train" and "fast" in modes and "slow" not in modes:
-            print(
-                f"in {counted(self.steps, 'step')} no whole picture is seen: train for more steps (more train.epochs, "
-                f'a smaller train.batch), or set dualspeed.schedule = "periodic" and a larger dualspeed.slow',
-                file=sys.stderr,
-            )
+            more = "train for more steps (more train.epochs, a smaller train.batch)"
+            more += ', or set dualspeed.schedule = "periodic" and a larger dualspeed.slow'
+            print(f"in {counted(self.steps, 'step')} no whole picture is seen: {more}", file=sys.stderr)
 
     @contextmanager
     def _fitting(self, mode: str, rows: list[int]) -> Iterator[None]:
@@ -176,11 +159,9 @@ class StageRun:
             advice = f"set {self.name}.row_budget below that (or a smaller {self.name}.batch)"
             if len(rows) == 1:
                 advice = f'set {self.name}.checkpointing = "on", model.quantise = "nf4" or a smaller data.max_rows'
-            size = f"{len(rows) * max(rows):,} rows ({counted(len(rows), 'sample')})"
-            raise UserError(
-                f"step {self.totals.steps + 1}: a {mode} micro-batch of {size} does not fit into memory; {advice}; "
-                f"`tinyspeed estimate` says what fits"
-            ) from error
+            part = f"a {mode} micro-batch of {len(rows) * max(rows):,} rows ({counted(len(rows), 'sample')})"
+            what = f"step {self.totals.steps + 1}: {part} does not fit into memory"
+            raise UserError(f"{what}; {advice}; `tinyspeed estimate` says what fits") from error
 
     def _parts(self, step: int, plan: Plan) -> Iterator[tuple[list[int], list[int]]]:
         """The step's micro-batches: samples, and the rows of each."""
@@ -201,8 +182,7 @@ class StageRun:
         answers = sum(self.source.lengths(i)[2] for i in chosen)
         if self.gate:
             answers = self.gate.begin(chosen, plan.answer_keep)
-        if answers == 0:
-            raise UserError(f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
+        require(answers > 0, f"step {self.totals.steps + 1}: no sample of its batch has an answer to learn")
         self.model.step = step
         means, sums = ("ce", "kl", "ce_teacher"), ("influence", "rows_kept", "rows_taught", "rows_full")
         total = {"loss": 0.0, **dict.fromkeys(means, 0.0), **dict.fromkeys(sums, 0)}
@@ -259,8 +239,7 @@ class StageRun:
         return diagnosis.find_cause(self)
 
     def _update(self, plan: Plan, loss: Tensor, others: list[Tensor]) -> tuple[list[float | None], bool]:
-        """Clips, checks that everything is finite, and steps. Returns numbers for the log, and whether the step was
-        skipped because the loss scale overflowed."""
+        """Clips, checks that all is finite, and steps. Returns the log's numbers, and whether it overflowed."""
         gradients = self._gradients()
         norm, beside = self._norms(gradients)
         norm = norm / self.scale.scale
@@ -345,21 +324,20 @@ class StageRun:
         rows = [plan_rows(*self.source.lengths(i)[:2], plan, len(self.model.isolator)) for i in range(len(self.source))]
         longest = max(range(len(rows)), key=rows.__getitem__)
         share = math.ceil(self.stage.batch / self.processes)
-        samples = next(cut([rows[longest]] * share, self.stage.row_budget))
-        batch = next(loader.batches(self.source, [[longest] * len(samples)], self.pad))
+        lengths = [rows[longest] for _ in next(cut([rows[longest]] * share, self.stage.row_budget))]
+        batch = next(loader.batches(self.source, [[longest] * len(lengths)], self.pad))
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         self.model.step = 0
         began = time.perf_counter()
-        with self._fitting(plan.mode, [rows[longest]] * len(samples)):
+        with self._fitting(plan.mode, lengths):
             for _ in range(2):  # the second one runs beside the gradients of the first
-                out = self._micro_batch(batch, [rows[longest]] * len(samples), plan, 1)
+                out = self._micro_batch(batch, lengths, plan, 1)
         self._update(plan, out.loss.detach(), [])
         return {
-            "samples": len(samples), "rows": len(samples) * rows[longest],
-            "memory_mib": provenance.peak_memory_mib(device),
-            "recompute": len(samples) * rows[longest] > self.rows_that_fit, "seconds": time.perf_counter() - began,
+            "samples": len(lengths), "rows": sum(lengths), "memory_mib": provenance.peak_memory_mib(device),
+            "recompute": sum(lengths) > self.rows_that_fit, "seconds": time.perf_counter() - began,
         }  # fmt: skip
 
     def save(self, folder: Path, step: int) -> None:
@@ -376,23 +354,17 @@ class StageRun:
 
     def _state(self, step: int) -> dict:
         return {
-            "stage": self.number,
-            "stage_step": step,
-            "totals": asdict(self.totals),
-            "schedule": self.model.schedule.state_dict(),
-            "scale": self.scale.state_dict(),
-            "recipe": fingerprint(self.recipe),
-            "data": self.source.fingerprint,
-            "reference": self.gate.reference if self.gate else "",
-            "threads": torch.get_num_threads(),
-            "log": log_fingerprint(self.recipe.folder) if self.lead else (0, 0),
-        }
+            "stage": self.number, "stage_step": step, "totals": asdict(self.totals), "recipe": fingerprint(self.recipe),
+            "schedule": self.model.schedule.state_dict(), "scale": self.scale.state_dict(),
+            "data": self.source.fingerprint, "reference": self.gate.reference if self.gate else "",
+            "threads": torch.get_num_threads(), "log": log_fingerprint(self.recipe.folder) if self.lead else (0, 0),
+        }  # fmt: skip
 
     def restore(self, saved: checkpoint.Saved, state: dict) -> None:
         mine = self._state(state["stage_step"])
         for what in ("data", "reference"):
-            if (was := state.get(what, "")) != (now := mine[what]):
-                raise UserError(f"the {what} has changed since the run was stopped: it was {was}, and now it is {now}")
+            was, now = state.get(what, ""), mine[what]
+            require(was == now, f"the {what} has changed since the run was stopped: it was {was}, and now it is {now}")
         checkpoint.fill({f"model/{name}": p for p, name in self.names.items()}, saved, self._local)
         checkpoint.load_optimizer(self.optimizer, self.names, saved, self._local)
         checkpoint.fill(self.gate.tensors() if self.gate else {}, saved)

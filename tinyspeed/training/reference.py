@@ -10,8 +10,7 @@ one is computed again. Files are written under a temporary name and renamed, so 
 the folders that were used last are kept.
 
 The reference must have the student's tokens. Special tokens that it does not know, such as the placeholder of a
-picture, become pad. That is not allowed for tokens of an answer, such as its end token, because the loss would be that
-of a pad.
+picture, become pad. Tokens of an answer, such as its end token, may not: their loss would be that of a pad.
 """
 
 import hashlib
@@ -38,11 +37,12 @@ from ..distill import answer_loss
 from ..models import loading
 from ..models.precision import DTYPES
 from ..rows import IGNORE
-from ..util import UserError, files, paths
+from ..util import UserError, files, paths, require
 
 AT_ONCE = 1024  # samples a file
 ROWS = 16384  # tokens of a forward
 FOLDERS = 8  # how many are kept
+OTHER_LLM = "give the LLM that the model was made of, or one of its family"
 
 
 class Reference:
@@ -50,14 +50,13 @@ class Reference:
 
     def __init__(self, path: str, base: str, source: Source, samples: list[int], precision: str, folder: Path):
         self.path, self.source, self.samples, self.precision = path, source, samples, precision
+        self.called = f"regate.reference: {path}"
         self.files = _files(path)
         processor = loading.load_processor(base)
         self.tokens = _tokens(path, self.files, processor)
         self.content = _content(self.files)
-        made = hashlib.blake2b(digest_size=16)
-        for part in (self.content, source.fingerprint, repr(samples), repr(self.tokens.tolist()), precision):
-            made.update(part.encode() + b"\0")
-        self.key = made.hexdigest()
+        made = (self.content, source.fingerprint, repr(samples), repr(self.tokens.tolist()), precision)
+        self.key = hashlib.blake2b("".join(f"{part}\0" for part in made).encode(), digest_size=16).hexdigest()
         self.folder = folder / self.key
 
     def losses(self, device: torch.device, bar: bool = True) -> np.ndarray:
@@ -68,8 +67,6 @@ class Reference:
         if missing:
             self._check_context()
             model = self._load(device)
-            with files.errors_about(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
             files.delete_stale(self.folder.parent.glob("*/.*.tmp"))
             for number in tqdm(missing, desc="reference", unit="file", disable=not bar):
                 found[number] = self._make(model, parts[number])
@@ -112,11 +109,8 @@ class Reference:
         with loading.explaining(f"regate.reference: cannot load {self.path}"):
             context = AutoConfig.from_pretrained(self.files, trust_remote_code=False).max_position_embeddings
         longest = max(text + sum(visual) for text, visual, _ in map(self.source.lengths, self.samples))
-        if longest > context:
-            raise UserError(
-                f"regate.reference: {self.path} reads at most {context:,} tokens, and a sample has {longest:,} rows: "
-                f"set data.max_rows, or give another reference"
-            )
+        what = f"reads at most {context:,} tokens, and a sample has {longest:,} rows"
+        require(longest <= context, f"{self.called} {what}: set data.max_rows, or give another reference")
 
     def _load(self, device: torch.device) -> nn.Module:
         loading.require_safetensors(self.files)
@@ -127,14 +121,13 @@ class Reference:
 
     @torch.no_grad()
     def _make(self, model: nn.Module, part: list[int]) -> np.ndarray:
-        texts = [self.source.text(i) for i in part]
+        texts, targets = [self.source.text(i) for i in part], []
         for ids, labels in texts:
             learned = ids[labels != IGNORE]
             if len(other := learned[self.tokens[learned] != learned]):
-                raise UserError(
-                    f"regate.reference: {self.path} has another tokenizer than the model: it does not know the token "
-                    f"{int(other[0])}, which answers are made of; give the LLM that the model was made of"
-                )
+                what = f"it does not know the token {int(other[0])}, which answers are made of"
+                raise UserError(f"{self.called} has another tokenizer than the model: {what}; {OTHER_LLM}")
+            targets.append(labels[1:].where(labels[1:] == IGNORE, self.tokens[ids[1:]]))
         order = sorted(range(len(part)), key=lambda i: -len(texts[i][0]))
         losses: list[Tensor] = [None] * len(part)
         while order:
@@ -142,20 +135,15 @@ class Reference:
             now, order = order[:several], order[several:]
             ids = pad_sequence([self.tokens[texts[i][0]] for i in now], batch_first=True)
             mask = pad_sequence([torch.ones_like(texts[i][0]) for i in now], batch_first=True)
-            target = pad_sequence(
-                [texts[i][1][1:].where(texts[i][1][1:] == IGNORE, self.tokens[texts[i][0][1:]]) for i in now],
-                batch_first=True, padding_value=IGNORE,
-            ).to(model.device)  # fmt: skip
+            target = pad_sequence([targets[i] for i in now], batch_first=True, padding_value=IGNORE).to(model.device)
             out = model.base_model(ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
             answers = target != IGNORE
             hidden = out.last_hidden_state[:, :-1][answers]
             each = answer_loss(model.get_output_embeddings(), hidden, target[answers])[2]
             for i, of in zip(now, each.cpu().split(answers.sum(1).tolist()), strict=True):
                 if not of.isfinite().all():
-                    raise UserError(
-                        f"regate.reference: {self.path} has a loss that is not finite on {self.source.where(part[i])}: "
-                        f"try another model.precision, or another reference"
-                    )
+                    what = f"has a loss that is not finite on {self.source.where(part[i])}"
+                    raise UserError(f"{self.called} {what}: try another model.precision, or another reference")
                 losses[i] = of
         return torch.cat(losses).numpy()
 
@@ -190,10 +178,8 @@ def _tokens(path: str, files: str, processor) -> Tensor:
     ours, its = processor.tokenizer.get_vocab(), tokenizer.get_vocab()
     special = {*processor.tokenizer.all_special_tokens, *processor.tokenizer.get_added_vocab()}
     if wrong := [token for token, i in ours.items() if its.get(token) != i and token not in special]:
-        raise UserError(
-            f"regate.reference: {path} has another tokenizer than the model: {len(wrong):,} of {len(ours):,} tokens "
-            f"are not the same, {min(wrong)!r} is one; give the LLM that the model was made of, or one of its family"
-        )
+        what = f"{len(wrong):,} of {len(ours):,} tokens are not the same, {min(wrong)!r} is one"
+        raise UserError(f"regate.reference: {path} has another tokenizer than the model: {what}; {OTHER_LLM}")
     blank = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
     pad = next(i for i in blank if i is not None)
     tokens = torch.full((max(ours.values()) + 1,), pad)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..util import UserError, counted
+from ..util import UserError, counted, require
 from ..util.plots import GREY, figure, fit_scale, label_ends, plain_axes, save, smooth
 
+NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_taught", "rows_full", "seconds")
 MODES = {  # mode -> how its curve and its single steps are drawn
     "full": {"color": "#000000", "linestyle": (0, (6, 2, 1, 2)), "marker": "s"},
     "fast": {"color": "#0072B2", "linestyle": "-", "marker": "."},
@@ -24,17 +25,13 @@ MODES = {  # mode -> how its curve and its single steps are drawn
 
 
 def draw_run(folder: Path | str) -> Path:
-    """Draw folder/metrics.jsonl as folder/report.png."""
+    """Draws folder/metrics.jsonl as folder/report.png."""
     folder = Path(folder)
     return save(run_figure(read_metrics(folder / "metrics.jsonl"), folder.resolve().name), folder / "report.png")
 
 
-NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_taught", "rows_full", "seconds")
-
-
 def read_metrics(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl in order. If a step was written twice the later line counts. A crash may have cut
-    off the last line, but no other."""
+    """The steps of a metrics.jsonl in order. The later of two lines of a step counts, and the last may be cut off."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -47,12 +44,10 @@ def read_metrics(path: Path) -> list[dict]:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number} is not JSON: {error.msg}; delete the line to go on") from error
-        missing = [key for key in NEEDED if key not in row] if isinstance(row, dict) else ["everything"]
-        if missing:
-            raise UserError(f"{path}, line {number} lacks {', '.join(missing)}: was it written by tinyspeed train?")
+        lacks = ", ".join(key for key in NEEDED if key not in row) if isinstance(row, dict) else "everything"
+        require(not lacks, f"{path}, line {number} lacks {lacks}: was it written by tinyspeed train?")
         steps[row["step"]] = row
-    if not steps:
-        raise UserError(f"{path} holds no step yet: train for at least one step first")
+    require(bool(steps), f"{path} holds no step yet: train for at least one step first")
     return [steps[step] for step in sorted(steps)]
 
 
@@ -127,10 +122,8 @@ def run_figure(steps: list[dict], name: str = "run"):
         for ax in axes:
             ax.axvline(border, color=GREY, linewidth=0.8)
         for text, side, gap in ((f"{before} ◂", "right", -4), (f"▸ {after}", "left", 4)):
-            loss.annotate(
-                text, (border, 1), (gap, 4), xycoords=("data", "axes fraction"), textcoords="offset points", ha=side,
-                fontsize=9, color=GREY,
-            )  # fmt: skip
+            how = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9, "color": GREY}
+            loss.annotate(text, (border, 1), (gap, 4), ha=side, **how)
     return fig
 
 

@@ -3,8 +3,7 @@
     runs/NAME/   recipe.toml   checkpoints/   metrics.jsonl   ...
 
 Nothing of another run, or of anything else, is ever overwritten, and a run that never began leaves nothing behind.
-Everything here is checked before torch builds a model, so a mistake costs a second and not the minutes that a base
-model or 200,000 records take.
+Everything here is checked before torch builds a model, so that a mistake costs a second and not minutes.
 """
 
 import dataclasses
@@ -17,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..recipe import Recipe, read
-from ..util import UserError, files, paths
+from ..recipe.sections import INPUTS
+from ..util import UserError, files, paths, require
 
 LOG = "metrics.jsonl"
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
@@ -30,14 +30,7 @@ FREE = {
     "train": ("row_budget", "checkpointing"),
     "scale": ("shard", "reshard", "offload", "check_every", "timeout"),
 }
-# The keys that say where a run's inputs and outputs are.
-PLACES = {
-    "run": ("name", "folder", "device"),
-    "model": ("path", "tower", "llm"),
-    "data": ("file", "images"),
-    "dualspeed": ("isolator_from",),
-    "regate": ("reference",),
-}
+PLACES = {"run": ("name", "folder", "device"), **INPUTS}  # the keys that say where a run's inputs and outputs are
 
 
 def require_sources(recipe: Recipe) -> None:
@@ -55,16 +48,14 @@ def require_sources(recipe: Recipe) -> None:
 def require_free_or_resumable(recipe: Recipe, resume: bool) -> None:
     """Refuses a folder in which the run may neither begin nor be resumed."""
     folder = recipe.folder
-    if resume and not folder.is_dir():
-        raise UserError(f"there is no run to resume in {folder}")
+    require(folder.is_dir() or not resume, f"there is no run to resume in {folder}")
     there = has_begun(folder)
     if there and not resume:
         raise UserError(f"{folder} holds a run already: --resume continues it, and --set run.name=NAME begins another")
-    if there and (changed := differences(read(str(folder / "recipe.toml")), recipe)):
-        raise UserError(
-            f"{folder} was started with another recipe ({folder / 'recipe.toml'}): {', '.join(changed)} "
-            f"{'differs' if len(changed) == 1 else 'differ'}. Resume with that one, or choose another run.name"
-        )
+    file = folder / "recipe.toml"
+    if there and (changed := differences(read(str(file)), recipe)):
+        which = f"{', '.join(changed)} {'differs' if len(changed) == 1 else 'differ'}"
+        raise UserError(f"the run was started with another recipe ({file}): {which}. Use that, or another run.name")
     if folder.is_dir() and any(folder.iterdir()) and not OURS & {path.name for path in folder.iterdir()}:
         raise UserError(f"{folder} exists and is not a run; choose another run.name or run.folder")
 
@@ -79,18 +70,15 @@ def has_begun(folder: Path) -> bool:
 
 def differences(before: Recipe, now: Recipe) -> list[str]:
     """The keys whose values make two recipes ask for different runs."""
-    a, b = dataclasses.asdict(before), dataclasses.asdict(now)
-    return [
-        f"{section}.{key}"
-        for section in a
-        for key in a[section]
-        if a[section][key] != b[section][key] and key not in FREE.get(section, ())
-    ]
+    found, asked = [], dataclasses.asdict(now)
+    for section, values in dataclasses.asdict(before).items():
+        other = [key for key in values if values[key] != asked[section][key] and key not in FREE.get(section, ())]
+        found += [f"{section}.{key}" for key in other]
+    return found
 
 
 def log_fingerprint(folder: Path) -> tuple[int, int]:
     """Size and CRC-32 of the log so far, or of an empty one if somebody has deleted it."""
-
     file = folder / LOG
     return files.fingerprint(file) if file.is_file() else (0, 0)
 
@@ -103,10 +91,8 @@ def log_until(folder: Path, state: dict) -> bytes:
         return b""
     lines = file.read_bytes()[:size]
     if (len(lines), zlib.crc32(lines)) != (size, crc):
-        raise UserError(
-            f"{file} is damaged: its first {size:,} bytes are not what was written until step {step}; delete it to go "
-            f"on with a log that begins at step {step + 1}"
-        )
+        what = f"its first {size:,} bytes are not what was written until step {step}"
+        raise UserError(f"{file} is damaged: {what}; delete it to begin a new log at step {step + 1}")
     return lines
 
 

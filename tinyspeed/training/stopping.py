@@ -21,11 +21,9 @@ def stop_requested(*, quiet: bool = False) -> Iterator[list[int]]:
                 os.write(2, f"\n{signal.Signals(number).name}: this step, then saving{more}\n".encode())
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    try:
+    with suppress(ValueError):  # outside of the main thread signals are handled by somebody else
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, ask)
-    except ValueError:  # outside of the main thread signals are handled by somebody else
-        pass
     try:
         yield stop
     finally:

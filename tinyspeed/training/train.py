@@ -32,10 +32,6 @@ class Result:
     totals: Totals
     stopped_by: int | None = None  # the signal that ended the run early
 
-    @property
-    def speedup(self) -> float | None:
-        return self.totals.speedup
-
 
 def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
     """Runs a recipe from the start, or from its newest checkpoint."""
@@ -107,18 +103,14 @@ def rehearsed(run: StageRun) -> Iterator[dict]:
 
 
 def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None, **more) -> None:
-    """Prepares the run's folder: deletes half-written checkpoints, cuts the log off at the checkpoint with this state,
-    and writes record.json."""
+    """Prepares the run's folder: no half-written checkpoints, the log cut off at this state's step, and record.json."""
     for half in checkpoint.unfinished(folder / "checkpoints"):
         print(f"removing {half}: it was being written, or deleted, when the run ended", file=sys.stderr)
         files.delete_if_possible(half)
     checkpoint.prune(folder / "checkpoints", recipe.run.keep_checkpoints)  # the run may have ended before it did
-    if state and state["threads"] != torch.get_num_threads():
-        print(
-            f"the run used {counted(state['threads'], 'thread')} and goes on with {torch.get_num_threads()}: "
-            f"its weights will be right, but not bit-identical to an uninterrupted run",
-            file=sys.stderr,
-        )
+    if state and state["threads"] != (now := torch.get_num_threads()):
+        what = "its weights will be right, but not bit-identical to an uninterrupted run"
+        print(f"the run used {counted(state['threads'], 'thread')} and goes on with {now}: {what}", file=sys.stderr)
     with files.atomic(folder / run_folder.LOG) as temporary:
         temporary.write_bytes(run_folder.log_until(folder, state) if state else b"")
     model = base_model(recipe, device)

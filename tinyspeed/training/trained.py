@@ -14,7 +14,7 @@ from ..dualspeed import DualSpeed
 from ..models import loading, lora, precision, trainable
 from ..models.export import merge, save_adapter
 from ..recipe import Recipe, of_run
-from ..util import UserError, files, paths
+from ..util import files, paths, require
 from . import build, checkpoint, run_folder
 from .loop import Totals
 
@@ -22,8 +22,7 @@ from .loop import Totals
 def newest_checkpoint(recipe: Recipe) -> tuple[checkpoint.Saved, dict]:
     """The tensors and the state of the run's newest checkpoint."""
     newest = checkpoint.newest(recipe.folder / "checkpoints")
-    if newest is None:
-        raise UserError(f"{recipe.folder} has no checkpoint yet")
+    require(newest is not None, f"{recipe.folder} has no checkpoint yet")
     saved, state = checkpoint.read(newest)
     check_state(recipe, newest, state)
     return saved, state
@@ -36,17 +35,14 @@ def check_state(recipe: Recipe, path: Path, state: dict) -> None:
         size, crc = state["log"]
         counts = [totals.steps, totals.rows, totals.rows_full, size, crc]
         counts += [state["stage"], state["stage_step"], state["threads"]]
-        times = [totals.seconds, totals.full_seconds]
         good = all(type(n) is int and n >= 0 for n in counts)
-        if not good or not all(type(t) in (int, float) and t >= 0 for t in times):
-            raise ValueError("its state holds something else where a number should be")
-        if state["stage"] >= len(recipe.stages()) or not state["stage_step"] <= totals.steps == state["step"]:
-            raise ValueError("it is of a step that the run does not have")
+        good = good and all(type(t) in (int, float) and t >= 0 for t in (totals.seconds, totals.full_seconds))
+        checkpoint.expect(good, "its state holds something else where a number should be")
+        good = state["stage"] < len(recipe.stages()) and state["stage_step"] <= totals.steps == state["step"]
+        checkpoint.expect(good, "it is of a step that the run does not have")
         of = state["recipe"]
-    if of != run_folder.fingerprint(recipe):
-        raise UserError(
-            f"checkpoint {path} is of another run, with another recipe than {recipe.folder / 'recipe.toml'}"
-        )
+    same, file = of == run_folder.fingerprint(recipe), recipe.folder / "recipe.toml"
+    require(same, f"checkpoint {path} is of another run, with another recipe than {file}")
 
 
 def load_trained(recipe: Recipe) -> DualSpeed:
@@ -82,8 +78,8 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
     What was trained is merged into the base's own weights, which were never rounded to 4 bits; or the adapters are
     written alone, for peft. No model is loaded.
     """
-    if adapter_only and not recipe.lora.rank:
-        raise UserError("this run has no adapter (lora.rank = 0): export the whole model")
+    if adapter_only:
+        require(recipe.lora.rank > 0, "this run has no adapter (lora.rank = 0): export the whole model")
     saved, _ = newest_checkpoint(recipe)
     base = build.base_model(recipe, torch.device("cpu"))
     with files.atomic(out) as temporary:

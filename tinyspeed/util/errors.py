@@ -7,7 +7,8 @@ traceback.
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 LONGEST = 1000  # characters of a line of a message
 
@@ -50,6 +51,17 @@ def unknown(kind: str, name: str, known: Iterable[str], before: str = "") -> Use
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {before + near[0]!r}?" if near else f"known: {', '.join(before + name for name in known)}"
     return UserError(f"unknown {kind} {before + str(name)!r}; {hint}")
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Begins every error with the place of the mistake, unless it is said there already."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(where):
+            raise
+        raise UserError(f"{where}: {error}") from error
 
 
 def require(good: bool, what: str) -> None:

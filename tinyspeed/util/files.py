@@ -69,8 +69,9 @@ def errors_about(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path, *, cached: bool = False) -> Iterator[Path]:
-    """A temporary name for a file or a folder, which is renamed to `path` once it is written. What is only `cached` can
-    be made again: it need not survive a power cut, and other processes may be making the same."""
+    """A temporary name for a file or a folder, which is renamed to `path` once it is written. The folder around it is
+    made if need be. What is only `cached` can be made again: it need not survive a power cut, and other processes may
+    be making the same."""
     target = path.resolve()  # a link stays a link
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp" if cached else f".{target.name}.tmp")
     with errors_about(path):
@@ -78,6 +79,7 @@ def atomic(path: Path, *, cached: bool = False) -> Iterator[Path]:
             yield target
             return
         delete(temporary)  # left by a killed process
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             if not cached:

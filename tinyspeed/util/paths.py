@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, require
 
 UNENCODABLE = re.compile("[\0\ud800-\udfff]")  # characters that neither the name of a file nor UTF-8 text can have
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -44,17 +44,12 @@ def model_folder_or_hub_id(path: str) -> Path | str:
     if (folder / "config.json").is_file():
         return folder
     if (folder / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} is an adapter without its model, to be loaded by peft: give the run that it comes from, or export "
-            f"that run without --adapter"
-        )
-    if folder.is_dir():
-        raise UserError(f"{path} is not a model folder: it has no config.json")
+        mend = "give the run that it comes from, or export that run without --adapter"
+        raise UserError(f"{path} is an adapter without its model, to be loaded by peft: {mend}")
+    require(not folder.is_dir(), f"{path} is not a model folder: it has no config.json")
     if path.startswith((".", "/", "~")) or path.count("/") != 1 or folder.parent.is_dir():
-        raise UserError(
-            f"there is no model folder {path}, and no run; give one that exists, or a hub id such as "
-            f"llava-hf/llava-1.5-7b-hf"
-        )
+        mend = "give one that exists, or a hub id such as llava-hf/llava-1.5-7b-hf"
+        raise UserError(f"there is no model folder {path}, and no run; {mend}")
     return path
 
 
@@ -69,24 +64,19 @@ def weight_files(folder: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of weights: {error!r}") from error
     if bad:
-        raise UserError(
-            f"{index} names {bad[0]!r}. Only safetensors are read, since a pickle can run code, and only from the same "
-            f"folder: save the model again with save_pretrained"
-        )
+        why = "Only safetensors are read, since a pickle can run code, and only from the same folder"
+        raise UserError(f"{index} names {bad[0]!r}. {why}: save the model again with save_pretrained")
     return [folder / name for name in names]
 
 
 def require_isolator(path: str) -> Path:
     """The file that a finished run leaves for the next one, `dualspeed.isolator_from`."""
     file = expanded(path) / ISOLATOR
-    if not file.is_file():
-        raise UserError(f"dualspeed.isolator_from: there is no {file}: was that run finished?")
+    require(file.is_file(), f"dualspeed.isolator_from: there is no {file}: was that run finished?")
     return file
 
 
 def require_conversations(file: str, images: str) -> None:
     """Refuses a file of conversations, or a folder of their pictures, that does not exist."""
-    if not expanded(file).exists():
-        raise UserError(f"data.file: there is no file {file}")
-    if images and not expanded(images).is_dir():
-        raise UserError(f"data.images: there is no folder {images}")
+    require(expanded(file).exists(), f"data.file: there is no file {file}")
+    require(not images or expanded(images).is_dir(), f"data.images: there is no folder {images}")

@@ -39,8 +39,6 @@ def save(fig, out: Path | str) -> Path:
     """Writes a Figure to a file, in the format that its name asks for."""
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     try:
-        with files.errors_about(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(out) as temporary:
             fig.savefig(temporary, dpi=DPI, format=out.suffix[1:])
     except UserError:

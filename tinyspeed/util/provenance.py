@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,19 +21,13 @@ PACKAGES = ("tinyspeed", "torch", "transformers", "peft", "bitsandbytes", "safet
 def describe(device: torch.device | str = "cpu", **more) -> dict:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
-        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
-        "commit": commit(),
+        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]), "commit": commit(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        **more,
-    }
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions, **more,
+    }  # fmt: skip
 
 
 def _program(file: Path) -> list[str]:
@@ -79,10 +74,8 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def cpu_name() -> str:
-    try:
+    with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.machine()

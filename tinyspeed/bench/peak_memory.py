@@ -1,7 +1,7 @@
-"""What a step takes beside what is there anyway, to the byte, on any device.
+"""Measures what a step allocates at its peak, to the byte, on any device.
 
-A GPU's allocator knows its own peak. On a CPU every operation is watched: a storage that it makes counts until the last
-tensor on it is gone. Weights, moments and the like are known beforehand and count apart.
+A GPU's allocator knows its own peak. On a CPU every operation is watched: a storage counts from the operation that
+makes it until the last tensor on it is gone. Weights, gradients and moments exist before the step and are not counted.
 """
 
 import weakref
@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Live(TorchDispatchMode):
-    """Bytes of all storages that operations have made and that are still alive, now and at their peak. `known` are the
-    addresses of those that do not count."""
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages that operations have made and that are still alive, now and at their peak.
+    `known` are the addresses of storages that do not count."""
 
     def __init__(self, known: set[int]):
         super().__init__()
@@ -35,16 +35,16 @@ class Live(TorchDispatchMode):
         if key in self.made or storage.data_ptr() in self.known:
             return
 
-        def gone(_):
+        def freed(_):
             del self.made[key]
             self.now -= size
 
-        self.made[key] = weakref.ref(storage, gone)
+        self.made[key] = weakref.ref(storage, freed)
         self.now += size
 
 
 def storages(model: nn.Module, more: Iterable[Tensor] = ()) -> dict[int, int]:
-    """Address and bytes of the weights, their gradients, the scales of 4-bit weights, and `more`."""
+    """Returns address and bytes of the weights, their gradients, the scales of 4-bit weights, and `more`."""
     found = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), *more]
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -54,14 +54,14 @@ def storages(model: nn.Module, more: Iterable[Tensor] = ()) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in kept}
 
 
-def peak(step: Callable, device: torch.device, known: dict[int, int]) -> int:
-    """Bytes of a step, beside those that are known."""
+def peak_bytes(step: Callable, device: torch.device, known: dict[int, int]) -> int:
+    """Returns the bytes that a step takes at its peak, beside the known storages."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    with Live(set(known)) as live:
+    with LiveStorages(set(known)) as live:
         step()
     return live.peak

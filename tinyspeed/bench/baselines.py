@@ -1,17 +1,19 @@
 """What people run today, on the same weights, samples, precision and optimizer as ours.
 
-hf       the model's own forward: batches padded as a processor pads them, in the order of the data, every activation
-         checkpointed, gradients accumulated and clipped: transformers' `Trainer` without its bookkeeping
-trl      `SFTTrainer.compute_loss`, where TRL is installed, in the same loop. TRL rewrites its model, so it has
-         modules of its own around the same weights. It hooks whatever embeds: the frozen tower has a backward too
+hf       the model's own forward. Batches are padded as a processor pads them, in the order of the data; every
+         activation is checkpointed; gradients are accumulated and clipped: transformers' `Trainer` without its
+         bookkeeping
+trl      `SFTTrainer.compute_loss` in the same loop, where TRL is installed. TRL rewrites its model, so it has modules
+         of its own around the same weights. It hooks every module that embeds, so the frozen tower has a backward too
 
-Both learn what ours learns. AdamW is torch's fused one, which is the Trainer's default too. On a GPU batches are
-pinned, as the Trainer's are.
+Both train the same parameters as ours, with torch's fused AdamW, which is the Trainer's default too. On a GPU batches
+are pinned, as the Trainer's are.
 """
 
 import copy
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -24,30 +26,23 @@ from ..models.families import family
 from ..training.loop import StageRun
 
 
-def rivals(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
-    """By name: one optimizer step on all samples of the run, `micro` at a time. Each returns its loss."""
+def baselines(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
+    """Returns by name: one optimizer step on all samples of the run, `micro` at a time, which returns its loss."""
     samples = range(len(run.source))
-    cut = [samples[first : first + micro] for first in range(0, len(samples), micro)]
-    batches = [loaded(run, part) for part in cut]
+    batches = [batch_of(run, samples[first : first + micro]) for first in range(0, len(samples), micro)]
     answers = sum(run.source.lengths(i)[2] for i in samples)
     model, llm = run.model.model, run.model.vlm.language_model
 
-    def hf(checkpointing: bool) -> Callable[[], float]:
-        def loss(batch: dict[str, Tensor]) -> Tensor:
-            return model(**batch, use_cache=False, num_items_in_batch=answers).loss
+    def hf(checkpointing: bool) -> float:
+        llm.set_attn_implementation("sdpa")
+        run.model.vlm.recompute(checkpointing)
+        try:
+            return _step(run, batches, lambda batch: model(**batch, use_cache=False, num_items_in_batch=answers).loss)
+        finally:
+            llm.set_attn_implementation(attention.NAME)
 
-        def step() -> float:
-            llm.set_attn_implementation("sdpa")
-            run.model.vlm.recompute(checkpointing)
-            try:
-                return _step(run, batches, loss)
-            finally:
-                llm.set_attn_implementation(attention.NAME)
-
-        return step
-
-    found = {"hf": hf(True), "hf, nothing recomputed": hf(False)}
-    if find_spec("trl") and run.recipe.model.quantise == "none":  # of one in 4 bits it casts what all train
+    found = {"hf": partial(hf, True), "hf, nothing recomputed": partial(hf, False)}
+    if find_spec("trl") and run.recipe.model.quantise == "none":  # of a 4-bit model it casts what the others train
         found["trl"] = _trl(run, batches, answers)
     return found
 
@@ -59,23 +54,23 @@ def _trl(run: StageRun, batches: list[dict[str, Tensor]], answers: int) -> Calla
     weights = [*run.model.model.parameters(), *run.model.model.buffers()]
     model = copy.deepcopy(run.model.model, {id(weight): weight for weight in weights})
     family(model).language_model.set_attn_implementation("sdpa")
-    nothing = datasets.Dataset.from_dict({"images": [None], "messages": [[]]})  # its loop and its data are not used
+    unused = datasets.Dataset.from_dict({"images": [None], "messages": [[]]})  # SFTTrainer insists on data
     with tempfile.TemporaryDirectory() as folder:
         how = trl.SFTConfig(
             folder, report_to=[], save_strategy="no", use_cpu=run.model.device.type == "cpu", disable_tqdm=True,
             dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
         )  # fmt: skip
         trainer = trl.SFTTrainer(
-            model, how, train_dataset=nothing, data_collator=list, processing_class=digits_model.build_processor()
+            model, how, train_dataset=unused, data_collator=list, processing_class=digits_model.build_processor()
         )
     model.train()
     model.gradient_checkpointing_enable()
     return lambda: _step(run, batches, lambda batch: trainer.compute_loss(model, batch, num_items_in_batch=answers))
 
 
-def loaded(run: StageRun, part: Iterable[int]) -> dict[str, Tensor]:
-    """A batch that is there before the clock starts."""
-    batch = collate([run.source.example(i) for i in part], run.pad)
+def batch_of(run: StageRun, samples: Iterable[int]) -> dict[str, Tensor]:
+    """Returns a batch that is ready before the clock starts."""
+    batch = collate([run.source.example(i) for i in samples], run.pad)
     return {name: value.pin_memory() for name, value in batch.items()} if run.model.device.type == "cuda" else batch
 
 
