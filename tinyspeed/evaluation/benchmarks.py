@@ -174,8 +174,6 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
     """Returns what was predicted already, and cuts off half a line at the end of `out`."""
     held = out.read_bytes() if out.exists() else b""
     if header.startswith(held):  # it is empty, or has half a header
-        with files.errors_about(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic(out) as temporary:
             temporary.write_bytes(header)
         return {}

@@ -74,8 +74,6 @@ def _run_arms(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe],
     for seed, todo in missing.items():
         home, sizes = folder / f"seed-{seed}", recipe.digits
         if todo and not recipe.model.path:
-            with files.errors_about(home):
-                home.mkdir(exist_ok=True)
             how = {"tower_steps": sizes.tower_steps, **sizes.sizes, "bar": bar, "device": place(recipe).device}
             digits_model.prepare(home / "base", seed, **how)
         for arm, made in todo.items():
