@@ -117,13 +117,10 @@ class StageRun:
         workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
         pin = self.model.device.type == "cuda"
         batches = loader.batches(self.source, self._ahead(), self.pad, workers=workers, pin=pin)
+        adding = files.appending(folder / LOG if self.lead else Path(os.devnull))
         how = {"unit": "step", "disable": not bar, "mininterval": 0.2}
-        with (
-            loader.explaining_crashes(),
-            closing(batches),
-            files.appending(folder / LOG if self.lead else Path(os.devnull)) as log,
-            tqdm(total=self.steps, initial=self.first, desc=self.name, **how) as line,
-        ):
+        line = tqdm(total=self.steps, initial=self.first, desc=self.name, **how)
+        with loader.explaining_crashes(), closing(batches), adding as log, line:
             for step in range(self.first, self.steps):
                 with diagnosis.naming_the_step(self):
                     entry = self._step(step, batches, full_seconds_per_row)

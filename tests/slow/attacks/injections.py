@@ -94,7 +94,7 @@ def difficulty(at: Step):
     i = at.draw.choice(at.run.order.batch(at.step, at.run.stage.batch))
     tokens = at.run.gate.memory._tokens(i)
     at.run.gate.memory.difficulty[at.draw.randrange(tokens.start, tokens.stop)] = at.value
-    return rf"what ReGATE remembers of sample {i} is not finite"
+    return rf"a difficulty that ReGATE remembers of sample {i} is not finite"
 
 
 def loss_scale(at: Step):
@@ -248,7 +248,7 @@ SAVED_AS = {  # how the line names it -> how a checkpoint names it
     "^the weight ": "model/",
     r"^the optimizer's (\S+) of ": r"optimizer/\1/",
     "^the state of ": "",
-    "^what ReGATE .*": r"regate/difficulty \\(",
+    "^a difficulty .*": r"regate/difficulty \\(",
 }
 
 

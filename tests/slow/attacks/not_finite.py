@@ -56,6 +56,7 @@ SYSTEMS = {
     "all of it": ("dualspeed.schedule=adaptive", "dualspeed.plugin=dynamicvit", *VIEWS, *LAYERS, *ANSWERS),
     "cache": ("data.feature_cache_gb=1.0", "lora.rank=2"),
 }
+MODES = ("fast", "full", "slow")
 REGATE, ADAPTS = {"regate", "all of it"}, {"adaptive", "sts", "all of it"}
 ONLY = {  # the systems that have such a number
     "schedule": ADAPTS, "when saving, the schedule": ADAPTS, "difficulty": REGATE, "when saving, a difficulty": REGATE,
@@ -88,9 +89,9 @@ def steps_of(made: recipe.Recipe) -> list[tuple[str, str]]:
     return [(line["stage"], line["mode"]) for line in log_of(made)]
 
 
-def drawn_step(steps: list[tuple[str, str]], draw: random.Random) -> int:
-    """Draws a step. Each mode of each stage is equally likely, although slow steps are rare."""
-    wanted = draw.choice(sorted({*steps}))
+def drawn_step(steps: list[tuple[str, str]], draw: random.Random, modes: tuple[str, ...] = MODES) -> int:
+    """Draws a step of these modes. Each mode of each stage is equally likely, although slow steps are rare."""
+    wanted = draw.choice(sorted({(stage, mode) for stage, mode in steps if mode in modes}))
     return draw.choice([number for number, of in enumerate(steps) if of == wanted])
 
 
