@@ -24,7 +24,7 @@ from pathlib import Path
 from slow.attacks import outcomes
 from slow.attacks.commands import Command, commands_that_write
 from slow.attacks.small_disk import SmallDisk, why_not
-from support.runs import timeless
+from support.runs import content_of, timeless
 from support.waiting import HANGS
 
 from tinyspeed import UserError, cli
@@ -204,7 +204,7 @@ def unlike(found: dict[str, Path], wanted: dict[str, bytes]) -> list[str]:
     """Files that only one side has, or that differ in something else than times."""
     wrong = [f"{name} is {'missing' if name in wanted else 'new'}" for name in found.keys() ^ wanted.keys()]
     for name in found.keys() & wanted.keys():
-        mine, whole = found[name].read_bytes(), wanted[name]
+        mine, whole = (content_of(name, content) for content in (found[name].read_bytes(), wanted[name]))
         if name.endswith("metrics.jsonl"):
             mine, whole = timeless(mine), timeless(whole)
         elif name.endswith((".png", ".md")) or Path(name).name in TIMED:

@@ -25,7 +25,7 @@ import psutil
 from slow.attacks import outcomes
 from support import tiny
 from support.album import album
-from support.runs import ROOT, unlike
+from support.runs import ROOT, content_of, unlike
 from support.waiting import HANGS
 
 from tinyspeed import recipe
@@ -188,7 +188,8 @@ class Attack:
         files.delete_stale(strays)
         assert not any(p.exists() for p in strays)
         for name, path in whole.items():
-            assert killed[name].read_bytes() == path.read_bytes(), name
+            mine, its = (content_of(path.name, file.read_bytes()) for file in (killed[name], path))
+            assert mine == its, name
         shutil.rmtree(caches[0], ignore_errors=True)
 
     def log(self, which: str) -> str:
