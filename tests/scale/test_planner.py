@@ -284,7 +284,7 @@ def test_what_does_not_fit_says_so(recipe, tmp_path, capsys):
         (["--gpus", "64"], "train.batch=64"),
         (["--samples", "0"], "--samples 0"),
         (["--set", "model.precision=fp32", "--gpus", "8"], "half precision"),
-        (["--json", "/no/such/folder/x.json", "--gpus", "8"], "/no/such/folder"),
+        (["--json", "/dev/null/x.json", "--gpus", "8"], "/dev/null"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, argv, says):
