@@ -20,9 +20,9 @@ from transformers.utils import logging
 from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import conversations, digits
 from tinyspeed.data.examples import Source
-from tinyspeed.models import loading, precision, trainable
+from tinyspeed.models import loading, precision, stages
 from tinyspeed.recipe import Recipe
-from tinyspeed.training import answer_gate, build, checkpoint, report, run_folder, stopping, trained
+from tinyspeed.training import answer_gate, build, checkpoint, report, run_folder, stopping, trained_model
 from tinyspeed.training import train as core
 from tinyspeed.training.loop import Totals
 from tinyspeed.util import counted
@@ -132,7 +132,7 @@ def _stages(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh, source: Source, stop
     newest = checkpoint.newest(folder / "checkpoints")
     state = checkpoint.read(newest, slice(ranks.rank, None, ranks.size))[1] if newest else None
     if state:
-        trained.check_state(recipe, newest, state)
+        trained_model.check_state(recipe, newest, state)
     ranks.require_same("the checkpoint to go on from", state and state["step"])
     if ranks.is_main:
         core.begin(recipe, folder, ranks.device, state, ranks=ranks.size)
@@ -179,7 +179,7 @@ def sharded_model(
     else:
         plain = loading.empty_model(path, name)
     model = build.wrap(recipe, plain)
-    trainable.set_trainable(model.model, stage)
+    stages.set_trainable(model.model, stage)
     if before is not None:
         here = {f"model/{n}": p for n, p in model.named_parameters() if not p.is_meta}
         checkpoint.fill({n: p for n, p in here.items() if n in before}, before)

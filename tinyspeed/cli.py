@@ -222,7 +222,7 @@ def _ask(a) -> int:
     _check_model(a.model)
     pictures = [images.decode(Path(picture), "ask") for picture in pictures]
     from .evaluation import ask
-    from .training.trained import open_model
+    from .training.trained_model import open_model
 
     with open_model(a.model) as (model, processor, _):
         how = {"max_new_tokens": a.max_new_tokens, "streamer": ask.to_stdout(processor)}
@@ -254,7 +254,7 @@ def _eval(a) -> int:
     if chosen.data.kind != "digits":
         raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
     from .evaluation import accuracy
-    from .training.trained import load_trained
+    from .training.trained_model import load_trained
 
     full, pruned = accuracy.held_out(load_trained(chosen), chosen)
     print(tables.table(["tokens", "% right"], [["full", f"{full:.1f}"], ["pruned", f"{pruned:.1f}"]]))
@@ -272,7 +272,7 @@ def _benchmark(a) -> int:
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
     print(f"predictions go to {out}", file=sys.stderr)
     from .evaluation import ask, benchmarks
-    from .training.trained import open_model
+    from .training.trained_model import open_model
 
     with open_model(a.model) as (model, processor, name):
         asked = partial(ask.answer, model, processor)
@@ -307,7 +307,7 @@ def _export(a) -> int:
 
     require(not Path(a.out).exists(), f"{a.out} exists already; nothing was overwritten")
     run = of_run(a.run)
-    from .training.trained import export
+    from .training.trained_model import export
 
     export(run, Path(a.out), adapter_only=a.adapter)
     by = "peft.PeftModel.from_pretrained(base, ...)" if a.adapter else "transformers.AutoModelForImageTextToText"

@@ -21,7 +21,7 @@ from tinyspeed.bench.estimate import flops
 from tinyspeed.bench.harness import time_in_turns
 from tinyspeed.bench.random_examples import RandomExamples
 from tinyspeed.data.examples import collate
-from tinyspeed.models import precision, published, trainable
+from tinyspeed.models import precision, published, stages
 from tinyspeed.models.memory import Settings, Shape
 from tinyspeed.scheduler import Plan
 from tinyspeed.util.tables import table
@@ -62,7 +62,7 @@ def steps(layers: int, size: Size, device: torch.device) -> list[Timed]:
     )  # fmt: skip
     config = published.llava("1.5", text, vision)
     model = DualSpeed(AutoModelForImageTextToText.from_config(config, trust_remote_code=False)).to(device)
-    trainable.set_trainable(model.model, "train")
+    stages.set_trainable(model.model, "train")
     model.train().step = 0
 
     sample = (TEXT, [(size.pixels // 14) ** 2], ANSWERS)

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 
 from tinyspeed import DualSpeed, UserError
 from tinyspeed.bench.estimate import GRAIN, changed, compare_measured, describe, estimate, flops
-from tinyspeed.models import lora, trainable
+from tinyspeed.models import lora, stages
 from tinyspeed.models.memory import GIB, RESERVE, Settings, Shape
 from tinyspeed.models.published import clip, vicuna
 from tinyspeed.recipe import from_tables, read
@@ -173,7 +173,7 @@ def test_flops_are_those_that_torch_counts(family, rank, stage, mode, recompute)
     config = small(family, hidden=128, layers=3)
     net = AutoModelForImageTextToText.from_config(config)
     model = DualSpeed(lora.add_lora(net, rank=rank) if rank else net)
-    trainable.set_trainable(model.model, stage)
+    stages.set_trainable(model.model, stage)
     model.train().activation_checkpointing_enable()
     model.vlm.recompute(recompute)
     batch, visual = batch_of(config, 1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tinyspeed import UserError
 from tinyspeed.data.chat import Chat
-from tinyspeed.data.records import IMAGE, Turn
+from tinyspeed.data.record_formats import IMAGE, Turn
 from tinyspeed.models import assembling
 from tinyspeed.rows import IGNORE
 

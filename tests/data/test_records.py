@@ -18,9 +18,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tinyspeed.data import parquet as parquet_files
-from tinyspeed.data import record_files, records
+from tinyspeed.data import record_files, record_formats
 from tinyspeed.data.record_files import RecordFile
-from tinyspeed.data.records import IMAGE, MARKER, Record, Turn, parse
+from tinyspeed.data.record_formats import IMAGE, MARKER, Record, Turn, parse
 from tinyspeed.util.errors import UserError
 
 WHERE = "train.json: record 17"
@@ -401,7 +401,16 @@ def test_no_mistake_in_any_record_passes(case, data):
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-WORDS = [*records.UNREAD, *records.UNREAD_INSIDE, *records.FORMATS, *records.PICTURES, "id", "type", "role", "from"]
+WORDS = [
+    *record_formats.UNREAD,
+    *record_formats.UNREAD_INSIDE,
+    *record_formats.FORMATS,
+    *record_formats.PICTURES,
+    "id",
+    "type",
+    "role",
+    "from",
+]
 SAYINGS = ["user", "assistant", "system", "human", "gpt", "text", "image", "a.jpg", "What?", "<image>\nWhat?", ""]
 anything = st.recursive(
     leaves | st.sampled_from(SAYINGS),

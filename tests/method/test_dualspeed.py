@@ -35,7 +35,7 @@ from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from tinyspeed import DualSpeed, UserError, pruning, rows
 from tinyspeed.isolator import PromptIsolator
-from tinyspeed.models import attention, loading, trainable
+from tinyspeed.models import attention, loading, stages
 from tinyspeed.scheduler import Plan
 
 SKIPPING = Plan("fast", keep=KEEP, layers=(0, 2))  # of three layers
@@ -317,10 +317,10 @@ def test_text_only_samples_cost_the_same_rows_in_fast_and_full_mode(family):
     assert not tiny.difference(fast.loss, full.loss)
 
 
-@pytest.mark.parametrize("stage", trainable.STAGES)
+@pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_stage_trains_the_connector_and_the_llm_or_the_connector_alone(family, stage):
     model = wrap(tiny.model(family))
-    trainable.set_trainable(model.model, stage)
+    stages.set_trainable(model.model, stage)
     full, fast = (backward(model, tiny.batch(family), plan=plan)[1].keys() for plan in (FULL, FAST))
     pattern = "multi_modal_projector|image_newline|isolator" + ("|language_model|lm_head" if stage == "train" else "")
     assert full | fast == {name for name, _ in model.named_parameters() if re.search(pattern, name)}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import LlavaOnevisionImageProcessor
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.models import families, loading, lora, precision, trainable
+from tinyspeed.models import families, loading, lora, precision, stages
 
 MIXES = {
     "images": ((2, IMG, 6), (7,), (3, IMG, IMG, 4), (3, IMG)),
@@ -139,7 +139,7 @@ def test_k_counts_pictures_of_an_image_or_a_whole_video_and_each_has_one_isolato
 def test_structural_rows_are_those_that_change_with_the_newline(family, how):
     """An account that does not ask which rows equal the newline. In a bf16 model it is fp32, since it trains."""
     net, batch = tiny.model(family).to(precision.DTYPES[how]), batch_of(family)
-    trainable.set_trainable(net, "align")
+    stages.set_trainable(net, "align")
     adapter = families.family(net)
     visual = {name: value for name, value in batch.items() if "image" in name or "pixel" in name}
     with torch.no_grad(), precision.autocast(how, torch.device("cpu")):
@@ -194,21 +194,21 @@ def test_a_slow_step_leaves_the_isolators_gradient_alone_and_a_fast_step_moves_i
     assert model.isolator.weight.grad.abs().min() > 0  # every row of it
 
 
-@pytest.mark.parametrize("stage", trainable.STAGES)
+@pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_stage_trains_the_connector_and_the_llm_or_the_connector_alone(family, stage):
     model = wrap(tiny.model(family))
-    trainable.set_trainable(model.model, stage)
+    stages.set_trainable(model.model, stage)
     full, fast = (backward(model, batch_of(family), plan=plan)[1].keys() for plan in (FULL, FAST))
     parts = ["multi_modal_projector", "image_newline", "isolator"]
     parts += ["language_model", "lm_head"] if stage == "train" else []
     assert full | fast == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
 
 
-@pytest.mark.parametrize("stage", [None, *trainable.STAGES])
+@pytest.mark.parametrize("stage", [None, *stages.STAGES])
 def test_lora_adapts_the_llms_linear_layers_and_nothing_else(family, stage):
     adapted = lora.add_lora(tiny.model(family), rank=2)
     if stage:
-        trainable.set_trainable(adapted, stage)
+        stages.set_trainable(adapted, stage)
     model = wrap(adapted)
     for plan in (FULL, FAST):
         names = backward(model, batch_of(family), plan=plan)[1].keys()
@@ -231,7 +231,7 @@ def test_a_checkpoint_loads_and_trains_in_full_precision_and_in_4_bits(family, t
     losses = []
     for quantise in ("none", "nf4"):
         net = lora.add_lora(loading.load_model(str(tmp_path), quantise=quantise), rank=2)
-        trainable.set_trainable(net, "train")
+        stages.set_trainable(net, "train")
         loss, gradients = backward(wrap(net), batch, plan=FULL)
         losses.append(loss.item())
         assert any("lora_A" in name for name in gradients)

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, Trainer
 
 from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import digits_model
-from tinyspeed.models import export, loading, lora, trainable
+from tinyspeed.models import export, loading, lora, stages
 from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import PeriodicSchedule, Plan
 from tinyspeed.training import checkpoint, optimizer
@@ -31,7 +31,7 @@ def view_of(name: str) -> str:
 
 def grown(net: torch.nn.Module) -> torch.nn.Module:
     """Adapters, both A and B, far from where they begin, and from each other."""
-    trainable.set_trainable(net, "train")
+    stages.set_trainable(net, "train")
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -51,7 +51,7 @@ def single(of: DualSpeed, view: str, family: str = "llava", **how) -> DualSpeed:
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             parameter.copy_(weights[name])
-    trainable.set_trainable(net, "train")
+    stages.set_trainable(net, "train")
     return wrap(net, **how)
 
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.models import assembling, export, loading, lora, precision, trainable
+from tinyspeed.models import assembling, export, loading, lora, precision, stages
 from tinyspeed.scheduler import Plan
 
 KINDS = ("fp32", "bf16", "fp16")
@@ -93,7 +93,7 @@ def test_4_bit_weights_are_near_the_real_ones_and_no_forward_changes_them(tmp_pa
 def test_training_in_4_bits_reaches_adapters_projector_and_isolator_and_nothing_else(base, name):
     net = lora.add_lora(loading.load_model(base, name, quantise="nf4"), rank=4, dropout=0.1)
     model = DualSpeed(net, keep=0.3).train()
-    trainable.set_trainable(net, "train")
+    stages.set_trainable(net, "train")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for plan in (Plan("fast", keep=0.3), Plan("slow", keep=0.3, distill=1.0)):
@@ -167,7 +167,7 @@ def test_merging_after_4_bits_adds_to_the_weights_that_were_never_rounded(base, 
     four = train_a_little(lora.add_lora(loading.load_model(base, quantise="nf4"), rank=4))
     export.merge(saved(four), 2.0, base, tmp_path / "out")
     whole = lora.add_lora(loading.load_model(base), rank=4)
-    trainable.set_trainable(whole, "train")
+    stages.set_trainable(whole, "train")
     assert learned(four)
     unexpected = whole.load_state_dict(learned(four), strict=False).unexpected_keys
     assert not unexpected

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from tinyspeed import DualSpeed, pruning, recipe
 from tinyspeed.bench.peak_memory import LiveStorages, storages
-from tinyspeed.models import loading, lora, memory, precision, trainable
+from tinyspeed.models import loading, lora, memory, precision, stages
 from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.models.published import GRIDS, clip
 from tinyspeed.recipe import StageSection
@@ -50,7 +50,7 @@ def test_what_trains_and_what_it_weighs_is_exact(name, rank, views, plugin, stag
         net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     net = lora.add_lora(net, rank=rank, views=views == 2) if rank else net
     model = DualSpeed(net, plugin=plugin, views=views == 2)
-    trainable.set_trainable(model.model, stage)
+    stages.set_trainable(model.model, stage)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage, views=views, plugin=plugin))
     assert found.trainable == sum(sizes.values())
@@ -75,7 +75,7 @@ def built(s: Settings, folder, **shape) -> DualSpeed:
     if s.rank:
         net = lora.add_lora(net, rank=s.rank, dropout=s.dropout, views=s.views == 2)
     model = DualSpeed(net, plugin=s.plugin, keep=s.keep, isolator=s.isolator, views=s.views == 2)
-    trainable.set_trainable(model.model, s.stage)
+    stages.set_trainable(model.model, s.stage)
     return model.train()
 
 

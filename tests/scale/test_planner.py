@@ -26,7 +26,7 @@ from scale.planner.plan import ShardedModel, jobs
 from tinyspeed import UserError
 from tinyspeed.bench.estimate import flops
 from tinyspeed.data import llava_mix
-from tinyspeed.models import lora, memory, trainable
+from tinyspeed.models import lora, memory, stages
 from tinyspeed.models.memory import Settings, Shape
 
 README = (Path(__file__).parents[2] / "scale" / "README.md").read_text(encoding="utf-8")
@@ -53,7 +53,7 @@ def test_what_is_gathered_and_what_trains_is_the_models_own(name, rank, views):
     with torch.device("meta"):
         net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     net = lora.add_lora(net, rank=rank, views=views == 2) if rank else net
-    trainable.set_trainable(net, "train")
+    stages.set_trainable(net, "train")
     sizes = {"layers": 0, "tower": 0, "root": 0}
     trained = 0
     for key, p in net.named_parameters():
@@ -284,7 +284,7 @@ def test_what_does_not_fit_says_so(recipe, tmp_path, capsys):
         (["--gpus", "64"], "train.batch=64"),
         (["--samples", "0"], "--samples 0"),
         (["--set", "model.precision=fp32", "--gpus", "8"], "half precision"),
-        (["--json", "/no/such/folder/x.json", "--gpus", "8"], "/no/such/folder"),
+        (["--json", "/dev/null/x.json", "--gpus", "8"], "/dev/null"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(recipe, tmp_path, capsys, argv, says):

@@ -36,7 +36,7 @@ from tinyspeed.data import digits
 from tinyspeed.data.examples import collate
 from tinyspeed.evaluation import accuracy
 from tinyspeed.models import export, loading, lora
-from tinyspeed.training import train, trained
+from tinyspeed.training import train, trained_model
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -319,7 +319,7 @@ def test_a_run_with_two_views_on_the_command_line(tmp_path, monkeypatch):
     train_through(monkeypatch, made, 1, 4, 6)
     assert not unlike(made, whole)
 
-    ours = trained.load_trained(made)
+    ours = trained_model.load_trained(made)
     lora = {name: p for name, p in ours.named_parameters() if "lora_B" in name}
     for view in ("fast", "slow"):
         assert any(f".{view}." in name and p.any() for name, p in lora.items()), "both were trained and came back"

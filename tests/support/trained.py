@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from tinyspeed.models import trainable
+from tinyspeed.models import stages
 
 
 def train_a_little(net: nn.Module) -> nn.Module:
     """Move everything that trains, adapters' B included, far from where it began."""
-    trainable.set_trainable(net, "train")
+    stages.set_trainable(net, "train")
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in net.parameters():

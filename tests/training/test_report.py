@@ -12,7 +12,8 @@ from PIL import Image
 
 from tinyspeed import UserError
 from tinyspeed.evaluation.comparison_figure import compare_figure, draw_compare
-from tinyspeed.training.report import draw_run, read_metrics, run_figure
+from tinyspeed.training.metrics import read_metrics
+from tinyspeed.training.report import draw_run, run_figure
 from tinyspeed.util.plots import _spread, figure, save, smooth
 from tinyspeed.util.tables import table
 

@@ -17,7 +17,7 @@ from tinyspeed import UserError, recipe
 from tinyspeed.data import digits, loader
 from tinyspeed.data.examples import collate
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import build, checkpoint, run_folder, train, trained
+from tinyspeed.training import build, checkpoint, run_folder, train, trained_model
 from tinyspeed.training.loop import StageRun, Totals
 from tinyspeed.training.optimizer import learning_rate
 from tinyspeed.util import paths
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(base, tmp_path, mo
 def test_a_second_run_goes_on_with_the_isolator_of_the_first(base, uninterrupted, tmp_path):
     first = uninterrupted.folder
     made = settings(base, tmp_path, "second", f"dualspeed.isolator_from={first}", "dualspeed.isolator=4")
-    learned = trained.load_trained(uninterrupted).isolator.weight
+    learned = trained_model.load_trained(uninterrupted).isolator.weight
     assert torch.equal(build.build_model(made).isolator.weight, learned)
     assert not torch.equal(build.build_model(settings(base, tmp_path, "other")).isolator.weight, learned)
     with pytest.raises(UserError, match=r"isolator.weight in .* is \(4, 32\), not \(2, 32\)"):
@@ -162,7 +162,7 @@ def test_an_exported_model_is_a_plain_llava(uninterrupted):
 
     assert "tinyspeed" not in (uninterrupted.folder / "model" / "config.json").read_text()
     plain = AutoModelForImageTextToText.from_pretrained(uninterrupted.folder / "model").eval()
-    ours = trained.load_trained(uninterrupted).eval()
+    ours = trained_model.load_trained(uninterrupted).eval()
     batch = collate([digits.Digits(9, 2, "eval").example(i) for i in range(3)], 0)
     assert not any("isolator" in name for name, _ in plain.named_parameters())
     assert torch.equal(plain(**batch).logits, ours(**batch).logits)
@@ -258,7 +258,7 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, base, tmp_path):
     newest = checkpoint.newest(stopped.folder / "checkpoints")
     shutil.rmtree(newest)
     shutil.copytree(checkpoint.newest(other.folder / "checkpoints"), newest.with_name("step-00000010"))
-    for use in (lambda: train.train(stopped, resume=True, bar=False), lambda: trained.load_trained(stopped)):
+    for use in (lambda: train.train(stopped, resume=True, bar=False), lambda: trained_model.load_trained(stopped)):
         with pytest.raises(UserError, match="is of another run"):
             use()
 

@@ -14,7 +14,7 @@ from tinyspeed import UserError, cli, recipe
 from tinyspeed.data import conversations, loader
 from tinyspeed.models import precision
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import build, checkpoint, optimizer, train, trained
+from tinyspeed.training import build, checkpoint, optimizer, train, trained_model
 from tinyspeed.training.loop import StageRun
 
 
@@ -26,8 +26,8 @@ def test_the_export_is_what_the_checkpoint_holds(home, tmp_path, monkeypatch, ho
 
     plain = AutoModelForImageTextToText.from_pretrained(made.folder / "model").eval()
     whole = settings(home, tmp_path, "run", *SMALL_GPU[how], "model.quantise=none")
-    monkeypatch.setattr(trained, "check_state", lambda *_: None)  # which sees that this is another recipe
-    ours = trained.load_trained(whole).eval()  # the same adapters on the base that was never rounded
+    monkeypatch.setattr(trained_model, "check_state", lambda *_: None)  # which sees that this is another recipe
+    ours = trained_model.load_trained(whole).eval()  # the same adapters on the base that was never rounded
     batch = {k: v for k, v in tiny.batch("llava").items() if k != "labels"}
     name = precision.resolve(made.model.precision, torch.device("cpu"))
     with precision.autocast(name, torch.device("cpu")):
@@ -341,7 +341,7 @@ def test_an_adapter_that_was_never_trained_is_not_exported(home, tmp_path):
     made = settings(home, tmp_path, "run", "lora.rank=2", "align.steps=1", "align.batch=2", "train.steps=0")
     train.train(made, bar=False)
     with pytest.raises(UserError, match="no adapter has been trained"):
-        trained.export(made, tmp_path / "out", adapter_only=True)
+        trained_model.export(made, tmp_path / "out", adapter_only=True)
 
 
 @pytest.mark.parametrize("kind", ["adamw8bit", "paged_adamw8bit"])

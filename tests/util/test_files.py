@@ -19,7 +19,7 @@ from scale import ranks
 from tinyspeed import UserError, cli, recipe
 from tinyspeed.data import parquet
 from tinyspeed.models import isolator_file
-from tinyspeed.training import checkpoint, run_folder, train
+from tinyspeed.training import checkpoint, metrics, run_folder, train
 from tinyspeed.util import files, plots
 
 resource = pytest.importorskip("resource")  # not on Windows
@@ -141,7 +141,7 @@ def test_a_log_that_cannot_be_flushed_is_named(tmp_path, monkeypatch):
     flush = files.flush
 
     def read_only(path):
-        if path.name == run_folder.LOG:
+        if path.name == metrics.LOG:
             raise OSError(errno.EROFS, "read-only", str(path))
         flush(path)
 

@@ -45,8 +45,6 @@ def run(
 
 def write(results: dict, out: Path) -> None:
     try:
-        with files.errors_about(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(out, json.dumps(results, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the results to {out}: {error.strerror}") from error

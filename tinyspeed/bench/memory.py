@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 from torch import cuda
-from transformers import AutoModelForImageTextToText
 
 from ..models import loading, precision
 from ..models.memory import GIB, Shape
@@ -41,7 +40,7 @@ from ..training import build, train
 from ..util import UserError, provenance, require, tables
 from .estimate import ON_A_CPU, SIZES, Case, assumed, beside_estimate, changed, measured_cells
 from .harness import write
-from .random_examples import RandomExamples
+from .random_examples import RandomExamples, random_weights
 
 SLACK = 1.05  # a checkpoint needs so many times its weights on disk, and on the GPU where it is made
 
@@ -101,13 +100,10 @@ def longest_example(recipe: Recipe, config) -> RandomExamples:
 
 def write_random_weights(path: str, folder: str, device: str) -> None:
     """Writes a checkpoint of a model's shape. The weights are drawn on the GPU if they fit there, which is faster."""
-    torch.manual_seed(0)
     where, config = precision.device_of(device), loading.load_config(path)
     if where.type == "cuda" and cuda.mem_get_info(where)[0] < SLACK * _bytes(path):
         where = torch.device("cpu")
-    with where:
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
-    model.save_pretrained(folder, max_shard_size="5GB")
+    random_weights(config, torch.bfloat16, where).save_pretrained(folder, max_shard_size="5GB")
 
 
 def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:

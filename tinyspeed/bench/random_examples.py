@@ -1,4 +1,4 @@
-"""Examples of any length for models with random weights: pictures of noise, and random words.
+"""Models with random weights, and examples of any length for them: pictures of noise, and random words.
 
 Speed and memory depend on how many rows a sample has, and on nothing else. How many rows a LLaVA-NeXT picture has
 follows from its size, so a size with the wanted number is searched. Where there is none, the picture is the next
@@ -6,7 +6,8 @@ smaller one, with more text to make up for it.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -16,6 +17,13 @@ from transformers.models.llava_next.modeling_llava_next import (
 from ..data.examples import Example, Sample
 from ..rows import IGNORE
 from ..util import UserError
+
+
+def random_weights(config, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Returns an untrained model with this configuration."""
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 class RandomExamples:

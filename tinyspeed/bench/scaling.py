@@ -10,7 +10,6 @@ says which of the two dominates: 1 where time is proportional, 2 where the squar
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText
 
 from ..dualspeed import DualSpeed
 from ..models import published
@@ -18,6 +17,7 @@ from ..rows import IGNORE
 from ..scheduler import Plan
 from ..util import UserError, plots, tables
 from .harness import Results, time_in_turns
+from .random_examples import random_weights
 
 FRAMES = (1, 4, 8, 20, 40, 80)
 WORDS, ANSWERS, TOKENS = 64, 32, 144  # of a sample, of a sample, of a frame
@@ -31,9 +31,7 @@ def measure(device: torch.device, size: str = "tiny", frames: tuple[int, ...] = 
     config = published.config_of(size, "video")
     print(f"{size}, one video and {WORDS} words; median of {repeats}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with device:
-        net = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
+    net = random_weights(config, dtype, device)
     net.model.vision_tower.requires_grad_(False)
     model = DualSpeed(net, positions="original").train()
 

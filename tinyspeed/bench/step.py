@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
-from transformers import AutoModelForImageTextToText
 
 from ..data import llava_mix
 from ..data.examples import Sample
@@ -43,7 +41,7 @@ from . import estimate
 from .baselines import baselines, batch_of
 from .harness import Bar, Results, bar_chart, matrix_product, speedup, summary, time_in_turns
 from .peak_memory import peak_bytes, storages
-from .random_examples import RandomExamples
+from .random_examples import RandomExamples, random_weights
 
 TUNE = ("lora", "qlora", "full")
 MIXES = {"DualSpeed, r = 0.1": 0.1, "DualSpeed, r = 0.02": 0.02}
@@ -104,22 +102,15 @@ def random_model(
         "train": {"steps": 1, "batch": batch, "row_budget": budget, "lr": lr, "checkpointing": checkpointing},
     }
     recipe = from_tables(sections, "the benchmark")
-    return recipe, build.wrap(recipe, random_weights(config, recipe, device))
-
-
-def random_weights(config, recipe: Recipe, device: torch.device) -> nn.Module:
-    """Returns an untrained model. A 4-bit one is loaded from disk, as all of them are."""
-    torch.manual_seed(0)
     name = precision.resolve(recipe.model.precision, device)
-    with device:
-        model = AutoModelForImageTextToText.from_config(config, dtype=precision.DTYPES[name], trust_remote_code=False)
-    if recipe.model.quantise == "none":
-        return model
-    with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
-        with files.errors_about(folder):
-            model.save_pretrained(folder)
-        del model
-        return loading.load_model(folder, name, quantise=recipe.model.quantise, device=device)
+    model = random_weights(config, precision.DTYPES[name], device)
+    if tune == "qlora":  # 4-bit models are always loaded from disk
+        with tempfile.TemporaryDirectory(prefix="tinyspeed-") as folder:
+            with files.errors_about(folder):
+                model.save_pretrained(folder)
+            del model
+            model = loading.load_model(folder, name, quantise="nf4", device=device)
+    return recipe, build.wrap(recipe, model)
 
 
 def contestants_of(run: StageRun, micro: int, repeats: int) -> dict:

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..rows import IGNORE
 from ..util import UserError, counted, require
-from .records import IMAGE, Turn
+from .record_formats import IMAGE, Turn
 
 
 class Chat:

@@ -1,12 +1,12 @@
 """Your own conversations about pictures, as examples. Each record takes this way, once before training to be checked,
 and once more whenever it is trained on:
 
-    record_files.py  its part of the file is read (parquet.py has unpacked a parquet file before)
-    records.py       is parsed into a `Record`
-    images.py        its pictures are found, and their sizes read from their headers
-    chat.py          its text becomes ids and labels, with one token for each visual feature
-    images.py        its pictures are decoded; or feature_cache.py has what the tower makes of them
-    examples.py      it is an `Example`, and loader.py makes batches of examples in worker processes
+    record_files.py    its part of the file is read (parquet.py has unpacked a parquet file before)
+    record_formats.py  is parsed into a `Record`
+    images.py          its pictures are found, and their sizes read from their headers
+    chat.py            its text becomes ids and labels, with one token for each visual feature
+    images.py          its pictures are decoded; or feature_cache.py has what the tower makes of them
+    examples.py        it is an `Example`, and loader.py makes batches of examples in worker processes
 
 The check stops where pictures would be decoded. It keeps a few numbers of each record (text tokens, visual tokens of
 each picture, tokens to learn): 200,000 records take a few MB, and batches are cut and losses divided without opening
@@ -40,7 +40,7 @@ from .chat import Chat
 from .examples import Example, Sample
 from .loader import at_most, explaining_crashes, in_workers
 from .record_files import RecordFile
-from .records import Record
+from .record_formats import Record
 
 CHECKED_AT_ONCE = 64  # records that a worker checks before it reports
 MANY = 2000  # fewer records are checked before a worker has started

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..util import UserError, files, require
-from .records import PICTURES, worth_reading
+from .record_formats import PICTURES, worth_reading
 
 BAR_AFTER = 1  # seconds after which reading shows a progress bar
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..util import UserError, counted, require
 from . import parquet
-from .records import FORMATS, Record, parse
+from .record_formats import FORMATS, Record, parse
 
 CHUNK = 1 << 20  # bytes read at a time
 LARGEST = 64 << 20  # bytes of one record

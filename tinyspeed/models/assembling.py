@@ -16,7 +16,7 @@ from transformers import (
 
 from ..util import UserError, files
 from . import manifest
-from .loading import explaining, require_safetensors
+from .loading import explaining, load_weights
 
 MANIFEST = "parts.json"
 # Vicuna's template, which LLaVA-1.5 uses with every LLM, with the end-of-text token that the hub's copy leaves out.
@@ -39,12 +39,10 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
     if folder.is_dir():
         manifest.verify(folder, MANIFEST, parts)
         return folder
-    for part in (llm, tower):
-        require_safetensors(part)
-    with explaining(f"cannot load {llm} or {tower}"):
-        text = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    text = load_weights(AutoModelForCausalLM, llm, dtype="auto")
+    vision = load_weights(CLIPVisionModel, tower, dtype=text.dtype)
+    with explaining(f"cannot load the tokenizer of {llm} or the image processor of {tower}"):
         tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
-        vision = CLIPVisionModel.from_pretrained(tower, dtype=text.dtype, use_safetensors=True)
         image_processor = CLIPImageProcessor.from_pretrained(tower)
     if not tokenizer.is_fast:
         raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")

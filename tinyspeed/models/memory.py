@@ -122,8 +122,7 @@ class Settings:
         return 4 if self.full else self.width
 
     @property
-    def casts(self) -> bool:
-        """Whether peft casts an adapter's input to fp32 and autocast back to half precision; not in 4 bits."""
+    def casts(self) -> bool:  # whether peft casts an adapter's input to fp32 and autocast back; not in 4 bits
         return self.rank > 0 and self.half and self.quantise == "none"
 
 
@@ -202,6 +201,10 @@ class MicroBatch:
     images: int
     answers: int
 
+    @property
+    def text(self) -> int:
+        return self.ids - self.visual
+
     @classmethod
     def of(cls, mode: str, text: int, images: list[int], answers: int, s: Settings, samples: int = 1) -> "MicroBatch":
         """`samples` samples with this many text rows, visual rows per image, and tokens to learn."""
@@ -250,15 +253,13 @@ class Step:
         """Whether all rows are projected without a graph and those that stay once more with one (`chooser.py`)."""
         return self.batch.mode == "fast" and self.shape.rowwise and entry(self.s.plugin).merges != "features"
 
-    @property
-    def text(self) -> int:
-        return self.batch.ids - self.batch.visual
-
     @cached_property
     def seen(self) -> int:
         """Feature rows that the LLM sees."""
         batch = self.batch
-        return max(0, batch.rows - self.text - batch.images * self.s.isolator) if batch.mode == "fast" else batch.visual
+        return (
+            max(0, batch.rows - batch.text - batch.images * self.s.isolator) if batch.mode == "fast" else batch.visual
+        )
 
     @cached_property
     def _projector(self) -> int:
@@ -293,7 +294,7 @@ class Step:
         pruning += int(entry(s.plugin).pair_bytes(s.keep) * batch.visual**2) // max(batch.images, 1)
         chosen = self.crops * shape.patches * shape.read * b if self.projects_twice else self._projector
         features, gathered = self.seen * h * b, rows * h * s.stream
-        table = (2 * self.text + self.seen) * h * s.stream  # words, and words with the features behind them
+        table = (2 * batch.text + self.seen) * h * s.stream  # words, and words with the features behind them
         loss = (6 if batch.mode == "slow" else 3) * 4 * min(batch.answers, CHUNK) * shape.vocab  # fp32 logits
         loss += 2 * s.half * h * shape.vocab * s.full  # autocast's copy of the head
         mlp = rows * shape.inner * b  # one of gate, silu(gate) and up, or of their gradients

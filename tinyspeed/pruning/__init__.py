@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..util import NotFinite, UserError, require
-from . import attended, controls, coverage, divprune, dpp, dynamicvit, pool, tokenlearner, tome, visionzip  # noqa: F401
+from . import cls_attention, coverage, divprune, dpp, dynamicvit, pool, random_and_grid, tokenlearner, tome, visionzip  # noqa: F401
 from .registry import Entry, entry, names, register, works_with
 
 __all__ = ["Kept", "choose", "entry", "keep_count", "make", "names", "register", "select", "works_with"]

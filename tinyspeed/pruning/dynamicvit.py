@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .controls import noise
+from .random_and_grid import noise
 from .registry import register
 
 HIDDEN = 384  # the authors' width; with an LLM's 4096 the network would have 27 million parameters

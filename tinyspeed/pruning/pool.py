@@ -18,7 +18,7 @@ The trade-off: the LLM sees a bit of everything, but as mixtures of patches, whi
 import torch
 from torch import Tensor
 
-from .controls import Axis, Cells
+from .random_and_grid import Axis, Cells
 from .registry import register
 
 

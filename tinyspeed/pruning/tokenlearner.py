@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..util import UserError
-from .controls import grid
+from .random_and_grid import grid
 from .registry import register
 
 HIDDEN = 64  # as in the authors' code

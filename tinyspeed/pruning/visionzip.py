@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .attended import ranked
+from .cls_attention import ranked
 from .cosine import cosines
 from .registry import register
 

@@ -11,9 +11,7 @@ The speed-up shown is an estimate. Before the stage a full forward and backward 
 That is as good as one timing can be; `tinyspeed compare` measures whole runs. Saving and the probe count for neither.
 """
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,16 +26,16 @@ from tqdm import tqdm
 from ..data import loader
 from ..data.examples import Source
 from ..dualspeed import DualSpeed, Output
-from ..models import attention, memory, precision, trainable
+from ..models import attention, memory, precision, stages
 from ..recipe import Recipe, StageSection
 from ..recipe.schedules import schedule_of
 from ..rows import plan_rows
 from ..scheduler import Plan
 from ..util import NotFinite, UserError, counted, files, finite, malloc, provenance, require
-from . import checkpoint, diagnosis, optimizer
+from . import checkpoint, diagnosis, metrics, optimizer
 from .answer_gate import Gate
 from .batching import Order, cut
-from .run_folder import LOG, fingerprint, log_fingerprint
+from .run_folder import fingerprint, log_fingerprint
 
 PATIENCE = 5.0  # seconds after which the probe repeats its measurement no more
 
@@ -79,7 +77,7 @@ class StageRun:
         self.steps = stage.total(len(source))
         self.first = 0  # the step that it begins with
         self.stopped = False
-        trainable.set_trainable(model.model, name)
+        stages.set_trainable(model.model, name)
         model.schedule = schedule_of(recipe, name, model.config.text_config.num_hidden_layers)
         model.chooser.switch(recipe.pruning(name)[0])
         model.train()
@@ -117,14 +115,13 @@ class StageRun:
         workers = int(min(self.recipe.data.workers, self.model.schedule.ahead / loader.PREFETCH))
         pin = self.model.device.type == "cuda"
         batches = loader.batches(self.source, self._ahead(), self.pad, workers=workers, pin=pin)
-        adding = files.appending(folder / LOG if self.lead else Path(os.devnull))
         how = {"unit": "step", "disable": not bar, "mininterval": 0.2}
         line = tqdm(total=self.steps, initial=self.first, desc=self.name, **how)
-        with loader.explaining_crashes(), closing(batches), adding as log, line:
+        with loader.explaining_crashes(), closing(batches), metrics.logging(folder, self.lead) as log, line:
             for step in range(self.first, self.steps):
                 with diagnosis.naming_the_step(self):
                     entry = self._step(step, batches, full_seconds_per_row)
-                log(json.dumps(entry).encode() + b"\n")
+                log(entry)
                 note = " skipped" if entry["skipped"] else ""
                 speed = f"{entry['rows_per_second']:,.0f} rows/s"
                 speed += f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
@@ -133,8 +130,8 @@ class StageRun:
                 self.stopped = self._stops(stop)  # asked once a step, since a signal may come at any moment
                 if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # after a power cut the log must reach as far as the checkpoint
-                        with files.errors_about(folder / LOG):
-                            files.flush(folder / LOG)
+                        with files.errors_about(folder / metrics.LOG):
+                            files.flush(folder / metrics.LOG)
                     self.save(folder / "checkpoints", step + 1)
                 if self.stopped:
                     return

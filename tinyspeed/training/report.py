@@ -7,16 +7,15 @@ are smoothed separately, because they see different rows.
 """
 
 import itertools
-import json
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
-from ..util import UserError, counted, require
+from ..util import counted
 from ..util.plots import GREY, figure, fit_scale, label_ends, plain_axes, save, smooth
+from .metrics import read_metrics
 
-NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_taught", "rows_full", "seconds")
 MODES = {  # mode -> how its curve and its single steps are drawn
     "full": {"color": "#000000", "linestyle": (0, (6, 2, 1, 2)), "marker": "s"},
     "fast": {"color": "#0072B2", "linestyle": "-", "marker": "."},
@@ -28,27 +27,6 @@ def draw_run(folder: Path | str) -> Path:
     """Draws folder/metrics.jsonl as folder/report.png."""
     folder = Path(folder)
     return save(run_figure(read_metrics(folder / "metrics.jsonl"), folder.resolve().name), folder / "report.png")
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The steps of a metrics.jsonl in order. The later of two lines of a step counts, and the last may be cut off."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a run's folder holds metrics.jsonl once it has trained") from error
-    steps: dict[int, dict] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}, line {number} is not JSON: {error.msg}; delete the line to go on") from error
-        lacks = ", ".join(key for key in NEEDED if key not in row) if isinstance(row, dict) else "everything"
-        require(not lacks, f"{path}, line {number} lacks {lacks}: was it written by tinyspeed train?")
-        steps[row["step"]] = row
-    require(bool(steps), f"{path} holds no step yet: train for at least one step first")
-    return [steps[step] for step in sorted(steps)]
 
 
 def run_figure(steps: list[dict], name: str = "run"):

@@ -18,8 +18,8 @@ from pathlib import Path
 from ..recipe import Recipe, read
 from ..recipe.sections import INPUTS
 from ..util import UserError, files, paths, require
+from .metrics import LOG
 
-LOG = "metrics.jsonl"
 OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
 # The keys that a resumed run may change: where things are kept, and how a step fits into memory. No sample, weight or
 # schedule depends on them. (Dropout does draw differently if micro-batches are cut differently.)

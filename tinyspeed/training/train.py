@@ -19,11 +19,11 @@ from ..models import isolator_file, loading
 from ..models.export import only_training
 from ..recipe import Recipe
 from ..util import counted, files, paths, provenance
-from . import answer_gate, checkpoint, run_folder
+from . import answer_gate, checkpoint, metrics, run_folder
 from .build import base_model, build, set_threads
 from .loop import StageRun, Totals
 from .stopping import stop_requested
-from .trained import export, newest_checkpoint
+from .trained_model import export, newest_checkpoint
 
 
 @dataclass
@@ -111,7 +111,7 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     if state and state["threads"] != (now := torch.get_num_threads()):
         what = "its weights will be right, but not bit-identical to an uninterrupted run"
         print(f"the run used {counted(state['threads'], 'thread')} and goes on with {now}: {what}", file=sys.stderr)
-    with files.atomic(folder / run_folder.LOG) as temporary:
+    with files.atomic(folder / metrics.LOG) as temporary:
         temporary.write_bytes(run_folder.log_until(folder, state) if state else b"")
     model = base_model(recipe, device)
     known = {"seed": recipe.run.seed, "base": model, "revision": loading.hub_revision(model)}

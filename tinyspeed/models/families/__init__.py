@@ -8,11 +8,12 @@ from torch import nn
 
 from ...util import UserError
 from .base import Family
+from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo
 
 FAMILIES: dict[str, type[Family]] = {
-    "llava": Family,
+    "llava": Llava,
     "llava_next": LlavaNext,
     "llava_next_video": LlavaNextVideo,
     "llava_onevision": LlavaNextVideo,

@@ -1,4 +1,4 @@
-"""What a training step needs to know about a model class: LLaVA-1.5, and the base of the other families.
+"""What a training step needs to know about a model class: the base of all families, as LLaVA-1.5 needs it.
 
 A `Family` is a thin adapter over a Hugging Face vision-language model whose processor marks images and videos with
 placeholder ids. DualSpeed asks it for five things: features of the images, embeddings of the ids, which feature rows

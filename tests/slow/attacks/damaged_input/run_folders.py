@@ -23,7 +23,7 @@ from support.runs import unlike
 
 from tinyspeed import recipe
 from tinyspeed.models import isolator_file
-from tinyspeed.training import checkpoint, trained
+from tinyspeed.training import checkpoint, trained_model
 from tinyspeed.training import train as core
 from tinyspeed.util import paths
 
@@ -54,7 +54,7 @@ class Part:
         shutil.copytree(self.whole.folder, source)
         (home / "wanted").mkdir()
         for step in reversed(STEPS):  # the exported model of each checkpoint
-            trained.export(recipe.of_run(str(source)), home / "wanted" / step)
+            trained_model.export(recipe.of_run(str(source)), home / "wanted" / step)
             shutil.rmtree(source / "checkpoints" / step)
 
     def run(self, name: str, more: tuple[str, ...]) -> recipe.Recipe:
@@ -242,14 +242,14 @@ class Part:
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(out.with_name(".out.tmp"), ignore_errors=True)
         step = newest(folder).name
-        trained.export(recipe.of_run(str(folder)), out)
+        trained_model.export(recipe.of_run(str(folder)), out)
         got, want = load_file(out / "model.safetensors"), self.exported(step)
         same = all(torch.equal(got[name], want[name]) for name in got.keys() | want.keys())
         assert same, f"another model than {step}'s"
 
     def open(self, made: recipe.Recipe, folder: Path) -> None:
         step = newest(folder).name
-        with trained.open_model(str(folder), "cpu") as (model, _, _):
+        with trained_model.open_model(str(folder), "cpu") as (model, _, _):
             got, want = model.state_dict(), self.exported(step)
         mine = {merged(name): tensor for name, tensor in got.items()}
         for name, tensor in want.items():

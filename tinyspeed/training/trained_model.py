@@ -11,7 +11,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from ..dualspeed import DualSpeed
-from ..models import loading, lora, precision, trainable
+from ..models import loading, lora, precision, stages
 from ..models.export import merge, save_adapter
 from ..recipe import Recipe, of_run
 from ..util import files, paths, require
@@ -50,7 +50,7 @@ def load_trained(recipe: Recipe) -> DualSpeed:
     build.set_threads(recipe)
     saved, state = newest_checkpoint(recipe)
     model = build.build_model(recipe)
-    trainable.set_trainable(model.model, recipe.stages()[state["stage"]][0])
+    stages.set_trainable(model.model, recipe.stages()[state["stage"]][0])
     checkpoint.fill({f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad}, saved)
     return model
 
