@@ -54,6 +54,7 @@ def main(folder: Path) -> None:
         found = train(name, folder, ranks=2)
         rank = distributed.get_rank()
         torch.save(found, folder / f"{number}-{rank}.pt")
+    distributed.destroy_process_group()  # its threads could abort a process that ends
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def of_llm(trap: Callable, *ends: int) -> Attack:
     def set_up(sandbox: Sandbox, folder: Path, code: hostile.Code) -> list[str]:
         trap(hostile.copy(sandbox.given / "llm", folder / "llm"), code)
         name = f"--set=run.name=of-{trap.__name__}"
-        return ["train", "mine.toml", name, f"--set=regate.reference={folder / 'llm'}", "--set=train.steps=1"]
+        return ["train", "mine.toml", name, f"--set=regate.reference={folder / 'llm'}"]
 
     return Attack(f"reference: {trap.__name__}", set_up, ends)
 
