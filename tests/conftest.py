@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and the models that most tests start from. What builds them is in `tiny.py`."""
+"""Hypothesis profiles and shared fixtures. The models behind them are built in `support/tiny.py`."""
 
 import functools
 import os
@@ -11,12 +11,12 @@ from support.album import album
 
 from tinyspeed.models import published
 
-# Tiny tensors gain nothing from more, and on a busy machine threads wait for each other: here, and in what tests start.
+# More threads do not help with tiny tensors, and on a busy machine they wait for each other. Processes inherit this.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# No deadline: the first example of a test pays for torch's warm-up. `ci` repeats itself, so a red run can be rerun;
-# `long` looks harder (HYPOTHESIS_PROFILE=long make test).
+# No test has a deadline. `ci` draws the same examples every time, so that a failure can be repeated; `long` draws many
+# more (HYPOTHESIS_PROFILE=long make test).
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("dev", deadline=None, suppress_health_check=QUIET, max_examples=40)
 settings.register_profile("long", deadline=None, suppress_health_check=QUIET, max_examples=1000)
@@ -40,7 +40,7 @@ def llava_next():
 
 @pytest.fixture(params=tiny.FAMILIES)
 def family(request) -> str:
-    """Each model family that tinyspeed knows: a test that takes it runs once for each."""
+    """A test that takes this runs once for each model family that tinyspeed knows."""
     return request.param
 
 
@@ -52,7 +52,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """Pictures, conversations and the two base models, as a user has them. For all tests: none may write into it."""
+    """Pictures, conversations and the two base models, as a user has them. Tests share it, and must not write to it."""
     home = tmp_path_factory.mktemp("home")
     album(home, 10)
     for family in tiny.FAMILIES:
@@ -62,7 +62,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folders with the configurations of real models, and no weights."""
+    """Folders with the configurations of published models, without weights."""
     folder = tmp_path_factory.mktemp("models")
     for name, config in published_models.REAL.items():
         config().save_pretrained(folder / name)
@@ -71,7 +71,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def dwarf(monkeypatch):
-    """`--size dwarf`: a benchmark that takes a second."""
+    """Makes `--size dwarf` known, with which a benchmark takes a second."""
     small = published.clip(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
     )

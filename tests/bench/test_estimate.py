@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import published_models, tiny
 from support.album import album
+from support.memory_models import ANSWERS, TEXT, batch_of, small
 from support.published_models import REAL
-from support.shapes import ANSWERS, TEXT, batch_of, small
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 

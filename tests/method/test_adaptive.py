@@ -178,7 +178,7 @@ def test_the_state_of_other_settings_is_refused(changed):
 # The gap
 
 
-@hypothesis.settings(max_examples=20)  # three forwards each
+@hypothesis.settings(max_examples=10)  # three forwards each
 @given(seeds, st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 9), st.sampled_from([0.2, 0.6]))
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_teachers_cross_entropy_is_that_of_a_fast_forward_of_its_own(family, seed, temperature, chunk, keep):

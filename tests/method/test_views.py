@@ -58,7 +58,7 @@ def single(of: DualSpeed, view: str, family: str = "llava", **how) -> DualSpeed:
 modes = st.sampled_from([FAST, SLOW, FULL])
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)  # two models each
 @given(
     steps=st.lists(modes, min_size=1, max_size=3), recomputed=st.booleans(), rows=st.sampled_from([0, 4]),
     positions=st.sampled_from(["compact", "original"]), layout=st.sampled_from(["padded", "packed"]),

@@ -1,9 +1,6 @@
 """What makes steps faster changes nothing but that: the same loss and gradients with it and without, and less work."""
 
 import copy
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -109,32 +106,6 @@ def test_a_step_reads_only_words_that_it_uses():
     backward(model, batch)
     real = batch["input_ids"][batch["attention_mask"].bool()]
     assert torch.equal(asked[0], real[real != tiny.IMAGE])
-
-
-FAULTS = """
-import resource
-import torch
-from tinyspeed.util import malloc
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(16 * 2**20)  # 64 MiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-given_back = faults()
-kept = malloc.keep_freed_memory()
-faults()
-print(kept, given_back, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
-def test_memory_that_is_kept_needs_no_new_pages():
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, cwd=ROOT)
-    kept, before, after = done.stdout.split()
-    assert kept == "True"
-    assert int(after) < int(before) / 10
 
 
 def test_where_the_c_library_cannot_be_told_nothing_happens(monkeypatch):

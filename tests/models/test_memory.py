@@ -1,7 +1,6 @@
-"""The formulas against what they are about: parameters of real models on the meta device, bytes of real 4-bit weights
-and moments, and real steps, of which autograd's saved tensors and the live storages at the peak are counted."""
+"""The memory formulas: against parameters of published models on the meta device and real moments, and their laws. Real
+steps are in tests/slow/test_memory_of_steps.py."""
 
-import contextlib
 import functools
 import math
 from types import SimpleNamespace
@@ -10,18 +9,16 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.memory_models import SETTINGS
 from support.published_models import REAL
-from support.shapes import ANSWERS, LAYERS, TEXT, batch_of, small
-from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
 from tinyspeed import DualSpeed, pruning, recipe
-from tinyspeed.bench.peak_memory import LiveStorages, storages
-from tinyspeed.models import loading, lora, memory, precision, stages
+from tinyspeed.bench.peak_memory import LiveStorages
+from tinyspeed.models import lora, memory, stages
 from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.models.published import GRIDS, clip
 from tinyspeed.recipe import StageSection
-from tinyspeed.scheduler import Plan
 from tinyspeed.training import optimizer
 
 
@@ -31,6 +28,14 @@ def test_parameters_of_real_models_are_exact(name):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     assert sum(Shape(config).parameters.values()) == sum(p.numel() for p in model.parameters())
+
+
+@functools.lru_cache(maxsize=1)  # the two stages of a model follow each other
+def on_meta(name, rank, views, plugin):
+    with torch.device("meta"):
+        net = AutoModelForImageTextToText.from_config(REAL[name](), dtype=torch.bfloat16)
+    net = lora.add_lora(net, rank=rank, views=views == 2) if rank else net
+    return DualSpeed(net, plugin=plugin, views=views == 2)
 
 
 @pytest.mark.parametrize("stage", ["align", "train"])
@@ -45,11 +50,7 @@ def test_parameters_of_real_models_are_exact(name):
     ],
 )
 def test_what_trains_and_what_it_weighs_is_exact(name, rank, views, plugin, stage):
-    config = REAL[name]()
-    with torch.device("meta"):
-        net = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    net = lora.add_lora(net, rank=rank, views=views == 2) if rank else net
-    model = DualSpeed(net, plugin=plugin, views=views == 2)
+    config, model = REAL[name](), on_meta(name, rank, views, plugin)
     stages.set_trainable(model.model, stage)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     found = memory.fixed(Shape(config), Settings(rank=rank, stage=stage, views=views, plugin=plugin))
@@ -58,134 +59,6 @@ def test_what_trains_and_what_it_weighs_is_exact(name, rank, views, plugin, stag
     assert found.weights == sum(p.nbytes for p in model.parameters())
     moved = sum(size for name, size in sizes.items() if ".fast." not in name)  # by a step, which is of one mode
     assert (found.gradients, found.moments) == (4 * moved, 8 * sum(sizes.values()))
-
-
-# Small models whose steps are run. Wide enough that rows outweigh what does not grow with them.
-
-
-@functools.lru_cache(maxsize=1)  # the cases of one model follow each other
-def built(s: Settings, folder, **shape) -> DualSpeed:
-    torch.manual_seed(0)
-    net = AutoModelForImageTextToText.from_config(small(**shape))
-    if s.quantise == "none":
-        net = net.to(precision.DTYPES[s.precision])
-    else:
-        net.save_pretrained(folder)
-        net = loading.load_model(folder, s.precision, quantise=s.quantise)
-    if s.rank:
-        net = lora.add_lora(net, rank=s.rank, dropout=s.dropout, views=s.views == 2)
-    model = DualSpeed(net, plugin=s.plugin, keep=s.keep, isolator=s.isolator, views=s.views == 2)
-    stages.set_trainable(model.model, s.stage)
-    return model.train()
-
-
-@contextlib.contextmanager
-def as_on_a_gpu(monkeypatch, s: Settings):
-    """Dropout is one kernel that keeps a mask of bytes, and peft sees that autocast is on (it asks about CUDA)."""
-    with monkeypatch.context() as patch:
-        patch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0])
-        torch.set_autocast_enabled("cuda", s.half)
-        try:
-            yield
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-
-
-def counted(model, batch, plan, s: Settings) -> tuple[int, int]:
-    """What autograd saved of a step, and the peak of the next one, which finds gradients there."""
-    model.step, saved = 0, {}
-    known = set(storages(model))
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in known:
-            saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    def forward():
-        with precision.autocast(s.precision, torch.device("cpu")):
-            return model(**batch, plan=plan).loss
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    loss.backward()
-    saved.clear()
-    del loss
-    pixels = batch["pixel_values"].nbytes
-    with LiveStorages(set(storages(model)) | {value.untyped_storage().data_ptr() for value in batch.values()}) as live:
-        forward().backward()
-    return kept, live.peak + pixels
-
-
-SETTINGS = {
-    "fp32": Settings("fp32"),
-    "fp32 LoRA": Settings("fp32", rank=4, dropout=0.1),
-    "bf16": Settings("bf16"),
-    "bf16 LoRA": Settings("bf16", rank=4),
-    "bf16 LoRA dropout": Settings("bf16", rank=4, dropout=0.1),
-    "4-bit LoRA": Settings("bf16", "nf4", rank=4),
-    "4-bit LoRA dropout": Settings("bf16", "nf4", rank=4, dropout=0.1),
-    "align": Settings("bf16", stage="align"),
-    "align LoRA": Settings("bf16", rank=4, dropout=0.1, stage="align"),
-    "bf16 views": Settings("bf16", rank=4, views=2),
-    "bf16 glances": Settings("bf16", rank=4, plugin="tokenlearner"),
-    "fp32 dynamic": Settings("fp32", plugin="dynamicvit"),
-}
-STEPS = [("full", False), ("fast", True), ("slow", True)], [("full", True), ("fast", False), ("slow", False)]
-CASES = [(name, *step) for number, name in enumerate(SETTINGS) for step in STEPS[number % 2]]
-
-
-def both(monkeypatch, folder, s, mode, recompute, samples=2, text=TEXT, answers=ANSWERS, **shape):
-    """What the formula says of a step, and the bytes that were counted: kept for the backward pass, and at the peak."""
-    model, config = built(s, folder, **shape), small(**shape)
-    model.zero_grad()
-    model.activation_checkpointing_enable()
-    model.vlm.recompute(recompute)
-    batch, visual = batch_of(config, samples, text, answers)
-    plan = Plan(mode, keep=s.keep, distill=float(mode == "slow"))
-    with as_on_a_gpu(monkeypatch, s):
-        kept, peak = counted(model, batch, plan, s)
-    step = Step(Shape(config), s, MicroBatch.of(mode, text, [visual], answers, s, samples), recompute)
-    print(f"kept {kept:,}, formula {step.kept:,} ({step.kept / kept - 1:+.1%})", end="; ")
-    print(
-        f"peak {peak:,}, formula {step.peak:,} ({step.peak / peak - 1:+.1%}, {max(step.phases, key=step.phases.get)})"
-    )
-    return step, kept, peak
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.mark.parametrize(("name", "mode", "recompute"), CASES)
-def test_a_step_of_llava(monkeypatch, folder, name, mode, recompute):
-    step, kept, peak = both(monkeypatch, folder, SETTINGS[name], mode, recompute)
-    assert step.kept == pytest.approx(kept, rel=0.05)
-    assert step.peak == pytest.approx(peak, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "recompute"), [case for case in CASES if "bf16" in case or "4-bit" in case[0]]
-)
-def test_a_step_of_llava_next(monkeypatch, folder, name, mode, recompute):
-    step, kept, peak = both(monkeypatch, folder, SETTINGS[name], mode, recompute, samples=1, family="llava_next")
-    assert step.kept == pytest.approx(kept, rel=0.05)
-    assert step.peak == pytest.approx(peak, rel=0.1)
-
-
-@pytest.mark.parametrize("mode", ["full", "slow"])
-def test_the_loss_of_many_answers_in_chunks(monkeypatch, folder, mode):
-    how = {"samples": 4, "text": 320, "answers": 300, "hidden": 64, "layers": 1, "vocab": 4000}
-    step, kept, peak = both(monkeypatch, folder, SETTINGS["bf16 LoRA"], mode, True, **how)
-    assert step.kept == pytest.approx(kept, rel=0.05)
-    assert step.peak == pytest.approx(peak, rel=0.1)
-
-
-def test_a_large_tower(monkeypatch, folder):
-    step, kept, peak = both(monkeypatch, folder, SETTINGS["fp32"], "fast", True, hidden=32, layers=1, tower=128)
-    assert step.kept == pytest.approx(kept, rel=0.05)
-    assert step.peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.9])
@@ -219,21 +92,6 @@ def test_a_plugin_with_a_second_matrix_needs_more_where_pictures_are_large():
         for plugin in ("divprune", "divprune_centred")
     )
     assert second - first == 6 * 2880**2
-
-
-def test_four_bit_weights_weigh_what_is_said(folder):
-    s = SETTINGS["4-bit LoRA"]
-    model = built(s, folder)
-    found = {}
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None:
-            parts = (module.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-            found[module.weight] = sum(part.nbytes for part in parts)  # once, though adapters show it again
-    shape = Shape(small())
-    assert sum(found.values()) == LAYERS * sum(memory.nf4(out * into) for out, into in shape.linears)
-    others = sum(p.nbytes for name, p in model.named_parameters() if p.dtype != torch.uint8)
-    assert memory.fixed(shape, s).weights == sum(found.values()) + others
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])

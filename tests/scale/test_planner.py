@@ -241,18 +241,6 @@ def test_the_readme_has_the_simulations_numbers(waits):
     assert [row for row in rows if re.sub(r" +", " ", row) not in in_readme] == []
 
 
-def test_the_readme_has_the_planners_numbers(models, capsys):
-    commands = re.findall(r"^python -m scale plan (.*?)(?<!\\)$", README, flags=re.MULTILINE | re.DOTALL)
-    assert commands
-    for command in commands:
-        name = "next-mistral" if "next" in command else "1.5-7b"
-        argv = [*command.replace("\\\n", " ").split(), "--set", f"model.path={models / name}"]
-        assert plan.main(argv) == 0
-        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert len(table) > 3
-        assert "\n".join(table) in README
-
-
 def test_pictures_and_numbers_are_written(recipe, tmp_path, capsys):
     (tmp_path / "r.toml").write_text(recipe(train_batch=16).to_toml())
     files = [str(tmp_path / "plan.png"), str(tmp_path / "plan.json")]

@@ -1,11 +1,8 @@
 """Ranks that meet in a store full of what others left: all in one place, and never in one where somebody was before."""
 
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -87,29 +84,6 @@ def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="process 2 of this machine has no GPU, there are 1"), ranks.join():
         pass
-
-
-READING_THE_STORE = """
-import time
-from scale import ranks
-
-def check(self, store):
-    until = time.monotonic() + 1
-    while time.monotonic() < until:
-        store.check(["anything"])
-
-ranks.Ranks._check, ranks.CHECK_EVERY = check, 0.0
-with ranks.join():
-    time.sleep(0.2)
-"""
-
-
-def test_a_run_that_is_done_ends_well_while_its_thread_reads_the_store():
-    root = Path(__file__).parents[2]
-    ran = subprocess.run(
-        [sys.executable, "-c", READING_THE_STORE], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr  # -6: aborted by a thread that comes back from the store to no Python
 
 
 def test_one_process_alone_opens_no_port(monkeypatch):

@@ -6,14 +6,37 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import tiny
+from support import digits_runs, tiny
+from support.digits_runs import ALIGN, TUNE, small_base
 from support.runs import ADAPTIVE, SMALL_GPU, Killed, die_before, log_of, settings, train_through, unlike
+from support.trainers import Pictures, adapting, arguments, gather, wrapped
+from transformers import Trainer
 
 from tinyspeed import UserError, adaptive, cli, recipe
 from tinyspeed.data import conversations
 from tinyspeed.scheduler import uniform
 from tinyspeed.training import build, checkpoint, train
 from tinyspeed.training.batching import Order
+from tinyspeed.training.callback import SetStep
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    made = digits_runs.settings(base, tmp_path_factory.mktemp("whole"), "whole")
+    train.train(made, bar=False)
+    return made
+
+
+@pytest.mark.parametrize("deaths", [(2,), (ALIGN + TUNE - 1,), (4, 5), (5, 5, 9)], ids=str)
+def test_killed_and_resumed_equals_never_killed_at_more_steps(deaths, base, uninterrupted, tmp_path, monkeypatch):
+    made = digits_runs.settings(base, tmp_path, "run")
+    train_through(monkeypatch, made, *deaths)
+    assert not unlike(made, uninterrupted)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -181,3 +204,37 @@ def test_a_killed_run_with_features_resumes_bit_for_bit(home, tmp_path, monkeypa
     assert [path for path in (tmp_path / "cache" / "features").rglob("*") if path.is_file()]
     assert log_of(made)[0]["rows_full"]
     assert recipe.of_run(str(made.folder)).data.feature_cache_gb == 0.1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trainer_run_resumes_bit_for_bit(tmp_path, tied):
+    def run(folder, steps, resume):
+        model = wrapped(slow=0.5)
+        if tied:  # as small LLMs have it; safetensors refuses two names of one tensor
+            model.model.lm_head.weight = model.model.get_input_embeddings().weight
+        given = arguments(tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=3)
+        trainer = Trainer(model, given, train_dataset=Pictures(64), data_collator=gather, callbacks=[SetStep(model)])
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    whole = run("whole", 6, False)
+    run("cut", 3, False)
+    resumed = run("cut", 6, True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any("lm_head" in name for name in whole) is not tied
+
+
+def test_a_schedule_with_a_state_resumes_under_the_trainer(tmp_path):
+    def run(folder, steps, resume):
+        model = adapting()
+        given = arguments(tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=4)
+        trainer = Trainer(model, given, train_dataset=Pictures(64), data_collator=gather, callbacks=[SetStep(model)])
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run("whole", 8, False)
+    assert run("cut", 4, False).schedule.state_dict() != whole.schedule.state_dict()
+    resumed = run("cut", 8, True)
+    assert resumed.schedule.state_dict() == whole.schedule.state_dict()
+    for (name, p), (_, q) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(p, q), name

@@ -35,9 +35,7 @@ def uninterrupted(base, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize(
-    "deaths", [(1,), (2,), (ALIGN,), (4,), (ALIGN + TUNE - 1,), (1, 4), (4, 5), (5, 5, 9)], ids=str
-)
+@pytest.mark.parametrize("deaths", [(1,), (ALIGN,), (4,), (1, 4)], ids=str)
 def test_killed_and_resumed_equals_never_killed_bit_for_bit(deaths, base, uninterrupted, tmp_path, monkeypatch):
     made = settings(base, tmp_path, "run")
     train_through(monkeypatch, made, *deaths)

@@ -1,12 +1,28 @@
-"""Configurations small enough to run and wide enough for memory formulas, and batches for them."""
+"""Models that are small enough to run and wide enough for the memory formulas, settings of runs, and batches."""
 
 import torch
 from transformers import LlavaConfig, LlavaNextConfig
 
+from tinyspeed.models.memory import Settings
 from tinyspeed.models.published import clip, vicuna
 
 SIDE, PATCH, HIDDEN, LAYERS, VOCAB = 64, 8, 128, 4, 300
 TEXT, ANSWERS = 60, 30
+
+SETTINGS = {
+    "fp32": Settings("fp32"),
+    "fp32 LoRA": Settings("fp32", rank=4, dropout=0.1),
+    "bf16": Settings("bf16"),
+    "bf16 LoRA": Settings("bf16", rank=4),
+    "bf16 LoRA dropout": Settings("bf16", rank=4, dropout=0.1),
+    "4-bit LoRA": Settings("bf16", "nf4", rank=4),
+    "4-bit LoRA dropout": Settings("bf16", "nf4", rank=4, dropout=0.1),
+    "align": Settings("bf16", stage="align"),
+    "align LoRA": Settings("bf16", rank=4, dropout=0.1, stage="align"),
+    "bf16 views": Settings("bf16", rank=4, views=2),
+    "bf16 glances": Settings("bf16", rank=4, plugin="tokenlearner"),
+    "fp32 dynamic": Settings("fp32", plugin="dynamicvit"),
+}
 
 
 def batch_of(config, samples, text=TEXT, answers=ANSWERS):
