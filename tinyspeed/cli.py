@@ -12,7 +12,6 @@ import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, suppress
-from functools import partial
 from pathlib import Path
 
 from . import __version__
@@ -275,7 +274,7 @@ def _benchmark(a) -> int:
     from .training.trained_model import open_model
 
     with open_model(a.model) as (model, processor, name):
-        asked = partial(ask.answer, model, processor)
+        asked = lambda pictures, text: ask.answer(model, processor, pictures, text)
         predictions = benchmarks.run(a.task, questions, Path(a.images), asked, out, model=name)
     if any(question.truth is None for question in questions):
         file = out.with_suffix(".submission.json")

@@ -8,7 +8,7 @@ from support.runs import settings
 
 from tinyspeed import recipe
 from tinyspeed.evaluation import accuracy
-from tinyspeed.training import checkpoint, train
+from tinyspeed.training import checkpoint, train, trained_model
 
 
 def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
@@ -36,9 +36,8 @@ def test_a_model_in_half_precision_is_evaluated_as_it_trained(tmp_path):
     changes += ["digits.width=32", "digits.tower_width=16", "data.eval_pictures=8", f"run.folder={tmp_path}"]
     made = recipe.read("digits", changes)
     model = train.train(made, bar=False).model
-    trained = [p for p in model.model.parameters() if p.requires_grad]
-    assert {p.dtype for p in trained} == {torch.float32}
+    assert {p.dtype for p in model.model.parameters() if p.requires_grad} == {torch.float32}
     scores = accuracy.held_out(model, made, bar=False)
-    assert scores == accuracy.held_out(trained.load_trained(made), made, bar=False)
+    assert scores == accuracy.held_out(trained_model.load_trained(made), made, bar=False)
     saved = load_file(made.folder / "model" / "model.safetensors")
     assert {t.dtype for t in saved.values()} == {torch.float32}

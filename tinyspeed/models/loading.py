@@ -85,9 +85,9 @@ def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
 
 def empty_model(path: str, precision: str) -> nn.Module:
     """Builds the model without its weights, on the meta device."""
-    how = {"dtype": DTYPES[precision], "trust_remote_code": False}
+    config, dtype = load_config(path), DTYPES[precision]
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(load_config(path), **how)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def require_safetensors(path: str | Path) -> None:

@@ -136,13 +136,11 @@ def execute(command, done) -> None:
 @pytest.fixture
 def small_benchmarks(dwarf, monkeypatch):
     """Benchmarks take less than a second, in what no flag of theirs says."""
-    for module, name, settings in (
-        (loss, "bench_loss", {"vocab": 500}), (scaling, "bench_scaling", {"frames": (1, 2)}),
-        (savings, "bench_savings", {"repeats": 1}),
+    for module, settings in (
+        (loss, {"vocab": 500}), (scaling, {"frames": (1, 2)}), (savings, {"repeats": 1}),
+        (pruning, {"images": 1, "rows": 40}),
     ):  # fmt: skip
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), **settings))
-    original = pruning.bench_pruning
-    monkeypatch.setattr(pruning, "bench_pruning", lambda shape, *given: original((1, 40, shape[-1]), *given))
+        monkeypatch.setattr(module, "measure", functools.partial(module.measure, **settings))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
