@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return plan(argv[1:])
     parser = _Parser(prog="python -m scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a built-in one")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
     parser.add_argument("--dry-run", action="store_true", help="one step of each mode on the longest record")
     a = parser.parse_args(argv)
@@ -59,7 +59,7 @@ def _run(a: argparse.Namespace, here) -> int | None:
             size, seconds = f"{f['memory_mib'] / 1024:.2f}", f"{f['seconds']:.2f}"
             rows.append([f["stage"], f["mode"], f"{f['samples']:,}", f"{f['rows']:,}", size, seconds])
         if here.is_main:
-            print(table(["stage", "mode", "samples", "rows", f"GiB, of rank 0 of {here.size}", "seconds"], rows))
+            print(table(["stage", "mode", "samples", "tokens", f"GiB, of rank 0 of {here.size}", "seconds"], rows))
     except (UserError, OSError) as error:
         where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
         here.abort(ranks.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")

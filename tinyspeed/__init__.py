@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from . import pruning
     from .dualspeed import DualSpeed
     from .models.lora import add_lora
-    from .training.callback import SetStep
+    from .training.trainer_callback import SetStep
 
 __all__ = ["AdaptiveSchedule", "DualSpeed", "DualSpeedSchedule", "FastSchedule", "FullSchedule", "PeriodicSchedule"]
 __all__ += ["Plan", "SetStep", "UserError", "add_lora", "pruning", "scheduler"]
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 # These are imported when they are first asked for: torch takes a second to import and transformers four, and
 # `tinyspeed --help` or a misspelt key in a recipe need not wait for them.
-_LAZY = {"DualSpeed": ".dualspeed", "SetStep": ".training.callback", "add_lora": ".models.lora"}
+_LAZY = {"DualSpeed": ".dualspeed", "SetStep": ".training.trainer_callback", "add_lora": ".models.lora"}
 
 
 def __getattr__(name: str):

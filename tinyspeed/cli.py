@@ -83,7 +83,7 @@ def message_of(error: UserError | OSError) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    says = "Train vision-language models faster by pruning visual tokens in training."
+    says = "Train vision-language models faster by pruning image tokens in training."
     parser = argparse.ArgumentParser(prog="tinyspeed", description=says)
     parser.add_argument("--version", action="version", version=f"tinyspeed {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
         made.set_defaults(command=function)
         if takes == "recipe":
-            made.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
+            made.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a built-in one")
         elif takes == "digits":
             made.add_argument("recipe", nargs="?", default="digits", help="a recipe (default: the built-in digits)")
         elif takes == "model":
@@ -101,25 +101,25 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a value")
         return made
 
-    made = command("demo", _demo, "the embedded default: real handwritten digits, on a CPU, in minutes", "digits")
+    made = command("demo", _demo, "train on handwritten digits, in minutes, and show the results", "digits")
     made.add_argument("--short", action="store_true", help="a few steps only, to see that everything runs")
 
     made = command("train", _train, "train a recipe", "recipe")
     made.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
-    made.add_argument("--skip-bad", action="store_true", help="leave bad records out instead of stopping; lists them")
-    made.add_argument("--dry-run", action="store_true", help="a step of each mode on the longest example: does it fit?")
+    made.add_argument("--skip-bad", action="store_true", help="leave bad records out and list them in skipped.txt")
+    made.add_argument("--dry-run", action="store_true", help="take one step of each mode on the longest record only")
 
     made = command("estimate", _estimate, "memory and time of a recipe, before anything is loaded", "recipe")
-    made.add_argument("--gpu", type=float, metavar="GIB", help="does it fit a GPU with so much memory? what would?")
-    made.add_argument("--tflops", type=float, help="what your GPU sustains, for the time an epoch takes")
+    made.add_argument("--gpu", type=float, metavar="GIB", help="memory of a GPU: does it fit, and with what changes?")
+    made.add_argument("--tflops", type=float, help="speed that your GPU sustains, for the times (default: 20)")
 
     made = command("ask", _ask, "ask a run's model, or any LLaVA, about a picture", "model")
     made.add_argument("words", nargs="+", metavar="[IMAGE ...] QUESTION")
-    made.add_argument("--max-new-tokens", type=int, default=256)
+    made.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
 
     says = "full training, DualSpeed, and arms of your own, side by side, on digits"
     made = command("compare", _compare, says, "digits")
-    made.add_argument("--seeds", type=int, default=1)
+    made.add_argument("--seeds", type=int, default=1, help="how many seeds to run (default: 1)")
     arms = made.add_mutually_exclusive_group()
     arms.add_argument("--arms", default="paper", help="a TOML file of arms, or a built-in one (default: paper)")
     arms.add_argument("--vary", action="append", metavar="section.key=v1,v2", help="an arm for each combination")
@@ -140,11 +140,11 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
     made.add_argument("image")
-    made.add_argument("--plugin", action="append", metavar="NAME", help="repeat for several (default: all that draw)")
-    made.add_argument("--keep", type=float, default=0.1)
+    made.add_argument("--plugin", action="append", metavar="NAME", help="may be repeated (default: all untrained ones)")
+    made.add_argument("--keep", type=float, default=0.1, help="share of the tokens to keep (default: 0.1)")
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
-    made.add_argument("--seed", type=int, default=0, help="of plugins that draw at random")
-    made.add_argument("--out", default="look.png")
+    made.add_argument("--seed", type=int, default=0, help="seed of the plugins that choose at random")
+    made.add_argument("--out", default="look.png", help="file of the drawing (default: look.png)")
 
     says = "measure speed and memory on this machine"
     bench = commands.add_parser("bench", help=says, description=says)

@@ -46,7 +46,7 @@ NEVER = -1.0  # the m of a token without a loss so far; no loss is below 0
 class Settings:
     keep: float = 1.0  # Share of a sample's answer tokens that a step learns when it skips; 1 = ReGATE is off.
     reference: str = ""  # A text-only LLM with the same tokenizer, folder or hub id; empty = none.
-    fusion: str = "sum"  # How reference losses join the student's: "sum" or "mix".
+    fusion: str = "sum"  # "sum": own + weight * reference loss. "mix": (1 - weight) * own + weight * reference loss.
     weight: float = 0.5  # Weight of the reference losses (lambda).
     beta: float = 0.9  # How slowly earlier losses of a token are forgotten.
     cycle: int = 128  # Steps from one refresh to the next.

@@ -25,7 +25,7 @@ This page is generated: `make options` writes it from the comments in
 [sections.py](../../tinyspeed/recipe/sections.py) and [regate.py](../../tinyspeed/regate.py)."""
 MORE = {
     "data": "Formats and checks: [your own pictures](pictures.md).",
-    "digits": "The pictures of the embedded default, and the sizes of its model.",
+    "digits": "The pictures of the built-in digits, and the sizes of their model.",
     "dualspeed": "What to choose, and what was measured: [what steps leave out](methods.md).",
     "sts": "STS leaves out layers: [more](methods.md#layers-sts).",
     "regate": "ReGATE leaves out answer tokens: [more](methods.md#answers-regate).",

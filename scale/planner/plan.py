@@ -297,7 +297,7 @@ def as_json(found: list[Cost]) -> list[dict]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m scale plan", description="What a recipe costs on many GPUs.")
-    parser.add_argument("recipe", metavar="RECIPE.toml", help="a recipe file, or the name of a built-in one")
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a built-in one")
     parser.add_argument("--gpus", default="8,64,512", metavar="N,N,...", help="numbers of GPUs (default: 8,64,512)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(hardware.GPUS)} (default: h100)")
     parser.add_argument("--samples", type=int, help="samples of an epoch (default: the data's, or LLaVA's)")

@@ -1,4 +1,4 @@
-"""The embedded default: what the direct path makes equals what a real processor makes, and the answers are true."""
+"""The built-in digits: what the direct path makes equals what a real processor makes, and the answers are true."""
 
 import numpy as np
 import pytest

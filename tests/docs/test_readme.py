@@ -60,7 +60,7 @@ def test_keys_exist(page):  # in a loop of one's own, `model.step` is an attribu
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_compiles(page):
     for block in pages.blocks(page, "python"):
-        compile(block, str(page), "exec")
+        assert compile(block, str(page), "exec").co_names, "a block that names nothing shows nothing"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -17,7 +17,7 @@ from tinyspeed.models import export, loading, lora, stages
 from tinyspeed.recipe import StageSection
 from tinyspeed.scheduler import PeriodicSchedule, Plan
 from tinyspeed.training import checkpoint, optimizer
-from tinyspeed.training.callback import SetStep
+from tinyspeed.training.trainer_callback import SetStep
 
 # The view that a step learns in.
 VIEW = {"fast": "fast", "slow": "slow", "full": "slow"}

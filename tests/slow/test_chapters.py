@@ -11,7 +11,8 @@ from tutorials import run
 
 @pytest.mark.parametrize("chapter", run.chapters([]), ids=lambda file: file.stem)
 def test_a_chapter_runs_from_top_to_bottom(chapter):
-    run.execute(chapter, short=True)
+    made = run.execute(chapter, short=True)
+    assert all(cell.execution_count for cell in made.cells if cell.cell_type == "code" and cell.source.strip())
 
 
 def write(file: Path, *cells: str) -> None:

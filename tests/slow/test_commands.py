@@ -306,7 +306,7 @@ def test_mistakes_are_named_before_anything_heavy_is_imported(tmp_path, without,
 
 
 def test_a_run_with_two_views_on_the_command_line(tmp_path, monkeypatch):
-    """The embedded default, aligned first; killed, resumed, exported."""
+    """The digits, aligned first; killed, resumed, exported."""
     changes = [
         "digits.width=32", "digits.tower_width=16", "digits.tower_steps=2", "lora.rank=4", "dualspeed.views=true",
         "dualspeed.slow=0.4", "align.steps=2", "train.steps=6", "train.batch=4", "align.batch=4", "run.save_every=2",

@@ -17,7 +17,7 @@ from tinyspeed.data import conversations
 from tinyspeed.scheduler import uniform
 from tinyspeed.training import build, checkpoint, train
 from tinyspeed.training.batching import Order
-from tinyspeed.training.callback import SetStep
+from tinyspeed.training.trainer_callback import SetStep
 
 
 @pytest.fixture(scope="module")

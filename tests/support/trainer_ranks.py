@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from tinyspeed.models import lora
 from tinyspeed.scheduler import PeriodicSchedule
-from tinyspeed.training.callback import SetStep
+from tinyspeed.training.trainer_callback import SetStep
 
 SAMPLES = 8  # of a step
 

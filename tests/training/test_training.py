@@ -197,7 +197,7 @@ def test_another_llava_than_the_digits_own_is_refused(tmp_path):
         train.train(settings(str(other), tmp_path, "run"), bar=False)
 
 
-def test_running_out_of_memory_names_mode_rows_and_setting(base, tmp_path, monkeypatch):
+def test_running_out_of_memory_names_mode_tokens_and_setting(base, tmp_path, monkeypatch):
     made, original = settings(base, tmp_path, "run", "align.steps=0"), StageRun._micro_batch
 
     def too_large(self, batch, rows, plan, answers):
@@ -207,7 +207,7 @@ def test_running_out_of_memory_names_mode_rows_and_setting(base, tmp_path, monke
 
     monkeypatch.setattr(StageRun, "_micro_batch", too_large)
     rows = 4 * (1 + 4 * 6 + 144)
-    with pytest.raises(UserError, match=rf"a slow micro-batch of {rows} rows .4 samples. .* train\.row_budget below"):
+    with pytest.raises(UserError, match=rf"a slow micro-batch of {rows} tokens .4 samples. .* train\.row_budget below"):
         train.train(made, bar=False)
     # A run without slow steps does not mind that a full step could not even be timed.
     fast = settings(base, tmp_path, "fast", "align.steps=0", "dualspeed.schedule=fast")

@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from importlib import import_module
 
-NUMBER, REPEATED, RECIPE = {"type": int}, {"action": "append"}, {"metavar": "RECIPE.toml"}
+NUMBER, REPEATED, RECIPE = {"type": int}, {"action": "append"}, {"metavar": "RECIPE"}
 FLAGS: dict[str, tuple[str, dict]] = {  # of all commands: the help, and what else argparse is told
     "recipe": ("whose data is read; without it, pictures are made", {**RECIPE, "nargs": "?"}),
     "recipes": ("recipe files, or names of built-in ones", {**RECIPE, "nargs": "+"}),
@@ -14,17 +14,17 @@ FLAGS: dict[str, tuple[str, dict]] = {  # of all commands: the help, and what el
     "--tune": ("lora, qlora or full (default: lora)", {}),
     "--text": ('words of a sample, or "mix"; repeat for several', {**REPEATED, "dest": "texts", "metavar": "WORDS"}),
     "--batch": ("samples of a step (default: 8)", NUMBER),
-    "--micro": ("samples that the others take at a time (default: the batch)", NUMBER),
-    "--budget": ("tokens that our steps take at a time (default: of `step` the batch, of `levers` 4096)", NUMBER),
+    "--micro": ("samples in a micro-batch of transformers and TRL (default: the batch)", NUMBER),
+    "--budget": ("tokens in a micro-batch of our steps (default: for `step` the batch, for `levers` 4096)", NUMBER),
     "--checkpointing": ("whether our steps recompute activations: on, off or auto (default: auto)", {}),
     "--compiled": ("also with compiled layers, which takes longer", {"action": "store_true"}),
     "--samples": ("records that are read in a round (default: 256)", NUMBER),
     "--workers": ("worker processes; repeat for several (default: 0, 1, 2)", {**REPEATED, **NUMBER}),
-    "--layers": ("of the LLM (default: 16)", NUMBER),
-    "--width": ("of the features or hidden states; a 7B model's are 4096 wide", NUMBER),
+    "--layers": ("layers of the LLM (default: 16)", NUMBER),
+    "--width": ("width of the features or hidden states; a 7B model's are 4096 wide", NUMBER),
     "--keep": ("share of the tokens that is kept (default: 0.1)", {"type": float}),
     "--repeats": ("rounds that are timed", NUMBER),
-    "--gpu": ("as on a GPU with so much memory", {"type": float, "metavar": "GIB"}),
+    "--gpu": ("use no more memory than a GPU of this size has", {"type": float, "metavar": "GIB"}),
     "--device": ("cpu or cuda (default: cpu)", {}),
     "--out": ("write the numbers to this JSON file", {}),
     "--png": ("draw the results", {}),
@@ -47,11 +47,11 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {  # what it measures, and it
     ),
     "pruning": ("what choosing the tokens costs", ("--width", "--keep", *TIMED)),
     "savings": (
-        "what skipping tokens, layers and answers saves, beside what that promises",
+        "what skipping tokens, layers and answers saves, compared with what their FLOPs promise",
         ("--layers", "--width", *TIMED),
     ),
     "memory": (
-        "what recipes need, beside what is estimated; downloads nothing",
+        "the memory that recipes need, compared with the estimate; downloads nothing",
         ("recipes", "--set", "--gpu", "--out"),
     ),
 }

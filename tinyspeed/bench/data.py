@@ -3,7 +3,7 @@
     tinyspeed bench data                       pictures made here: 640 x 480, as COCO's are
     tinyspeed bench data my-recipe.toml        the recipe's own records
 
-A fast step takes a tenth of the visual tokens, but all of the JPEG. So the faster the steps, the sooner they wait for
+A fast step takes a tenth of the image tokens, but all of the JPEG. So the faster the steps, the sooner they wait for
 data. What is measured is everything that training does for a record until its batch goes to the GPU: read, decode,
 resize, cut into crops, tokenise, collate; by 0, 1, 2, ... worker processes (`data.workers`). Beside it stands what
 DualSpeed with one slow step in fifty needs, by its FLOPs, on a GPU that sustains so many TFLOP/s: for the recipe's

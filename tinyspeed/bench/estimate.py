@@ -177,14 +177,14 @@ def lengths_of(recipe: Recipe, shape: Shape, source: Source | None = None) -> tu
     data, path = recipe.data, recipe.model.path
     if data.kind == "digits":
         source = digits.from_recipe(recipe)
-        return [source.lengths(0)], len(source), "the embedded digits"
+        return [source.lengths(0)], len(source), "the built-in digits"
     if path and Path(data.file).is_file():
         source = source or conversations.from_recipe(recipe, path)
         every = [source.lengths(i) for i in range(len(source))]
         return every, len(every), f"{counted(len(every), 'sample')} of {data.file}"
     text, (picture,), answers = assumed(recipe, shape)
     why = "there is no such file" if path else "the model has no processor yet"
-    said = f"{EPOCH:,} samples of {text} text rows, {picture:,} visual rows and {answers} tokens to learn, assumed"
+    said = f"{EPOCH:,} samples of {text} text tokens, {picture:,} image tokens and {answers} tokens to learn, assumed"
     return [(text, [picture], answers)], EPOCH, f"{said} in place of {data.file}: {why}"
 
 
@@ -289,9 +289,9 @@ def describe(found: Estimate) -> str:
     lora = f"LoRA of rank {rank}{' for each mode' * recipe.dualspeed.views}"
     how = [case.precision, *["LLM in 4 bits"] * (model.quantise != "none"), *[lora] * bool(rank)]
     parts = [
-        f"{model.path or model.llm or 'the embedded default'}: {', '.join(how)}\ndata: {case.data}",
+        f"{model.path or model.llm or 'the built-in digits'}: {', '.join(how)}\ndata: {case.data}",
         tables.table(["stage", "parameters", "trained", "weights", "gradients", "optimizer"], fixed),
-        tables.table(["stage", "mode", "samples", "rows", "recompute", "activations", "peak"], steps),
+        tables.table(["stage", "mode", "samples", "tokens", "recompute", "activations", "peak"], steps),
         tables.table(["stage", "samples", "full training", "this recipe", "speed-up", "time of full", "time"], work),
         f"Times assume {found.tflops:g} TFLOP/s sustained (--tflops)." + REGATE * (recipe.regate.keep < 1),
     ]
@@ -319,7 +319,7 @@ def compare_measured(found: Estimate, measured: list[dict]) -> str:
         rows.append(
             [m["stage"], m["mode"], f"{same.rows:,}", *measured_cells(beside_estimate(m["memory_mib"], same), "+.0f")]
         )
-    text = tables.table(["stage", "mode", "rows", *SIZES], rows)
+    text = tables.table(["stage", "mode", "tokens", *SIZES], rows)
     return text if found.case.gpu else f"{text}\n\n{ON_A_CPU}"
 
 

@@ -83,7 +83,7 @@ def describe(results: dict) -> str:
             how = ["no", "yes"][m["recompute"]] + " (not as estimated)" * (m["recompute"] != m["estimated_recompute"])
             counts = [f"{m['rows']:,}", m["samples"], how]
             rows.append([found["recipe"], m["stage"], m["mode"], *counts, *measured_cells(m), f"{m['seconds']:.1f}"])
-    headers = ["recipe", "stage", "mode", "rows", "samples", "recompute"]
+    headers = ["recipe", "stage", "mode", "tokens", "samples", "recompute"]
     text = tables.table([*headers, *SIZES, "seconds"], rows)
     limited = f", limited to {results['held_to_gib']:g} GiB" if results["held_to_gib"] else ""
     on_a_cpu = any(found["gpu_gib"] is None for found in results["recipes"])

@@ -71,11 +71,11 @@ def describe(results: dict) -> str:
         fast, full = f["fast"]["median_ms"], f["full"]["median_ms"]
         lines.append([f"{f['tokens']:,}", f"{fast:,.0f} ms", f"{full:,.0f} ms", f"{full / fast:.2f}x"])
     slopes = [f"{name} {results['slopes'][name]:.2f}, at the end {results['last'][name]:.2f}" for name in PLANS]
-    return tables.table(["visual tokens", "fast", "full", "speed-up"], lines) + "\n\nslope: " + "; ".join(slopes)
+    return tables.table(["image tokens", "fast", "full", "speed-up"], lines) + "\n\nslope: " + "; ".join(slopes)
 
 
 def draw(results: dict):
-    """Draws milliseconds over visual tokens, both logarithmic."""
+    """Draws milliseconds over image tokens, both logarithmic."""
     fig = plots.figure(6.4, 4.2)
     ax = fig.subplots()
     fig.subplots_adjust(left=0.13, right=0.8, top=0.92, bottom=0.13)
@@ -88,7 +88,7 @@ def draw(results: dict):
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(right=tokens[-1])
-    ax.set_xlabel("visual tokens")
+    ax.set_xlabel("image tokens")
     ax.set_title("ms per step", loc="left")
     ax.spines[["top", "right"]].set_visible(False)
     plots.label_ends(ax, ends)

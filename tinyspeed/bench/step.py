@@ -188,7 +188,7 @@ def describe(results: dict) -> str:
 
 
 def table_of(text: str, found: dict) -> str:
-    headers = ["contestant", "ms per sample", "speed-up", "rows/s", "floor, ms", "MFU", "GiB"]
+    headers = ["contestant", "ms per sample", "speed-up", "tokens/s", "floor, ms", "MFU", "GiB"]
     rows, samples = [], len(found["samples"])
     for name, f in found["contestants"].items():
         faster = "-" if f["speedup"] is None else f"{f['speedup']:.2f}x"

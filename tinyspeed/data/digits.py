@@ -1,4 +1,4 @@
-"""The embedded default: questions about pictures made of real handwritten digits, for a CPU and a few minutes.
+"""The built-in digits: questions about pictures made of real handwritten digits, for a CPU and a few minutes.
 
 A picture is a smooth grey canvas of 12 x 12 cells of 8 x 8 pixels, with a real scan (UCI digits, 8 x 8, from
 scikit-learn) in at most one cell of each quadrant. The tiny LLaVA sees one visual token a cell: 144 tokens, of which
@@ -78,7 +78,7 @@ DEFAULT = Canvas()
 def scans(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The scans (n, 8, 8) as uint8, and their labels. One scan in five is held out for evaluation."""
     found = find_spec("sklearn")
-    require(found is not None, "the digits come with scikit-learn: pip install 'tinyspeed[demo]'")
+    require(found is not None, "the digits come with scikit-learn: pip install '.[demo]'")
     # Only its file is read, since importing scikit-learn takes a second.
     digits = np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     held_out = np.arange(len(digits)) % 5 == 0

@@ -1,4 +1,4 @@
-"""The model for the embedded digits: a LLaVA-1.5 small enough for two CPU cores, with its tower and its processor.
+"""The model for the built-in digits: a LLaVA-1.5 small enough for two CPU cores, with its tower and its processor.
 
 There is no CLIP of this size to download, so the CLIP-shaped tower is trained here, briefly, to name each cell's
 content. Then it is frozen, as LLaVA's is.

@@ -45,7 +45,7 @@ def _rows(sources: list[Path], bar: bool) -> Iterator[dict]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise UserError("parquet needs pyarrow: pip install 'tinyspeed[parquet]'") from error
+        raise UserError("parquet needs pyarrow: pip install '.[parquet]'") from error
     for file in sources:
         try:
             with parquet.ParquetFile(file, page_checksum_verification=True) as table:

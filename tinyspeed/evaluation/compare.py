@@ -150,7 +150,7 @@ def summary(runs: list[dict]) -> str:
         "% right, full tokens": (1, lambda run: run["accuracy_full"]),
         "% right, pruned": (1, lambda run: run["accuracy_pruned"]),
         "seconds": (0, lambda run: run["seconds"]),
-        "rows x layers, %": (0, lambda run: ratio(run, "area", 100)),
+        "tokens x layers, %": (0, lambda run: ratio(run, "area", 100)),
         "speed-up": (2, lambda run: (share := ratio(run, "seconds", 1)) and 1 / share),
         "% of full's accuracy": (1, lambda run: ratio(run, "accuracy_full", 100)),
     }

@@ -31,7 +31,7 @@ def demo(recipe: Recipe) -> Result:
     picture = draw_example(folder / "picture.png", recipe.run.seed, digits.canvas_of(recipe))
     look.look(picture, folder / "kept.png", keep=recipe.dualspeed.keep, tower=str(folder / "model"))
     print(
-        f"{folder / 'report.png'}: loss, rows and time\n{folder / 'kept.png'}: the tokens that fast steps keep\n"
+        f"{folder / 'report.png'}: loss, tokens and time\n{folder / 'kept.png'}: the tokens that fast steps keep\n"
         f"{folder / 'model'}: the trained model, a plain LLaVA for transformers"
     )
     return result

@@ -116,7 +116,7 @@ def _reason(error: Exception) -> str:
     """The first line of what transformers says, and where that does not help, what it should say."""
     said = (str(error).strip() or repr(error)).splitlines()[0]
     if "tiktoken" in said:
-        return "its tokenizer is a SentencePiece file: pip install 'tinyspeed[parts]'"
+        return "its tokenizer is a SentencePiece file: pip install '.[parts]'"
     if "custom code" in said:
         return "it needs code that comes with it, and such code is never run here"
     if "couldn't connect" in said:

@@ -58,7 +58,7 @@ def llava(family: str, text: PreTrainedConfig, vision: CLIPVisionConfig | None =
     return LlavaNextVideoConfig(**common, image_grid_pinpoints=GRIDS, video_token_index=image + 2)
 
 
-FAMILIES = ("1.5", "next", "video")
+VERSIONS = ("1.5", "next", "video")
 SIZES = {  # the LLM and its tower
     # For a CPU: narrow and a quarter as deep as 7B, with few words so that their cost stays in proportion. The tower
     # has as many patches as the large one, for about as small a share of the work.
@@ -82,6 +82,6 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 def config_of(size: str, family: str) -> PreTrainedConfig:
     """Returns the configuration of a LLaVA-1.5, NeXT or NeXT-Video of this size."""
     require_known("size", size, SIZES)
-    require_known("family", family, FAMILIES)
+    require_known("family", family, VERSIONS)
     text, tower = SIZES[size]
     return llava(family, text(), tower())

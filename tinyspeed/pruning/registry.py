@@ -1,4 +1,4 @@
-"""The plugins by name, and what each needs beside the features.
+"""The plugins by name, and what each needs beside the features. A new plugin is a new file, imported in `__init__.py`.
 
 A plugin works from the features alone, or declares signals that it `needs`: tensors (B, N) or (B, N, C), which it gets
 as keyword arguments. `signals.py` records these in a vision tower:

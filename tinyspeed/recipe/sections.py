@@ -30,13 +30,13 @@ INPUTS = {  # the keys that say where a run's inputs are
 
 @dataclass(frozen=True)
 class RunSection:
-    name: str = "run"  # The run's folder is runs/NAME.
-    folder: str = "runs"  # The folder in which runs/NAME is made.
+    name: str = "run"  # Name of the run; its folder is run.folder/NAME.
+    folder: str = "runs"  # The folder that holds the folders of all runs.
     seed: int = 0  # Another seed draws another order of the data, other slow steps and other new weights.
-    threads: int = 0  # CPU threads; 0 = torch's choice. A resumed run repeats its bits with as many threads only.
+    threads: int = 0  # CPU threads; 0 = torch's choice. A resumed run gives the same bits only with the same number.
     device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is a GPU.
     save_every: int = 200  # Steps between checkpoints.
-    keep_checkpoints: int = 2  # How many of the newest checkpoints stay.
+    keep_checkpoints: int = 2  # How many checkpoints are kept; older ones are deleted.
     cache: str = "~/.cache/tinyspeed"  # Folder for unpacked parquet files, tower features, reference losses.
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class LoraSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    kind: str = "digits"  # "digits", the embedded default, or "chat": conversations about your own pictures.
+    kind: str = "digits"  # "digits": the built-in pictures of digits; "chat": conversations about your own pictures.
     turns: int = 6  # Digits: questions about each picture in training.
     eval_pictures: int = 1000  # Digits: pictures that the model is asked about after training, one question each.
     file: str = ""  # Chat: LLaVA's JSON, or chat messages as JSON, JSONL or parquet.
@@ -107,10 +107,10 @@ class DataSection:
 
 @dataclass(frozen=True)
 class DigitsSection:
-    """The embedded default's pictures, and the sizes of its model."""
+    """The pictures of the built-in digits, and the sizes of their model."""
 
     side: int = 12  # A picture has side x side cells, each an image token; 24 makes 576, as LLaVA-1.5 has.
-    regions: int = 2  # Regions a line (2, 3 or 4), each with one digit or none; 3 makes up to nine digits.
+    regions: int = 2  # 2, 3 or 4: a picture has 2 x 2, 3 x 3 or 4 x 4 regions, each with one digit or none.
     pictures: int = 1_000_000  # Different pictures in training; with few, a run sees them again.
     width: int = 128  # Width of the tiny LLM, a multiple of 8.
     layers: int = 2  # Layers of the tiny LLM.
@@ -136,14 +136,14 @@ class DigitsSection:
 class DualSpeedSection:
     plugin: str = "divprune"  # What chooses the image tokens of fast steps; `tinyspeed look` draws each choice.
     keep: float = 0.1  # Share of the image tokens that fast steps see; fewer tokens are faster.
-    schedule: str = "bernoulli"  # "bernoulli", "periodic", "adaptive", "fast" (pruned only) or "full" (nothing pruned).
+    schedule: str = "bernoulli"  # Slow steps: "bernoulli", "periodic", "adaptive", none ("fast"); "full": no pruning.
     slow: float = 0.1  # Share of slow steps, which see all image tokens; an adaptive schedule begins there.
-    gap: float = 0.05  # Adaptive: how much worse full tokens may do than pruned ones, in nats a token.
+    gap: float = 0.05  # Adaptive: how much higher the loss on full tokens may be than on pruned ones, in nats a token.
     isolator: int = 4  # Learned tokens in front of each picture that mark a fast step; 0 = none.
     isolator_from: str = ""  # Folder of a finished run whose isolator this run goes on with.
     views: bool = False  # One LoRA for fast steps and one for slow steps, instead of one for both; needs lora.rank.
-    distill: float = 1.0  # How much the fast mode teaches slow steps (the weight of the KL); 0 saves its forward.
-    temperature: float = 1.0  # Above 1 it flattens teacher's and student's answers in that KL.
+    distill: float = 1.0  # Weight of slow steps' distillation loss; 0 = none, which saves the teacher's forward.
+    temperature: float = 1.0  # Temperature of the distillation loss; above 1 it softens teacher and student alike.
     positions: str = "original"  # "original": kept tokens keep their places; "compact": they close up, as published.
     layout: str = "auto"  # Samples "padded" to one length, "packed" end to end, or "auto": whichever is cheaper.
 
@@ -171,7 +171,7 @@ class StsSection:
     layers: str = "random"  # "random" (deeper ones more often), or "influence": those that change answers least.
     protect_first: int = 1  # Layers at the start that always run.
     protect_last: int = 1  # Layers at the end that always run.
-    every: int = 10  # One step in so many runs every layer, as slow steps do; 0 = only slow steps do.
+    every: int = 10  # One step in this many runs all layers, in addition to the slow steps; 0 = only slow steps do.
     compress: float = 0.0  # Share of the image tokens that [align] sees; 0 = dualspeed.keep.
     compressor: str = ""  # Plugin that chooses them; empty = dualspeed.plugin.
 
@@ -192,7 +192,7 @@ class StsSection:
 class StageSection:
     steps: int = 0  # Optimizer steps; 0 = as many as epochs asks for. A stage with neither is left out.
     epochs: float = 0.0  # Passes over the data. With few records, train for more.
-    batch: int = 32  # Samples an optimizer step. With few records, take fewer.
+    batch: int = 32  # Samples in an optimizer step. With few records, use a smaller batch.
     lr: float = 1e-3  # Learning rate after the warm-up; from there it falls to 0 along half a cosine.
     warmup: float = 0.03  # Share of the steps in which the learning rate rises.
     weight_decay: float = 0.0  # AdamW's weight decay.
@@ -223,11 +223,11 @@ class StageSection:
 class ScaleSection:
     """How `scale` spreads a run over processes; `tinyspeed` itself reads none of it."""
 
-    shard: int = 0  # Ranks that share one copy of the model; 0 = all. 8: each node of 8 GPUs has one (HSDP).
+    shard: int = 0  # Ranks that share one copy of the model; 0 = all. 8 = one copy in each node of 8 GPUs (HSDP).
     reshard: bool = True  # Drop a layer's weights between forward and backward; false = less traffic, more memory.
     offload: bool = False  # Keep each rank's slice of the weights in CPU memory.
-    window: int = 1  # Batches made together, of samples alike, so that ranks get equal work; 1 = at random.
-    check_every: int = 50  # Steps between comparisons of what the ranks are about to do.
+    window: int = 1  # So many batches are drawn together and sorted by length before they are cut; 1 = no sorting.
+    check_every: int = 50  # Steps between checks that all ranks are about to do the same.
     timeout: float = 600.0  # Seconds without progress after which a rank says so and all ranks stop.
 
     def __post_init__(self):
@@ -289,7 +289,7 @@ class Recipe:
         return paths.expanded(self.run.folder) / self.run.name
 
     def stages(self) -> list[tuple[str, StageSection]]:
-        """The stages that run, with the name under which `loading.set_trainable` knows them."""
+        """The stages that run, with the name under which `stages.set_trainable` knows them."""
         return [(name, s) for name, s in (("align", self.align), ("train", self.train)) if s.steps or s.epochs]
 
     def pruning(self, stage: str) -> tuple[str, float]:

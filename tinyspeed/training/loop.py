@@ -123,7 +123,7 @@ class StageRun:
                     entry = self._step(step, batches, full_seconds_per_row)
                 log(entry)
                 note = " skipped" if entry["skipped"] else ""
-                speed = f"{entry['rows_per_second']:,.0f} rows/s"
+                speed = f"{entry['rows_per_second']:,.0f} tokens/s"
                 speed += f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
                 line.set_postfix_str(f"{entry['mode']} loss {entry['loss']:.3f}{note} {speed}", refresh=False)
                 line.update()
@@ -156,7 +156,7 @@ class StageRun:
             advice = f"set {self.name}.row_budget below that (or a smaller {self.name}.batch)"
             if len(rows) == 1:
                 advice = f'set {self.name}.checkpointing = "on", model.quantise = "nf4" or a smaller data.max_rows'
-            part = f"a {mode} micro-batch of {len(rows) * max(rows):,} rows ({counted(len(rows), 'sample')})"
+            part = f"a {mode} micro-batch of {len(rows) * max(rows):,} tokens ({counted(len(rows), 'sample')})"
             what = f"step {self.totals.steps + 1}: {part} does not fit into memory"
             raise UserError(f"{what}; {advice}; `tinyspeed estimate` says what fits") from error
 

@@ -71,8 +71,8 @@ def run_figure(steps: list[dict], name: str = "run"):
         ends.append((x[mine][-1], kept[mine][-1], mode, MODES[mode]["color"]))
     rows.set_ylim(0, 1.1 * max(full.max(), kept.max(), 1))
     rows.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    rows.set_ylabel("rows a step")
-    rows.set_title(f"Rows through the LLM: {kept.sum() / max(full.sum(), 1):.0%} of full training's", loc="left")
+    rows.set_ylabel("tokens a step")
+    rows.set_title(f"Tokens through the LLM: {kept.sum() / max(full.sum(), 1):.0%} of full training's", loc="left")
     label_ends(rows, ends)
 
     # Seconds

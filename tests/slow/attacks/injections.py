@@ -147,21 +147,26 @@ def pixels(at: Step, stack: ExitStack):
     return of_image(at, damaged, stack)
 
 
+def through_projector(at: Step, run: Callable, batch: dict, change: Callable):
+    """Runs a micro-batch in which `change` has replaced what comes out of the projector."""
+    handle = at.run.model.vlm.projector.register_forward_hook(lambda module, given, out: change(out))
+    try:
+        return run(batch)
+    finally:
+        handle.remove()
+
+
 def features(at: Step, stack: ExitStack):
     """What comes out of the projector."""
 
     def damaged(k, run, batch):
-        def hook(module, given, out):
+        def change(out):
             if out.dim() == 3:  # not the tokens that a fast step projects again, see `kept`
                 out = out.clone()
                 at.into(out[k])
             return out
 
-        handle = at.run.model.vlm.projector.register_forward_hook(hook)
-        try:
-            return run(batch)
-        finally:
-            handle.remove()
+        return through_projector(at, run, batch, change)
 
     return of_image(at, damaged, stack)
 
@@ -172,21 +177,14 @@ def kept(at: Step, stack: ExitStack):
         return None
     hit = []
 
-    def change(number, run, batch):
-        def hook(module, given, out):
-            if out.dim() == 2 and not hit:
-                hit.append(1)
-                out = out.clone()
-                at.into(out)
-            return out
+    def change(out):
+        if out.dim() == 2 and not hit:
+            hit.append(1)
+            out = out.clone()
+            at.into(out)
+        return out
 
-        handle = at.run.model.vlm.projector.register_forward_hook(hook)
-        try:
-            return run(batch)
-        finally:
-            handle.remove()
-
-    stack.enter_context(within(at, change))
+    stack.enter_context(within(at, lambda number, run, batch: through_projector(at, run, batch, change)))
     return r"the loss of \S"
 
 

@@ -1,5 +1,6 @@
 """The short form of `damaged_input`: some cases of every part. And the attack itself finds what is wrong."""
 
+import importlib.metadata
 import os
 import time
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_a_link_is_where_it_leads(tmp_path):
     with file_access.allowing([tmp_path / "in"]) as touched:
         (tmp_path / "in" / "link").read_text()
     assert touched
+
+
+def test_the_code_and_what_its_installation_says_may_be_read():
+    with file_access.allowing([]) as touched:
+        assert importlib.metadata.version("tinyspeed")
+        assert importlib.metadata.files("tinyspeed")
+        assert Path(__file__).read_text()
+    assert not touched
 
 
 def test_the_folder_of_an_allowed_file_may_be_flushed_and_not_listed(tmp_path):

@@ -148,6 +148,7 @@ def test_a_command_works(desk, small_benchmarks, monkeypatch, command):
     folder, done = desk
     monkeypatch.chdir(folder)
     execute(command, done)
+    assert done[command]
 
 
 def test_the_demo_prints_what_its_page_shows(desk, monkeypatch, capsys):
@@ -168,6 +169,7 @@ def test_the_python_of_a_page_works(desk, monkeypatch, page):
     folder, _ = desk
     monkeypatch.chdir(folder)
     monkeypatch.setattr(registry, "PLUGINS", {**registry.PLUGINS})
+    shutil.rmtree(folder / "out", ignore_errors=True)  # of another page
     known = {"my_data": Pictures(8), "my_collator": gather}
     for block in pages.blocks(page, "python"):
         if "optimizer" in block:
@@ -175,3 +177,6 @@ def test_the_python_of_a_page_works(desk, monkeypatch, page):
             known["optimizer"] = torch.optim.AdamW(p for p in known["model"].parameters() if p.requires_grad)
         block = block.replace("llava-hf/llava-1.5-7b-hf", "base").replace("bf16=True", "bf16=True, use_cpu=True")
         exec(compile(block, str(page), "exec"), known)
+    assert isinstance(known["model"], torch.nn.Module)
+    if "Trainer(" in pages.read(page):
+        assert (folder / "out" / "final" / "config.json").is_file()

@@ -27,7 +27,7 @@ NEVER = {
     "pickle.find_class", "os.startfile", "webbrowser.open",
 }  # fmt: skip
 # What Python imports, and what any program reads of the system.
-CODE = (sys.prefix, sys.base_prefix, Path(tinyspeed.__file__).parent, Path(__file__).parents[3])
+CODE = (sys.prefix, sys.base_prefix, Path(tinyspeed.__file__).parents[1])
 SYSTEM = (
     "/dev/null", "/dev/urandom", "/proc/cpuinfo", "/proc/meminfo", "/proc/self/mounts", "/proc/self/cgroup",
     "/sys/fs/cgroup",

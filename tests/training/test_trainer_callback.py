@@ -8,7 +8,7 @@ from transformers import Trainer
 from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import digits_model
 from tinyspeed.scheduler import FastSchedule, PeriodicSchedule
-from tinyspeed.training.callback import SetStep
+from tinyspeed.training.trainer_callback import SetStep
 
 
 def test_trainer_trains_it_and_every_step_has_its_own_plan(tmp_path):
