@@ -1,6 +1,7 @@
 """Steps that grow: what is timed is as long as it says, and a slope is that of a line that is known."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_frames_are_what_the_llm_sees(dwarf, tmp_path, capsys, monkeypatch):
     assert [f["tokens"] for f in result["steps"]] == [144, 288]
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert Image.open(png).size[0] > 400
-    assert "| 288" in capsys.readouterr().out.replace("|           288", "| 288")
+    assert re.search(r"\| +288 \|", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])

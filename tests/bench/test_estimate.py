@@ -251,7 +251,7 @@ def test_measured_beside_estimated(recipe):
     slow = found.case.worst_batches(found.recipe)["train", "slow"]
     measured = {"stage": "train", "mode": "slow", "samples": 1, "rows": 676, "memory_mib": slow.peak / 2**20 / 1.1}
     text = compare_measured(found, [measured, {**measured, "mode": "fast", "memory_mib": None}])
-    assert re.search(r"\| train \| slow \|  676 \| .* \| +\+10 \|", text)
+    assert re.search(r"\| train \| slow \| +676 \| .* \| +\+10 \|", text)
     assert "whole process" not in text
     assert "whole process" in compare_measured(estimate(recipe()), [measured])
 

@@ -98,7 +98,7 @@ def test_scans_are_scikit_learns_own_and_every_fifth_is_held_out():
 
 def test_without_scikit_learn_what_to_install_is_said(monkeypatch):
     monkeypatch.setattr(digits, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'tinyspeed\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[demo\]'"):
         digits.scans.__wrapped__("train")
 
 

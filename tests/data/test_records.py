@@ -949,4 +949,4 @@ def test_parquet_that_cannot_be_read_is_refused(parquet, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "without .parquet files" in refusal(lambda: RecordFile(tmp_path / "empty", cache=tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'tinyspeed[parquet]'" in refusal(lambda: RecordFile(file, cache=tmp_path / "cache"))
+    assert "pip install '.[parquet]'" in refusal(lambda: RecordFile(file, cache=tmp_path / "cache"))

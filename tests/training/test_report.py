@@ -152,7 +152,7 @@ def test_a_run_is_drawn_with_its_stages_modes_and_saving(tmp_path):
     texts = assert_legible(fig)
     assert {"fast", "slow", "align ◂", "▸ tune", "without pruning", "this run"} <= texts
     kept, taught, full = (sum(row[key] for row in rows) for key in ("rows_kept", "rows_taught", "rows_full"))
-    assert f"Rows through the LLM: {(kept + taught) / full:.0%} of full training's" in texts
+    assert f"Tokens through the LLM: {(kept + taught) / full:.0%} of full training's" in texts
     assert "Time: estimated speed-up 3.20x" in texts
     assert f"my_$run$: 300 steps in 0:0{round(rows[-1]['seconds']) // 60}:{round(rows[-1]['seconds']) % 60:02}" in texts
 

@@ -100,7 +100,7 @@ def describe(results: dict) -> str:
     found = [[str(n), f"{f['median']:,.1f}"] for n, f in results["records_per_second"].items()]
     wanted = [[f"{float(tflops):g}", f"{n:,.1f}"] for tflops, n in results["wanted"].items()]
     return (
-        f"{tables.table(['workers', 'records/s'], found)}\n\nDualSpeed with one slow step in fifty needs\n\n"
+        f"{tables.table(['workers', 'records/s'], found)}\n\nWhat DualSpeed with one slow step in fifty needs:\n\n"
         f"{tables.table(['TFLOP/s sustained', 'records/s'], wanted)}"
     )
 
