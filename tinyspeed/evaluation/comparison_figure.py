@@ -37,23 +37,22 @@ def compare_figure(results: dict):
 
     fig = plots.figure(13, 5.4)
     left, right = fig.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.1]})
-    fig.subplots_adjust(left=0.055, right=0.985, top=0.91, bottom=0.11, wspace=0.42)
+    fig.subplots_adjust(left=0.055, right=0.89, top=0.91, bottom=0.11, wspace=0.42)
     for ax in (left, right):
         plots.plain_axes(ax)
     _draw_losses(left, {arm: [run["curve"] for run in mine] for arm, mine in arms.items()}, seeds)
-    points, spans = [], []
+    points = []
     for i, (arm, (speed, accuracy)) in enumerate(measured.items()):
         colour, marker, _ = _style(i)
         x, y = speed.mean(), accuracy.mean()
         _error_bar(right, x, y, xerr=_spread(speed), yerr=_spread(accuracy), color=colour, marker=marker, markersize=7)
         points.append((x, y, arm, colour))
-        spans.append((speed.min(), accuracy.min(), speed.max(), accuracy.max()))
     right.set_title(f"Accuracy against {'speed' if full else 'time'}{_bars_of(seeds)}", loc="left")
     _label_speed(right, bool(full))
     right.set_ylabel("accuracy on full tokens, %")
-    right.margins(0.16, 0.3)
+    right.margins(0.08, 0.3)
     _scale_by_wrong_answers(right.yaxis, [accuracy for _, accuracy in measured.values()])
-    plots.label_points(right, points, spans)
+    plots.label_ends(right, points)
     return fig
 
 

@@ -1,12 +1,10 @@
 """Plots: figures that need no window, one set of colours, and names written next to what they name.
 
-A legend makes one look to and fro, and colours alone fail on grey printers. So names are placed as a person would place
-them: near the end of a curve or near a point, where there is room; a thin line leads to a name that is further away.
-All distances are measured in pixels, on the drawing as it will be saved.
+A legend makes one look to and fro, and colours alone fail on grey printers. So names stand to the right of the axes,
+each as near as possible to the height of its curve's end or of its point, and a thin line leads there. Distances are
+measured in pixels, on the drawing as it will be saved.
 """
 
-import itertools
-import math
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +19,6 @@ GREY = "#666666"
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#008060", "#AA4499", "#8C6500", "#777777")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-# The sides of a point on which its name is tried, in degrees: right and left first, above and below last.
-_ANGLES = (0, 180, *(a for tilt in range(15, 91, 15) for a in (tilt, -tilt, 180 - tilt, tilt - 180)))
 
 
 def figure(width: float, height: float):
@@ -82,8 +78,9 @@ def fit_scale(ax, heights: list[float]) -> None:
 
 
 def label_ends(ax, ends: list[tuple[float, float, str, str]]) -> None:
-    """Writes each curve's name to the right of the axes, at the height of its end (x, y, name, colour) or as near to it
-    as the other names leave room; a thin line leads there."""
+    """Writes each name to the right of the axes, at the height of its point (x, y, name, colour) or as near to it as
+    the other names leave room; a thin line leads there."""
+    ax.figure.canvas.draw()  # settles the limits of the axes
     box = ax.get_window_extent()
     ends = sorted(ends, key=lambda end: (end[1], end[0]))
     wanted = np.array([ax.transData.transform((x, y))[1] for x, y, *_ in ends]).clip(box.y0, box.y1)
@@ -108,49 +105,3 @@ def _spread(wanted: np.ndarray, tall: np.ndarray, low: float, high: float) -> np
             blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * n) / (blocks[-1][1] + n), blocks[-1][1] + n]
     placed = np.concatenate([[mean] * n for mean, n in blocks]).clip(low, max(low, high - gaps[-1]))
     return placed + gaps
-
-
-def label_points(ax, points: list[tuple[float, float, str, str]], spans: list[tuple]) -> None:
-    """Names each point (x, y, name, colour), as near to it as possible while the name covers no point, no error bar
-    (`spans`: x0, y0, x1, y1 of each), no other name and no line that leads to one. In a crowd, names close by would
-    wall in the points of the others, so all names step back."""
-    ax.figure.canvas.draw()  # settles the limits of the axes
-    at = [ax.transData.transform((x, y)) for x, y, *_ in points]
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
-    for (x, y), (x0, y0, x1, y1) in zip(at, spans, strict=True):
-        (left, low), (right, high) = ax.transData.transform([(x0, y0), (x1, y1)])
-        taken += [(left - 4, y - 6, right + 4, y + 6), (x - 6, low - 4, x + 6, high + 4)]
-    how = {"textcoords": "offset pixels", "fontsize": 9, "parse_math": False}
-    labels = [ax.annotate(text, (x, y), (0, 0), color=colour, **how) for x, y, text, colour in points]
-    extents = [label.get_window_extent() for label in labels]
-    sizes = [(extent.width + 4, extent.height + 2) for extent in extents]
-    tries = (_arrange(at, sizes, taken, ax.get_window_extent(), nearest) for nearest in range(10, 130, 6))
-    places = min(tries, key=lambda found: found.count(None))
-    for label, point, place, (x, y, _, colour) in zip(labels, at, places, points, strict=True):
-        box, edge = place or ((point[0] + 8, point[1] - 7), point)  # no room anywhere: beside the point, over others
-        label.set_position((box[0] + 2, box[1] + 1) - point)
-        if math.dist(point, edge) > 14:
-            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-            ax.annotate("", (x, y), edge - point, textcoords="offset pixels", arrowprops=arrow)
-
-
-def _arrange(at: list, sizes: list, taken: list, area, nearest: int) -> list:
-    """For each point the box of its name and the end of the line to it, or None if there is no room. All in pixels."""
-    taken, places = list(taken), []
-    for (x, y), (wide, tall) in zip(at, sizes, strict=True):
-        places.append(None)
-        for away, turn in itertools.product(range(nearest, 240, 8), _ANGLES):
-            dx, dy = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-            left, low = x + dx * (away + wide / 2) - wide / 2, y + dy * (away + tall / 2) - tall / 2
-            box = (left, low, left + wide, low + tall)
-            if left < area.x0 + 2 or box[2] > area.x1 - 2 or low < area.y0 + 2 or box[3] > area.y1 - 2:
-                continue
-            edge = min(max(x, left), box[2]), min(max(y, low), box[3])
-            shares = [t / math.dist((x, y), edge) for t in range(20, int(math.dist((x, y), edge)), 3)]
-            line = [(x + (edge[0] - x) * t, y + (edge[1] - y) * t) for t in shares]  # it may touch its own point
-            parts = [box, *((u - 1, v - 1, u + 1, v + 1) for u, v in line)]
-            if not any(a < r and p < c and b < s and q < d for a, b, c, d in parts for p, q, r, s in taken):
-                taken += parts
-                places[-1] = box, edge
-                break
-    return places
