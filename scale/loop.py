@@ -202,9 +202,7 @@ class ShardedStage(StageRun):
     def _restore_random_state(self, saved: checkpoint.Saved) -> None:
         """Restores this rank's own state. A rank that was not there before gets a new one."""
         mine = f"/{self.ranks.rank}" if self.ranks.rank else ""
-        if f"rng/cpu{mine}" not in saved:
+        if f"rng/cpu{mine}" in saved:
+            super()._restore_random_state(saved, mine)
+        else:
             torch.manual_seed(hash((self.recipe.run.seed, self.totals.steps, self.ranks.rank)))
-            return
-        torch.set_rng_state(saved[f"rng/cpu{mine}"])
-        if f"rng/cuda{mine}" in saved and self.model.device.type == "cuda":
-            torch.cuda.set_rng_state(saved[f"rng/cuda{mine}"], self.model.device)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tinyspeed import UserError
+from tinyspeed.util import UserError, require
 
 from .rendezvous import rendezvous
 
@@ -104,8 +104,7 @@ class Ranks:
         """Raises an error on every rank if this value differs between them. Values are compared by a hash."""
         number = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:7])
         largest, smallest = self.max(number, -number)
-        if largest != -smallest:
-            raise UserError(f"the ranks do not agree about {what}; rank {self.rank} has {str(value)[:200]}")
+        require(largest == -smallest, f"the ranks do not agree about {what}; rank {self.rank} has {str(value)[:200]}")
 
     def max(self, *numbers: int) -> list[int]:
         """Returns the largest of all ranks' values, for each of these numbers."""
@@ -131,8 +130,7 @@ class Ranks:
     def device_mesh(self, shard: int) -> DeviceMesh:
         """The grid in which `shard` ranks (0: all) share one copy of the model."""
         shard = shard or self.size
-        if self.size % shard:
-            raise UserError(f"scale.shard = {shard} does not divide the {self.size} ranks")
+        require(self.size % shard == 0, f"scale.shard = {shard} does not divide the {self.size} ranks")
         if shard == self.size:
             return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
         return init_device_mesh(self.device.type, (self.size // shard, shard), mesh_dim_names=("replicate", "shard"))
@@ -160,11 +158,9 @@ def join() -> Iterator[Ranks]:
     rank, size, local = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local >= (gpus := torch.cuda.device_count()):
-            raise UserError(
-                f"process {local + 1} of this machine has no GPU, there are {gpus}: start no more, "
-                "or train on the CPU, with CUDA_VISIBLE_DEVICES= in front of the command"
-            )
+        what = f"process {local + 1} of this machine has no GPU, there are {torch.cuda.device_count()}: start no more"
+        mend = "or train on the CPU, with CUDA_VISIBLE_DEVICES= in front of the command"
+        require(local < torch.cuda.device_count(), f"{what}, {mend}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     ranks = Ranks(rank, size, device, rendezvous(_store(rank, size), rank, size), local)

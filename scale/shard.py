@@ -24,7 +24,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from tinyspeed import DualSpeed, UserError
+from tinyspeed import DualSpeed
+from tinyspeed.util import require
 
 
 def shard(
@@ -56,10 +57,8 @@ def has_4_bits(model: nn.Module) -> bool:
     """Whether the model has weights in 4 bits. Refuses those stored as bytes, which cannot be sharded."""
     stored = {name: p.dtype for name, p in model.named_parameters() if type(p).__name__ == "Params4bit"}
     for name, dtype in stored.items():
-        if not dtype.is_floating_point:
-            raise UserError(
-                f"{name} holds its 4-bit weights as {dtype}: load with storage=torch.bfloat16 to shard them"
-            )
+        what = f"{name} holds its 4-bit weights as {dtype}: load with storage=torch.bfloat16 to shard them"
+        require(dtype.is_floating_point, what)
     return bool(stored)
 
 

@@ -19,7 +19,7 @@ on every machine, and no logarithms or powers. So all ranks get the same modes.
 
 Micro-batches are prepared before their step, so a share must be known early. The share of block b follows from blocks 0
 to b - 2: all plans of block b are final when block b - 1 begins, and batches may be prepared at most B steps ahead
-(`ahead`). A plan that is asked for earlier uses the newest share. Such a forecast is good enough to announce a run.
+(`ahead`). A plan that is asked for earlier uses the newest share: a guess, good enough for the checks before a run.
 
 The trade-off: a share lags up to two blocks behind, so a run of at most 128 steps is not adapted at all, and the share
 oscillates. The student trains with dropout and the teacher runs without, which looks like a gap. Samples without an
@@ -29,7 +29,7 @@ image have no gap and make it look smaller.
 import math
 
 from .scheduler import DualSpeedSchedule, Plan, uniform
-from .util import NotFinite, UserError
+from .util import NotFinite, require
 
 BLOCK = 64  # steps
 FACTOR = 4  # how far the share may move from where it began
@@ -44,15 +44,10 @@ class AdaptiveSchedule(DualSpeedSchedule):
 
     def __init__(self, slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0, gap: float = 0.05):
         super().__init__(slow, keep, distill, seed)
-        if slow == 0:
-            raise UserError("slow = 0: an adaptive share begins there and would stay there; give a share above 0")
-        if distill == 0:
-            raise UserError(
-                "distill = 0: an adaptive share follows the gap between student and teacher, and there is no teacher; "
-                "give a weight above 0, or another schedule"
-            )
-        if not 0 < gap < math.inf:
-            raise UserError(f"gap = {gap}: the tolerated gap, in nats per token, must be above 0")
+        require(slow > 0, "slow = 0: an adaptive share begins there and would stay there; give a share above 0")
+        alone = "an adaptive share follows the gap between student and teacher, and there is no teacher"
+        require(distill > 0, f"distill = 0: {alone}; give a weight above 0, or another schedule")
+        require(0 < gap < math.inf, f"gap = {gap}: the tolerated gap, in nats per token, must be above 0")
         self.gap, self.block = gap, BLOCK
         self.sums: list[list[float]] = []  # per block, over its slow steps: CE_full - CE_fast, and the answers
         self.shares = [slow, slow]  # of each block whose share is known

@@ -79,7 +79,7 @@ def message_of(error: UserError | OSError) -> str:
         return str(error)
     if number := files.errno_of(error):
         return str(files.DiskError(error.filename or "standard output", number))
-    return f"{error.strerror or error}: {error.filename or ''}"
+    return ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]  # last hidden states to logits
+CHUNK = 1024  # answer rows whose logits exist at a time
 
 
 def _chunk_loss(
@@ -56,7 +57,7 @@ def answer_loss(
     teacher: Tensor | None = None,
     teacher_head: Head | None = None,
     temperature: float = 1.0,
-    chunk: int = 1024,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the summed cross-entropy and the summed T^2 * KL over all answer rows, with a graph; and without one, the
     cross-entropy of each row and the teacher's summed cross-entropy (0 without a teacher).

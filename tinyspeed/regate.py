@@ -66,10 +66,8 @@ class Settings:
         require(some_skip, f"{at['refresh']}: must be below regate.cycle, or no step would skip anything")
         require_known("regate.fusion", self.fusion, FUSIONS)
         alone = (self.fusion, self.weight) == (Settings.fusion, Settings.weight)
-        require(
-            bool(self.reference) or alone,
-            "regate.fusion and regate.weight weigh a reference's losses: set regate.reference too",
-        )
+        what = "regate.fusion and regate.weight weigh a reference's losses: set regate.reference too"
+        require(bool(self.reference) or alone, what)
 
 
 class Cycle(Stateful):

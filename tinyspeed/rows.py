@@ -39,7 +39,7 @@ from torch import Tensor
 
 from .pruning import keep_count
 from .scheduler import Plan
-from .util import UserError, require_known
+from .util import UserError, require, require_known
 
 IGNORE = -100
 POSITIONS = ("compact", "original")
@@ -64,11 +64,6 @@ class Rows:
     def lengths(self) -> Tensor:
         """(samples,): the number of rows of each."""
         return torch.bincount(self.sample, minlength=self.samples)
-
-    @property
-    def padded(self) -> int:
-        """The number of slots if all samples are padded to the longest."""
-        return self.samples * int(self.lengths.max())
 
 
 def full(
@@ -96,11 +91,9 @@ def full(
         labels = labels.masked_fill(input_ids == placeholder, IGNORE)  # a placeholder is never an answer
         visual = (token == placeholder).nonzero()[:, 0]
         sizes = torch.tensor(lengths[kind], dtype=torch.long)
-        if len(visual) != sizes.sum():
-            raise UserError(
-                f"the batch holds {len(visual)} {kind} placeholder tokens, but its {len(sizes)} {kind}(s) give "
-                f"{sizes.sum()} feature rows; was the text truncated, or made by another processor?"
-            )
+        given = f"its {len(sizes)} {kind}(s) give {sizes.sum()} feature rows"
+        what = f"the batch holds {len(visual)} {kind} placeholder tokens, but {given}"
+        require(len(visual) == int(sizes.sum()), f"{what}; was the text truncated, or made by another processor?")
         source[visual] = torch.arange(row, row + len(visual), device=device)
         image[visual] = torch.arange(number, number + len(sizes)).repeat_interleave(sizes).to(device)
         row, number = row + len(visual), number + len(sizes)

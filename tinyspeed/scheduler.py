@@ -47,10 +47,8 @@ class Plan:
             require(0 < share <= 1, f"{name} = {share}: a share must be above 0 and at most 1")
         require(0 <= self.distill < math.inf, f"distill = {self.distill}: a loss weight cannot be negative or infinite")
         if self.layers is not None:
-            require(
-                bool(self.layers) and self.layers[0] >= 0 and list(self.layers) == sorted(set(self.layers)),
-                f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once",
-            )
+            good = bool(self.layers) and self.layers[0] >= 0 and list(self.layers) == sorted(set(self.layers))
+            require(good, f"layers = {self.layers}: give at least one layer, counted from 0, ascending, each once")
             require(not self.measure, "a step that skips layers cannot measure them")
 
     @property

@@ -70,16 +70,12 @@ class LayerSkipper(Stateful):
         self.free = range(protect_first, layers - protect_last)  # the layers that are not protected
         require_known("way to choose layers", choose, CHOICES)
         least = math.ceil(1000 / layers) / 1000  # rounded up, so that the value in the message is enough
-        require(
-            0 < skip < 1 and self.count > 0,
-            f"skip = {skip}: of {counted(layers, 'layer')} that is none or all; give at least {least:g}, and below 1",
-        )
-        free = len(self.free)
-        require(
-            min(protect_first, protect_last) >= 0 and self.count <= free and self.count < layers,
-            f"skip = {skip}: {counted(self.count, 'layer')} of {layers}, but beside the first {protect_first} and the "
-            f"last {protect_last}, which are protected, there are {free}",
-        )
+        what = f"of {counted(layers, 'layer')} that is none or all; give at least {least:g}, and below 1"
+        require(0 < skip < 1 and self.count > 0, f"skip = {skip}: {what}")
+        fits = min(protect_first, protect_last) >= 0 and self.count <= len(self.free) and self.count < layers
+        protected = f"the first {protect_first} and the last {protect_last}, which are protected"
+        what = f"{counted(self.count, 'layer')} of {layers}, but beside {protected}, there are {len(self.free)}"
+        require(fits, f"skip = {skip}: {what}")
         require(every >= 0, f"every = {every}: a number of steps, or 0 for none")
 
     def change(self, plan: Plan, step: int) -> Plan:

@@ -9,7 +9,7 @@ cards of a node share the traffic. The sustained share of a link (LINKS) and the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tinyspeed.util import UserError, require_known
+from tinyspeed.util import UserError, require, require_known
 
 NODE = 8  # GPUs
 LINKS = 0.8  # the share of a link's rate that collectives sustain
@@ -67,8 +67,7 @@ def shardings(name: str, gpus: Iterable[int]) -> list[Sharding]:
     require_known("GPU", name, GPUS)
     found = []
     for n in gpus:
-        if n > NODE and n % NODE:
-            raise UserError(f"--gpus {n}: a node has {NODE} GPUs, so give a multiple of that")
+        require(n <= NODE or n % NODE == 0, f"--gpus {n}: a node has {NODE} GPUs, so give a multiple of that")
         found += [Sharding(GPUS[name], n, shards) for shards in ([n, NODE] if n > NODE else [n])]
     return found
 
@@ -79,6 +78,5 @@ def counts(text: str) -> list[int]:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise UserError(f"--gpus {text}: write whole numbers with commas between them, as in 8,64,512") from None
-    if min(found) < 1:
-        raise UserError(f"--gpus {text}: must be at least 1")
+    require(min(found) >= 1, f"--gpus {text}: must be at least 1")
     return found

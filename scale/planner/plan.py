@@ -37,7 +37,7 @@ from tinyspeed.models.memory import GIB, RESERVE, MicroBatch, Settings, Step
 from tinyspeed.recipe import Recipe, StageSection
 from tinyspeed.rows import plan_rows
 from tinyspeed.scheduler import Plan
-from tinyspeed.util import UserError, plots, tables
+from tinyspeed.util import UserError, plots, require, tables
 from tinyspeed.util.files import write_atomically
 
 from ..balancing import WINDOW, LengthGroupedOrder, assign
@@ -211,8 +211,7 @@ def _mode(job: Job, sharding: Sharding, mode: str, share: float, layers: float) 
 def jobs(chosen: Recipe, samples: int | None = None) -> list[Job]:
     """The stages of a recipe. `samples` of an epoch default to the data's number, or LLaVA's."""
     name = "bf16" if chosen.model.precision == "auto" else chosen.model.precision
-    if name == "fp32":
-        raise UserError('the planner knows what GPUs do in half precision: set model.precision = "bf16"')
+    require(name != "fp32", 'the planner knows what GPUs do in half precision: set model.precision = "bf16"')
     shape, path = estimate.shape_of(chosen), chosen.model.path  # a model from parts has no processor yet to read data
     there = chosen.data.kind == "digits" or (path and Path(chosen.data.file).is_file())
     found = []
@@ -306,8 +305,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write every number")
     a = parser.parse_args(argv)
     try:
-        if a.samples is not None and a.samples < 1:
-            raise UserError(f"--samples {a.samples}: must be at least 1")
+        require(a.samples is None or a.samples >= 1, f"--samples {a.samples}: must be at least 1")
         over = hardware.shardings(a.gpu, hardware.counts(a.gpus))
         found = plan(jobs(recipe.read(a.recipe, a.set), a.samples), over)
         print(describe(found, a.gpu))

@@ -19,7 +19,7 @@ from tinyspeed.bench import estimate
 from tinyspeed.data import loader
 from tinyspeed.data.examples import Example
 from tinyspeed.recipe import schedules
-from tinyspeed.scheduler import Combined, Plan
+from tinyspeed.scheduler import Combined, DualSpeedSchedule, Plan
 from tinyspeed.sts import LayerSkipper
 from tinyspeed.training import train
 from tinyspeed.training.loop import StageRun
@@ -170,9 +170,7 @@ def test_the_state_of_other_settings_is_refused(changed):
     with pytest.raises(UserError, match="checkpoint was made with schedule"):
         made(**changed).load_state_dict(made().state_dict())
     with pytest.raises(UserError, match="checkpoint was made with schedule"):
-        made().load_state_dict(
-            schedules.by_name("bernoulli", slow=0.1, keep=0.1, distill=1, seed=0, gap=1).state_dict()
-        )
+        made().load_state_dict(DualSpeedSchedule(0.1, 0.1, 1, 0).state_dict())
 
 
 # The gap

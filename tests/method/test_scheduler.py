@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyspeed import UserError, scheduler
-from tinyspeed.recipe import schedules
+from tinyspeed.recipe import from_tables
 from tinyspeed.scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Plan
 
 shares = st.floats(0, 1)
@@ -23,7 +23,10 @@ kinds = st.sampled_from([kind for kind in scheduler.KINDS if kind != "adaptive"]
 
 
 def build(kind: str = "bernoulli", slow: float = 0.1, keep: float = 0.1, distill: float = 1.0, seed: int = 0):
-    return schedules.by_name(kind, slow=slow, keep=keep, distill=distill, seed=seed, gap=0.05)
+    if kind in ("full", "fast"):
+        return FullSchedule() if kind == "full" else FastSchedule(keep)
+    rare = {"bernoulli": DualSpeedSchedule, "periodic": PeriodicSchedule}
+    return rare[kind](slow, keep, distill, seed)
 
 
 def modes(schedule, n: int) -> list[str]:
@@ -202,7 +205,7 @@ def test_a_bad_setting_is_refused_when_the_schedule_is_built_and_not_at_some_lat
 
 def test_an_unknown_schedule_is_refused_with_the_nearest_known_one():
     with pytest.raises(UserError, match="did you mean 'periodic'"):
-        build("periodical")
+        from_tables({"dualspeed": {"schedule": "periodical"}, "train": {"steps": 1}}, "a recipe")
 
 
 class Fewer:

@@ -11,9 +11,10 @@ from matplotlib.text import Text
 from PIL import Image
 
 from tinyspeed import UserError
-from tinyspeed.evaluation.comparison_figure import compare_figure, draw_compare
+from tinyspeed.evaluation.comparison_figure import compare_figure
 from tinyspeed.training.metrics import read_metrics
 from tinyspeed.training.report import draw_run, run_figure
+from tinyspeed.util import plots
 from tinyspeed.util.plots import _spread, figure, save, smooth
 from tinyspeed.util.tables import table
 
@@ -275,7 +276,7 @@ def test_points_are_mean_accuracy_and_speed_over_full_of_the_same_seed(tmp_path)
         assert at[arm][0] == pytest.approx(speed, rel=0.05)
         assert at[arm][1] == pytest.approx(np.mean([run["accuracy_full"] for run in mine]))
     assert at["full"][0] == 1
-    assert Image.open(draw_compare(results, tmp_path / "out.png")).size == (1560, 648)
+    assert Image.open(plots.save(compare_figure(results), tmp_path / "out.png")).size == (1560, 648)
 
 
 @pytest.mark.parametrize("n", [13, 40])
@@ -341,14 +342,14 @@ def test_a_comparison_of_one_seed_without_losses_is_drawn(tmp_path):
 
 def test_a_comparison_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        draw_compare({"runs": []}, tmp_path / "out.png")
+        compare_figure({"runs": []})
 
 
 def test_drawing_leaves_matplotlib_s_global_state_alone(tmp_path):
     import matplotlib.pyplot as plt
 
     before = dict(plt.rcParams)
-    draw_compare(comparison(seeds=1), tmp_path / "out.png")
+    plots.save(compare_figure(comparison(seeds=1)), tmp_path / "out.png")
     assert plt.get_fignums() == []
     assert dict(plt.rcParams) == before
 

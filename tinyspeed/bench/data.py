@@ -21,15 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    LlavaNextImageProcessor,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from ..data import conversations, llava_mix, loader
 from ..data.examples import Sample, Source
@@ -132,15 +126,16 @@ def _processor(config, family: str):
     words = ["<s>", "</s>", "<pad>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
     )  # fmt: skip
     side = config.vision_config.image_size
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    kind, pictures = LlavaProcessor, CLIPImageProcessor(**sizes)
+    kind, pictures = transformers.LlavaProcessor, transformers.CLIPImageProcessor(**sizes)
     if family == "next":
-        kind, pictures = LlavaNextProcessor, LlavaNextImageProcessor(**sizes, image_grid_pinpoints=published.GRIDS)
+        kind = transformers.LlavaNextProcessor
+        pictures = transformers.LlavaNextImageProcessor(**sizes, image_grid_pinpoints=published.GRIDS)
     return kind(
         pictures, tokenizer, patch_size=config.vision_config.patch_size, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=assembling.TEMPLATE,

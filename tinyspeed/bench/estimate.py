@@ -88,9 +88,8 @@ class Case:
         batch = MicroBatch.of(mode, text, images, min(text, answers), s, samples)
         fixed = memory.fixed(self.shape, s)
         fit = memory.rows_within(self.available - fixed.weights - fixed.moments, self.shape, s)  # as a stage begins
-        step = Step(
-            self.shape, s, batch, recompute=batch.rows > {"on": 0, "off": inf, "auto": fit}[stage.checkpointing]
-        )
+        recompute = batch.rows > {"on": 0, "off": inf, "auto": fit}[stage.checkpointing]
+        step = Step(self.shape, s, batch, recompute)
         return BatchMemory(samples, batch.rows, step.recompute, fixed.total + step.peak)
 
     def worst_batches(self, recipe: Recipe) -> dict[tuple[str, str], BatchMemory]:
@@ -316,10 +315,9 @@ def compare_measured(found: Estimate, measured: list[dict]) -> str:
     for m in measured:
         same = partial(found.case.micro_batch, found.recipe, m["stage"], m["mode"], samples=m["samples"])
         same = max(map(same, found.case.longest), key=lambda batch: batch.rows)
-        rows.append(
-            [m["stage"], m["mode"], f"{same.rows:,}", *measured_cells(beside_estimate(m["memory_mib"], same), "+.0f")]
-        )
-    text = tables.table(["stage", "mode", "tokens", *SIZES], rows)
+        cells = measured_cells(beside_estimate(m["memory_mib"], same), "+.0f")
+        rows.append([m["stage"], m["mode"], f"{same.rows:,}", *cells])
+    text = tables.table(["stage", "mode", "rows", *SIZES], rows)
     return text if found.case.gpu else f"{text}\n\n{ON_A_CPU}"
 
 

@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 from ..models.precision import device_of
-from ..util import UserError, files, plots, provenance
+from ..util import UserError, files, plots, provenance, require
 
 Results = Iterator[tuple[str, dict]]  # what a benchmark yields
 
@@ -53,8 +53,7 @@ def write(results: dict, out: Path) -> None:
 def time_in_turns(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict]:
     """Returns the milliseconds of each contestant in each round, after two rounds of warm-up, with their median and
     minimum."""
-    if repeats < 1:
-        raise UserError(f"repeats = {repeats}: measure at least once")
+    require(repeats >= 1, f"repeats = {repeats}: measure at least once")
     order = random.Random(0)
     milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(-2, repeats):

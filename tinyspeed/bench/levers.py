@@ -131,9 +131,8 @@ def measure(
     recipe, model = random_model(size, family, tune, batch, budget, device)
     source = RandomExamples(model.config, llava_mix.mix(batch, 0, family))
     run = StageRun(recipe, model, source, "train", 0, recipe.train, Totals())
-    print(
-        f"{size}, LLaVA-{family}, {tune}, {run.precision}; {batch} samples as in LLaVA's mix, {budget:,} rows at a time"
-    )
+    told = f"{batch} samples as in LLaVA's mix, {budget:,} tokens at a time"
+    print(f"{size}, LLaVA-{family}, {tune}, {run.precision}; {told}")
     changes = CHANGES | (COMPILED if compiled else {})
     if device.type != "cpu":
         del changes[GIVEN_BACK]

@@ -140,8 +140,7 @@ def _limit(device: torch.device, gpu: float | None) -> tuple[float, float]:
     outside = total - free - cuda.memory_reserved(device)
     if gpu is None:
         return total / GIB, outside / GIB
-    if gpu * GIB > total:
-        raise UserError(f"--gpu {gpu:g}: this one has {total / GIB:.1f} GiB")
+    require(gpu * GIB <= total, f"--gpu {gpu:g}: this one has {total / GIB:.1f} GiB")
     cuda.set_per_process_memory_fraction(max(0.0, (gpu * GIB - outside) / total), device.index)
     return gpu, outside / GIB
 
@@ -154,11 +153,8 @@ def _require_disk(paths) -> None:
     """Refuses to start without space for the largest checkpoint. Each is deleted before the next is written."""
     needs, folder = SLACK * max(map(_bytes, paths)), tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    if needs > free:
-        raise UserError(
-            f"random weights need {needs / GIB:.1f} GiB of disk, and {folder} has {free / GIB:.1f} GiB free: set "
-            f"TMPDIR to a larger one"
-        )
+    what = f"random weights need {needs / GIB:.1f} GiB of disk, and {folder} has {free / GIB:.1f} GiB free"
+    require(needs <= free, f"{what}: set TMPDIR to a larger one")
 
 
 def _in_a_process(task: Callable, *arguments):

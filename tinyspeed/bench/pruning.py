@@ -54,10 +54,8 @@ def measure(
             contestants[name] = lambda name=name: pruning.select(name, x, keep=keep, signals=signals)
     picks = contestants["divprune"]()
     same = {name: shared(picks, contestants[name]()) for name in (LOOP, MENDED)}
-    print(
-        f"{count} of {rows} rows of {images} images, width {width}, float32, median of {repeats}; "
-        f"divprune keeps {same[LOOP]:.2%} of the loop's rows"
-    )
+    told = f"{count} of {rows} tokens of {images} images, width {width}, float32, median of {repeats}"
+    print(f"{told}; divprune keeps {same[LOOP]:.2%} of the loop's tokens")
     found = time_in_turns(contestants, repeats, device)
     step_ms = fast_step_flops(images, rows, keep) / flops * found[RATE]["median_ms"]
     for f in found.values():

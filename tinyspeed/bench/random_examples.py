@@ -8,15 +8,11 @@ smaller one, with more text to make up for it.
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    image_size_to_num_patches,
-    unpad_image,
-)
+from transformers.models.llava_next import modeling_llava_next as anyres
 
 from ..data.examples import Example, Sample
 from ..rows import IGNORE
-from ..util import UserError
+from ..util import UserError, require
 
 
 def random_weights(config, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -58,7 +54,7 @@ class RandomExamples:
             return Example(*self.text(i))
         crops, sizes = (), None
         if self.config.model_type == "llava_next":
-            crops = (image_size_to_num_patches(size, self.config.image_grid_pinpoints, side),)
+            crops = (anyres.image_size_to_num_patches(size, self.config.image_grid_pinpoints, side),)
             sizes = torch.tensor([size])
         pixels = torch.randn(1, *crops, 3, side, side, generator=torch.Generator().manual_seed(i))
         return Example(*self.text(i), pixels, sizes)
@@ -73,8 +69,7 @@ def _fit(sample: Sample, pictures: list[Picture]) -> tuple[Sample, tuple[int, in
     if not images:
         return sample, None
     rows, size = max((picture for picture in pictures if picture[0] <= sum(images)), default=(0, None))
-    if not rows:
-        raise UserError(f"no picture has {sum(images):,} rows or fewer")
+    require(rows > 0, f"no picture has {sum(images):,} rows or fewer")
     return (text + sum(images) - rows, [rows], answers), size
 
 
@@ -93,6 +88,6 @@ def visual_rows(config, height: int, width: int) -> int:
     side = vision.image_size // vision.patch_size
     if config.model_type == "llava":
         return side**2
-    lines, columns = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, vision.image_size)
-    unpadded = unpad_image(torch.empty(1, side * lines, side * columns, device="meta"), (height, width))
+    lines, columns = anyres.get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, vision.image_size)
+    unpadded = anyres.unpad_image(torch.empty(1, side * lines, side * columns, device="meta"), (height, width))
     return side**2 + unpadded.shape[1] * (unpadded.shape[2] + 1)  # with a newline behind each line

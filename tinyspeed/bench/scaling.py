@@ -15,7 +15,7 @@ from ..dualspeed import DualSpeed
 from ..models import published
 from ..rows import IGNORE
 from ..scheduler import Plan
-from ..util import UserError, plots, tables
+from ..util import plots, require, tables
 from .harness import Results, time_in_turns
 from .random_examples import random_weights
 
@@ -26,8 +26,7 @@ PLANS = {"fast": Plan("fast", keep=0.1), "full": Plan("full")}
 
 def measure(device: torch.device, size: str = "tiny", frames: tuple[int, ...] = FRAMES, repeats: int = 5) -> Results:
     """Times forward and backward of one sample with one video of so many frames."""
-    if len(frames) < 2 or min(frames) < 1:
-        raise UserError(f"frames = {frames}: at least two numbers, each at least 1")
+    require(len(frames) > 1 and min(frames) > 0, f"frames = {frames}: at least two numbers, each at least 1")
     config = published.config_of(size, "video")
     print(f"{size}, one video and {WORDS} words; median of {repeats}")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

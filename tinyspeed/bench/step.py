@@ -36,7 +36,7 @@ from ..rows import plan_rows
 from ..scheduler import DualSpeedSchedule, FastSchedule, FullSchedule
 from ..training import build
 from ..training.loop import StageRun, Totals
-from ..util import UserError, files, require_known, tables
+from ..util import UserError, files, require, require_known, tables
 from . import estimate
 from .baselines import baselines, batch_of
 from .harness import Bar, Results, bar_chart, matrix_product, speedup, summary, time_in_turns
@@ -81,8 +81,7 @@ def samples_of(text: str, batch: int, family: str) -> list[Sample]:
     require_known("family", family, llava_mix.VISUAL)
     if text == "mix":
         return llava_mix.mix(batch, 0, family)
-    if not text.isdigit() or int(text) < 2:
-        raise UserError(f'text = {text!r}: a number of words, at least 2, or "mix"')
+    require(text.isdigit() and int(text) > 1, f'text = {text!r}: a number of words, at least 2, or "mix"')
     return [(int(text), [max(llava_mix.VISUAL[family])], int(text) // 2)] * batch
 
 

@@ -178,8 +178,7 @@ class Conversations:
     def _keep(self, found: list[tuple[int, Measure | str]]) -> None:
         """Keeps the measures of the good records in arrays, or refuses the file."""
         self.bad = [measure for _, measure in found if isinstance(measure, str)]
-        if self.bad and not self.data.skip_bad:
-            raise UserError(_listed(self.bad, self.data.file))
+        require(not self.bad or self.data.skip_bad, _listed(self.bad, self.data.file))
         good = [(number, *measure) for number, measure in found if not isinstance(measure, str)]
         if not good:
             raise UserError(f"no record of {self.data.file} can be used; the first: {self.bad[0]}")
@@ -194,8 +193,7 @@ class Conversations:
 def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     """The conversations that a recipe names, as this model reads them."""
     data, context = recipe.data, loading.load_config(model).text_config.max_position_embeddings
-    if data.max_rows > context:
-        raise UserError(f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
+    require(data.max_rows <= context, f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
     data = replace(data, max_rows=data.max_rows or context)
     return Conversations(data, loading.load_processor(model), paths.expanded(recipe.run.cache), **how)
 

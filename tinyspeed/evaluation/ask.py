@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from ..data.chat import Chat
-from ..util import UserError
+from ..util import UserError, require
 
 
 def to_stdout(processor) -> TextStreamer:
@@ -27,8 +27,7 @@ def answer(
     streamer: TextStreamer | None = None,
 ) -> str:  # fmt: skip
     """Returns what the model says until its end token, `max_new_tokens`, or the end of its positions."""
-    if max_new_tokens < 1:
-        raise UserError(f"an answer needs at least one token, not {max_new_tokens}")
+    require(max_new_tokens >= 1, f"an answer needs at least one token, not {max_new_tokens}")
     chat = Chat(processor)
     prompt = chat.prompt(question, len(pictures))
     inputs = processor(

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import images
-from ..util import UserError, counted, files, require_known
+from ..util import UserError, counted, files, require, require_known
 from . import vqa
 from .questions import LETTERS, READERS, Question
 
@@ -53,8 +53,7 @@ def submission(questions: list[Question], predictions: dict[str, str]) -> list[d
 
 
 def _require_complete(questions: list[Question], predictions: dict[str, str]) -> None:
-    if not questions:
-        raise UserError("there are no questions to score")
+    require(bool(questions), "there are no questions to score")
     ids = [question.id for question in questions]
     if missing := [id for id in ids if id not in predictions]:
         lacks = f"{len(missing)} of {counted(len(ids), 'question')}"
@@ -66,9 +65,8 @@ def _require_complete(questions: list[Question], predictions: dict[str, str]) ->
 def _pope(questions: list[Question], predictions: dict[str, str]) -> Scores:
     splits = {}
     for split in sorted({q.group for q in questions}):
-        splits[split] = _precision_and_recall(
-            [(yes_no(predictions[q.id]), q.truth) for q in questions if q.group == split]
-        )
+        pairs = [(yes_no(predictions[q.id]), q.truth) for q in questions if q.group == split]
+        splits[split] = _precision_and_recall(pairs)
     scores = {name: fmean(each[name] for each in splits.values()) for name in splits[split]}
     return scores | {f"{split} {name}": value for split, each in splits.items() for name, value in each.items()}
 

@@ -21,8 +21,9 @@ from ..training import answer_gate, run_folder
 from ..training.build import place, set_threads
 from ..training.checkpoint import only_one
 from ..training.train import train
-from ..util import UserError, files, provenance, tables
-from . import accuracy, comparison_figure
+from ..util import UserError, files, plots, provenance, require, tables
+from . import accuracy
+from .comparison_figure import compare_figure
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -33,8 +34,7 @@ def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = Tru
     """Runs every arm for every seed, and writes compare.json, compare.md and compare.png into `folder_of(recipe)`.
 
     Returns the signal that ended it early, if one did."""
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: compare at least one seed")
+    require(seeds >= 1, f"--seeds {seeds}: compare at least one seed")
     for arm, made in arms.items():
         _require_runnable(arm, made)
     folder = folder_of(recipe)
@@ -134,7 +134,7 @@ def _write_results(recipe: Recipe, folder: Path, arms: list[str]) -> None:
     results = {**provenance.describe(recipe=recipe.to_toml()), "runs": runs}
     files.write_atomically(folder / "compare.json", json.dumps(results, indent=1) + "\n")
     files.write_atomically(folder / "compare.md", summary(runs) + "\n")
-    comparison_figure.draw_compare(results, folder / "compare.png")
+    plots.save(compare_figure(results), folder / "compare.png")
 
 
 def summary(runs: list[dict]) -> str:

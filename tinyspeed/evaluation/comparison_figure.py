@@ -5,25 +5,19 @@ Speed is measured against the arm "full", seed by seed; without that arm seconds
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 
-from ..util import UserError, plots
+from ..util import plots, require
 
 CROWD, LONG = 12, 20  # with more arms, or longer names, every arm gets a line of its own
 
 
-def draw_compare(results: dict, out: Path | str) -> Path:
-    """Draws the runs of a comparison, {"runs": [{"arm", "seed", "accuracy_full", "seconds", "curve": [[step, ce, mode],
-    ...]}, ...]}, to a file."""
-    return plots.save(compare_figure(results), out)
-
-
 def compare_figure(results: dict):
+    """Returns the figure of the runs of a comparison, {"runs": [{"arm", "seed", "accuracy_full", "seconds", "curve":
+    [[step, ce, mode], ...]}, ...]}."""
     runs = results.get("runs") or []
-    if not runs:
-        raise UserError("the comparison holds no run: nothing to draw")
+    require(bool(runs), "the comparison holds no run: nothing to draw")
     arms = {arm: [run for run in runs if run["arm"] == arm] for arm in dict.fromkeys(run["arm"] for run in runs)}
     full = {run["seed"]: run["seconds"] for run in arms.get("full", ())}
     usual = np.mean(list(full.values())) if full else None  # for a seed that the full arm did not run

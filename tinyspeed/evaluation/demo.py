@@ -14,14 +14,13 @@ from ..data import digits
 from ..recipe import Recipe
 from ..training import report
 from ..training.train import Result, train
-from ..util import UserError, files, tables
+from ..util import files, require, tables
 from . import accuracy, look
 
 
 def demo(recipe: Recipe) -> Result:
     """Trains, goes on with an interrupted demo, or shows a finished one again."""
-    if recipe.data.kind != "digits":
-        raise UserError("the demo is about digits: `tinyspeed train` is for pictures of your own")
+    require(recipe.data.kind == "digits", "the demo is about digits: `tinyspeed train` is for pictures of your own")
     folder = recipe.folder
     result = train(recipe, resume=(folder / "recipe.toml").is_file())
     if result.stopped_by is not None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import pruning
 from ..data import images
-from ..util import UserError, paths
+from ..util import UserError, paths, require
 from ..util.plots import figure, save
 
 DIM = 0.25  # brightness of what is pruned
@@ -55,8 +55,7 @@ def look(
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
     if out.resolve() == Path(image).resolve():
         raise UserError(f"{out} is the picture itself: choose another place for the drawing")
-    if not names:
-        raise UserError(f"no plugin to look at; known: {', '.join(pruning.names())}")
+    require(bool(names), f"no plugin to look at; known: {', '.join(pruning.names())}")
     needs = sorted({signal for name in names for signal in pruning.entry(name).needs})
     given = {} if tower is None else {signal: torch.ones(1, 1) for signal in needs}
     for name in names:  # any plugin keeps a single row: this checks names and the share before anything is loaded

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..util import UserError, require_known
+from ..util import UserError, require, require_known
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -55,11 +55,9 @@ def read(task: str, path: Path, beside: Path | None = None) -> list[Question]:
     if beside is not None and task not in ("textvqa", "vqav2"):
         raise UserError(f"{task} has no second file: {beside} would not be used")
     questions = list(READERS[task](path) if beside is None else READERS[task](path, beside))
-    if not questions:
-        raise UserError(f"{path} holds no questions")
+    require(bool(questions), f"{path} holds no questions")
     [(id, count)] = Counter(question.id for question in questions).most_common(1)
-    if count > 1:
-        raise UserError(f"{path} holds question {id} twice")
+    require(count == 1, f"{path} holds question {id} twice")
     return questions
 
 
@@ -69,8 +67,7 @@ def _pope(path: Path) -> Iterator[Question]:
         split = file.stem.removeprefix("coco_pope_")
         for where, entry in _lines(file):
             truth, number, image, text = _fields(entry, where, label=str, question_id=int, image=str, text=str)
-            if truth not in ("yes", "no"):
-                raise UserError(f"{where}: the label is {truth!r}, neither yes nor no")
+            require(truth in ("yes", "no"), f"{where}: the label is {truth!r}, neither yes nor no")
             yield Question(f"{split}/{number}", image, text + SHORT, truth, split)  # each file numbers from 1
 
 
@@ -81,8 +78,7 @@ def _scienceqa(path: Path) -> Iterator[Question]:
         where = f"{problems}, problem {id}"
         (problem,) = _fields(every, where, **{str(id): dict})
         choices, answer, hint, question = _fields(problem, where, choices=list, answer=int, hint=str, question=str)
-        if not 0 <= answer < len(choices) <= len(LETTERS):
-            raise UserError(f"{where}: answer {answer} of {len(choices)} choices")
+        require(0 <= answer < len(choices) <= len(LETTERS), f"{where}: answer {answer} of {len(choices)} choices")
         options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         text = "\n".join([f"Context: {hint}"] * bool(hint) + [question] + options).strip()
         image = None if problem.get("image") is None else f"test/{id}/{_fields(problem, where, image=str)[0]}"
@@ -97,8 +93,7 @@ def _textvqa(path: Path, beside: Path | None = None) -> Iterator[Question]:
         text = question.capitalize() + SHORT  # the file has no capitals, and LLaVA begins with one
         if beside:
             text = prompts.get((image, question.lower()), "")
-            if not text:
-                raise UserError(f"{beside} has no prompt for {question!r} about {image}, of {where}")
+            require(bool(text), f"{beside} has no prompt for {question!r} about {image}, of {where}")
         yield Question(str(id), f"{image}.jpg", text, _people(answers, where))
 
 
@@ -119,8 +114,7 @@ def _vqav2(path: Path, beside: Path | None = None) -> Iterator[Question]:
     for where, entry in _entries(data, path, "questions"):
         number, image, question = _fields(entry, where, question_id=int, image_id=int, question=str)
         id = str(number)
-        if beside and id not in truths:
-            raise UserError(f"{beside} has no answers to question {id}, of {where}")
+        require(not beside or id in truths, f"{beside} has no answers to question {id}, of {where}")
         yield Question(id, f"COCO_{pictures}_{image:012d}.jpg", question + SHORT, *truths.get(id, (None,)))
 
 
@@ -136,8 +130,7 @@ def _annotations(path: Path) -> dict[str, tuple[tuple[str, ...], str]]:
 
 def _gqa(path: Path) -> Iterator[Question]:
     every = _json(path)
-    if not isinstance(every, dict):
-        raise UserError(f"{path} should be an object with GQA's questions by their ids")
+    require(isinstance(every, dict), f"{path} should be an object with GQA's questions by their ids")
     for id, entry in every.items():
         where = f"{path}, question {id}"
         image, text = _fields(entry, where, imageId=str, question=str)

@@ -3,18 +3,11 @@
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from ..util import UserError, files
+from ..util import files, require
 from . import manifest
 from .loading import explaining, load_weights
 
@@ -39,16 +32,15 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
     if folder.is_dir():
         manifest.verify(folder, MANIFEST, parts)
         return folder
-    text = load_weights(AutoModelForCausalLM, llm, dtype="auto")
-    vision = load_weights(CLIPVisionModel, tower, dtype=text.dtype)
+    text = load_weights(transformers.AutoModelForCausalLM, llm, dtype="auto")
+    vision = load_weights(transformers.CLIPVisionModel, tower, dtype=text.dtype)
     with explaining(f"cannot load the tokenizer of {llm} or the image processor of {tower}"):
-        tokenizer = AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
-        image_processor = CLIPImageProcessor.from_pretrained(tower)
-    if not tokenizer.is_fast:
-        raise UserError(f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(llm, trust_remote_code=False)
+        image_processor = transformers.CLIPImageProcessor.from_pretrained(tower)
+    require(tokenizer.is_fast, f"{llm} has no fast tokenizer, which training needs to tell questions from answers")
     _add_words(text, tokenizer)
 
-    config = LlavaConfig(
+    config = transformers.LlavaConfig(
         vision_config=vision.config,
         text_config=text.config,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -56,18 +48,15 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = transformers.LlavaForConditionalGeneration(config)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
-        for layer in projector.modules():
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
+        projector = LlavaMultiModalProjector(config)
     model.model.vision_tower, model.model.language_model, model.lm_head = vision, text.model, text.lm_head
     model.model.multi_modal_projector = projector.to(text.dtype)
     model.generation_config = text.generation_config
     model.config.dtype = text.dtype
-    processor = LlavaProcessor(
+    processor = transformers.LlavaProcessor(
         image_processor,
         tokenizer,
         patch_size=vision.config.patch_size,

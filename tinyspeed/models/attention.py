@@ -33,7 +33,8 @@ def choose_layout(x: torch.Tensor, rows: Rows) -> str:
     a call for each sample costs less."""
     if has_packed_kernel(x):
         return "packed"
-    return "packed" if x.device.type == "cpu" and len(rows) < 0.9 * rows.padded else "padded"
+    on_cpu = x.device.type == "cpu"  # elsewhere the rest would wait for the device
+    return "packed" if on_cpu and len(rows) < 0.9 * (rows.samples * int(rows.lengths.max())) else "padded"
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:

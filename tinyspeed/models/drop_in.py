@@ -7,7 +7,7 @@ a QLoRA run.
 Nothing here is part of the method; `dualspeed.py` reads the same without it.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class DropIn(nn.Module):
@@ -48,27 +48,21 @@ class DropIn(nn.Module):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **more)
 
 
-# Small LLMs tie lm_head to the embeddings: one tensor with two names, which safetensors refuses to save. Only the first
-# name is kept, and loading it fills both.
+# Small LLMs tie lm_head to the embeddings: one parameter with two names, which safetensors refuses to save. Only the
+# first name is kept, and loading it fills both.
 
 
-def _aliases(state: dict[str, Tensor]) -> list[str]:
-    """Returns the names whose tensor has an earlier name already."""
-    seen, later = set(), []
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and tensor.numel():
-            place = (tensor.device, tensor.data_ptr(), tensor.shape)
-            if place in seen:
-                later.append(name)
-            seen.add(place)
-    return later
+def _aliases(module: nn.Module) -> set[str]:
+    """The names of parameters that have an earlier name already."""
+    every, first = ({n for n, _ in module.named_parameters(remove_duplicate=once)} for once in (False, True))
+    return every - first
 
 
 def _drop_aliases(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
-    for name in _aliases(state):
-        del state[name]
+    for name in _aliases(module):
+        state.pop(prefix + name, None)
 
 
 def _forgive_aliases(module: nn.Module, incompatible) -> None:
-    tied = set(_aliases(dict(module.named_parameters(remove_duplicate=False))))
+    tied = _aliases(module)
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in tied]

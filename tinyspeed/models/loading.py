@@ -27,8 +27,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from ..util import paths
-from ..util.errors import UserError, unknown
+from ..util import UserError, paths, require, require_known
 from . import published
 from .families import FAMILIES, family
 from .precision import DTYPES
@@ -47,10 +46,9 @@ def load_model(
     """Loads a LLaVA from a hub id ("llava-hf/llava-1.5-7b-hf") or a local folder written by `save_pretrained`.
 
     `storage` is the type that a tensor of 4-bit weights claims to have. Sharding needs a floating-point type there."""
-    if precision not in DTYPES:
-        raise unknown("precision", precision, DTYPES)
-    where = _resolve(path)
-    how = {"dtype": DTYPES[precision]}
+    require_known("precision", precision, DTYPES)
+    require_known("quantisation", quantise, ("none", "nf4"))
+    where, how = _resolve(path), {"dtype": DTYPES[precision]}
     if torch.device(device).type == "cuda":  # straight to the GPU, piece by piece
         how["device_map"] = {"": str(device)}
     if quantise == "nf4":
@@ -62,8 +60,6 @@ def load_model(
             bnb_4bit_quant_storage=storage,
             llm_int8_skip_modules=list(UNQUANTISED),
         )
-    elif quantise != "none":
-        raise unknown("quantisation", quantise, ("none", "nf4"))
     model = load_weights(AutoModelForImageTextToText, where, **how)
     if quantise != "none":
         _check_quantised(model)
@@ -197,8 +193,7 @@ def _check_processor(path: str, processor, config) -> None:
         (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
         (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
     ):
-        if not good:
-            raise UserError(f"{path} has the processor of another model, or a damaged one: {problem}")
+        require(good, f"{path} has the processor of another model, or a damaged one: {problem}")
 
 
 def _check_quantised(model: nn.Module) -> None:
@@ -208,10 +203,8 @@ def _check_quantised(model: nn.Module) -> None:
     layers = {id(m) for m in family(model).language_model.layers.modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and isinstance(module, Linear4bit) != (id(module) in layers):
-            raise UserError(
-                f"quantising did the wrong thing to {name}: this version of transformers reads the skip list in "
-                f"another way; please report it"
-            )
+            why = "this version of transformers reads the skip list in another way; please report it"
+            raise UserError(f"quantising did the wrong thing to {name}: {why}")
         if isinstance(module, Linear4bit):
             shape = (module.out_features, module.in_features)
             if tuple(module.weight.quant_state.shape) != shape:

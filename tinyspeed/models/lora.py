@@ -5,6 +5,7 @@
 peft's "all-linear" would also mean the tower and the projector, so it gets a pattern of names instead.
 """
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ def linear_layers(model: nn.Module) -> str:
     layers = family(model).language_model.layers
     prefix = next(name for name, module in family(model).model.named_modules() if module is layers)
     leaves = sorted({name.rpartition(".")[2] for name, m in layers.named_modules() if isinstance(m, nn.Linear)})
-    return rf"{prefix.replace('.', chr(92) + '.')}\.\d+\..*\.({'|'.join(leaves)})"
+    return rf"{re.escape(prefix)}\.\d+\..*\.({'|'.join(leaves)})"
 
 
 def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> "LoraConfig":
@@ -33,8 +34,8 @@ def lora_config(rank: int, alpha: float = 0.0, dropout: float = 0.0) -> "LoraCon
 def add_lora(
     model: nn.Module, *, rank: int, alpha: float = 0.0, dropout: float = 0.0, seed: int = 0, views: bool = False
 ) -> nn.Module:
-    """Wraps the model with peft and puts fp32 adapters on the LLM's linear layers. With `views` there are two adapters,
-    "slow" and "fast", which start equal."""
+    """Wraps the model with peft, which puts adapters on the LLM's linear layers, in fp32 also beside weights in half
+    precision. With `views` there are two adapters, "slow" and "fast", which start equal."""
     from peft import get_peft_model
 
     config = lora_config(rank, alpha, dropout)
@@ -46,7 +47,4 @@ def add_lora(
         if views:
             torch.manual_seed(seed)
             wrapped.add_adapter("fast", config)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:  # beside 4-bit weights stored as bf16 they start as bf16
-            parameter.data = parameter.data.float()
     return wrapped

@@ -8,7 +8,7 @@ import json
 import stat
 from pathlib import Path
 
-from ..util import UserError
+from ..util import UserError, require
 from ..util.files import UNREADABLE, fingerprint
 
 _verified: set[tuple] = set()  # by this process, which asks several times, and the files may be large
@@ -26,8 +26,7 @@ def verify(folder: Path, name: str, how: dict) -> None:
         if not (folder / name).is_file():
             raise ValueError(f"there is no file {name}")
         manifest = json.loads((folder / name).read_text(encoding="utf-8"))
-        if manifest["how"] != how:
-            raise UserError(f"{folder} was not built with {how}: delete it, or choose another run.name")
+        require(manifest["how"] == how, f"{folder} was not built with {how}: delete it, or choose another run.name")
         for file, (size, crc) in manifest["files"].items():
             found = (folder / file).stat()
             if not stat.S_ISREG(found.st_mode):  # reading a pipe would never end

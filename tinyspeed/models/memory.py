@@ -26,6 +26,7 @@ from functools import cache, cached_property
 import torch
 from torch import cuda
 
+from ..distill import CHUNK
 from ..pruning import entry, keep_count, make
 from ..rows import plan_rows
 from ..scheduler import Plan
@@ -34,7 +35,6 @@ from .families import FAMILIES
 GIB = 2**30
 RESERVE = int(0.7 * GIB)  # of a GPU: the CUDA context, and gaps between the allocator's blocks
 MARGIN = 0.05  # the share of free memory that `rows_within` leaves alone
-CHUNK = 1024  # answer rows whose logits exist at a time: DualSpeed's default
 
 
 class Shape:
@@ -257,9 +257,8 @@ class Step:
     def seen(self) -> int:
         """Feature rows that the LLM sees."""
         batch = self.batch
-        return (
-            max(0, batch.rows - batch.text - batch.images * self.s.isolator) if batch.mode == "fast" else batch.visual
-        )
+        kept = max(0, batch.rows - batch.text - batch.images * self.s.isolator)
+        return kept if batch.mode == "fast" else batch.visual
 
     @cached_property
     def _projector(self) -> int:

@@ -2,7 +2,7 @@
 
 An AdamW step changes a weight by about one part in a thousand or less, and bf16 keeps three decimal digits. Small
 updates to a half-precision weight round away, and in fp16 the moments overflow (an fp16 projector went NaN in three
-steps). So every parameter that trains is fp32 (`trainable.set_trainable` sees to it) and matrix products run in half
+steps). So every parameter that trains is fp32 (`stages.set_trainable` sees to it) and matrix products run in half
 precision. Frozen weights are never copied to fp32.
 
 fp16 (a T4 has no bf16) also needs loss scaling, since small gradients underflow:

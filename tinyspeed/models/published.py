@@ -7,15 +7,7 @@ own `config.json` is used instead (`loading.load_config`).
 
 from collections.abc import Callable
 
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    LlavaNextVideoConfig,
-    MistralConfig,
-    PreTrainedConfig,
-)
+import transformers as hf
 
 from ..util import require_known
 
@@ -23,28 +15,29 @@ GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # height
 COMMON = {"vocab_size": 32064, "rms_norm_eps": 1e-5}  # 32,000 words, <image>, <pad>, rounded up to a multiple of 64
 
 
-def clip(**changes) -> CLIPVisionConfig:
+def clip(**changes) -> hf.CLIPVisionConfig:
     """openai/clip-vit-large-patch14-336, the tower of all of them."""
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    return CLIPVisionConfig(**{**large, "image_size": 336, "patch_size": 14, "projection_dim": 768, **changes})
+    return hf.CLIPVisionConfig(**{**large, "image_size": 336, "patch_size": 14, "projection_dim": 768, **changes})
 
 
-def vicuna(hidden: int = 4096, inner: int = 11008, layers: int = 32, heads: int = 32, **changes) -> LlamaConfig:
+def vicuna(hidden: int = 4096, inner: int = 11008, layers: int = 32, heads: int = 32, **changes) -> hf.LlamaConfig:
     """Vicuna-7B v1.5 by default."""
     size = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-    return LlamaConfig(**{**COMMON, **size, "num_attention_heads": heads, "max_position_embeddings": 4096, **changes})
+    more = {"num_attention_heads": heads, "max_position_embeddings": 4096, **changes}
+    return hf.LlamaConfig(**{**COMMON, **size, **more})
 
 
-def mistral() -> MistralConfig:
+def mistral() -> hf.MistralConfig:
     """Mistral-7B-Instruct v0.2: four queries share a key, and there is no sliding window."""
-    return MistralConfig(
+    return hf.MistralConfig(
         **COMMON, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
 
 
-def llava(family: str, text: PreTrainedConfig, vision: CLIPVisionConfig | None = None) -> PreTrainedConfig:
+def llava(family: str, text: hf.PreTrainedConfig, vision: hf.CLIPVisionConfig | None = None) -> hf.PreTrainedConfig:
     """A LLaVA-1.5, a LLaVA-NeXT, or a LLaVA-NeXT-Video, whose frames keep one token in four (144 of 576)."""
     image = text.vocab_size - 64  # <image> and <pad> are the first two of the last 64 words
     common = {
@@ -52,10 +45,10 @@ def llava(family: str, text: PreTrainedConfig, vision: CLIPVisionConfig | None =
         "vision_feature_layer": -2, "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
     }  # fmt: skip
     if family == "1.5":
-        return LlavaConfig(**common, image_seq_length=576)
+        return hf.LlavaConfig(**common, image_seq_length=576)
     if family == "next":
-        return LlavaNextConfig(**common, image_grid_pinpoints=GRIDS)
-    return LlavaNextVideoConfig(**common, image_grid_pinpoints=GRIDS, video_token_index=image + 2)
+        return hf.LlavaNextConfig(**common, image_grid_pinpoints=GRIDS)
+    return hf.LlavaNextVideoConfig(**common, image_grid_pinpoints=GRIDS, video_token_index=image + 2)
 
 
 VERSIONS = ("1.5", "next", "video")
@@ -70,7 +63,7 @@ SIZES = {  # the LLM and its tower
     "7b": (vicuna, clip),
     "13b": (lambda: vicuna(5120, 13824, 40, 40), clip),
 }
-KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
+KNOWN: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "llava-hf/llava-1.5-7b-hf": lambda: config_of("7b", "1.5"),
     "llava-hf/llava-1.5-13b-hf": lambda: config_of("13b", "1.5"),
     "llava-hf/llava-v1.6-vicuna-7b-hf": lambda: config_of("7b", "next"),
@@ -79,7 +72,7 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def config_of(size: str, family: str) -> PreTrainedConfig:
+def config_of(size: str, family: str) -> hf.PreTrainedConfig:
     """Returns the configuration of a LLaVA-1.5, NeXT or NeXT-Video of this size."""
     require_known("size", size, SIZES)
     require_known("family", family, VERSIONS)

@@ -146,10 +146,8 @@ def _signals_for(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int
     """The signals that plugin `name` declared, in fp32."""
     found = entry(name)
     if missing := [signal for signal in found.needs if signal not in signals]:
-        raise UserError(
-            f"the plugin {name!r} needs {' and '.join(missing)} beside the features; "
-            f"without: {', '.join(works_with(signals))}"
-        )
+        needs, others = " and ".join(missing), ", ".join(works_with(signals))
+        raise UserError(f"the plugin {name!r} needs {needs} beside the features; without: {others}")
     beside = {}
     for signal in (*found.needs, *found.takes):
         if signal in signals:

@@ -12,7 +12,8 @@ without a graph, to choose, and then the kept ones with a graph. The second proj
 saves nine tenths of the backward and of the activations.
 
 The parameters of a learned plugin are here, in fp32. They train together with the isolator, are thrown away after
-training, and are not part of slow steps. A fast step without an image multiplies them by zero.
+training, and are not part of slow steps. A fast step adds zero times each of them to its loss, so that they have a
+gradient even if the batch has no image.
 """
 
 import functools
@@ -86,5 +87,5 @@ class Chooser(nn.Module):
         return kept, rows.to(features.dtype), choice.loss
 
     def zero_loss(self) -> Tensor | float:
-        """Returns 0 times every parameter, so that a fast step gives all of them a gradient whatever its data."""
+        """Returns the sum of 0 times every parameter."""
         return sum((0.0 * p.sum() for p in self.parameters()), 0.0)

@@ -52,9 +52,9 @@ class Cells:
         line = -(-(i + 1) * lines // k) - 1  # its cells are line * k // lines .. (line + 1) * k // lines - 1
         first = line * k // lines
         columns, height, width = (line + 1) * k // lines - first, side.where(picture, 1), side.where(picture, n)
-        self.down = Axis(line, lines, height).to(device)
-        self.across = Axis(i - first, columns, width).to(device)
-        self.width = width.to(device, non_blocking=True)
+        moved = lambda *axis: Axis(*(x.to(device, non_blocking=True) for x in axis))
+        self.down, self.across = moved(line, lines, height), moved(i - first, columns, width)
+        self.width = self.across.n
 
     @property
     def centres(self) -> Tensor:
@@ -69,9 +69,6 @@ class Axis:
     i: Tensor
     k: Tensor
     n: Tensor
-
-    def to(self, device: torch.device) -> "Axis":
-        return Axis(*(x.to(device, non_blocking=True) for x in (self.i, self.k, self.n)))
 
     @property
     def centre(self) -> Tensor:

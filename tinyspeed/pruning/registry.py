@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..util import UserError, require, require_known, unknown
+from ..util import UserError, require, require_known
 
 # A plugin is called with: features (B, N, D) fp32; most, the largest count; valid (B, N) bool; counts (B,); sizes, the
 # (candidates, count) of each image as Python numbers; square, whether m * m rows are a picture; seed; and its signals.
@@ -85,8 +85,7 @@ def names() -> list[str]:
 
 
 def entry(name: str) -> Entry:
-    if name not in PLUGINS:
-        raise unknown("pruning plugin", name, PLUGINS)
+    require_known("pruning plugin", name, PLUGINS)
     return PLUGINS[name]
 
 

@@ -73,15 +73,12 @@ def recording(vlm: "Family", visual: dict[str, Tensor], needs: Collection[str]) 
         return
     of_attention = [name for name in needs if name in OF_ATTENTION]
     if of_attention and "tower_features" in visual:
-        raise UserError(
-            f"the plugin needs {' and '.join(of_attention)}, which features that are cached on disk do not have: set "
-            "data.feature_cache_gb = 0, or dualspeed.plugin to one of: " + ", ".join(pruning.works_with(("tower",)))
-        )
+        names, others = " and ".join(of_attention), ", ".join(pruning.works_with(("tower",)))
+        mend = f"set data.feature_cache_gb = 0, or dualspeed.plugin to one of: {others}"
+        raise UserError(f"the plugin needs {names}, which features that are cached on disk do not have: {mend}")
     if len(visual.get("pixel_values_videos", ())):
-        raise UserError(
-            f"the plugin needs {' and '.join(needs)}, which videos do not have here; "
-            f"plugins that need none: {', '.join(pruning.works_with(()))}"
-        )
+        names, others = " and ".join(needs), ", ".join(pruning.works_with(()))
+        raise UserError(f"the plugin needs {names}, which videos do not have here; plugins that need none: {others}")
     recorded: dict[str, Tensor] = {}
     hooks = [vlm.projector.register_forward_pre_hook(lambda _, given: recorded.update(tower=given[0]))]
     if of_attention:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..util import UserError
+from ..util import require
 from .random_and_grid import grid
 from .registry import register
 
@@ -34,15 +34,9 @@ class TokenLearner(nn.Module):
         self.hidden, self.glances = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, most)
 
     def forward(self, features: Tensor, *, most: int, valid: Tensor, **how) -> tuple[Tensor, Tensor, None]:
-        if most > self.glances.out_features:
-            raise UserError(
-                f"tokenlearner was made for {self.glances.out_features} tokens per image, which is the share that the "
-                f"model's largest image keeps, and this one keeps {most}: videos need another plugin"
-            )
+        made, why = self.glances.out_features, "which is the share that the model's largest image keeps"
+        what = f"tokenlearner was made for {made} tokens per image, {why}, and this one keeps {most}"
+        require(most <= made, f"{what}: videos need another plugin")
         x = F.normalize(features, dim=2) * features.shape[2] ** 0.5
-        maps = self.glances(F.gelu(self.hidden(x)))[:, :, :most].mT
-        return (
-            grid(features, most=most, valid=valid, **how),
-            maps.masked_fill(~valid[:, None, :], -torch.inf).softmax(2),
-            None,
-        )
+        maps = self.glances(F.gelu(self.hidden(x)))[:, :, :most].mT.masked_fill(~valid[:, None, :], -torch.inf)
+        return grid(features, most=most, valid=valid, **how), maps.softmax(2), None

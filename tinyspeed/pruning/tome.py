@@ -29,10 +29,7 @@ def tome(
     do not need the wide features again.
     """
     order = valid.int().argsort(dim=1, descending=True, stable=True)
-    place, slot = (
-        order,
-        order.argsort(dim=1).where(valid, 0),
-    )  # the place of each cluster, and the cluster of each token
+    place, slot = order, order.argsort(dim=1).where(valid, 0)  # where each cluster is, and the cluster of each token
     left, wanted = torch.tensor(sizes).T  # on the CPU, where the shapes of all rounds are then known
     features = features.gather(1, order[:, : int(left.max()), None].expand(-1, -1, features.shape[2]))
     gram = features @ features.mT  # x_i x_j; from the first round on, of clusters' sums

@@ -5,31 +5,22 @@ layers while tuning.
 
 from ..adaptive import AdaptiveSchedule
 from ..regate import Cycle
-from ..scheduler import KINDS, Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Schedule
+from ..scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Schedule
 from ..sts import LayerSkipper
-from ..util import require_known
 from . import Recipe
-
-
-def by_name(kind: str, *, slow: float, keep: float, distill: float, seed: int, gap: float) -> Schedule:
-    """The schedule of this name."""
-    require_known("schedule", kind, KINDS)
-    if kind == "full":
-        return FullSchedule()
-    if kind == "fast":
-        return FastSchedule(keep)
-    if kind == "adaptive":
-        return AdaptiveSchedule(slow, keep, distill, seed, gap)
-    return (DualSpeedSchedule if kind == "bernoulli" else PeriodicSchedule)(slow, keep, distill, seed)
 
 
 def rows_schedule(recipe: Recipe, stage: str) -> Schedule:
     """Decides the modes and rows. Aligning is all fast, unless the recipe prunes nothing; tuning follows the recipe."""
-    d = recipe.dualspeed
-    fast = stage == "align" and (d.schedule != "full" or recipe.sts.compress)
-    _, keep = recipe.pruning(stage)
-    kind = "fast" if fast else d.schedule
-    return by_name(kind, slow=d.slow, keep=keep, distill=d.distill, seed=recipe.run.seed, gap=d.gap)
+    d, (_, keep) = recipe.dualspeed, recipe.pruning(stage)
+    if d.schedule == "fast" or (stage == "align" and (d.schedule != "full" or recipe.sts.compress)):
+        return FastSchedule(keep)
+    if d.schedule == "full":
+        return FullSchedule()
+    how = (d.slow, keep, d.distill, recipe.run.seed)
+    if d.schedule == "adaptive":
+        return AdaptiveSchedule(*how, d.gap)
+    return (DualSpeedSchedule if d.schedule == "bernoulli" else PeriodicSchedule)(*how)
 
 
 def skipper_of(recipe: Recipe, stage: str, depth: int) -> LayerSkipper | None:

@@ -154,7 +154,7 @@ class DualSpeedSection:
         require(0 < self.gap < math.inf, f"dualspeed.gap = {self.gap}: must be above 0")
         if self.schedule == "adaptive":
             AdaptiveSchedule(self.slow, self.keep, self.distill)  # refuses what it cannot follow
-        # A temperature beyond: fp32 cannot hold the logits, or their differences.
+        # Far outside of this range fp32 cannot hold the scaled logits, or cannot tell them apart.
         require_range(self, "dualspeed.", isolator=(0, 4096), temperature=(0.01, 100))
         defaults = type(self)
         if (self.plugin, self.positions, self.layout) != (defaults.plugin, defaults.positions, defaults.layout):
@@ -206,7 +206,7 @@ class StageSection:
     def __post_init__(self):
         require(self.lr > 0, f"lr = {self.lr}: must be above 0")
         require_range(self, "", steps=(0, 10**9), epochs=(0, 10**6), batch=(1, 10**6), row_budget=(0, LARGEST))
-        # A step moves a weight by lr.
+        # AdamW moves a weight by about lr a step, so 10 is far beyond anything that learns.
         require_range(self, "", warmup=(0, 1), lr=(0, 10), connector_lr=(0, 10), weight_decay=(0, 10**9))
         left = 1 - max(self.lr, self.connector_lr) * self.weight_decay
         require(left > 0, f"weight_decay = {self.weight_decay}: a step leaves {left:.3g} of a weight; set it lower")
@@ -289,7 +289,7 @@ class Recipe:
         return paths.expanded(self.run.folder) / self.run.name
 
     def stages(self) -> list[tuple[str, StageSection]]:
-        """The stages that run, with the name under which `stages.set_trainable` knows them."""
+        """The stages that run, each with its name, "align" or "train"."""
         return [(name, s) for name, s in (("align", self.align), ("train", self.train)) if s.steps or s.epochs]
 
     def pruning(self, stage: str) -> tuple[str, float]:

@@ -373,7 +373,7 @@ class StageRun:
 
     _local = staticmethod(checkpoint.unsharded)  # the part of a tensor that this process holds
 
-    def _restore_random_state(self, saved: checkpoint.Saved) -> None:
-        torch.set_rng_state(saved["rng/cpu"])
-        if "rng/cuda" in saved and self.model.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["rng/cuda"], self.model.device)
+    def _restore_random_state(self, saved: checkpoint.Saved, rank: str = "") -> None:
+        torch.set_rng_state(saved[f"rng/cpu{rank}"])
+        if f"rng/cuda{rank}" in saved and self.model.device.type == "cuda":
+            torch.cuda.set_rng_state(saved[f"rng/cuda{rank}"], self.model.device)

@@ -46,7 +46,7 @@ def counted(count: int, thing: str) -> str:
 
 def unknown(kind: str, name: str, known: Iterable[str], before: str = "") -> UserError:
     """An error for a name that is not in `known`, which suggests the nearest one. `before` is what all full names begin
-    with. It does not count when names are compared: train.weight_decay was not meant to be train.learning_rate."""
+    with. It is left out when names are compared, or all keys of a section would look alike."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {before + near[0]!r}?" if near else f"known: {', '.join(before + name for name in known)}"

@@ -23,15 +23,13 @@ def describe(device: torch.device | str = "cpu", **more) -> dict:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
+    file = Path(sys.argv[0])
+    program = ["python", "-m", file.parent.name] if file.name == "__main__.py" else [file.name]
     return {
-        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]), "commit": commit(),
+        "command": shlex.join([*program, *sys.argv[1:]]), "commit": commit(),
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions, **more,
     }  # fmt: skip
-
-
-def _program(file: Path) -> list[str]:
-    return ["python", "-m", file.parent.name] if file.name == "__main__.py" else [file.name]
 
 
 def write(path: Path, **more) -> None:

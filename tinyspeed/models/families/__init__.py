@@ -6,7 +6,7 @@ a single number per row (Qwen-VL) overrides `hidden`.
 
 from torch import nn
 
-from ...util import UserError
+from ...util import require
 from .base import Family
 from .llava import Llava
 from .llava_next import LlavaNext
@@ -23,6 +23,5 @@ FAMILIES: dict[str, type[Family]] = {
 def family(model: nn.Module) -> Family:
     """Returns the adapter for a model, by its config's model_type."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in FAMILIES:
-        raise UserError(f"tinyspeed cannot train a {kind!r} model yet; it knows {', '.join(sorted(FAMILIES))}")
+    require(kind in FAMILIES, f"tinyspeed cannot train a {kind!r} model yet; it knows {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind](model)

@@ -1,8 +1,8 @@
 """What a training step needs to know about a model class: the base of all families, as LLaVA-1.5 needs it.
 
 A `Family` is a thin adapter over a Hugging Face vision-language model whose processor marks images and videos with
-placeholder ids. DualSpeed asks it for five things: features of the images, embeddings of the ids, which feature rows
-may be pruned, hidden states of a list of rows, and logits.
+placeholder ids. What DualSpeed needs of it above all: features of the images, which feature rows may be pruned, hidden
+states of a list of rows, and logits.
 
 The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...rows import Layout
-from ...util import UserError
+from ...util import UserError, require
 from .. import attention
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class Family:
             more = {name: visual[name] for name in ("batch_num_images",) if name in visual}
             features["image"] = self.encode(visual["pixel_values"], sizes, plan_mode, **more)
         if len(visual.get("pixel_values_videos", ())):
-            if "video" not in features:
-                raise UserError(f"a {self.config.model_type!r} model takes no videos, but the batch has some")
+            require("video" in features, f"a {self.config.model_type!r} model takes no videos, but the batch has some")
             features["video"] = self.encode_videos(visual["pixel_values_videos"], plan_mode)
         return features
 
@@ -105,9 +104,6 @@ class Family:
     def prunable(self, features: Tensor) -> Tensor:
         """Which feature rows of an image show the picture; the others mark its structure."""
         return torch.ones(len(features), dtype=torch.bool, device=features.device)
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(input_ids)
 
     def hidden(self, embeddings: Tensor, layout: Layout, layers: tuple[int, ...] | None) -> Tensor:
         """Returns the last hidden states (slots, hidden) of rows in this layout, after the LLM layers of the plan."""
