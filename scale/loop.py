@@ -5,8 +5,8 @@
 
 So two ranks compute what one rank does in two micro-batches. What a step does follows from (seed, step), and every
 rank knows how long the samples are, so ranks agree about plan, batch and assignment without communicating. A hash of
-these is compared every `check_every` steps, to notice if they do not. With one rank everything is the core's, bit for
-bit. Checkpoints are copied first and written while training goes on.
+plan and batch is compared every `check_every` steps, to be sure. With one rank everything is the core's, bit for bit.
+Checkpoints are copied first and written while training goes on.
 """
 
 import zlib
@@ -70,7 +70,7 @@ class ShardedStage(StageRun):
             batch, rows = {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}, [batch["labels"].shape[1]]
         with self._fitting(plan.mode, rows):  # also during the core's probe, which would catch it while others wait
             out = super()._micro_batch(batch, rows, plan, answers)
-        self.ranks.progress(f"behind a {plan.mode} micro-batch of step {self.totals.steps + 1}")
+        self.ranks.progress(f"after a {plan.mode} micro-batch of step {self.totals.steps + 1}")
         if idle:
             out.metrics.update(dict.fromkeys(COUNTS, 0))
         return out

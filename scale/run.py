@@ -7,7 +7,6 @@ gets a newly sharded model, filled with what the stage before has trained: other
 which before it shards. Only rank 0 writes the log and makes folders; all ranks share the checking of the records.
 """
 
-import dataclasses
 import gc
 import io
 import sys
@@ -18,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.utils import logging
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.data import conversations, digits
+from tinyspeed.data import conversations, digits, digits_model
 from tinyspeed.data.examples import Source
 from tinyspeed.models import loading, precision, stages
 from tinyspeed.recipe import Recipe
@@ -31,9 +30,7 @@ from .loop import ShardedStage
 from .ranks import Ranks
 from .shard import shard
 
-# What may differ between nodes: where things are on each.
-PLACES = {f"{section}.{key}" for section, keys in run_folder.PLACES.items() for key in keys}
-PLACES = PLACES - {"run.name", "run.device"} | {"run.cache"}
+PLACES = {**run_folder.PLACES, "run": ("folder", "cache")}  # what may differ between nodes: where things are on each
 
 
 def require_supported(recipe: Recipe, ranks: Ranks) -> None:
@@ -90,11 +87,9 @@ def prepare(recipe: Recipe, ranks: Ranks) -> DeviceMesh:
 
 def require_same_recipe(recipe: Recipe, ranks: Ranks) -> None:
     """Refuses ranks that were started with different recipes; only places of files may differ between nodes."""
-    tables = dataclasses.asdict(recipe).items()
-    mine = {f"{section}.{key}": value for section, table in tables for key, value in table.items()}
-    first, *others = ranks.gather([{key: value for key, value in mine.items() if key not in PLACES}])
+    first, *others = ranks.gather([recipe])
     for rank, other in enumerate(others, 1):
-        if differ := [key for key in first if first[key] != other[key]]:
+        if differ := run_folder.differences(first, other, free=PLACES):
             raise UserError(f"rank {rank} was started with another recipe than rank 0: {', '.join(differ)}")
 
 
@@ -108,6 +103,7 @@ def read_source(recipe: Recipe, ranks: Ranks) -> Source:
     base = build.base_model(recipe, ranks.device)
     if recipe.data.kind == "digits":
         source = digits.from_recipe(recipe)
+        digits_model.require_fitting(loading.load_config(base), base, source.canvas)
     else:
         ranks.progress("checking the records", patient=True)
         how = {"bar": ranks.is_main, "mine": slice(ranks.rank, None, ranks.size), "gather": ranks.gather}
@@ -129,15 +125,13 @@ def read_source(recipe: Recipe, ranks: Ranks) -> Source:
 
 def _stages(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh, source: Source, stop: list) -> tuple[Totals, int | None]:
     folder = recipe.folder
-    newest = checkpoint.newest(folder / "checkpoints")
-    state = checkpoint.read(newest, slice(ranks.rank, None, ranks.size))[1] if newest else None
-    if state:
-        trained_model.check_state(recipe, newest, state)
+    mine, there = slice(ranks.rank, None, ranks.size), checkpoint.newest(folder / "checkpoints")
+    state = trained_model.newest_checkpoint(recipe, mine)[1] if there else None
     ranks.require_same("the checkpoint to go on from", state and state["step"])
     if ranks.is_main:
         core.begin(recipe, folder, ranks.device, state, ranks=ranks.size)
         if state:
-            print(f"going on behind step {state['step']} of {folder}", file=sys.stderr)
+            print(f"going on after step {state['step']} of {folder}", file=sys.stderr)
     torch.manual_seed(recipe.run.seed + ranks.rank)  # for dropout, which must differ between ranks
     ranks.timeout = recipe.scale.timeout
     totals = Totals(**state["totals"]) if state else Totals()

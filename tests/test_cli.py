@@ -107,6 +107,20 @@ def test_exit_codes_of_signals(capsys, monkeypatch, small):
         assert cli.main(["train", *small, "--set", f"run.name=by-{number}", "--resume"]) == 0
 
 
+def test_a_question_may_be_longer_than_a_file_name(capsys, tmp_path):
+    assert "no model folder" in fails(capsys, "ask", f"./{tmp_path.name}", "what is this? " * 40)
+
+
+def test_scores_do_not_replace_the_predictions(capsys, tmp_path, small):
+    assert cli.main(["train", *small]) == 0
+    (tmp_path / "questions.json").write_text('{"question_id": 1, "image": "a.jpg", "text": "A?", "label": "yes"}\n')
+    capsys.readouterr()
+    task = ("--task", "pope", "--questions", tmp_path / "questions.json", "--images", tmp_path)
+    said = fails(capsys, "eval", tmp_path / "demo", *task, "--out", tmp_path / "mine.json")
+    assert "call this one mine.jsonl" in said
+    assert not (tmp_path / "mine.json").exists()
+
+
 def test_a_damaged_checkpoint_is_one_line_and_left_as_it_is(capsys, tmp_path, small):
     assert cli.main(["train", *small]) == 0
     damaged = max((tmp_path / "demo" / "checkpoints").glob("step-*/tensors.safetensors"))

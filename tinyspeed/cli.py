@@ -21,23 +21,19 @@ from .util import UserError, counted, files, paths, require, require_known, tabl
 
 def main(argv: list[str] | None = None) -> int:
     with redirect_stderr(SafeStream(sys.stderr)):
-        return _main(argv)
-
-
-def _main(argv: list[str] | None) -> int:
-    silence_libraries()
-    block_hub_kernels()
-    arguments = _parser().parse_args(argv)
-    try:
-        code = arguments.command(arguments)
-        sys.stdout.flush()  # at exit nobody would report that this fails
-        return code
-    except (UserError, OSError) as error:
-        print(f"tinyspeed: {message_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while no step runs; a step saves first
-        print("tinyspeed: interrupted", file=sys.stderr)
-        return 130
+        silence_libraries()
+        block_hub_kernels()
+        arguments = _parser().parse_args(argv)
+        try:
+            code = arguments.command(arguments)
+            sys.stdout.flush()  # at exit nobody would report that this fails
+            return code
+        except (UserError, OSError) as error:
+            print(f"tinyspeed: {message_of(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:  # while no step runs; a step saves first
+            print("tinyspeed: interrupted", file=sys.stderr)
+            return 130
 
 
 def silence_libraries() -> None:
@@ -217,7 +213,7 @@ def _ask(a) -> int:
     from .data import images
 
     *pictures, question = a.words
-    require(not Path(question).is_file(), f"{question} is a file, but the last argument must be the question")
+    require(not os.path.isfile(question), f"{question} is a file, but the last argument must be the question")
     _check_model(a.model)
     pictures = [images.decode(Path(picture), "ask") for picture in pictures]
     from .evaluation import ask
@@ -239,7 +235,7 @@ def _compare(a) -> int:
     stopped = compare.compare(chosen, a.seeds, arms)
     if stopped is None:
         folder = compare.folder_of(chosen)
-        print((folder / "compare.md").read_text())
+        print((folder / "compare.md").read_text(encoding="utf-8"))
         print(f"numbers in {folder / 'compare.json'}, picture in {folder / 'compare.png'}")
     return _stopped(stopped, "stopped; the same command goes on, beginning with this arm")
 
@@ -269,6 +265,7 @@ def _benchmark(a) -> int:
     _check_model(a.model)
     questions = official.read(a.task, Path(a.questions), Path(a.beside) if a.beside else None)
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
+    require(out.suffix != ".json", f"--out {out}: scores go to the file of that name; call this one {out.stem}.jsonl")
     print(f"predictions go to {out}", file=sys.stderr)
     from .evaluation import ask, benchmarks
     from .training.trained_model import open_model

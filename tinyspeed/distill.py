@@ -64,8 +64,7 @@ def answer_loss(
 
     hidden (A, H): the student's last hidden states at the answer rows. target (A,): the tokens to predict.
     teacher (A, H): the teacher's hidden states for the same answers. They go through `teacher_head`, or through `head`.
-    Without answer rows the first two are zeros that still have a graph, so backward works and reaches the same
-    parameters.
+    Without answer rows the first two are zeros with a graph, so backward works and reaches the same parameters.
     """
     ce = kl = teacher_ce = torch.zeros((), device=hidden.device)
     each = []
@@ -84,8 +83,7 @@ def answer_loss(
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Eval mode, as for a teacher. Afterwards each sub-module is in the mode that it was in: a frozen one may have been
-    in eval mode before."""
+    """Eval mode, as for a teacher. Afterwards each sub-module is in its own mode again, which may be eval's."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

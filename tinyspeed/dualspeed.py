@@ -10,8 +10,7 @@ pruning, exactly the same forward.
 
 What differs from the official code: images are encoded once for both halves of a slow step; the teacher runs without
 dropout; anyres images are pruned after packing, over the whole image; logits are computed for answer rows only; the
-mode is a function of (seed, step); text-only batches give gradients to the same parameters as others; positions are
-`original`.
+mode is a function of (seed, step); text-only batches give the same parameters gradients; positions are `original`.
 
 The trade-off: a slow step costs a little more than a full step, and three to five times as much as a fast one. At a
 tenth of the steps, slow ones take a quarter to a third of the time, so a run is faster the rarer they are.
@@ -185,7 +184,7 @@ class DualSpeed(DropIn):
     def _prune(
         self, ids: Tensor, full: rows.Rows, images: list[Tensor], keep: float, recorded: dict[str, list[Tensor]]
     ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:
-        """Returns the table behind the words and the rows of a fast forward, and a learned plugin's loss."""
+        """Returns the table after the words and the rows of a fast forward, and a learned plugin's loss."""
         kept, visual, loss, total = ids.new_zeros(0, dtype=torch.bool), [], None, self.chooser.zero_loss()
         if images:
             kept, *visual, loss = self.chooser(images, keep, recorded, self.step)

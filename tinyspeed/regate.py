@@ -22,8 +22,7 @@ is not known. The paper is known from its website and from notes, and its code i
 the notes. Their ablation, in which lambda = 1 is "reference only", fits "mix", so both are here. (A figure on the
 website has a product sign between the losses. Neither a weight lambda nor "reference only" would fit a product, so it
 is not here.) Where nothing is known, these choices are ours: the cycle counts from step 0, including the warm-up; the
-first loss of a token becomes its m; until then l_ref takes the place of m, so that tokens with and without an m can be
-compared.
+first loss of a token becomes its m; until then l_ref takes its place, so that tokens with and without m compare.
 
 The trade-off: a skipped token keeps its m, so it comes back only with a refresh. Without a reference (lambda = 0) a
 sample that was never seen keeps all its answers, so a run of a single epoch skips nothing.

@@ -16,10 +16,9 @@ A whole video counts as one image, with placeholders of its own kind. The table 
 text may mix them, so an image's number says where its features are in the table, and not which image of the text it is.
 
 Targets are shifted before any row is dropped, so pruning cannot misalign labels. One row needs care: the last row of an
-image may predict the first answer token (a caption right behind the image). Its target moves to the last row that is
-left of that image.
+image may predict the first answer token (a caption right behind it). Its target moves to the image's last kept row.
 
-Positions: with `original`, kept rows and the text behind them keep their positions in the full sequence, and isolator
+Positions: with `original`, kept rows and the text after them keep their positions in the full sequence, and isolator
 rows have the position of their image's first row. `compact` numbers the rows that are left 0, 1, 2 ... With `original`
 the rotary distance between a question and an image token is the same in fast and full mode. With `compact` it is not,
 and that is most of what the two modes disagree about.
@@ -204,8 +203,7 @@ def lay_out(rows: Rows, layout: str) -> Layout:
 
 
 def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:
-    """The number of rows that the LLM runs on for one sample. In a slow step it is the student's; its teacher's is
-    smaller."""
+    """The number of rows that the LLM runs on for one sample; in a slow step the student's, not its teacher's."""
     if plan.mode != "fast":
         return text + sum(images)
     return text + sum(keep_count(plan.keep, n) + isolator for n in images)

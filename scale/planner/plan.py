@@ -14,8 +14,7 @@ slow step's teacher. The root (embeddings, head, projector) is gathered once. Gr
 replicas (HSDP) a model's shards stay inside a node, and gradient shards are all-reduced between nodes once a step.
 
 A GPU holds its share of weights, gradients and moments; the whole frozen tower; two gathered layers and the root; the
-gradients on their way; and the largest micro-batch. All of it is arithmetic; scale/README.md says what it was checked
-against.
+gradients on their way; and the largest micro-batch. scale/README.md says what this arithmetic was checked against.
 """
 
 import argparse
@@ -214,10 +213,10 @@ def jobs(chosen: Recipe, samples: int | None = None) -> list[Job]:
     require(name != "fp32", 'the planner knows what GPUs do in half precision: set model.precision = "bf16"')
     shape, path = estimate.shape_of(chosen), chosen.model.path  # a model from parts has no processor yet to read data
     there = chosen.data.kind == "digits" or (path and Path(chosen.data.file).is_file())
-    found = []
+    read, found = estimate.lengths_of(chosen, shape) if there else None, []  # once, since checking all records is slow
     for stage, settings in chosen.stages():
-        if there:
-            known, epoch, source = estimate.lengths_of(chosen, shape)
+        if read:
+            known, epoch, source = read
         else:
             pool, family = WINDOW * settings.batch, "next" if shape.newline else "1.5"
             if chosen.data.template == "plain":

@@ -60,7 +60,7 @@ def test_bench_pruning_measures_every_plugin_and_writes_what_it_returns(tmp_path
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(times)
     assert len({len(line) for line in lines}) == 1
-    assert "8 of 40 rows" in printed
+    assert "8 of 40 tokens" in printed
     assert "100.00%" in printed
 
 

@@ -587,6 +587,18 @@ def test_a_trained_model_saves_back_as_a_plain_checkpoint(family, checkpoint, tm
     assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_state_dict_has_every_parameter_once_also_without_storage(llava, tied, device):
+    """The addresses of tensors on the meta device and of sharded ones are all 0, so names say what is tied."""
+    net = tiny.twin(llava).to(device)
+    if tied:
+        net.lm_head.weight = net.get_input_embeddings().weight
+    model = DualSpeed(net)
+    assert model.state_dict().keys() >= {name for name, _ in model.named_parameters()}
+    assert tied is not ("model.lm_head.weight" in model.state_dict())
+
+
 @pytest.mark.parametrize(("make", "said"), [
     (lambda folder: None, "no model folder"),
     (lambda folder: folder.mkdir(), "config.json"),

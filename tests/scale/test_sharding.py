@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from scale import __main__, ranks, run, shard
 from scale.loop import ShardedStage
 from scale.planner.sharded_model import ShardedModel
-from tinyspeed import DualSpeed, UserError
+from tinyspeed import DualSpeed, UserError, recipe
 from tinyspeed.models import loading, memory
 from tinyspeed.training import checkpoint
 
@@ -100,6 +100,13 @@ def test_what_cannot_be_spread_is_refused(home, tmp_path, changes, message):
     run.require_supported(settings(home, tmp_path, "run", "lora.rank=4"), two)
     with pytest.raises(UserError, match=message):
         run.require_supported(settings(home, tmp_path, "run", "lora.rank=4", *changes), two)
+
+
+def test_a_model_that_cannot_read_the_digits_is_refused(home, tmp_path):
+    model = settings(home, tmp_path, "run").model.path
+    made = recipe.from_tables({"model": {"path": model}, "train": {"steps": 1}}, "a recipe")
+    with ranks.join() as here, pytest.raises(UserError, match=r'is not a model for data\.kind = "digits"'):
+        run.read_source(made, here)
 
 
 def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):

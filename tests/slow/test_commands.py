@@ -49,7 +49,7 @@ def test_the_whole_path_on_the_command_line(home, tmp_path, family, capsys):
     command = ("train", tmp_path / "run.toml", *changes)
 
     killed = run_held(3, "tinyspeed", *command, folder=tmp_path)
-    until(lambda: steps_done(made) == 3, "it stands still behind step 3", killed)
+    until(lambda: steps_done(made) == 3, "it stands still after step 3", killed)
     killed.kill()
     killed.communicate()
     out, err = finish(run_cli(*command, "--resume", folder=tmp_path))
@@ -160,7 +160,7 @@ def test_the_demo_killed_for_real_at_a_random_step_ends_the_same(tmp_path):
     train.train(whole, bar=False)
     step = random.randrange(1, ALIGN + TUNE)
     killed = run_held(step, "tinyspeed", "demo", recipe_file(made), folder=tmp_path)
-    until(lambda: steps_done(made) == step, f"it stands still behind step {step}", killed)
+    until(lambda: steps_done(made) == step, f"it stands still after step {step}", killed)
     killed.kill()
     killed.communicate()
     assert not (made.folder / "model").exists()

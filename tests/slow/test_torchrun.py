@@ -43,7 +43,7 @@ def test_two_ranks_go_on_skipping_and_remembering_as_one_process_does(home, tmp_
         assert all(a[of] == b[of] for of in ("mode", "answers", "rows_kept", "layers"))
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert any(line["layers"] for line in log_of(made)) == together
-    assert "going on behind step 2" in log(tmp_path)
+    assert "going on after step 2" in log(tmp_path)
     one, other = (checkpoint.read(checkpoint.newest(run.folder / "checkpoints"))[0] for run in (made, alone))
     torch.testing.assert_close(one["regate/difficulty"], other["regate/difficulty"], rtol=1e-3, atol=1e-4)
 

@@ -84,10 +84,10 @@ def test_a_rank_is_killed_and_the_run_ends_as_if_it_had_not_been(home, tmp_path)
     assert torchrun(tmp_path, "-m", "scale", recipe_file(whole)).wait(HANGS) == 0, log(tmp_path)
     made = settings(home, tmp_path, "killed", *changes)
     agent = torchrun(tmp_path, HELD_RUN, 6, "scale", recipe_file(made), restarts=1)
-    until(lambda: steps_done(made) == 6, "it stands still behind step 6", agent)
+    until(lambda: steps_done(made) == 6, "it stands still after step 6", agent)
     os.kill(rank_of(agent, 1), signal.SIGKILL)
     assert agent.wait(HANGS) == 0, log(tmp_path)
-    assert "going on behind step 4 of" in log(tmp_path), "torchrun has started it again"
+    assert "going on after step 4 of" in log(tmp_path), "torchrun has started it again"
     assert not unlike(made, whole)
     one, other = (load_file(r.folder / "model" / "model.safetensors") for r in (whole, made))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -103,7 +103,7 @@ def test_stopped_on_two_ranks_resumed_on_one_and_then_on_two_again(home, tmp_pat
     file = recipe_file(made)
 
     agent = torchrun(tmp_path, HELD_RUN, 3, "scale", file)
-    until(lambda: steps_done(made) == 3, "two ranks stand still behind step 3", agent)
+    until(lambda: steps_done(made) == 3, "two ranks stand still after step 3", agent)
     agent.send_signal(signal.SIGTERM)
     agent.wait(HANGS)
     assert steps_done(made) == 3, log(tmp_path)
@@ -130,7 +130,7 @@ def test_stopped_on_two_ranks_resumed_on_one_and_then_on_two_again(home, tmp_pat
 def test_a_rank_that_hangs_ends_the_run_and_the_step_is_named(home, tmp_path):
     made = settings(home, tmp_path, "run", "lora.rank=4", "train.steps=9")
     agent = torchrun(tmp_path, HELD_RUN, 3, "scale", recipe_file(made))
-    until(lambda: steps_done(made) == 3, "it stands still behind step 3", agent)
+    until(lambda: steps_done(made) == 3, "it stands still after step 3", agent)
     hangs = rank_of(agent, 1)
     os.kill(hangs, signal.SIGSTOP)
     (tmp_path / "late").touch()

@@ -144,7 +144,7 @@ def run_python(script: str, *arguments, folder):
 
 
 def run_held(behind: int, module: str, *arguments, folder):
-    """`tinyspeed` or `scale` in a process of its own, whose run stands still behind a step (see `held_run.py`)."""
+    """`tinyspeed` or `scale` in a process of its own, whose run stands still after a step (see `held_run.py`)."""
     return _process(HELD_RUN, behind, module, *arguments, folder=folder)
 
 

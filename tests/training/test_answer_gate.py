@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support import hostile, tiny
 from support.album import album
 from support.runs import Killed, die_before, fails, unlike
@@ -240,6 +241,17 @@ def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path
         file.write_bytes(other._file(0).read_bytes())
     assert np.array_equal(reference_of(made).losses(CPU, bar=False), first)
     assert "made anew" in capsys.readouterr().err
+
+
+def test_a_reference_that_lacks_a_weight_is_refused(home, tmp_path):
+    """transformers would draw it at random."""
+    shutil.copytree(home / "llm", tmp_path / "part")
+    tensors = load_file(tmp_path / "part" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "part" / "model.safetensors", metadata={"format": "pt"})
+    made = settings(home, tmp_path, "run", f"regate.reference={tmp_path / 'part'}")
+    with pytest.raises(UserError, match=r"regate\.reference: .*part lacks 1 of the model's weights"):
+        reference_of(made).losses(CPU, bar=False)
 
 
 def test_a_reference_with_a_loss_that_is_not_finite_is_refused_and_nothing_kept(home, tmp_path):

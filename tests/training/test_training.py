@@ -239,7 +239,7 @@ def test_the_learning_rate_warms_up_and_comes_down():
 
 @pytest.fixture
 def stopped(base, uninterrupted, tmp_path):
-    """A run as it was left behind step 9, to be broken."""
+    """A run as it was left after step 9, to be broken."""
     made = settings(base, tmp_path, "stopped")
     shutil.copytree(uninterrupted.folder, made.folder)
     (made.folder / "recipe.toml").write_text(made.to_toml())

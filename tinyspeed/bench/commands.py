@@ -29,30 +29,30 @@ FLAGS: dict[str, tuple[str, dict]] = {  # of all commands: the help, and what el
     "--out": ("write the numbers to this JSON file", {}),
     "--png": ("draw the results", {}),
 }
-FILES, TIMED = ("--out", "--png"), ("--repeats", "--device", "--out", "--png")
-COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {  # what it measures, and its flags: parameters of `measure`
+TIMED = "--repeats --device --out --png"
+COMMANDS = {  # what it measures, and its flags: parameters of `measure`
     "step": (
         "a training step, beside what people run today",
-        ("--size", "--family", "--tune", "--text", "--batch", "--micro", "--budget", "--checkpointing", *TIMED),
+        f"--size --family --tune --text --batch --micro --budget --checkpointing {TIMED}",
     ),
     "levers": (
         "what each lever of a step is worth: the step with it and without",
-        ("--size", "--family", "--tune", "--batch", "--budget", "--compiled", *TIMED),
+        f"--size --family --tune --batch --budget --compiled {TIMED}",
     ),
-    "loss": ("the answer loss: time and memory, beside logits of every token", ("--width", *TIMED)),
-    "scaling": ("how a step grows with the picture, to a video of 11,520 tokens", ("--size", *TIMED)),
+    "loss": ("the answer loss: time and memory, beside logits of every token", f"--width {TIMED}"),
+    "scaling": ("how a step grows with the picture, to a video of 11,520 tokens", f"--size {TIMED}"),
     "data": (
         "records per second, beside what a GPU needs",
-        ("recipe", "--set", "--family", "--samples", "--workers", "--repeats", *FILES),
+        "recipe --set --family --samples --workers --repeats --out --png",
     ),
-    "pruning": ("what choosing the tokens costs", ("--width", "--keep", *TIMED)),
+    "pruning": ("what choosing the tokens costs", f"--width --keep {TIMED}"),
     "savings": (
         "what skipping tokens, layers and answers saves, compared with what their FLOPs promise",
-        ("--layers", "--width", *TIMED),
+        f"--layers --width {TIMED}",
     ),
     "memory": (
         "the memory that recipes need, compared with the estimate; downloads nothing",
-        ("recipes", "--set", "--gpu", "--out"),
+        "recipes --set --gpu --out",
     ),
 }
 
@@ -62,7 +62,7 @@ def add(subparsers) -> None:
     for name, (help, flags) in COMMANDS.items():
         parser = subparsers.add_parser(name, help=help, description=help)
         parser.set_defaults(command=partial(_run, name))
-        for flag in flags:
+        for flag in flags.split():
             said, how = FLAGS[flag]
             parser.add_argument(flag, help=said, **how)
 

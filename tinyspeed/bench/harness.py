@@ -51,8 +51,7 @@ def write(results: dict, out: Path) -> None:
 
 
 def time_in_turns(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, dict]:
-    """Returns the milliseconds of each contestant in each round, after two rounds of warm-up, with their median and
-    minimum."""
+    """Returns each contestant's milliseconds in each round, after two to warm up, with their median and minimum."""
     require(repeats >= 1, f"repeats = {repeats}: measure at least once")
     order = random.Random(0)
     milliseconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -101,7 +100,7 @@ class Bar:
 
     name: str
     length: float
-    note: str = ""  # written behind the bar
+    note: str = ""  # written after the bar
     dark: float = 0.0  # how much of the bar is dark: its floor, where one is known
     ours: bool = True  # blue; the others are black, so that the two can be told apart without colours too
 

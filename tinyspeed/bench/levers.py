@@ -6,8 +6,7 @@
 None of these levers changes what is learned (the tests compare loss and gradients of each with the step as it is). So
 each can be taken out of the running code by itself and timed in turns with the others, on the same samples, whose texts
 are as long as in LLaVA's mix. Fast and slow steps are timed apart, since most levers help only one of them. Beside the
-time of each change stands what arithmetic promises: the step's FLOPs with it (`estimate.py`), over those of the step as
-it is.
+time of each change stands what arithmetic promises: the FLOPs with it (`estimate.py`) over those of the step as it is.
 
 Two changes are levers that are off by default: features from disk need space there, and compiled layers have to be
 compiled, and compiled again for other shapes.

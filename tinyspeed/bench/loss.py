@@ -4,8 +4,7 @@
 
 Three ways to the same number and the same gradient. transformers makes logits of every row and takes the loss of all of
 them; the official DualSpeed does so twice in a slow step, for teacher and student. Rows that predict nothing need no
-logits, and of the others only a chunk's logits need to exist at a time, if the backward makes them again
-(`distill.py`).
+logits, and of the others only a chunk's need to exist at a time, if the backward makes them again (`distill.py`).
 
 The sizes are those of 4 samples, each with a picture of 576 rows and 128 words, half of them answers, at the width of
 LLaVA-1.5-7B and with its vocabulary.

@@ -95,8 +95,7 @@ def learn(name: str, x: Tensor, keep: float, module: nn.Module) -> None:
 
 
 def fast_step_flops(images: int, rows: int, keep: float) -> float:
-    """Returns the FLOPs of a fast step of LLaVA-1.5-7B, forward and backward, with LoRA, without recomputing, and with
-    one image per sample."""
+    """Returns the FLOPs of a fast LoRA step of LLaVA-1.5-7B, without recomputing, with one image per sample."""
     settings, sample = Settings("bf16", rank=64, keep=keep), (estimate.TEXT, [rows], estimate.ANSWERS)
     return images * estimate.flops(Shape(published.KNOWN[MODEL]()), settings, "fast", sample, False)
 

@@ -90,4 +90,4 @@ def visual_rows(config, height: int, width: int) -> int:
         return side**2
     lines, columns = anyres.get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, vision.image_size)
     unpadded = anyres.unpad_image(torch.empty(1, side * lines, side * columns, device="meta"), (height, width))
-    return side**2 + unpadded.shape[1] * (unpadded.shape[2] + 1)  # with a newline behind each line
+    return side**2 + unpadded.shape[1] * (unpadded.shape[2] + 1)  # with a newline after each line

@@ -9,7 +9,7 @@ while the step runs; it knows nothing of plans, and of attention it counts the h
 
     kept of the promise = (1 - seconds / full seconds) / (1 - FLOPs / full FLOPs)
 
-Answers are long here, so that ReGATE has something to skip: 240 tokens behind a question of 16 and a picture of 144.
+Answers are long here, so that ReGATE has something to skip: 240 tokens after a question of 16 and a picture of 144.
 """
 
 import torch

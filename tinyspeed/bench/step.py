@@ -14,7 +14,7 @@ loop (`training/loop.py`), which cuts its own micro-batches and decides about re
     MFU        floor / time
 
 `--text 128` gives every sample 128 words, half of them answers; `mix` draws lengths from LLaVA's instruction mix
-(`data/llava_mix.py`), where one sample in fifteen has no picture. Memory is what a step takes, and the weights and
+(`data/llava_mix.py`), where one sample in sixteen has no picture. Memory is what a step takes, and the weights and
 moments that exist before it. On a CPU it is counted operation by operation (`peak_memory.py`) in a step of its own.
 """
 

@@ -80,8 +80,7 @@ class FeatureCache:
             used += len(content)
             what = f"the features of {counted(len(wanted), 'picture')} take more than {most / GB:.1f} GB"
             require(used <= most, f"{what}: raise data.feature_cache_gb, or set it to 0 to train without them")
-            with files.atomic(file, cached=True) as temporary:
-                temporary.write_bytes(content)
+            files.write_atomically(file, content, cached=True)
 
     def _features(self, picture: Path, vlm: Family) -> dict[str, Tensor]:
         device = vlm.language_model.device

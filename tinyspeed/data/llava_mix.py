@@ -10,8 +10,7 @@ texts are cut and not split, is public (the appendix of LLaVA-1.5, arXiv 2310.03
 How many tokens a turn has is not public. Those here are estimates (a short question and answer with its roles about 20,
 a region with its box 45, a system message 35), so a length is drawn: 35 + turns x a log-normal number of tokens. In
 some sets the number of turns varies, some texts are twice as long as others, and the long tail is the texts without
-pictures. Compared with the real file (`tinyspeed estimate` reads it) the mean may be wrong by a quarter; the simulation
-needs only the shape.
+pictures. The mean may be a quarter off the real file's, which `tinyspeed estimate` reads; only the shape matters here.
 """
 
 from dataclasses import dataclass

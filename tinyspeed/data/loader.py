@@ -1,8 +1,8 @@
 """Micro-batches made ahead of their step, in worker processes: a GPU must not wait while pictures are decoded.
 
 Which samples make up which micro-batch is decided beforehand (`batching.py`), so workers change nothing but the time:
-any number of them makes the same batches in the same order. They draw from nobody's random numbers and leave signals
-to the main process, and a bad picture reaches the main process as a UserError.
+any number of them makes the same batches in the same order. They use none of the run's random numbers and leave
+signals to the main process, and a bad picture reaches the main process as a UserError.
 """
 
 import os

@@ -172,8 +172,7 @@ def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, st
     """Returns what was predicted already, and cuts off half a line at the end of `out`."""
     held = out.read_bytes() if out.exists() else b""
     if header.startswith(held):  # it is empty, or has half a header
-        with files.atomic(out) as temporary:
-            temporary.write_bytes(header)
+        files.write_atomically(out, header)
         return {}
     if not held.startswith(header):
         what = _difference(held.split(b"\n")[0], json.loads(header))

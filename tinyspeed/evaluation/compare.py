@@ -17,11 +17,11 @@ from pathlib import Path
 from ..data import digits_model
 from ..models import loading
 from ..recipe import Recipe, comparison, from_tables, schedules
-from ..training import answer_gate, run_folder
+from ..training import answer_gate, metrics, run_folder
 from ..training.build import place, set_threads
 from ..training.checkpoint import only_one
 from ..training.train import train
-from ..util import UserError, files, plots, provenance, require, tables
+from ..util import UserError, files, located, plots, provenance, require, tables
 from . import accuracy
 from .comparison_figure import compare_figure
 
@@ -52,35 +52,31 @@ def _require_runnable(arm: str, recipe: Recipe) -> None:
     run_folder.require_sources(recipe)
     sizes = recipe.digits
     layers = loading.load_config(recipe.model.path).text_config.num_hidden_layers if recipe.model.path else sizes.layers
-    try:
+    with located(f"arm {arm!r}"):
         for stage, _ in recipe.stages():
             schedules.schedule_of(recipe, stage, layers)
         answer_gate.require_some_skipping(recipe, sizes.pictures)
-    except UserError as error:
-        raise UserError(f"arm {arm!r}: {error}") from error
 
 
 def _run_arms(recipe: Recipe, folder: Path, seeds: int, arms: dict[str, Recipe], bar: bool) -> int | None:
     """Runs the arms that have not been measured. Returns the signal that ended it early, if one did."""
     set_threads(recipe)
-    missing: dict[int, dict[str, Recipe]] = {}
+    missing: list[tuple[str, Recipe]] = []
     for seed in range(recipe.run.seed, recipe.run.seed + seeds):
-        home, missing[seed] = folder / f"seed-{seed}", {}
+        home = folder / f"seed-{seed}"
         for arm, made in arms.items():
             run = {"folder": str(home), "name": comparison.folder_of(arm), "seed": seed}
             made = made.replaced(run=run, model={"path": recipe.model.path or str(home / "base")})
             if not _measured(made):
-                missing[seed][arm] = made
-    for seed, todo in missing.items():
-        home, sizes = folder / f"seed-{seed}", recipe.digits
-        if todo and not recipe.model.path:
-            how = {"tower_steps": sizes.tower_steps, **sizes.sizes, "bar": bar, "device": place(recipe).device}
-            digits_model.prepare(home / "base", seed, **how)
-        for arm, made in todo.items():
-            if bar:
-                print(f"seed {seed}: {arm}", flush=True)
-            if (stopped_by := _run(made, arm, bar)) is not None:
-                return stopped_by
+                missing.append((arm, made))
+    for arm, made in missing:
+        if not recipe.model.path:
+            how = {"tower_steps": recipe.digits.tower_steps, **recipe.digits.sizes, "bar": bar}
+            digits_model.prepare(Path(made.model.path), made.run.seed, **how, device=place(recipe).device)
+        if bar:
+            print(f"seed {made.run.seed}: {arm}", flush=True)
+        if (stopped_by := _run(made, arm, bar)) is not None:
+            return stopped_by
     return None
 
 
@@ -102,7 +98,7 @@ def _run(recipe: Recipe, arm: str, bar: bool) -> int | None:
     if trained.stopped_by is not None:
         return trained.stopped_by
     full, pruned = accuracy.held_out(trained.model, recipe, bar)
-    lines = [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics.read_metrics(recipe.folder / metrics.LOG)
     result = {
         "arm": arm,
         "seed": recipe.run.seed,

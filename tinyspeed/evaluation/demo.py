@@ -46,9 +46,10 @@ def _results(recipe: Recipe, result: Result) -> str:
         ["tokens through the LLM", f"{t.rows:,}"],
         ["tokens in full training", f"{t.rows_full:,}"],
         ["training seconds", f"{t.seconds:.0f}"],
-        ["seconds of full training, estimated", f"{t.full_seconds:.0f}"],
+        ["seconds of full training, estimated", f"{t.full_seconds:.0f}" if t.speedup else "-"],
+        ["speed-up, estimated", f"{t.speedup:.2f}" if t.speedup else "-"],
     ]
-    return tables.table(["after training", "value"], [*rows, ["speed-up, estimated", f"{result.totals.speedup:.2f}"]])
+    return tables.table(["after training", "value"], rows)
 
 
 def draw_example(path: Path, seed: int, canvas: digits.Canvas = digits.DEFAULT) -> Path:

@@ -13,8 +13,7 @@ What the plugins see depends on `tower`:
   `vispruner` and `visionzip`, need a LLaVA.
 - a CLIP, SigLIP or a similar tower: the patch tokens of its last layer but one, where LLaVA takes them, unprojected.
 - none: the pixels of a 24 x 24 grid of patches, less their mean. Nothing is downloaded and the plugins are the real
-  ones, but what they call different is colour and not content: good for learning what a plugin does, not for judging
-  one.
+  ones, but they compare colours and not content: good for learning what a plugin does, not for judging it.
 """
 
 import math

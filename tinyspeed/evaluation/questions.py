@@ -14,8 +14,7 @@
                 Answer the question using a single word or phrase.
 
 VQAv2 and GQA are asked as POPE is. The wording is part of a result: TextVQA without its OCR line is another benchmark
-(58.2 and 45.5 have both been published for one model). A file that differs from its benchmark's format is an error that
-names the entry.
+(58.2 and 45.5 have both been published for one model). A file in another format is an error that names the entry.
 """
 
 import json

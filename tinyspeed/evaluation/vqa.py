@@ -1,7 +1,6 @@
 """When two short answers are the same, and how far a model agrees with ten people: the rules of VQAv2 and TextVQA.
 
-Each question was put to ten people. How right an answer is depends on how many of them gave it too, leaving out each
-person in turn:
+Each question was put to ten people. An answer scores by how many of them gave it too, leaving out each in turn:
 
     score = mean over the ten of  min(1, matches among the other nine / 3)      0, 1, 2, 3, 4 alike: 0, .3, .6, .9, 1
 
@@ -10,15 +9,14 @@ punctuation, writes number words as digits, drops articles, and gives contractio
 `EvalAIAnswerProcessor`) first drops commas and question marks and cuts off "'s", then does the same.
 
 The official code for VQAv2 normalises nothing if all ten people wrote the same, so "Yes" does not match ten times
-"yes". Predictions are therefore normalised before they are handed in. LLaVA does that too, in TextVQA's way; here it is
-done in VQA's own.
+"yes". So predictions are normalised before they are handed in: by LLaVA in TextVQA's way, here in VQA's own.
 """
 
 import re
 from collections.abc import Sequence
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-# The official pattern also asks for "not behind a digit", but of the period itself, where that is always true.
+# The official pattern also asks for "not after a digit", but of the period itself, where that is always true.
 PERIOD = re.compile(r"\.(?!\d)")
 PERIODS = 32  # the official code passes re.UNICODE (32) where the number of replacements belongs
 ARTICLES = {"a", "an", "the"}

@@ -73,8 +73,7 @@ def assemble(tower: str, llm: str, folder: Path, seed: int) -> Path:
 
 @torch.no_grad()
 def _add_words(text: nn.Module, tokenizer) -> None:
-    """Adds <image>, and <pad> where there is none, to the tokenizer and to the LLM's embeddings. New words start as the
-    average word."""
+    """Adds <image>, and <pad> if there is none, to tokenizer and embeddings. New words start as the average word."""
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})

@@ -1,8 +1,7 @@
 """What other people's training loops ask of a model: transformers.Trainer, TRL, accelerate.
 
 They look for methods and attributes of a `PreTrainedModel`, which a wrapper is not. Each is passed on by name. With a
-blanket `__getattr__`, Trainer would see the wrapped model's `is_quantized` and, finding no PeftModel around it, refuse
-a QLoRA run.
+blanket `__getattr__`, Trainer would see the wrapped model's `is_quantized`, find no PeftModel and refuse a QLoRA run.
 
 Nothing here is part of the method; `dualspeed.py` reads the same without it.
 """

@@ -87,8 +87,7 @@ def _bare(name: str) -> str:
 
 
 def save_adapter(saved: Mapping[str, Tensor], config: "LoraConfig", base: str, out: Path) -> None:
-    """Writes a peft adapter that carries the projector too: PeftModel.from_pretrained(the base, out) is the trained
-    model."""
+    """Writes a peft adapter, projector included: PeftModel.from_pretrained(the base, out) is the trained model."""
     learned = {inner: saved[name] for inner, name in plain_names(saved).items()}
     if not any(".lora_" in name for name in learned):
         raise UserError("no adapter has been trained yet: the run is still aligning its projector")

@@ -1,7 +1,6 @@
 """The manifest of a base model that a run has built for itself: what it was built from, and its files' checksums.
 
-It is verified on each use. Frozen weights are in no checkpoint, so a resumed run must find the very files that it began
-with.
+It is verified on each use. Frozen weights are in no checkpoint, so a resumed run must find the files it began with.
 """
 
 import json

@@ -293,7 +293,7 @@ class Step:
         pruning += int(entry(s.plugin).pair_bytes(s.keep) * batch.visual**2) // max(batch.images, 1)
         chosen = self.crops * shape.patches * shape.read * b if self.projects_twice else self._projector
         features, gathered = self.seen * h * b, rows * h * s.stream
-        table = (2 * batch.text + self.seen) * h * s.stream  # words, and words with the features behind them
+        table = (2 * batch.text + self.seen) * h * s.stream  # words, and words with the features after them
         loss = (6 if batch.mode == "slow" else 3) * 4 * min(batch.answers, CHUNK) * shape.vocab  # fp32 logits
         loss += 2 * s.half * h * shape.vocab * s.full  # autocast's copy of the head
         mlp = rows * shape.inner * b  # one of gate, silu(gate) and up, or of their gradients
@@ -322,8 +322,7 @@ class Step:
 @cache
 def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = None) -> int:
     """Returns how many rows of any kind a micro-batch may have without recomputing: all visual and all answers, or what
-    pruning has left of pictures. Weights and moments are allocated already; `coming` bytes (by default the gradients')
-    will be."""
+    pruning has left of pictures. Weights and moments are allocated already, `coming` bytes (default: gradients) not."""
     free = (1 - MARGIN) * free - (fixed(shape, s).gradients if coming is None else coming)
 
     def needs(rows: int, mode: str, visual: int) -> int:

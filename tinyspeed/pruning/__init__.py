@@ -74,8 +74,7 @@ def choose(
     Give either `keep`, a share, or `count`, an exact number (one for all images, or one for each, with `mask`).
     `mask` (B, N) says which tokens may be kept. `seed` is for plugins that draw. `signals`, each (B, N) or (B, N, C),
     are what some plugins need beside the features; a plugin ignores those that it did not declare. `square`: m * m
-    tokens are one picture, m by m, and not several in one list. `module`: the learned plugin that `make` made, or else
-    a new one.
+    tokens are one picture, m by m, and not several in one list. `module`: the learned plugin, by default a new one.
     """
     found = entry(name)
     features = features.detach()

@@ -23,8 +23,7 @@ def divprune(features: Tensor, *, most: int, valid: Tensor, **_) -> Tensor:
 
     What differs from the official code: a chosen token gets similarity +inf, so a duplicate cannot be picked twice (the
     official code returned 40 distinct tokens of 58 when tokens were repeated). A running maximum of similarities
-    replaces a (K, N) block that is gathered again in each step: O(KN) instead of O(K^2 N). All images of a batch take
-    their steps together.
+    replaces a (K, N) block that is gathered again in each step: O(KN), not O(K^2 N). All images take a step at once.
 
     The trade-off: one (N, N) product per image and K steps. And it looks for what differs, so it may keep outliers.
     """

@@ -37,8 +37,7 @@ def dpp(features: Tensor, *, most: int, valid: Tensor, relevance: Tensor | None 
 @register("dpp_centred", takes=("relevance",), pairs=10)
 def dpp_centred(features: Tensor, *, most: int, valid: Tensor, relevance: Tensor | None = None, **_) -> Tensor:
     """Cen-Prune on CDPruner: L = diag(r g) S' diag(r g), with S' the cosines of centred tokens and g how distinctive
-    each token is (`cosine.py`). The least distinctive one has weight 0 and comes last. It costs one product per image
-    more than `dpp`."""
+    each token is (`cosine.py`). The least distinctive one has weight 0 and comes last. One more product per image."""
     weight = distinctive(cosines(features), valid)
     return _greedy(cosines(centred(features, valid)), weight if relevance is None else weight * relevance, most, valid)
 

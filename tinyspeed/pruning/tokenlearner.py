@@ -21,8 +21,7 @@ class TokenLearner(nn.Module):
     is, and what the LLM learns from glances has to carry over.
 
     A glance has no place of its own. The K new tokens take the places that `grid` would keep. An image that keeps
-    fewer uses the first maps, so the last maps learn only from large images. At the start all glances are nearly the
-    mean of the image.
+    fewer uses the first maps, so the last maps learn only from large images. At first all are nearly the image's mean.
 
     What differs from the original: it sits between the blocks of a ViT. The norm here is the token's length, without
     parameters, so scaling the features changes nothing. And the maps learn from the loss, but the projector learns only

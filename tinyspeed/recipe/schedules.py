@@ -1,6 +1,5 @@
 """The schedule that a recipe asks for in a stage: which rows a step sees (DualSpeed), which layers run (STS), and which
-answers stay (ReGATE). DualSpeed prunes in both stages; STS compresses visual rows while aligning and skips
-layers while tuning.
+answers stay (ReGATE). DualSpeed prunes in both stages; STS compresses rows while aligning, skips layers while tuning.
 """
 
 from ..adaptive import AdaptiveSchedule

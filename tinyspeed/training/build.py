@@ -49,9 +49,12 @@ def build(recipe: Recipe) -> tuple[DualSpeed, Source]:
         answer_gate.require_some_skipping(recipe, len(source))
     if recipe.regate.reference:
         answer_gate.Gate(recipe, source, where.device, base)
-    model = wrap(recipe, load_base(recipe, base, where))
+    model = build_model(recipe, base)
     if recipe.data.feature_cache_gb and recipe.data.kind == "chat" and len(source.visual):
-        keep_features(recipe, model, source, where.precision)
+        folder, most = paths.expanded(recipe.run.cache) / "features", recipe.data.feature_cache_gb * feature_cache.GB
+        pictures = source.processor.image_processor
+        source.features = feature_cache.FeatureCache(folder, model.vlm, pictures, where.precision)
+        source.features.fill(source.pictures(), model.vlm, most, bar=True)
     return model, source
 
 
@@ -86,14 +89,11 @@ def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:
         print(f"{count} left out, listed in {file}; the first: {source.bad[0]}", file=sys.stderr)
 
 
-def load_base(recipe: Recipe, base: str, where: Place) -> nn.Module:
-    return loading.load_model(base, where.precision, quantise=recipe.model.quantise, device=where.device)
-
-
-def build_model(recipe: Recipe) -> DualSpeed:
+def build_model(recipe: Recipe, base: str | None = None) -> DualSpeed:
     """The model alone, before it has learned anything."""
-    where = place(recipe)
-    return wrap(recipe, load_base(recipe, base_model(recipe, where.device), where))
+    device, name = place(recipe)
+    base = base or base_model(recipe, device)
+    return wrap(recipe, loading.load_model(base, name, quantise=recipe.model.quantise, device=device))
 
 
 def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
@@ -107,10 +107,3 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
     if settings.isolator_from:
         isolator_file.load_into(model.only_training, paths.require_isolator(settings.isolator_from))
     return model
-
-
-def keep_features(recipe: Recipe, model: DualSpeed, source: conversations.Conversations, name: str) -> None:
-    """Lets the examples read the frozen tower's features from disk, and computes those that are missing."""
-    folder, most = paths.expanded(recipe.run.cache) / "features", recipe.data.feature_cache_gb * feature_cache.GB
-    source.features = feature_cache.FeatureCache(folder, model.vlm, source.processor.image_processor, name)
-    source.features.fill(source.pictures(), model.vlm, most, bar=True)

@@ -181,7 +181,7 @@ class Saved(Mapping[str, Tensor]):
         return (self._rows[name], *shape[1:]) if shape else ()
 
     def part(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows `begin` to `end` of a tensor. Refuses values that are not finite, which old versions could save."""
+        """Rows `begin` to `end` of a tensor. Refuses values that are not finite."""
         found = []
         for first, count, file in self._parts[name]:
             low, high = max(begin, first), min(end, first + count)

@@ -8,7 +8,7 @@ The speed-up shown is an estimate. Before the stage a full forward and backward 
 
     speed-up = seconds that full steps would have taken, by their number of rows / seconds taken
 
-That is as good as one timing can be; `tinyspeed compare` measures whole runs. Saving and the probe count for neither.
+That is as good as one timing can be; `tinyspeed compare` measures whole runs. Saving and the probe are not counted.
 """
 
 import math
@@ -60,7 +60,7 @@ class StageRun:
     """One stage of a run.
 
     If several processes share a stage (`scale`), each trains on its part of every batch. What they must agree on passes
-    through `_together`, `_stops`, `_norms` and `_find_cause`, which do nothing special in a single process.
+    through `_together`, `_sum`, `_stops`, `_norms` and `_find_cause`, which do nothing special in a single process.
     """
 
     lead = True  # whether this process writes the log

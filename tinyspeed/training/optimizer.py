@@ -3,8 +3,7 @@
     m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2;   w <- w - lr (m' / (sqrt(v') + eps) + decay w)
 
 32-bit moments take 8 bytes a parameter: 320 MB for LoRA adapters of rank 16, 56 GB for a 7B model that is trained in
-full. bitsandbytes keeps them in 8 bits with a scale for each block, and "paged" moves them to CPU memory when the GPU
-has none left.
+full. bitsandbytes keeps them in 8 bits with a scale for each block; "paged" moves them to the CPU if the GPU is full.
 
 Moments are made as zeros before step 0. Otherwise a parameter that no step has touched yet (an isolator before the
 first fast step) would be missing from the first checkpoint and could not be restored.

@@ -3,14 +3,13 @@
     folder = hash( reference's files | data | which samples | both tokenizers | precision )
     folder/00000.safetensors ...   the losses of 1,024 samples each
 
-The reference is frozen and sees no picture, so its losses never change. (A picture's tokens become the pad token, or
-the unknown one, so that the text keeps its positions.) The folder's name depends on everything that the losses depend
-on, so losses of other data or of another model are never read. Each file also has a label and a checksum, and a damaged
-one is computed again. Files are written under a temporary name and renamed, so an interruption loses one at most. Only
-the folders that were used last are kept.
+The reference is frozen and sees no picture, so its losses never change. The folder's name depends on all that they
+depend on, so losses of other data or of another model are never read. Each file also has a label and a checksum, and a
+damaged one is computed again; an interruption loses one at most. Only the folders that were used last are kept.
 
-The reference must have the student's tokens. Special tokens that it does not know, such as the placeholder of a
-picture, become pad. Tokens of an answer, such as its end token, may not: their loss would be that of a pad.
+The reference must have the student's tokens. Special tokens that it does not know, such as a picture's placeholder,
+become its pad (or unknown) token, so that the text keeps its positions. Tokens of an answer, such as its end token, may
+not: their loss would be that of a pad.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ from ..distill import answer_loss
 from ..models import loading
 from ..models.precision import DTYPES
 from ..rows import IGNORE
-from ..util import UserError, files, paths, require
+from ..util import UserError, files, located, paths, require
 
 AT_ONCE = 1024  # samples a file
 ROWS = 16384  # tokens of a forward
@@ -99,8 +98,8 @@ class Reference:
         return losses
 
     def _write(self, number: int, losses: np.ndarray) -> None:
-        with files.atomic(self._file(number), cached=True) as temporary:
-            temporary.write_bytes(save({"losses": torch.from_numpy(losses)}, self._label(losses)))
+        content = save({"losses": torch.from_numpy(losses)}, self._label(losses))
+        files.write_atomically(self._file(number), content, cached=True)
 
     def _label(self, losses: np.ndarray) -> dict[str, str]:
         return {"key": self.key, "crc32": f"{zlib.crc32(losses.tobytes()):08x}"}
@@ -113,10 +112,8 @@ class Reference:
         require(longest <= context, f"{self.called} {what}: set data.max_rows, or give another reference")
 
     def _load(self, device: torch.device) -> nn.Module:
-        loading.require_safetensors(self.files)
-        how = {"dtype": DTYPES[self.precision], "use_safetensors": True}
-        with loading.explaining(f"regate.reference: cannot load {self.path}"):
-            model = AutoModelForCausalLM.from_pretrained(self.files, **how, trust_remote_code=False)
+        with located("regate.reference"):
+            model = loading.load_weights(AutoModelForCausalLM, self.files, dtype=DTYPES[self.precision])
         return model.to(device).eval()
 
     @torch.no_grad()

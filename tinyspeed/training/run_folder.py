@@ -68,11 +68,11 @@ def has_begun(folder: Path) -> bool:
     return bool(checkpoint.newest(folder / "checkpoints") or (log.is_file() and log.stat().st_size))
 
 
-def differences(before: Recipe, now: Recipe) -> list[str]:
-    """The keys whose values make two recipes ask for different runs."""
+def differences(before: Recipe, now: Recipe, free: dict = FREE) -> list[str]:
+    """The keys, but those that are `free`, whose values make two recipes ask for different runs."""
     found, asked = [], dataclasses.asdict(now)
     for section, values in dataclasses.asdict(before).items():
-        other = [key for key in values if values[key] != asked[section][key] and key not in FREE.get(section, ())]
+        other = [key for key in values if values[key] != asked[section][key] and key not in free.get(section, ())]
         found += [f"{section}.{key}" for key in other]
     return found
 

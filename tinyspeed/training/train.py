@@ -111,8 +111,7 @@ def begin(recipe: Recipe, folder: Path, device: torch.device, state: dict | None
     if state and state["threads"] != (now := torch.get_num_threads()):
         what = "its weights will be right, but not bit-identical to an uninterrupted run"
         print(f"the run used {counted(state['threads'], 'thread')} and goes on with {now}: {what}", file=sys.stderr)
-    with files.atomic(folder / metrics.LOG) as temporary:
-        temporary.write_bytes(run_folder.log_until(folder, state) if state else b"")
+    files.write_atomically(folder / metrics.LOG, run_folder.log_until(folder, state) if state else b"")
     model = base_model(recipe, device)
     known = {"seed": recipe.run.seed, "base": model, "revision": loading.hub_revision(model)}
     provenance.write(folder / "record.json", device=device, **known, **more)

@@ -1,8 +1,7 @@
 """`UserError`, the one exception that a user is meant to see.
 
 A mistake in a recipe, a record or an argument raises it with what is wrong, where, and how to mend it. The command line
-prints it in one line and exits with code 2. Every other exception that escapes is a bug of ours and keeps its
-traceback.
+prints it in one line and exits with code 2. Any other exception that escapes is our bug and keeps its traceback.
 """
 
 import difflib
@@ -17,8 +16,7 @@ class UserError(ValueError):
     """Something that the user can mend. The message says what, where and how.
 
     Messages quote names and texts from files, and files come from strangers: characters that a terminal would obey
-    instead of printing are escaped, and long lines are shortened. A list has one line for each entry, indented by two
-    spaces."""
+    instead of printing are escaped, and long lines are shortened. A list's entries are lines indented by two spaces."""
 
     def __init__(self, what: object):
         super().__init__("\n  ".join(map(_printable, str(what).split("\n  "))))

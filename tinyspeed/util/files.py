@@ -157,9 +157,9 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_atomically(path: Path, content: str | bytes, *, cached: bool = False) -> None:
+    with atomic(path, cached=cached) as temporary:
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def fingerprint(path: Path) -> tuple[int, int]:

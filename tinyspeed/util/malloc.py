@@ -2,8 +2,7 @@
 
 The C library gives large blocks back to the system at once and asks for them again a moment later. The kernel then
 clears each page of 4 KiB when it is first written to, thousands of times a step. glibc can be told to keep the memory
-instead; other C libraries cannot, and there nothing happens. The price is that the process stays as large as its
-largest step.
+instead; other C libraries cannot, and there nothing happens. The process then stays as large as its largest step.
 """
 
 import ctypes

@@ -25,8 +25,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def absolute(path: str) -> str:
-    """The absolute path of what exists. Anything else is returned as it is: it may be a hub id, or a mistake that is
-    reported later."""
+    """The absolute path of what exists. Anything else stays: a hub id, or a mistake that is reported later."""
     found = expanded(path)
     try:
         return str(found.absolute()) if path and found.exists() else path

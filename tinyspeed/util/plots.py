@@ -63,8 +63,7 @@ def plain_axes(ax) -> None:
 
 
 def fit_scale(ax, heights: list[float]) -> None:
-    """Fits the y-axis to these heights of the smooth curves and ignores single steps; it is logarithmic if they fall
-    far."""
+    """Fits the y-axis to these heights of the smooth curves, not to single steps; logarithmic if they fall far."""
     low, high = min(heights, default=0), max(heights, default=1)
     if low > 0 and high / low > 8:
         ax.set_yscale("log")

@@ -11,7 +11,7 @@ from .llava_next import LlavaNext
 
 
 class LlavaNextVideo(LlavaNext):
-    rowwise = False  # some models pool behind the projector
+    rowwise = False  # some models pool after the projector
 
     @property
     def placeholders(self) -> dict[str, int]:
