@@ -356,3 +356,111 @@ def test_several_processes_share_the_checking(folder, monkeypatch, ranks):
 
 def _stop():
     raise LookupError("mine is all that is wanted")
+
+
+# What processes that train together must agree about
+
+
+def agreed(folder, family="llava", **how) -> dict:
+    """What a process with these files says of them."""
+    said = {}
+    source(folder, family, shared={"agree": said.update}, **how)
+    return said
+
+
+def a_letter(records, file):
+    records[3]["conversations"][0]["value"] = records[3]["conversations"][0]["value"].replace("What", "Whit")
+
+
+def another_order(records, file):
+    records.reverse()
+
+
+def two_records_swapped(records, file):
+    records[2], records[6] = records[6], records[2]
+
+
+def renamed(records, file):
+    file("p1-0.png").rename(file("new.png"))
+    records[1]["image"] = "new.png"
+
+
+def resized(records, file):
+    Image.open(file("p1-0.png")).resize((40, 40)).save(file("p1-0.png"))
+
+
+def longer(records, file):
+    file("p1-0.png").write_bytes(file("p1-0.png").read_bytes() + b"\0")
+
+
+def a_pixel(records, file):
+    content = bytearray(file("p9-0.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    file("p9-0.png").write_bytes(content)
+
+
+def exchanged(records, file):
+    one, other = file("p0-0.jpg").read_bytes(), file("p4-0.jpg").read_bytes()
+    file("p0-0.jpg").write_bytes(other)
+    file("p4-0.jpg").write_bytes(one)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (a_letter, "data.file"), (another_order, "data.file"), (two_records_swapped, "data.file"),
+        (renamed, "data.file"), (resized, "pictures in data.images"), (longer, "pictures in data.images"),
+        (a_pixel, "pictures in data.images"), (exchanged, "pictures in data.images"),
+    ],
+)  # fmt: skip
+def test_processes_with_other_data_say_so(folder, tmp_path, change, what):
+    copy = rewrite(folder, tmp_path, lambda records: None)
+    before = agreed(copy)
+    assert agreed(rewrite(copy, tmp_path / "moved", lambda records: None)) == before, "another place is the same data"
+    records = json.loads((copy / "train.json").read_text())
+    change(records, lambda name: copy / "images" / name)
+    (copy / "train.json").write_text(json.dumps(records))
+    after = agreed(copy)
+    assert before.keys() == after.keys()
+    assert before[what] != after[what]
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_any_picture_of_another_size_is_noticed_and_few_are_opened(folder, data, tmp_path_factory):
+    """Of a large file that is: here every sixth record counts as one of the thousand."""
+    copy = rewrite(folder, tmp_path_factory.mktemp("album"), lambda records: None)
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversations, "READ_WHOLE", 2)
+        patch.setattr(conversations, "CHECKED_AT_ONCE", data.draw(st.integers(1, 12)))
+        made = source(copy)
+        original = conversations.files.hashed
+        patch.setattr(conversations.files, "hashed", lambda path: opened.append(path.name) or original(path))
+        before = made.pictures_checksum()
+        assert 0 < len(opened) < 5
+        picture = data.draw(st.sampled_from(sorted((copy / "images").iterdir())))
+        picture.write_bytes(picture.read_bytes() + b"\0")
+        assert made.pictures_checksum() != before
+
+
+def test_workers_find_the_same_pictures(folder, monkeypatch):
+    alone = source(folder).pictures_checksum()
+    monkeypatch.setattr(conversations, "MANY", 1)
+    assert source(folder, workers=2).pictures_checksum() == alone
+
+
+def test_the_pictures_inside_parquet_are_compared_too(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def said(name: str, colour: str) -> dict:
+        folder = tmp_path / name
+        folder.mkdir()
+        Image.new("RGB", (30, 30), colour).save(folder / "a.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+        rows = [{"image": {"bytes": (folder / "a.png").read_bytes(), "path": "a.png"}, "conversations": turns}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "x.parquet")
+        return agreed(folder, file=str(folder), images="")
+
+    assert said("one", "red") == said("same", "red") != said("other", "blue")

@@ -78,6 +78,21 @@ def train_through(monkeypatch, made, *steps):
     train.train(made, resume=True, bar=False)
 
 
+def train_until(made, step: int):
+    """Train from the start, killed before this step."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_before(patch, step)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
+
+
+def flip(file: Path, at: int, bit: int = 3) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1 << bit
+    file.write_bytes(content)
+
+
 class Killed(BaseException):
     pass
 

@@ -1,5 +1,6 @@
 """ReGATE in whole runs: the reference's losses and their cache, killed and resumed, what is refused."""
 
+import hashlib
 import json
 import shutil
 
@@ -241,6 +242,13 @@ def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path
         file.write_bytes(other._file(0).read_bytes())
     assert np.array_equal(reference_of(made).losses(CPU, bar=False), first)
     assert "made anew" in capsys.readouterr().err
+
+
+def test_a_reference_is_known_by_the_hash_that_checkpoints_have_had_of_it_since_ever(home, tmp_path):
+    made, whole = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}"), hashlib.blake2b(digest_size=16)
+    for name in ("config.json", "model.safetensors"):
+        whole.update(hashlib.blake2b((home / "llm" / name).read_bytes()).digest())
+    assert reference_of(made).content == whole.hexdigest()
 
 
 def test_a_reference_that_lacks_a_weight_is_refused(home, tmp_path):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import UserError, located, paths, require
+from ..util import UserError, files, located, paths, require
 from . import images
 from .chat import Chat
 from .examples import Example, Sample
@@ -44,6 +44,7 @@ from .record_formats import Record
 
 CHECKED_AT_ONCE = 64  # records that a worker checks before it reports
 MANY = 2000  # fewer records are checked before a worker has started
+READ_WHOLE = 1000  # records, spread over the file, whose pictures processes compare to the last byte
 MOST_BAD = 100  # bad records, after which nobody wants to wait for the rest
 
 Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum of its ids and labels
@@ -52,14 +53,19 @@ Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum 
 class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
-    def __init__(self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather=list):
-        """If processes share the check, `mine` is this one's share of its parts, and `gather` returns that of all."""
+    def __init__(self, data: DataSection, processor, cache, *, bar=True, mine=slice(None), gather=list, agree=None):
+        """If processes share the check, `mine` is this one's share of its parts, `gather` returns that of all, and
+        `agree` refuses processes whose own files are not the same."""
         paths.require_conversations(data.file, data.images)
         self.data, self.processor = data, processor
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(processor, data.template, data.system)
         self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures
+        if agree:
+            agree({"data.file": files.hashed(self.records.path)})
         self._keep(sorted(gather(self._check(mine, bar)), key=lambda found: found[0]))
+        if agree:
+            agree({"pictures in data.images": self.pictures_checksum()})
 
     def __len__(self) -> int:
         return len(self.good)
@@ -82,6 +88,19 @@ class Conversations:
         """Every picture of the good records, as often as it is used."""
         for i in self.good:
             yield from self._paths(self.records[int(i)])
+
+    def pictures_checksum(self) -> int:
+        """A checksum of the pictures as this process finds them: of all their sizes, and of the content of some. Their
+        names are in the file of records."""
+        workers = 0 if len(self) < MANY else at_most(self.data.workers)
+        with explaining_crashes():
+            return zlib.crc32(repr([*in_workers(self._checksum, _parts(len(self)), workers)]).encode())
+
+    def _checksum(self, part: range) -> int:
+        every = len(self) // READ_WHOLE + 1
+        found = [(i, file) for i in part for file in self._paths(self.records[int(self.good[i])])]
+        told = [files.hashed(file) if i % every == 0 else file.stat().st_size for i, file in found]
+        return zlib.crc32(repr(told).encode())
 
     def measure(self, number: int) -> Measure | str:
         """Checks record `number` of the file. Returns its measure, or what is wrong with it."""
@@ -160,11 +179,10 @@ class Conversations:
     def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
         """The numbers of the records in this process's share, with their measures or what is wrong with them."""
         count, found, bad = len(self.records), [], 0
-        parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
         workers = 0 if count < MANY else at_most(self.data.workers)
         line = tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5)
         with explaining_crashes(), line:
-            for part in in_workers(self._measures, parts[mine], workers):
+            for part in in_workers(self._measures, _parts(count)[mine], workers):
                 found += part
                 bad += sum(isinstance(measure, str) for _, measure in part)
                 line.update(len(part))
@@ -188,6 +206,10 @@ class Conversations:
         self.sizes = np.array([texts, answers], dtype=np.int32).T
         self.visual = np.array([rows for each in visual for rows in each], dtype=np.int32)
         self.starts = np.cumsum([0, *map(len, visual)], dtype=np.int64)
+
+
+def _parts(count: int) -> list[range]:
+    return [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
 
 
 def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:

@@ -21,18 +21,22 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from ..util import UserError, paths, require, require_known
+from ..util import UserError, files, paths, require, require_known
 from . import published
 from .families import FAMILIES, family
 from .precision import DTYPES
 
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+# The files beside the weights that training depends on: configuration, tokenizer, processor, chat template.
+BESIDE = (
+    "config.json", paths.INDEX, "*token*.json", "*processor*.json", "*template*", "*.model", "vocab.*", "merges.txt",
+)  # fmt: skip
 
 
 def load_model(
@@ -150,6 +154,25 @@ def hub_revision(path: str) -> str | None:
     """The hub's commit that a loaded hub id stands for; None for a folder."""
     found = None if isinstance(_resolve(path), Path) else _downloaded(path)
     return found and found.parent.name
+
+
+def local_folder(path: str) -> Path:
+    """The folder with a model's files. A hub id is downloaded, unless all of it is here."""
+    found = paths.model_folder_or_hub_id(path)
+    if isinstance(found, Path):
+        return found
+    here = _downloaded(found)
+    if here and all(map(Path.is_file, [here.with_name("tokenizer_config.json"), *paths.weight_files(here.parent)])):
+        return here.parent
+    with explaining(f"cannot download {path}"):
+        return Path(snapshot_download(found, allow_patterns=["*.json", "*.safetensors", *BESIDE]))
+
+
+def identity(folder: Path, cache: Path) -> dict[str, str]:
+    """The names of the files that training with this model depends on, and their hashes."""
+    beside = {file for pattern in BESIDE for file in folder.glob(pattern)}
+    found = sorted(file for file in {*paths.weight_files(folder), *beside} if file.is_file())
+    return dict(zip([file.name for file in found], files.hashes(found, cache), strict=True))
 
 
 def _downloaded(hub_id: str) -> Path | None:

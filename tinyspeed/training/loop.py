@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,13 +42,14 @@ PATIENCE = 5.0  # seconds after which the probe repeats its measurement no more
 
 @dataclass
 class Totals:
-    """What the run has done so far. It is part of every checkpoint."""
+    """What the run has done so far, and with which base model. It is part of every checkpoint."""
 
     steps: int = 0  # over both stages
     seconds: float = 0.0
     rows: int = 0  # that the LLM saw, teachers included
     rows_full: int = 0  # that full training would have shown it
     full_seconds: float = 0.0  # that full training would have taken, by the probes
+    base: dict[str, str] = field(default_factory=dict)  # `build.base_files`; earlier versions did not save it
 
     @property
     def speedup(self) -> float | None:

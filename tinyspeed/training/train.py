@@ -20,7 +20,7 @@ from ..models.export import only_training
 from ..recipe import Recipe
 from ..util import counted, files, paths, provenance
 from . import answer_gate, checkpoint, metrics, run_folder
-from .build import base_model, build, set_threads
+from .build import base_files, base_model, build, set_threads
 from .loop import StageRun, Totals
 from .stopping import stop_requested
 from .trained_model import export, newest_checkpoint
@@ -45,7 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
 def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop: list[int], bar: bool) -> Result:
     saved, state = newest_checkpoint(recipe) if checkpoint.newest(folder / "checkpoints") else (None, None)
     begin(recipe, folder, model.device, state)
-    totals = Totals(**state["totals"]) if state else Totals()
+    totals = Totals(**state["totals"]) if state else Totals(base=base_files(recipe))
     torch.manual_seed(recipe.run.seed)  # only dropout draws from here on
     for number, (name, stage) in enumerate(recipe.stages()):
         if state and number < state["stage"]:

@@ -9,12 +9,15 @@ with are in Rust and raise errors of their own, with the system's number in thei
 """
 
 import errno
+import hashlib
+import json
 import os
 import re
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from .errors import UserError
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
 STALE = 3600.0  # seconds after which an unfinished file is taken for one of a killed process
 MANY = 1000  # files
+LARGE = 1 << 26  # bytes of a file whose hash is worth keeping
 REMEDIES = {
     errno.ENOSPC: "make space there",
     errno.EROFS: "make it writable",
@@ -169,3 +173,28 @@ def fingerprint(path: Path) -> tuple[int, int]:
         while block := file.read(1 << 22):
             crc, size = zlib.crc32(block, crc), size + len(block)
     return size, crc
+
+
+def hashed(path: Path | str) -> str:
+    """The BLAKE2b hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def hashes(paths: list[Path], folder: Path) -> list[str]:
+    """The hashes of files that may be large. `folder`/hashes.json keeps those of large ones, so that each is read once.
+    They hold until the file's place, size, times or inode change."""
+    kept, file = {}, folder / "hashes.json"
+    with suppress(*UNREADABLE):
+        saved, crc = json.loads(file.read_text())
+        kept = saved if crc == zlib.crc32(json.dumps(saved).encode()) else {}
+    stats = {path: path.stat() for path in paths}
+    seen = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats.items()]
+    with ThreadPoolExecutor() as pool:
+        found = [*pool.map(lambda path, version: kept.get(repr(version)) or hashed(path), paths, seen)]
+    large = {repr(version): of for version, of in zip(seen, found, strict=True) if version[1] > LARGE}
+    if large.keys() - kept.keys():
+        kept = dict([*kept.items(), *large.items()][-MANY:])
+        with suppress(OSError, DiskError):  # then they are computed again
+            write_atomically(file, json.dumps([kept, zlib.crc32(json.dumps(kept).encode())]), cached=True)
+    return found

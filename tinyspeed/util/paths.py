@@ -65,7 +65,8 @@ def weight_files(folder: Path) -> list[Path]:
     if bad:
         why = "Only safetensors are read, since a pickle can run code, and only from the same folder"
         raise UserError(f"{index} names {bad[0]!r}. {why}: save the model again with save_pretrained")
-    return [folder / name for name in names]
+    whole = folder / "model.safetensors"  # which transformers prefers
+    return [whole] if whole.is_file() else [folder / name for name in names]
 
 
 def require_isolator(path: str) -> Path:
