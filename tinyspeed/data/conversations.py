@@ -36,7 +36,7 @@ from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
 from ..util import UserError, located, paths, require
 from . import images
-from .chat import Chat
+from .chat import Chat, with_system
 from .examples import Example, Sample
 from .loader import at_most, explaining_crashes, in_workers
 from .record_files import RecordFile
@@ -55,9 +55,9 @@ class Conversations:
     def __init__(self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather=list):
         """If processes share the check, `mine` is this one's share of its parts, and `gather` returns that of all."""
         paths.require_conversations(data.file, data.images)
-        self.data, self.processor = data, processor
+        self.data, self.processor = data, with_system(processor, data)
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
-        self.chat = Chat(processor, data.template, data.system)
+        self.chat = Chat(self.processor, data.template)
         self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures
         self._keep(sorted(gather(self._check(mine, bar)), key=lambda found: found[0]))
 
