@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, paths, require, require_known, tables
+from .util import UserError, counted, files, located, paths, require, require_known, tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -267,10 +267,15 @@ def _benchmark(a) -> int:
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
     require(out.suffix != ".json", f"--out {out}: scores go to the file of that name; call this one {out.stem}.jsonl")
     print(f"predictions go to {out}", file=sys.stderr)
+    from .data.chat import Chat
     from .evaluation import ask, benchmarks
     from .training.trained_model import open_model
 
     with open_model(a.model) as (model, processor, name):
+        chat = Chat(processor)
+        for question in questions:  # all of them before the first is asked, so that none is refused after hours
+            with located(f"{a.task} question {question.id}"):
+                chat.prompt(question.text, bool(question.image))
         asked = lambda pictures, text: ask.answer(model, processor, pictures, text)
         predictions = benchmarks.run(a.task, questions, Path(a.images), asked, out, model=name)
     if any(question.truth is None for question in questions):

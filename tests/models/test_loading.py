@@ -392,6 +392,14 @@ def test_a_folder_with_anything_wrong_in_it_is_refused_by_its_name(base, tmp_pat
         loading.load_processor(folder), loading.load_model(folder)
 
 
+@pytest.mark.parametrize("end", [None, "", "<image>"])
+def test_a_tokenizer_without_an_end_token_is_refused(base, tmp_path, end):
+    """The empty text is everywhere, so every answer would already have its end, and no model would learn to stop."""
+    folder = broken(base, tmp_path, "tokenizer_config.json", lambda told: told.update(eos_token=end))
+    with pytest.raises(UserError, match=rf"^{re.escape(folder)} .*: its tokenizer has no end token \(eos_token\)"):
+        loading.load_processor(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/secret.safetensors", "a/b.safetensors", "pytorch_model.bin", 7]
 )
@@ -476,6 +484,49 @@ def test_code_that_comes_with_parts_is_not_run_either(parts, tmp_path, willing):
             assembling.assemble(parts[0], str(llm), tmp_path / "base", seed=1)
     assert not willing
     assert not code.canary.exists()
+
+
+BOMBS = {
+    "arithmetic": "{{ 9 ** (9 ** 9) }}",  # no signal handler and no other thread would get its turn
+    "memory": "{{ 'a' * 5000000000 }}",
+    "text": "{{ 'a' * 1000000 }}",
+    "only with a system message": "{% if messages[0].role == 'system' %}{{ 'a' * 1000000 }}{% endif %}",
+    "only with an answer": "{% if messages|length > 2 %}{{ 'a' * 1000000 }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_chat_template_that_would_never_end_is_refused(checkpoint, monkeypatch, what):
+    monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 1)
+    folder = checkpoint("llava")
+    (folder / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE + BOMBS[what])
+    with pytest.raises(UserError, match=f"^{re.escape(str(folder))}: its chat template takes too long"):
+        loading.load_processor(str(folder))
+
+
+@pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for %}"])
+def test_a_chat_template_that_fails_is_an_error_of_what_it_is_used_for(checkpoint, code):
+    folder = checkpoint("llava")
+    (folder / "chat_template.jinja").write_text(code)
+    assert loading.load_processor(str(folder)).chat_template == code
+
+
+def test_of_several_chat_templates_the_default_is_used(checkpoint):
+    folder = checkpoint("llava")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("no")
+    assert loading.load_processor(str(folder)).chat_template == tiny.CHAT_TEMPLATE
+
+
+def test_what_transformers_says_in_several_lines_is_said_in_one(checkpoint):
+    folder = checkpoint("llava")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError) as caught:
+        loading.load_processor(str(folder))
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "from one of: (1) a `tokenizers` library serialization file, (2)" in said
+    assert said.endswith("to convert a slow tokenizer to a fast one.")
 
 
 # Precision

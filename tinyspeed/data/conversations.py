@@ -36,7 +36,7 @@ from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
 from ..util import UserError, files, located, paths, require
 from . import images
-from .chat import Chat
+from .chat import Chat, with_system
 from .examples import Example, Sample
 from .loader import at_most, explaining_crashes, in_workers
 from .record_files import RecordFile
@@ -57,9 +57,9 @@ class Conversations:
         """If processes share the check, `mine` is this one's share of its parts, `gather` returns that of all, and
         `agree` refuses processes whose own files are not the same."""
         paths.require_conversations(data.file, data.images)
-        self.data, self.processor = data, processor
+        self.data, self.processor = data, with_system(processor, data)
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
-        self.chat = Chat(processor, data.template, data.system)
+        self.chat = Chat(self.processor, data.template)
         self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures
         if agree:
             agree({"data.file": files.hashed(self.records.path)})

@@ -14,9 +14,11 @@ never run: transformers must be told so in every call, or it asks the user, and 
 """
 
 import json
+import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from . import published
 from .families import FAMILIES, family
 from .precision import DTYPES
 
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 5, 1 << 28, 10**5  # what a chat template may take (`_try_template`)
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 # The files beside the weights that training depends on: configuration, tokenizer, processor, chat template.
 BESIDE = (
@@ -113,9 +116,9 @@ def explaining(what: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what transformers says, and where that does not help, what it should say."""
-    said = (str(error).strip() or repr(error)).splitlines()[0]
-    if "tiktoken" in said:
+    """What transformers says, in one line, and where that does not help, what it should say."""
+    said = " ".join(str(error).split()) or repr(error)
+    if "pip install tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install '.[parts]'"
     if "custom code" in said:
         return "it needs code that comes with it, and such code is never run here"
@@ -202,7 +205,51 @@ def load_processor(path: str):
                 print(f"the processor's {name} is {own}, the model's {value}: using that", file=sys.stderr)
                 setattr(processor, name, value)
         _check_processor(path, processor, config)
+        if isinstance(processor.chat_template, dict):  # of several
+            processor.chat_template = processor.chat_template.get("default")
+        _require_quick_template(path, processor)
+        image, space = processor.image_token, space_behind_picture(processor)
+        for end in ("\n", r"\n") if processor.chat_template else ():  # a line break, and how Jinja may spell it
+            processor.chat_template = processor.chat_template.replace(f"{image}{end}", f"{image}{space}{end}")
     return processor
+
+
+def space_behind_picture(processor) -> str:
+    """The space, or "", that the text behind a picture needs to have LLaVA's tokens. LLaVA tokenizes that text alone,
+    and Llama's tokenizer begins it with "▁". Where its "legacy" is not true, only a whole text begins with one."""
+    ids = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    image = processor.image_token
+    return " " if ids(f"{image}x")[1:] != ids("x") == ids(f"{image} x")[1:] else ""
+
+
+def _require_quick_template(path: str, processor) -> None:
+    """Refuses a chat template that needs long, or much memory, for a short conversation. A template is a stranger's
+    program, and nothing in its own process could stop it in the middle of 9**(9**9), so a child process tries it."""
+    if not processor.chat_template or "fork" not in multiprocessing.get_all_start_methods():  # as on Windows
+        return
+    child = multiprocessing.get_context("fork").Process(target=_try_template, args=(processor,))
+    child.start()
+    child.join()
+    what = "takes too long, or too much memory or text, to write a few words: copy the model again"
+    require(child.exitcode not in (1, -signal.SIGKILL), f"{path}: its chat template {what}")
+
+
+def _try_template(processor) -> None:
+    import resource
+
+    with suppress(OSError, ValueError):  # lower limits may hold already, and not every system has /proc
+        resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS))
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + TEMPLATE_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    say = lambda role, *more: {"role": role, "content": [*more, {"type": "text", "text": "Hi"}]}
+    user = say("user", {"type": "image"})
+    for chat in ([user, say("assistant"), user], [say("system"), user]):
+        try:
+            good = len(processor.apply_chat_template(chat, add_generation_prompt=True)) <= TEMPLATE_TEXT
+        except Exception as error:  # any other is an error of the conversation that the template is used for
+            good = not isinstance(error, MemoryError)
+        if not good:
+            sys.exit(1)
 
 
 def _check_processor(path: str, processor, config) -> None:
@@ -213,6 +260,7 @@ def _check_processor(path: str, processor, config) -> None:
     for good, problem in (
         (largest < config.text_config.vocab_size, f"its tokenizer has ids up to {largest}, its model has fewer words"),
         (image_id == config.image_token_id, f"its {image} has id {image_id}, its model's {config.image_token_id}"),
+        (processor.tokenizer.eos_token not in (None, "", image), "its tokenizer has no end token (eos_token) to learn"),
         (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
         (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
     ):

@@ -88,7 +88,7 @@ class DataSection:
     file: str = ""  # Chat: LLaVA's JSON, or chat messages as JSON, JSONL or parquet.
     images: str = ""  # Chat: the folder that the names of pictures start from; empty = the folder of the file.
     template: str = "chat"  # "chat": the processor's chat template; "plain": a picture and its caption, for aligning.
-    system: str = ""  # A system message for conversations that have none.
+    system: str = ""  # A system message for conversations that have none, and for questions to the model.
     max_rows: int = 0  # Longest sample in tokens, image tokens included; 0 = the model's context.
     too_long: str = "error"  # "error" refuses longer samples; "cut" cuts the end of their text off, never a picture.
     skip_bad: bool = False  # Leave bad records out and list them in skipped.txt; otherwise they are an error.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
+from ..data.chat import with_system
 from ..dualspeed import DualSpeed
 from ..models import loading, lora, precision, stages
 from ..models.export import merge, save_adapter
@@ -74,7 +75,7 @@ def open_model(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, Pro
     if paths.is_run(path):
         recipe = of_run(path)
         model, name = load_trained(recipe).model, recipe.model.precision
-        processor = loading.load_processor(build.base_folder(recipe))
+        processor = with_system(loading.load_processor(build.base_folder(recipe)), recipe.data)
         called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
     else:
         name, processor, called = "auto", loading.load_processor(path), path
@@ -101,7 +102,7 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
             save_adapter(saved, lora.lora_config(**asdict(recipe.lora)), named, temporary)
         else:
             merge(saved, recipe.lora.scale, base, temporary)
-        loading.load_processor(base).save_pretrained(temporary)
+        with_system(loading.load_processor(base), recipe.data).save_pretrained(temporary)
         _make_readable(temporary)
 
 

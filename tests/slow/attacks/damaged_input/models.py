@@ -36,7 +36,8 @@ TEMPLATES = (
     "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}",
     "{{ messages }}", "x", "{{ lipsum() }}", "{% set a = range(10 ** 9) %}{{ a | list }}", "{% generation %}",
     "{{ undefined.x.y }}", "{{ messages[0]['content'][0]['text'] }}",
-    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ 9 ** (9 ** 9) }}", "{{ 'a' * 5000000000 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
 )  # fmt: skip
 
 
