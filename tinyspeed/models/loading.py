@@ -229,7 +229,10 @@ def _require_quick_template(path: str, processor) -> None:
         return
     child = multiprocessing.get_context("fork").Process(target=_try_template, args=(processor,))
     child.start()
-    child.join()
+    child.join(60)
+    if child.is_alive():  # it does not compute: it was forked while a thread held a lock, and that says nothing
+        child.kill()
+        return
     what = "takes too long, or too much memory or text, to write a few words: copy the model again"
     require(child.exitcode not in (1, -signal.SIGKILL), f"{path}: its chat template {what}")
 
