@@ -71,10 +71,10 @@ def _run(a: argparse.Namespace, here) -> int | None:
         os._exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(cli.Parser):
     """A parser that complains on rank 0 only, since every rank reads the same arguments."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: object) -> None:
         if os.environ.get("RANK", "0") == "0":
             super().error(message)
         self.exit(2)

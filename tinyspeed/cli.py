@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, located, paths, require, require_known, tables
+from .util import UserError, counted, files, located, paths, require, require_known, tables, unknown
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,14 +78,30 @@ def message_of(error: UserError | OSError) -> str:
     return ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
 
 
-def _parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, and names the flag that was meant."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            many = f"{left[0]!r} is one argument too many: is a flag missing before it, or quotes around some words?"
+            flags = [flag.strip("-") for flag in self._option_string_actions]
+            unread = unknown("flag", left[0].partition("=")[0].strip("-"), flags, "--")
+            self.error(unread if left[0].startswith("-") else many)
+        return found, left
+
+    def error(self, message: object) -> None:
+        self.exit(2, f"tinyspeed: {UserError(message)} (`{self.prog} --help` says more)\n")
+
+
+def _parser() -> Parser:
     says = "Train vision-language models faster by pruning image tokens in training."
-    parser = argparse.ArgumentParser(prog="tinyspeed", description=says)
+    parser = Parser(prog="tinyspeed", description=says)
     parser.add_argument("--version", action="version", version=f"tinyspeed {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function, help: str, takes: str = "") -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help)
+        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         made.set_defaults(command=function)
         if takes == "recipe":
             made.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a built-in one")
@@ -106,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="take one step of each mode on the longest record only")
 
     made = command("estimate", _estimate, "memory and time of a recipe, before anything is loaded", "recipe")
-    made.add_argument("--gpu", type=float, metavar="GIB", help="memory of a GPU: does it fit, and with what changes?")
+    made.add_argument("--gpu", type=bench_commands.gib, metavar="GB", help=f"does it fit {bench_commands.GPU}?")
     made.add_argument("--tflops", type=float, help="speed that your GPU sustains, for the times (default: 20)")
 
     made = command("ask", _ask, "ask a run's model, or any LLaVA, about a picture", "model")
@@ -135,12 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--adapter", action="store_true", help="only the LoRA adapter and the projector, for peft")
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
-    made.add_argument("image")
+    made.add_argument("image", metavar="IMAGE")
     made.add_argument("--plugin", action="append", metavar="NAME", help="may be repeated (default: all untrained ones)")
     made.add_argument("--keep", type=float, default=0.1, help="share of the tokens to keep (default: 0.1)")
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
     made.add_argument("--seed", type=int, default=0, help="seed of the plugins that choose at random")
-    made.add_argument("--out", default="look.png", help="file of the drawing (default: look.png)")
+    made.add_argument("--out", help="file of the drawing, overwritten (default: IMAGE-kept.png, over drawings only)")
 
     says = "measure speed and memory on this machine"
     bench = commands.add_parser("bench", help=says, description=says)
@@ -215,7 +231,7 @@ def _ask(a) -> int:
     *pictures, question = a.words
     require(not os.path.isfile(question), f"{question} is a file, but the last argument must be the question")
     _check_model(a.model)
-    pictures = [images.decode(Path(picture), "ask") for picture in pictures]
+    pictures = [images.decode(Path(picture), 'ask IMAGE "QUESTION"') for picture in pictures]
     from .evaluation import ask
     from .training.trained_model import open_model
 
@@ -245,9 +261,9 @@ def _eval(a) -> int:
 
     if a.task:
         return _benchmark(a)
-    chosen = of_run(a.model)
-    if chosen.data.kind != "digits":
-        raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
+    chosen = of_run(a.model) if paths.is_run(a.model) else None
+    if chosen is None or chosen.data.kind != "digits":
+        raise UserError(f"{a.model} is not a run on the digits: give --task, --questions and --images")
     from .evaluation import accuracy
     from .training.trained_model import load_trained
 
@@ -317,9 +333,12 @@ def _export(a) -> int:
 
 
 def _look(a) -> int:
+    out = Path(a.out or f"{Path(a.image).stem}-kept.png")
+    free = a.out or not out.exists() or b"Matplotlib" in out.read_bytes()  # which all our drawings name
+    require(bool(free), f"{out} exists already, and is not one of our drawings: choose another file with --out")
     from .evaluation.look import look
 
-    kept = look(a.image, a.out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
+    kept = look(a.image, out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
     shown = ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items())
-    print(f"{a.out if Path(a.out).suffix else a.out + '.png'}: {shown}")
+    print(f"{out if out.suffix else f'{out}.png'}: {shown}")
     return 0

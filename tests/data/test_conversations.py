@@ -230,20 +230,29 @@ def test_a_bad_record_is_named_before_step_0_and_left_out_when_asked(folder, tmp
         assert torch.equal(made.example(i).input_ids, whole.example(j).input_ids)
 
 
-def test_bad_records_are_counted_and_all_are_listed_until_there_are_enough(folder, tmp_path):
+def test_bad_records_are_counted_and_each_kind_of_mistake_is_a_line(folder, tmp_path):
     def spoil(records):
         for record in records[:7]:
             record["conversations"][1]["value"] = ""
+        for record in records[8:10]:
+            record["image"] = f"gone-{record['id']}.jpg"
+        records[11]["conversations"].pop()
 
     copy = rewrite(folder, tmp_path, spoil)
-    with pytest.raises(UserError, match=r"^7 bad records in .*--skip-bad") as caught:
+    with pytest.raises(UserError, match=r"^10 bad records in .*--skip-bad") as caught:
         source(copy)
-    named = re.findall(r"\n  train\.json: record (\d+) ", str(caught.value))
-    assert named == [str(n) for n in range(1, 8)]
+    _, *lines = str(caught.value).split("\n  ")
+    assert [re.match(r"train\.json: record (\d+) ", line)[1] for line in lines] == ["1", "9", "12"]
+    assert lines[0].endswith("is empty; write its text, or delete the record (and 6 more like it: 2, 3, 4, 5, 6, 7)")
+    assert "'gone-r8.jpg'" in lines[1]
+    assert lines[1].endswith("(and 1 more like it: 10)")
+    assert lines[2].endswith("must end with an answer")
+    assert len(source(copy, skip_bad=True).bad) == 10, "each is named in skipped.txt"
     many = rewrite(copy, tmp_path / "many", lambda records: records.extend(records[:1] * 300))
     with pytest.raises(UserError, match=r"^the first 100 bad records in .*--skip-bad") as caught:
         source(many)
-    assert str(caught.value).count("\n") == 100
+    assert str(caught.value).count("\n") == 3
+    assert "(and 96 more like it: 2, 3, 4, 5, 6, 7, ...)" in str(caught.value)
     copy = rewrite(copy, tmp_path / "all", lambda records: [r["conversations"].clear() for r in records])
     with pytest.raises(UserError, match=r"no record of .* can be used"):
         source(copy, skip_bad=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tinyspeed import UserError, recipe
 from tinyspeed.bench.estimate import estimate
 from tinyspeed.models.memory import GIB
+from tinyspeed.recipe import reading
 from tinyspeed.training import run_folder
 
 PICTURES = Path(__file__).parents[2] / "tutorials" / "guide" / "pictures.md"
@@ -63,8 +64,7 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
     ("change", "says"),
     [
         ("train.lrr=1", "did you mean 'train.lr'"),
-        ("train.learning_rate=1", "known: train.batch, .*train.lr, "),
-        ("lora.r=8", "known: lora.alpha, lora.dropout, lora.rank$"),
+        ("train.rate=1", "known: train.batch, .*train.lr, "),
         ("trian.lr=1", "did you mean 'train'"),
         ("train.lr=fast", "must be of type float"),
         ("train.steps=1.5", "must be of type int"),
@@ -84,7 +84,11 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
         ("run.seed=-1", "must not be negative"),
         ("train.epochs=inf", "finite number"),
         ("run.name=../up", "plain folder name"),
-        ("lr=1", "section.key=value"),
+        ("lr=1", "did you mean 'align.lr' or 'train.lr'"),
+        ("train.rank=8", "'train.rank'; did you mean 'lora.rank'"),
+        ("run.keep=0.5", "did you mean 'dualspeed.keep' or 'regate.keep'"),
+        ("train=1", "known: train.batch"),
+        ("nonsense=1", "known: align, data"),
         ("train.lr", "section.key=value"),
         ("train.steps=" + "9" * 5000, "must be of type int"),
         ("train.lr=" + "9" * 400, "too large"),
@@ -116,6 +120,53 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
 def test_mistakes_are_named(change, says):
     with pytest.raises(UserError, match=says):
         recipe.read("digits", [change])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("learning_rate", "train.lr"), ("lr_rate", "train.lr"), ("batch_size", "train.batch"),
+        ("per_device_train_batch_size", "train.batch"), ("num_train_epochs", "train.epochs"),
+        ("max_steps", "train.steps"), ("max_seq_length", "data.max_rows"), ("max_length", "data.max_rows"),
+        ("gradient_checkpointing", "train.checkpointing"), ("lora_r", "lora.rank"), ("r", "lora.rank"),
+        ("lora_alpha", "lora.alpha"), ("warmup_ratio", "train.warmup"), ("model_name_or_path", "model.path"),
+        ("output_dir", "run.folder"),
+    ],
+)  # fmt: skip
+def test_a_key_by_the_name_that_other_programs_give_it(tmp_path, theirs, ours):
+    (tmp_path / "flat.toml").write_text(f"{theirs} = 1")
+    for read in (
+        lambda: recipe.read("digits", [f"train.{theirs}=1"]),
+        lambda: recipe.read("digits", [f"model.{theirs}=1"]),
+        lambda: recipe.read("digits", [f"{theirs}=1"]),
+        lambda: recipe.read(str(tmp_path / "flat.toml")),
+    ):
+        with pytest.raises(UserError, match=f"{theirs}'; did you mean '{ours}'"):
+            read()
+
+
+def test_what_is_suggested_is_a_key_in_the_same_stage_if_there_is_one():
+    every = {
+        f"{section}.{key}" for section, table in dataclasses.asdict(recipe.read("digits")).items() for key in table
+    }
+    assert set(reading.SYNONYMS.values()) <= every
+    assert not {key.partition(".")[2] for key in every} & set(reading.SYNONYMS)
+    with pytest.raises(UserError, match=r"did you mean 'align\.lr'\?"):
+        recipe.read("digits", ["align.learning_rate=1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llava-1.5-7b-qlora-12g", "did you mean 'llava-1.5-7b-qlora-12gb'"),
+        ("llava-1.5-7b-qlora-12gb.toml", "did you mean 'llava-1.5-7b-qlora-12gb'"),
+        ("digit", "did you mean 'digits'"),
+        ("", "known: digits, llava-1.5-13b"),
+    ],
+)
+def test_a_wrong_name_of_a_recipe(name, says):
+    with pytest.raises(UserError, match=f"there is no recipe file '{name}'; {says}"):
+        recipe.read(name)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +209,7 @@ def test_changes_apply_and_keep_the_rest():
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(UserError, match=r"built in: .*digits"):
+    with pytest.raises(UserError, match=r"there is no recipe file .*absent.toml.*; known: .*digits"):
         recipe.read(str(tmp_path / "absent.toml"))
     (tmp_path / "bad.toml").write_text("[train\nlr = 1")
     with pytest.raises(UserError, match="not valid TOML"):

@@ -112,7 +112,7 @@ def test_a_model_that_cannot_read_the_digits_is_refused(home, tmp_path):
 
 
 def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):
-    for rank, said in (("0", "unrecognized arguments"), ("1", "")):
+    for rank, said in (("0", "unknown flag '--no-such-thing'"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as left:
             __main__.main(["digits", "--no-such-thing"])

@@ -280,7 +280,7 @@ sys.exit(code)
         ("torch", "demo --set train.lrr=1", "did you mean"),
         ("torch", "estimate absent.toml", "no recipe file"),
         ("torch", "compare --set train.lrr=1", "did you mean"),
-        ("transformers", "compare --arms papre", "built in: "),
+        ("transformers", "compare --arms papre", "did you mean 'paper'"),
         ("transformers", "compare --only fulll", "did you mean 'full'"),
         ("transformers", "compare --vary dualspeed.kep=1", "did you mean 'dualspeed.keep'"),
         ("torch", "eval absent", "not a run"),

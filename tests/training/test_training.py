@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.digits_runs import ALIGN, TUNE, settings, small_base
 from support.runs import train_through, unlike
@@ -211,7 +213,18 @@ def test_running_out_of_memory_names_mode_tokens_and_setting(base, tmp_path, mon
         train.train(made, bar=False)
     # A run without slow steps does not mind that a full step could not even be timed.
     fast = settings(base, tmp_path, "fast", "align.steps=0", "dualspeed.schedule=fast")
-    assert train.train(fast, bar=False).totals.speedup is None
+    totals = train.train(fast, bar=False).totals
+    assert (totals.steps, totals.full_seconds, totals.speedup) == (fast.train.steps, 0, None)
+
+
+@given(st.integers(0, 99), st.floats(0.1, 120), st.just(0.0) | st.floats(0.1, 1000))
+@example(21, 6.0, 1.9)
+def test_a_speedup_is_told_of_many_steps_or_of_long_ones(steps, seconds, full_seconds):
+    found = Totals(steps=steps, seconds=seconds, full_seconds=full_seconds).speedup
+    if full_seconds and (steps >= 50 or seconds >= 60):
+        assert found * seconds == pytest.approx(full_seconds)
+    else:
+        assert found is None
 
 
 def test_a_damaged_checkpoint_is_named_and_a_half_written_one_removed(base, tmp_path, capsys):

@@ -17,6 +17,7 @@ and listed. Only a picture that is damaged in the middle, between a sound header
 when it is decoded; then `skip_bad` names it, and nothing is learned from its record.
 """
 
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -195,8 +197,9 @@ class Conversations:
 
     def _keep(self, found: list[tuple[int, Measure | str]]) -> None:
         """Keeps the measures of the good records in arrays, or refuses the file."""
-        self.bad = [measure for _, measure in found if isinstance(measure, str)]
-        require(not self.bad or self.data.skip_bad, _listed(self.bad, self.data.file))
+        bad = [(number, measure) for number, measure in found if isinstance(measure, str)]
+        self.bad = [what for _, what in bad]
+        require(not bad or self.data.skip_bad, _listed(bad, self.data.file))
         good = [(number, *measure) for number, measure in found if not isinstance(measure, str)]
         if not good:
             raise UserError(f"no record of {self.data.file} can be used; the first: {self.bad[0]}")
@@ -220,8 +223,14 @@ def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     return Conversations(data, loading.load_processor(model), paths.expanded(recipe.run.cache), **how)
 
 
-def _listed(bad: list[str], file: str) -> str:
+def _listed(bad: list[tuple[int, str]], file: str) -> str:
+    """A line for each kind of mistake: the first record that has it, and the numbers of others."""
     if len(bad) == 1:
-        return f"{bad[0]} (--skip-bad trains without such records)"
+        return f"{bad[0][1]} (--skip-bad trains without such records)"
     count = f"the first {MOST_BAD}" if len(bad) > MOST_BAD else str(len(bad))
-    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:MOST_BAD]])
+    kinds: dict[str, list] = {}
+    for number, what in bad[:MOST_BAD]:
+        kind = re.sub(r"'.*?'|\d", "", what.split(": ", 2)[-1])  # without its place, names and numbers
+        kinds.setdefault(kind, [what]).append(number + 1)
+    lines = (what + f" (and {len(n)} more like it: {short(n)[1:-1]})" * bool(n) for what, _, *n in kinds.values())
+    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *lines])

@@ -53,8 +53,9 @@ class Totals:
 
     @property
     def speedup(self) -> float | None:
-        """None before the first step, and if a full step does not fit on the device and could not be timed."""
-        return self.full_seconds / self.seconds if self.full_seconds else None
+        """None as long as it is too early to tell, or if a full step does not fit on the device and was not timed."""
+        early = self.steps < 50 and self.seconds < 60  # starting the worker processes may have taken most of it
+        return self.full_seconds / self.seconds if self.full_seconds and not early else None
 
 
 class StageRun:

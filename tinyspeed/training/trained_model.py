@@ -23,7 +23,7 @@ from .loop import Totals
 def newest_checkpoint(recipe: Recipe, mine: slice = slice(None)) -> tuple[checkpoint.Saved, dict]:
     """The tensors and the state of the run's newest checkpoint. `mine`: the files that this process verifies."""
     newest = checkpoint.newest(recipe.folder / "checkpoints")
-    require(newest is not None, f"{recipe.folder} has no checkpoint yet")
+    require(newest is not None, f"{recipe.folder} has no checkpoint yet: train it first")
     saved, state = checkpoint.read(newest, mine)
     check_state(recipe, newest, state)
     return saved, state

@@ -42,13 +42,13 @@ def counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def unknown(kind: str, name: str, known: Iterable[str], before: str = "") -> UserError:
+def unknown(kind: str, name: str, known: Iterable[str], before: str = "", says: str = "unknown") -> UserError:
     """An error for a name that is not in `known`, which suggests the nearest one. `before` is what all full names begin
     with. It is left out when names are compared, or all keys of a section would look alike."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {before + near[0]!r}?" if near else f"known: {', '.join(before + name for name in known)}"
-    return UserError(f"unknown {kind} {before + str(name)!r}; {hint}")
+    return UserError(f"{says} {kind} {before + str(name)!r}; {hint}")
 
 
 @contextmanager

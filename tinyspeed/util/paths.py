@@ -78,5 +78,5 @@ def require_isolator(path: str) -> Path:
 
 def require_conversations(file: str, images: str) -> None:
     """Refuses a file of conversations, or a folder of their pictures, that does not exist."""
-    require(expanded(file).exists(), f"data.file: there is no file {file}")
+    require(expanded(file).exists(), f"data.file: there is no file {file}; give yours with --set data.file=FILE")
     require(not images or expanded(images).is_dir(), f"data.images: there is no folder {images}")

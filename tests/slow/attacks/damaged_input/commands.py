@@ -59,9 +59,9 @@ class Part:
                     code = left.code
             lines = [line for line in said.getvalue().replace("\r", "\n").split("\n") if line.startswith("tinyspeed: ")]
             assert code in (0, 2), f"exit code {code}"
-            assert len(lines) == (code == 2 and "usage: " not in said.getvalue()), f"{code}, and printed {lines}"
+            assert len(lines) == (code == 2), f"{code}, and printed {lines}"
             if code == 2:
-                raise UserError(lines[0] if lines else "usage")
+                raise UserError(lines[0])
 
         opens = (*opens, matplotlib.get_cachedir(), matplotlib.get_configdir())
         return Case(kind, act, opens=opens, programs=("git",), note=f"{note}: {words!r:.200}", seconds=60)
