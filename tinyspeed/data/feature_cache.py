@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,14 +45,14 @@ class FeatureCache:
         self.key = key.digest()
 
     def file(self, picture: Path) -> Path:
-        name = hashlib.blake2b(picture.read_bytes(), key=self.key, digest_size=16).hexdigest()
+        name = hashlib.blake2b(files.read(picture), key=self.key, digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, picture: Path) -> tuple[Tensor, Tensor | None]:
         """What the projector gets of a picture (crops, patches, width), and its size if the model needs that."""
         file = self.file(picture)
         try:
-            tensors = load_file(file)
+            tensors = load(files.read(file))
             if found := finite.first_bad([("features", tensors["features"])]):
                 raise ValueError(f"{found}: not finite")
             return tensors["features"], tensors.get("image_sizes")

@@ -53,9 +53,9 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
         a, b = (saved[names[adapters[inner].replace(".lora_A.", f".lora_{x}.")]].float() for x in "AB")
         return weight.float() + scale * (b @ a)
 
-    folder = paths.expanded(base)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
+    folder = paths.model_folder_or_hub_id(base)
+    if isinstance(folder, str):
+        folder = Path(snapshot_download(folder, allow_patterns=["*.safetensors", "*.json"]))
     out.mkdir(parents=True)
     for name in KEPT:
         if (folder / name).is_file():

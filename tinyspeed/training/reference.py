@@ -83,7 +83,7 @@ class Reference:
 
     def _read(self, number: int, part: list[int]) -> np.ndarray | None:
         file = self._file(number)
-        if not file.exists():
+        if not file.is_file():
             return None
         try:
             with safe_open(file, framework="pt") as opened:
@@ -160,10 +160,10 @@ def _content(folder: str) -> str:
 
 
 @cache  # two gates of a run ask for it, of a file of 13 GB
-def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _hash(seen: tuple[tuple[Path, int, int], ...]) -> str:
     made = hashlib.blake2b(digest_size=16)
-    for file, *_ in files:
-        with open(file, "rb") as opened:
+    for file, *_ in seen:
+        with open(file, "rb", opener=files.regular) as opened:
             made.update(hashlib.file_digest(opened, "blake2b").digest())
     return made.hexdigest()
 
