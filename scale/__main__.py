@@ -10,12 +10,12 @@ import platform
 import signal
 import sys
 import traceback
-from contextlib import redirect_stderr
 
 from tinyspeed import cli  # light: no torch yet
 from tinyspeed.util import UserError
 
 
+@cli.safe_streams()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     cli.silence_libraries()
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from . import ranks
 
     try:
-        with redirect_stderr(cli.SafeStream(sys.stderr)), ranks.join() as here:
+        with ranks.join() as here:
             stopped = _run(a, here)
     except UserError as error:  # the ranks have not found each other
         print(f"tinyspeed: {error}", file=sys.stderr)
@@ -60,7 +60,7 @@ def _run(a: argparse.Namespace, here) -> int | None:
             rows.append([f["stage"], f["mode"], f"{f['samples']:,}", f"{f['rows']:,}", size, seconds])
         if here.is_main:
             print(table(["stage", "mode", "samples", "tokens", f"GiB, of rank 0 of {here.size}", "seconds"], rows))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
         here.abort(ranks.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")
     except Exception as error:

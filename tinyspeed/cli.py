@@ -5,13 +5,16 @@ arguments have been checked, and a typing mistake is reported at once.
 """
 
 import argparse
+import errno
+import io
 import json
 import logging
 import os
 import signal
 import sys
 import warnings
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from . import __version__
@@ -20,15 +23,16 @@ from .util import UserError, counted, files, located, paths, require, require_kn
 
 
 def main(argv: list[str] | None = None) -> int:
-    with redirect_stderr(SafeStream(sys.stderr)):
+    with safe_streams():
         silence_libraries()
         block_hub_kernels()
         arguments = _parser().parse_args(argv)
         try:
+            os.getcwd()  # fails if it has been deleted
             code = arguments.command(arguments)
             sys.stdout.flush()  # at exit nobody would report that this fails
             return code
-        except (UserError, OSError) as error:
+        except (UserError, OSError, UnicodeEncodeError) as error:
             print(f"tinyspeed: {message_of(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:  # while no step runs; a step saves first
@@ -45,20 +49,42 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about each other
 
 
-class SafeStream:
-    """Standard error that never raises: no run should end because its log is on a full disk."""
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """Standard streams that end no run, even if they are closed, not read (as behind `| head`) or lack characters."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # or one of our files would become, say, standard error
+        pass
+    os.close(handle)
+    out, err = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="backslashreplace")
+    with redirect_stdout(SafeStream(out, needed=True)), redirect_stderr(SafeStream(err)):
+        yield
+        with suppress(OSError):
+            sys.stdout.flush()
 
-    def __init__(self, stream):
-        self._stream = stream
+
+class SafeStream:
+    """A standard stream that need not be read. If it is not `needed`, not even a full disk makes it end a run."""
+
+    def __init__(self, stream, needed: bool = False):
+        self._stream, self._needed = stream, needed
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable, *given: str) -> None:
+        try:
+            act(*given)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EBADF):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # Python tries again at exit
+            elif self._needed:
+                raise
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -69,13 +95,17 @@ def block_hub_kernels() -> None:
     sys.modules.setdefault("kernels", None)
 
 
-def message_of(error: UserError | OSError) -> str:
+def message_of(error: UserError | OSError | UnicodeEncodeError) -> str:
     """The line that reports an error. An OSError is a full disk, or a path that is not what it should be."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return f"cannot write {error.object[max(0, error.start - 40) :][:80]!r}: rename it, or set LC_ALL=C.UTF-8"
+    if (error.errno, error.filename) == (errno.ENOENT, None):  # os.getcwd() alone raises this
+        return "the working directory has been deleted: change to one that exists"
     if number := files.errno_of(error):
         return str(files.DiskError(error.filename or "standard output", number))
-    return ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+    return str(UserError(": ".join(str(part) for part in (error.strerror or error, error.filename) if part)))
 
 
 class Parser(argparse.ArgumentParser):

@@ -312,7 +312,7 @@ def main(argv: list[str]) -> int:
         if a.json:
             write_atomically(Path(a.json), json.dumps(as_json(found), indent=1))
             print(a.json)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         print(f"scale plan: {cli.message_of(error)}", file=sys.stderr)
         return 2
     return 0

@@ -218,6 +218,17 @@ def test_damaged_and_swapped_files_are_made_anew(home, tmp_path, capsys, damage,
     }
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_the_cache_is_not_waited_for(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    store = kept(tmp_path, made, net)
+    picture = next(made.pictures())
+    store.file(picture).unlink()
+    os.mkfifo(store.file(picture))
+    with pytest.raises(UserError, match="deleted or damaged"):
+        store.read(picture)
+
+
 def test_features_that_are_not_finite_are_neither_kept_nor_read(home, tmp_path):
     made, net = source(home, "llava"), tiny.model("llava")
     store = kept(tmp_path, made, net)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import shutil
 import sys
@@ -414,6 +415,42 @@ def test_an_index_that_leads_elsewhere_is_refused(base, tmp_path, name):
     for use in (loading.load_model, lambda path: export.merge({}, 1.0, path, tmp_path / "out")):
         with pytest.raises(UserError, match="index"):
             use(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_no_pipe_in_a_models_folder_is_waited_for(base, tmp_path):
+    """Whichever file it stands for, also files that transformers would look for and that a model need not have."""
+    uses = (
+        loading.load_processor, loading.load_model, loading.load_config,
+        lambda path: export.merge({}, 1.0, path, tmp_path / "out"),
+        lambda path: loading.load_weights(LlamaForCausalLM, path),
+    )  # fmt: skip
+    more = {
+        "generation_config.json",
+        "added_tokens.json",
+        "model.safetensors.index.json",
+        "additional_chat_templates/a",
+    }
+    for name in sorted({path.name for path in Path(base).iterdir()} | more):
+        folder = shutil.copytree(base, tmp_path / "model")
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        for use in uses:
+            with pytest.raises(UserError, match=re.escape(str(folder))):
+                use(str(folder))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_pipe_in_a_part_is_waited_for(parts, tmp_path, number):
+    mine = [shutil.copytree(part, tmp_path / Path(part).name) for part in parts]
+    pipe = mine[number] / ("preprocessor_config.json", "tokenizer.json")[number]
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"{pipe} is a pipe or a device"):
+        assembling.assemble(*map(str, mine), tmp_path / "base", seed=1)
 
 
 @pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json"])

@@ -153,9 +153,9 @@ def run_cli(*arguments, folder):
     return _process("-m", "tinyspeed", *arguments, folder=folder)
 
 
-def run_python(script: str, *arguments, folder):
+def run_python(script: str, *arguments, folder, stdin=None):
     """This script in a process of its own."""
-    return _process("-c", script, *arguments, folder=folder)
+    return _process("-c", script, *arguments, folder=folder, stdin=stdin)
 
 
 def run_held(behind: int, module: str, *arguments, folder):
@@ -163,10 +163,10 @@ def run_held(behind: int, module: str, *arguments, folder):
     return _process(HELD_RUN, behind, module, *arguments, folder=folder)
 
 
-def _process(*words, folder) -> subprocess.Popen:
+def _process(*words, folder, stdin=None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, words)], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class FeatureCache:
         self.key = key.digest()
 
     def file(self, picture: Path) -> Path:
-        name = hashlib.blake2b(picture.read_bytes(), key=self.key, digest_size=16).hexdigest()
+        name = hashlib.blake2b(files.read(picture), key=self.key, digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, picture: Path) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +112,8 @@ def _label(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def _read(file: Path) -> dict[str, Tensor] | None:
     """The tensors of a file, or None if it is not there or not as it was written."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        return None
     with suppress(*UNREADABLE), safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
         return tensors if opened.metadata() == _label(file, tensors) else None

@@ -171,7 +171,7 @@ def _header(task: str, questions: list[Question], model: str) -> bytes:
 
 def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, str]:
     """Returns what was predicted already, and cuts off half a line at the end of `out`."""
-    held = out.read_bytes() if out.exists() else b""
+    held = files.read(out) if out.exists() else b""
     if header.startswith(held):  # it is empty, or has half a header
         files.write_atomically(out, header)
         return {}

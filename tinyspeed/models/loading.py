@@ -95,6 +95,7 @@ def empty_model(path: str, precision: str) -> nn.Module:
 
 def require_safetensors(path: str | Path) -> None:
     """Refuses a model whose index of weights names anything but safetensors: transformers would open it as a pickle."""
+    paths.require_plain(path)
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         index = cached_file(str(path), paths.INDEX, **quietly)

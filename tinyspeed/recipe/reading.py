@@ -112,7 +112,7 @@ def _typed(kinds: dict[str, type], section: str, values: object) -> dict:
         found[key] = float(value) if wanted is float and type(value) is int else value
         require(type(found[key]) is wanted, f"{at} must be of type {wanted.__name__}")
         fine = wanted is not str or not paths.UNENCODABLE.search(value)
-        require(fine, f"{at} has a character that no file can have")
+        require(fine, f"{at} has a character that no recipe can have: rename it, or set LC_ALL=C.UTF-8")
     return found
 
 
@@ -131,4 +131,5 @@ def of_run(folder: str) -> Recipe:
     file = Path(folder) / "recipe.toml"
     require(file.is_file(), f"{folder} is not a run: it has no recipe.toml")
     here = Path(folder).resolve()
+    paths.require_plain(here, own=True)
     return read(str(file)).replaced(run={"folder": str(here.parent), "name": here.name})

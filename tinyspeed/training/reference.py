@@ -82,7 +82,7 @@ class Reference:
 
     def _read(self, number: int, part: list[int]) -> np.ndarray | None:
         file = self._file(number)
-        if not file.exists():
+        if not file.is_file():
             return None
         try:
             with safe_open(file, framework="pt") as opened:

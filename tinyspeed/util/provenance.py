@@ -57,7 +57,7 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return os.fsdecode(subprocess.check_output(["git", *words], cwd=root, stderr=subprocess.DEVNULL)).strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:

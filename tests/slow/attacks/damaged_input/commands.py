@@ -106,6 +106,5 @@ class Part:
         shutil.rmtree(out, ignore_errors=True)
         resume = ["train", str(folder / "recipe.toml"), "--resume"]
         words = draw.choice((resume, ["export", str(folder), str(out)], ["eval", str(folder)]))
-        cache, temporary = runs.home / "cache", out.with_name(".out.tmp")
-        opens = (folder, cache, out, temporary, run_folders.LINKED, recipe.BUILT_IN)
+        opens = (folder, runs.home / "cache", *(self.home / name for name in run_folders.OUT), recipe.BUILT_IN)
         return self.command(f"{words[0]} of a damaged run", words, opens, note)

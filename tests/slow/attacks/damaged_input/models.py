@@ -5,6 +5,7 @@ each pickle would leave a folder behind. If nothing essential is damaged, the an
 """
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -91,7 +92,7 @@ class Part:
         return f"{file.name}: {what}", False
 
     def missing(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
-        file, what = draw.choice(sorted(folder.iterdir())), draw.choice(("gone", "folder", "empty", "loop"))
+        file, what = draw.choice(sorted(folder.iterdir())), draw.choice(("gone", "folder", "empty", "loop", "pipe"))
         file.unlink()
         if what == "folder":
             file.mkdir()
@@ -99,6 +100,8 @@ class Part:
             file.touch()
         elif what == "loop":
             file.symlink_to(file.name)
+        elif what == "pipe":
+            os.mkfifo(file)
         return f"{file.name} is {what}", False
 
     def weights(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
