@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from contextlib import redirect_stderr, suppress
@@ -16,11 +15,14 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, paths, require, require_known, tables
+from .training import stopping
+from .util import UserError, counted, errors, files, paths, require, require_known, tables
 
 
 def main(argv: list[str] | None = None) -> int:
-    with redirect_stderr(SafeStream(sys.stderr)):
+    # As an exception a signal lets whoever is writing a file delete what there is of it.
+    ended = stopping.handled(stopping.ENDING, lambda number, frame: sys.exit(stopping.exit_code(number)))
+    with redirect_stderr(SafeStream(sys.stderr)), ended:
         silence_libraries()
         block_hub_kernels()
         arguments = _parser().parse_args(argv)
@@ -34,6 +36,13 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:  # while no step runs; a step saves first
             print("tinyspeed: interrupted", file=sys.stderr)
             return 130
+        except Exception as error:
+            if not errors.no_memory(error):
+                raise
+            said = next(iter(str(error).splitlines()), "")
+            what = f"memory ran out during `tinyspeed {(argv or sys.argv[1:])[0]}` ({said or 'of this machine'})"
+            print(f"tinyspeed: {what}; `tinyspeed estimate` says what a recipe needs", file=sys.stderr)
+            return 2
 
 
 def silence_libraries() -> None:
@@ -149,10 +158,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stopped(number: int | None, go_on: str = "saved; continue with --resume") -> int:
-    """The exit code of a run: 143 after SIGTERM, as job schedulers expect, otherwise 0, also after Ctrl-C."""
+    """The exit code of a run, after a word about how to go on if a signal has stopped it."""
     if number is not None:
         print(go_on, file=sys.stderr)
-    return 143 if number == signal.SIGTERM else 0
+    return stopping.exit_code(number)
 
 
 def _recipe(a, *more: str):
