@@ -7,11 +7,11 @@ python -m scale plan RECIPE.toml --gpus 8,64,512 --gpu h100                     
 import argparse
 import os
 import platform
-import signal
 import sys
 import traceback
 
 from tinyspeed import cli  # light: no torch yet
+from tinyspeed.training import stopping
 from tinyspeed.util import UserError
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return ranks.MISTAKE
     if stopped is not None and here.is_main:
         print("saved; the same command goes on", file=sys.stderr)
-    return 143 if stopped == signal.SIGTERM else 0
+    return stopping.exit_code(stopped)
 
 
 def _run(a: argparse.Namespace, here) -> int | None:

@@ -168,7 +168,7 @@ def _stages(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh, source: Source, stop
         core.finish(recipe)
         print(f"{counted(totals.steps, 'step')}, {totals.seconds:.0f} s; model in {folder / 'model'}")
     ranks.barrier()
-    return totals, None
+    return totals, stop[0] if stop else None
 
 
 def sharded_model(

@@ -9,7 +9,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.runs import fails
 
@@ -90,11 +92,19 @@ def test_train_eval_export_and_resume(capsys, tmp_path, small):
     assert "is not a run" in fails(capsys, "eval", tmp_path / "out")
 
 
-def test_exit_codes_of_signals(capsys, monkeypatch, small):
+@pytest.fixture
+def terminal():
+    """Closing it ends a process, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_exit_codes_of_signals(capsys, monkeypatch, small, terminal):
     from tinyspeed.training.loop import StageRun
 
     original = StageRun._step
-    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
+    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
 
         def signalled(self, *arguments, number=number):
             os.kill(os.getpid(), number)
@@ -106,6 +116,32 @@ def test_exit_codes_of_signals(capsys, monkeypatch, small):
             assert "continue with --resume" in capsys.readouterr().err
             assert cli.main(["compare", *small, "--set", f"run.name=by-{number}", "--only", "full"]) == code
         assert cli.main(["train", *small, "--set", f"run.name=by-{number}", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_a_model_is_exported_leaves_nothing_half_written(
+    capsys, monkeypatch, tmp_path, small, terminal, number, code
+):
+    from tinyspeed.training import trained_model
+
+    assert cli.main(["train", *small]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trained_model, "_make_readable", lambda folder: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["export", str(tmp_path / "demo"), str(tmp_path / "out")])
+    assert ended.value.code == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert cli.main(["export", str(tmp_path / "demo"), str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(1 << 58), lambda: np.empty(1 << 58), lambda: b"a" * (1 << 60)]
+)
+def test_running_out_of_memory_is_one_line(capsys, monkeypatch, small, allocate):
+    monkeypatch.setattr("tinyspeed.training.train.finish", lambda recipe: allocate())
+    said = fails(capsys, "train", *small)
+    assert re.search(r"memory ran out during `tinyspeed train` \(.+\); `tinyspeed estimate` says", said)
 
 
 def test_a_question_may_be_longer_than_a_file_name(capsys, tmp_path):

@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,11 +18,14 @@ from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, located, paths, require, require_known, tables, unknown
+from .training import stopping
+from .util import UserError, counted, errors, files, located, paths, require, require_known, tables, unknown
 
 
 def main(argv: list[str] | None = None) -> int:
-    with safe_streams():
+    # As an exception a signal lets whoever is writing a file delete what there is of it.
+    ended = stopping.handled(stopping.ENDING, lambda number, frame: sys.exit(stopping.exit_code(number)))
+    with safe_streams(), ended:
         silence_libraries()
         block_hub_kernels()
         arguments = _parser().parse_args(argv)
@@ -38,6 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:  # while no step runs; a step saves first
             print("tinyspeed: interrupted", file=sys.stderr)
             return 130
+        except Exception as error:
+            if not errors.no_memory(error):
+                raise
+            said = next(iter(str(error).splitlines()), "")
+            what = f"memory ran out during `tinyspeed {(argv or sys.argv[1:])[0]}` ({said or 'of this machine'})"
+            print(f"tinyspeed: {what}; `tinyspeed estimate` says what a recipe needs", file=sys.stderr)
+            return 2
 
 
 def silence_libraries() -> None:
@@ -195,10 +204,10 @@ def _parser() -> Parser:
 
 
 def _stopped(number: int | None, go_on: str = "saved; continue with --resume") -> int:
-    """The exit code of a run: 143 after SIGTERM, as job schedulers expect, otherwise 0, also after Ctrl-C."""
+    """The exit code of a run, after a word about how to go on if a signal has stopped it."""
     if number is not None:
         print(go_on, file=sys.stderr)
-    return 143 if number == signal.SIGTERM else 0
+    return stopping.exit_code(number)
 
 
 def _recipe(a, *more: str):

@@ -1,7 +1,9 @@
 """Own pictures, own JSON: every record is looked at before step 0, and what comes out is what the processor makes."""
 
+import errno
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -117,6 +119,7 @@ def test_a_picture_damaged_in_the_middle_is_named_when_it_is_decoded(folder, tmp
         with pytest.raises(UserError, match=r"record 2 \(id r1\).*p1-0\.png") as caught:
             list(loader.batches(made, [[0], [1]], 2, workers=workers))
         assert "Traceback" not in str(caught.value)
+        assert not multiprocessing.active_children(), "nobody waits for workers at exit, whoever keeps the error"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -142,9 +145,11 @@ def test_workers_leave_signals_to_the_main_process(monkeypatch):
         loader._begin(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_worker_that_is_killed_is_an_error_with_advice():
@@ -153,6 +158,44 @@ def test_a_worker_that_is_killed_is_an_error_with_advice():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match="size of tensor"), loader.explaining_crashes():
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+
+def stands_still_at_2(part: int) -> int:
+    if part == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return part
+
+
+def test_a_worker_that_stands_still_is_named_and_waited_for(monkeypatch):
+    said = []
+
+    def wake(text: str, **_) -> None:
+        said.append(text)
+        for pid in re.findall(r"(\d+) is T \(stopped\)", text):
+            os.kill(int(pid), signal.SIGCONT)
+
+    monkeypatch.setattr(loader, "PATIENCE", 0.1)
+    monkeypatch.setattr(loader, "print", wake, raising=False)
+    assert list(loader.in_workers(stands_still_at_2, range(5), 1)) == [0, 1, 2, 3, 4]
+    assert re.match(r"no batch for 0 s, from the processes .*\d+ is T \(stopped\)", said[-1])
+
+
+def test_a_full_dev_shm_is_named_with_the_way_out(folder, monkeypatch):
+    """The semaphores of the workers' queues are files there."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(UserError, match=r"cannot write /dev/shm \(data\.workers = 0 does without it\): No space left"):
+        next(loader.batches(source(folder), [[0]], 0, workers=1))
+
+
+def test_a_picture_too_large_for_the_memory_is_named(folder, monkeypatch):
+    made = source(folder)
+    monkeypatch.setattr("tinyspeed.data.images.decode", lambda *_: np.empty(1 << 58))
+    with pytest.raises(UserError, match=r"^train\.json: record 2 \(id r1\): the memory of this machine is too small"):
+        made.example(1)
 
 
 def test_a_batch_that_a_worker_cannot_hand_over_ends_the_wait_for_it(folder, tmp_path, monkeypatch):
@@ -258,10 +301,15 @@ def test_bad_records_are_counted_and_each_kind_of_mistake_is_a_line(folder, tmp_
         source(copy, skip_bad=True)
 
 
-def test_a_record_too_long_is_an_error_or_cut_but_never_through_a_picture(folder):
+def test_a_record_too_long_is_an_error_or_cut_but_never_through_a_picture(folder, capsys):
     with pytest.raises(UserError, match=r"pictures included, and data\.max_rows is 60"):
         source(folder, max_rows=60)
-    whole, cut = source(folder), source(folder, max_rows=60, too_long="cut", skip_bad=True)
+    whole = source(folder, too_long="cut")
+    assert not capsys.readouterr().err
+    cut = source(folder, max_rows=60, too_long="cut", skip_bad=True)
+    longer = sum(len(whole.example(int(record)).input_ids) > 60 for record in cut.good)
+    assert 1 < longer < len(cut)
+    assert capsys.readouterr().err == f"cut to data.max_rows = 60: {longer} of {len(cut)} records\n"
     assert len(cut.good)
     for i, record in enumerate(cut.good):
         example, full = cut.example(i), whole.example(int(record))
@@ -306,7 +354,7 @@ def test_memory_is_bounded_and_a_bar_tells_how_far_it_is(tmp_path, monkeypatch, 
     record = {"conversations": [{"from": "human", "value": "x" * 3000}, {"from": "gpt", "value": "Yes."}]}
     (tmp_path / "train.json").write_text("\n".join([json.dumps(record)] * 10_000))
     monkeypatch.setattr(record_files, "LARGEST", 1 << 16)  # of one record; so much is read at once
-    monkeypatch.setattr(Conversations, "measure", lambda self, i: (500 + i, [576, 2880 + i], 300 + i, 2**31 + i))
+    monkeypatch.setattr(Conversations, "measure", lambda self, i: (500 + i, [576, 2880 + i], 300 + i, 2**31 + i, False))
     tracemalloc.start()
     made = source(tmp_path, images=str(tmp_path), bar=True)
     _, peak = tracemalloc.get_traced_memory()

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ from transformers import (
 )
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.models import assembling, export, loading, lora, precision, stages
+from tinyspeed.models import assembling, export, loading, lora, precision, published, stages
 from tinyspeed.scheduler import Plan
 
 KINDS = ("fp32", "bf16", "fp16")
@@ -401,6 +403,18 @@ def test_a_tokenizer_without_an_end_token_is_refused(base, tmp_path, end):
         loading.load_processor(folder)
 
 
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize("layers", [4, 10**6, 10**30])
+def test_more_layers_than_there_are_weights_for_are_refused_before_they_are_built(
+    base, tmp_path, monkeypatch, part, layers
+):
+    folder = broken(base, tmp_path, "config.json", lambda told: told[part].update(num_hidden_layers=layers))
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
+    said = rf"broken/config\.json has num_hidden_layers = {layers:,}, and there are weights of 3 layers: copy it again"
+    with pytest.raises(UserError, match=said):
+        loading.load_model(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/secret.safetensors", "a/b.safetensors", "pytorch_model.bin", 7]
 )
@@ -614,10 +628,82 @@ def test_other_precisions_do_not_forgive_an_overflow():
         assert scale.scale == 1.0
 
 
-def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(monkeypatch):
-    def offline(*_, **__):
-        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+# The hub
 
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
-    with pytest.raises(UserError, match=r"no_such/model: We couldn't connect.*no such folder here.\)$"):
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`hub(error)` is what the hub does from now on; it returns a list of what it was asked, and how patiently."""
+    monkeypatch.setattr(loading.hub.constants, "HF_HUB_OFFLINE", False)  # and as it was, afterwards
+    loading._reach.cache_clear()
+
+    def does(error=None) -> list:
+        def answer(url, timeout):
+            asked.append((url, timeout))
+            if error is not None:
+                raise error
+
+        asked = []
+        monkeypatch.setattr(loading.hub, "get_hf_file_metadata", answer)
+        return asked
+
+    yield does
+    loading._reach.cache_clear()
+
+
+def refusal(status: int) -> Exception:
+    error = OSError(f"Client error '{status}'")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+def name_unknown(*_, **__):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+@pytest.mark.parametrize(
+    "use", [loading.load_config, loading.load_processor, loading.load_model], ids=lambda u: u.__name__
+)
+@pytest.mark.parametrize("path", ["no_such/model", "llava-hf/llava-1.5-7b-hf"])
+def test_without_a_network_a_hub_id_is_refused_at_once(use, path, hub, monkeypatch):
+    """A published model's configuration is known, and only then its processor is looked for: it is not to blame."""
+    if path in published.KNOWN and use is loading.load_config:
+        pytest.skip("this needs no network")
+    monkeypatch.setattr(socket, "getaddrinfo", name_unknown)
+    for error in (ConnectionError("[Errno -2] Name or service not known"), TimeoutError("timed out"), refusal(503)):
+        asked = hub(error)
+        said = f"no folder {path} is here, and the hub cannot be reached ({error}): give the folder of a model"
+        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+            use(path)
+        (url, timeout), *more = asked
+        assert url.startswith(f"https://huggingface.co/{path}/")
+        assert timeout <= 10
+        assert not more
+
+
+def test_without_a_network_what_was_downloaded_is_used_and_the_hub_is_not_asked_again(hub, tmp_path, monkeypatch):
+    tiny.checkpoint("llava", tmp_path / "model")
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: str(tmp_path / "model" / "config.json"))
+    original = loading.AutoConfig.from_pretrained
+
+    def from_cache(path, **how):
+        assert loading.hub.is_offline_mode(), "transformers would ask the hub for every file"
+        return original(tmp_path / "model", **how)
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", from_cache)
+    asked = hub(ConnectionError("no network"))
+    for _ in range(3):
+        assert loading.load_config("somebody/model").model_type == "llava"
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("answer", [None, refusal(404), refusal(401)], ids=str)
+def test_what_the_hub_says_of_an_id_is_said_by_transformers(hub, monkeypatch, answer):
+    def refuse(path, **_):
+        raise OSError(f"{path} is not a local folder and is not a valid model identifier")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
+    hub(answer)
+    with pytest.raises(UserError, match=r"no_such/model: no_such/model is not a local folder"):
         loading.load_config("no_such/model")
+    assert not loading.hub.is_offline_mode()

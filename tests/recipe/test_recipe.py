@@ -2,18 +2,19 @@
 
 import copy
 import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinyspeed import UserError, recipe
 from tinyspeed.bench.estimate import estimate
 from tinyspeed.models.memory import GIB
-from tinyspeed.recipe import reading
+from tinyspeed.recipe import comparison, reading
 from tinyspeed.training import run_folder
 
 PICTURES = Path(__file__).parents[2] / "tutorials" / "guide" / "pictures.md"
@@ -226,6 +227,59 @@ def test_bad_files(tmp_path):
         recipe.read(str(tmp_path / "flat.toml"))
     with pytest.raises(UserError, match="must be a table"):
         recipe.read(str(tmp_path / "flat.toml"), ["train.lr=1"])
+
+
+KEYS = [(s.name, f.name, f.type) for s in dataclasses.fields(recipe.Recipe) for f in dataclasses.fields(s.type)]
+# TOML: what a leaf may be, and lists and tables of them.
+LEAVES = ("3", "-7", "0.5", "1e9", "inf", "true", "false", '"a"', "2026-11-28", "07:32:00", "1979-05-27T07:32:00Z")
+VALUES = st.recursive(
+    st.sampled_from(LEAVES),
+    lambda inner: (
+        st.lists(inner, max_size=4).map(lambda values: f"[{', '.join(values)}]")
+        | st.dictionaries(st.text("abc.'", min_size=1, max_size=3), inner, max_size=3).map(
+            lambda table: "{" + ", ".join(f"{json.dumps(key)} = {value}" for key, value in table.items()) + "}"
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(key=st.sampled_from(KEYS), text=VALUES, extra=st.sampled_from(KEYS))
+def test_a_value_of_another_type_is_refused_by_the_name_of_its_key(tmp_path_factory, key, text, extra):
+    section, name, wanted = key
+    value = tomllib.loads(f"x = {text}")["x"]
+    assume(type(value) is not wanted and (type(value), wanted) != (int, float))
+    file = tmp_path_factory.mktemp("recipe") / "mine.toml"
+    file.write_text(f"[{section}]\n{name} = {text}\n" + (f"[{extra[0]}]\n" if extra[0] != section else ""))
+    said = rf"^{re.escape(str(file))}: {section}\.{name} = .* must be of type {wanted.__name__}$"
+    with pytest.raises(UserError, match=said):
+        recipe.read(str(file))
+
+
+DEEP = 1000
+NESTED = {
+    "a table": "[train.lr" + ".a" * DEEP + "]",
+    "a table at the top": "[a" + ".a" * DEEP + "]",
+    "a dotted key": "train.lr" + ".a" * DEEP + " = 1",
+    "inline": "train.lr = " + "{a = " * DEEP + "1" + "}" * DEEP,
+    "a list": "train.lr = " + "[" * DEEP + "]" * DEEP,
+    "lists in tables": "train.lr = " + "{a = [" * DEEP + "]}" * DEEP,
+    "tables of lists": "".join(f"[[{'.'.join('train' for _ in range(depth))}]]\n" for depth in range(1, 100)),
+}
+
+
+@pytest.mark.parametrize("how", NESTED)
+def test_what_is_nested_a_thousand_deep_is_refused_in_one_line(tmp_path, how):
+    (tmp_path / "deep.toml").write_text(NESTED[how] + "\n")
+    for use in (
+        lambda: recipe.read(str(tmp_path / "deep.toml")),
+        lambda: comparison.read(recipe.read("digits"), str(tmp_path / "deep.toml")),
+        lambda: recipe.read("digits", [NESTED[how].splitlines()[0].replace(" = ", "=", 1)]),
+    ):
+        with pytest.raises(UserError) as error:
+            use()
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 1100
 
 
 def test_local_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):

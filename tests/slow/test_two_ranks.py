@@ -69,10 +69,11 @@ def test_every_rank_is_told_of_what_is_wrong_on_one(ranks):
     assert found["steps"] == [0, 0]
     assert [told.rpartition(";")[2] for told in found["disagree"]] == [" rank 0 has 0", " rank 1 has 1"]
     assert found["agree"] == ["nothing"] * 2
-    assert found["stops"] == [[True, [signal.SIGTERM]]] * 2, "a signal to one rank stops all"
+    assert found["stops"] == [[[True, False], [signal.SIGTERM]]] * 2, "a signal to one rank stops all"
+    assert found["late"] == [[False, True]] * 2, "if a checkpoint is late on one rank, all save after the same step"
     assert found["alive"] == [0, 0], "no rank holds a whole layer once it is sharded"
     assert found["recipes"] == ["rank 1 was started with another recipe than rank 0: train.lr"] * 2
-    assert found["goes on"] == [[False, []]] * 2
+    assert found["goes on"] == [[[False, False], []]] * 2
     assert found["divide"] == ["scale.shard = 3 does not divide the 2 ranks"] * 2
 
 

@@ -203,6 +203,7 @@ def mistakes(here: ranks.Ranks, home: Path) -> dict:
         "recipes": here.gather([told(lambda: run.require_same_recipe(other, here))]),
         "stops": here.gather([(sharded._stops(stop), stop)]),
         "goes on": here.gather([(sharded._stops(calm), calm)]),
+        "late": here.gather([sharded._stops(calm, here.rank == 1)]),
         "NaN": here.gather([told(lambda: sharded._step(0, batches, None))]),
         "moment": poisoned("exp_avg_sq", float("inf")),
         "saving": poisoned("", float("nan")),

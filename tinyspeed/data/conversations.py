@@ -36,7 +36,7 @@ from tqdm import tqdm
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import UserError, files, located, paths, require
+from ..util import UserError, counted, files, located, paths, require
 from . import images
 from .chat import Chat, with_system
 from .examples import Example, Sample
@@ -49,7 +49,8 @@ MANY = 2000  # fewer records are checked before a worker has started
 READ_WHOLE = 1000  # records, spread over the file, whose pictures processes compare to the last byte
 MOST_BAD = 100  # bad records, after which nobody wants to wait for the rest
 
-Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum of its ids and labels
+Tokens = tuple[np.ndarray, np.ndarray, bool]  # a record's ids, its labels, and whether they were cut
+Measure = tuple[int, list[int], int, int, bool]  # its lengths, a checksum of its ids and labels, and whether it was cut
 
 
 class Conversations:
@@ -108,20 +109,20 @@ class Conversations:
         """Checks record `number` of the file. Returns its measure, or what is wrong with it."""
         try:
             with self._record(number) as record:
-                _, _, rows, ids, labels = self._read(record)
+                _, _, rows, ids, labels, cut = self._read(record)
         except UserError as error:
             return str(error)
         checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes()))
-        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum
+        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum, cut
 
     def text(self, i: int) -> tuple[Tensor, Tensor]:
         with self._record(int(self.good[i])) as record:
-            ids, labels = self._tokens(record, self.lengths(i)[1])
+            ids, labels, _ = self._tokens(record, self.lengths(i)[1])
         return torch.from_numpy(ids), torch.from_numpy(labels)
 
     def example(self, i: int) -> Example:
         with self._record(int(self.good[i])) as record:
-            files, sizes, _, *text = self._read(record)
+            files, sizes, _, *text, _ = self._read(record)
             ids, labels = map(torch.from_numpy, text)
             if not files:
                 return Example(ids, labels)
@@ -147,8 +148,8 @@ class Conversations:
         with located(record.where):
             yield record
 
-    def _read(self, record: Record) -> tuple[list[Path], list[tuple[int, int]], list[int], np.ndarray, np.ndarray]:
-        """All of a record but its pixels: its picture files, their sizes, their visual tokens, its ids and labels."""
+    def _read(self, record: Record) -> tuple[list[Path], list[tuple[int, int]], list[int], *Tokens]:
+        """All of a record but its pixels: its picture files, their sizes, their visual tokens, and its tokens."""
         files = self._paths(record)
         sizes = [images.size(file, record.where) for file in files]
         rows = [self._rows(*size) for size in sizes]
@@ -164,10 +165,10 @@ class Conversations:
         except (ZeroDivisionError, ValueError) as error:
             raise UserError(f"a picture of {width} x {height} pixels is too thin for this model: {error}") from error
 
-    def _tokens(self, record: Record, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, record: Record, rows: list[int]) -> Tokens:
         ids, labels = self.chat.encode(record.turns, rows)
         most = self.data.max_rows or len(ids)  # `from_recipe` has replaced 0 by the model's context
-        if len(ids) > most:
+        if cut := len(ids) > most:
             if self.data.too_long == "error":
                 what = f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}"
                 mend = "raise that if the model's context allows it, shorten the record"
@@ -176,7 +177,7 @@ class Conversations:
                 raise UserError(f"cutting it to data.max_rows = {most:,} would cut through a picture")
             ids, labels = ids[:most], labels[:most]
         require((labels[1:] != IGNORE).any(), "no token of an answer is left to learn")
-        return ids, labels
+        return ids, labels, cut
 
     def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
         """The numbers of the records in this process's share, with their measures or what is wrong with them."""
@@ -203,7 +204,10 @@ class Conversations:
         good = [(number, *measure) for number, measure in found if not isinstance(measure, str)]
         if not good:
             raise UserError(f"no record of {self.data.file} can be used; the first: {self.bad[0]}")
-        numbers, texts, visual, answers, checksums = zip(*good, strict=True)
+        numbers, texts, visual, answers, checksums, cut = zip(*good, strict=True)
+        if any(cut):
+            what = f"cut to data.max_rows = {self.data.max_rows:,}"
+            print(f"{what}: {sum(cut):,} of {counted(len(good), 'record')}", file=sys.stderr)
         self.good = np.array(numbers, dtype=np.int64)
         self.texts = np.array(checksums, dtype=np.uint32)
         self.sizes = np.array([texts, answers], dtype=np.int32).T

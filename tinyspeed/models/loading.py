@@ -15,26 +15,31 @@ never run: transformers must be told so in every call, or it asks the user, and 
 
 import json
 import multiprocessing
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub as hub
 import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from ..util import UserError, files, paths, require, require_known
+from ..util import UserError, counted, errors, files, paths, require, require_known
 from . import published
 from .families import FAMILIES, family
 from .precision import DTYPES
 
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 5, 1 << 28, 10**5  # what a chat template may take (`_try_template`)
+ANSWERS = 5.0  # seconds in which the hub must answer
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 # The files beside the weights that training depends on: configuration, tokenizer, processor, chat template.
 BESIDE = (
@@ -78,12 +83,25 @@ def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
     transformers would draw them at random and carry on."""
     require_safetensors(path)
     with explaining(f"cannot load the model {path}"):
+        _require_layers(Path(path))
         model, found = kind.from_pretrained(
             path, **how, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
     return model
+
+
+def _require_layers(folder: Path) -> None:
+    """Refuses a configuration with more layers than there are weights for, since all would be built first."""
+    files = paths.weight_files(folder)
+    if all(file.is_file() for file in files):  # otherwise this is a hub id, or loading will say what is missing
+        said = (folder / "config.json").read_text(encoding="utf-8")
+        asked = max(map(int, re.findall(r'"num_hidden_layers": *(\d+)', said)), default=0)
+        names = "\n".join(name for file in files for name in safe_open(file, "pt").keys())  # noqa: SIM118 (not a dict)
+        there = 1 + max(map(int, re.findall(r"\.(\d+)\.", names)), default=0)
+        what = f"config.json has num_hidden_layers = {asked:,}, and there are weights of {counted(there, 'layer')}"
+        require(asked <= there, f"{folder}/{what}: copy it again")
 
 
 def empty_model(path: str, precision: str) -> nn.Module:
@@ -98,7 +116,7 @@ def require_safetensors(path: str | Path) -> None:
     paths.require_plain(path)
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        index = cached_file(str(path), paths.INDEX, **quietly)
+        index = cached_file(str(_reach(path)), paths.INDEX, **quietly)
     except OSError:  # there is no such model, and loading it will say so
         return
     if index:
@@ -119,12 +137,12 @@ def explaining(what: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """What transformers says, in one line, and where that does not help, what it should say."""
     said = " ".join(str(error).split()) or repr(error)
+    if errors.no_memory(error):
+        return f"memory ran out ({said})"
     if "pip install tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install '.[parts]'"
     if "custom code" in said:
         return "it needs code that comes with it, and such code is never run here"
-    if "couldn't connect" in said:
-        return f"{said} (It was looked for on the hub because there is no such folder here.)"
     if "no file named model.safetensors" in said:
         return f"{said} Only safetensors are read, since a pickle can run code: save it again with save_pretrained"
     return said
@@ -151,7 +169,7 @@ def load_config(path: str):
     if where in published.KNOWN and not _downloaded(path):
         return published.KNOWN[path]()
     with explaining(f"cannot load the configuration of {path}"):
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+        return AutoConfig.from_pretrained(_reach(where), trust_remote_code=False)
 
 
 def hub_revision(path: str) -> str | None:
@@ -184,6 +202,22 @@ def _downloaded(hub_id: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+@lru_cache
+def _reach(where: str | Path) -> str | Path:
+    """Returns this folder or hub id. The hub is asked for an id once, briefly: transformers asks for each file, and for
+    23 seconds. If it does not answer, it is asked no more, and what has been downloaded is used."""
+    try:
+        if not Path(where).is_dir():
+            hub.get_hf_file_metadata(hub.hf_hub_url(str(where), "config.json"), timeout=ANSWERS)
+    except Exception as error:
+        answered = getattr(getattr(error, "response", None), "status_code", 500) < 500  # if only that there is none
+        if not answered and not isinstance(error, ValueError):  # raised for what cannot be an id
+            what = f"no folder {where} is here, and the hub cannot be reached ({_reason(error)})"
+            require(_downloaded(str(where)) is not None, f"{what}: give the folder of a model")
+            hub.constants.HF_HUB_OFFLINE = True
+    return where
+
+
 def load_processor(path: str):
     """Loads the processor saved beside a model: tokenizer, image processor and chat template.
 
@@ -200,7 +234,7 @@ def load_processor(path: str):
         "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),  # CLS
     }
     with explaining(f"{path} has no usable processor beside its model"):
-        processor = AutoProcessor.from_pretrained(_resolve(path), trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(_reach(_resolve(path)), trust_remote_code=False)
         for name, value in settings.items():
             if (own := getattr(processor, name, value)) != value:
                 print(f"the processor's {name} is {own}, the model's {value}: using that", file=sys.stderr)

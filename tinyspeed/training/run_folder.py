@@ -24,7 +24,7 @@ OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
 # The keys that a resumed run may change: where things are kept, and how a step fits into memory. No sample, weight or
 # schedule depends on them. (Dropout does draw differently if micro-batches are cut differently.)
 FREE = {
-    "run": ("save_every", "keep_checkpoints", "cache"),
+    "run": ("save_every", "save_minutes", "keep_checkpoints", "cache"),
     "data": ("workers", "feature_cache_gb"),
     "align": ("row_budget", "checkpointing"),
     "train": ("row_budget", "checkpointing"),

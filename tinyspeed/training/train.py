@@ -2,7 +2,7 @@
 
 What a run does follows from (recipe, seed, step) alone, so one that is killed and resumes from a checkpoint ends with
 the same bits as one that was never killed (on a CPU, with the same number of threads). The first Ctrl-C or SIGTERM
-finishes the step and saves.
+finishes the step and saves, and so does SIGHUP.
 """
 
 import sys
@@ -58,7 +58,7 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
         if run.stopped:
             return Result(model, totals, stop[0])
     finish(recipe)
-    return Result(model, totals)
+    return Result(model, totals, stop[0] if stop else None)  # a signal that came while the model was being written
 
 
 def finish(recipe: Recipe) -> None:

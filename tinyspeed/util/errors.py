@@ -56,10 +56,18 @@ def located(where: str) -> Iterator[None]:
     """Begins every error with the place of the mistake, unless it is said there already."""
     try:
         yield
+    except MemoryError as error:
+        raise UserError(f"{where}: the memory of this machine is too small for it") from error
     except UserError as error:
         if str(error).startswith(where):
             raise
         raise UserError(f"{where}: {error}") from error
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether memory ran out: for Python and NumPy, for torch on a GPU, or for torch on the CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(error)
 
 
 def require(good: bool, what: str) -> None:
