@@ -8,6 +8,7 @@ Each rank checks the store once a second from a thread of its own, because a ran
 that is gone cannot do so.
 """
 
+import gc
 import hashlib
 import math
 import os
@@ -172,4 +173,5 @@ def join() -> Iterator[Ranks]:
     yield ranks
     ranks.done.set()
     ranks.watcher.join()  # if it read the store while Python shuts down, it would abort a run that is done
+    gc.collect()  # sharded models hold the group, in circles, and a group that outlives Python can abort the process
     dist.destroy_process_group()  # not after an error, since it would wait for the others
