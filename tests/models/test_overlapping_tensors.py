@@ -69,7 +69,7 @@ READERS = [of_a_checkpoint, of_an_isolator, of_a_model, of_an_exported_base, of_
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("by", [-8, 8])
 def test_a_file_whose_tensors_overlap_or_leave_a_gap_is_refused(read, by, tmp_path):
-    with pytest.raises(UserError, match="offset|damaged"):
+    with pytest.raises(UserError, match=r"offset|damaged"):
         read(tmp_path, by)
 
 
