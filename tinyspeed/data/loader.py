@@ -67,10 +67,9 @@ def _patiently(loader: DataLoader) -> Iterator:
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-        workers = {one.pid: Path(f"/proc/{one.pid}/status") for one in multiprocessing.active_children()}
-        told = {pid: re.findall(r"State:\s*(.*)", file.read_text()) for pid, file in workers.items() if file.is_file()}
-        states = ", ".join(f"{pid} is {state[0]}" for pid, state in told.items())
-        what = f"no batch for {PATIENCE:.0f} s, from the processes that decode pictures: {states}"
+        told = [file for one in multiprocessing.active_children() for file in Path("/proc").glob(f"{one.pid}/status")]
+        states = [f"{file.parent.name} is {re.findall('State:(.*)', file.read_text())[0].strip()}" for file in told]
+        what = f"no batch for {PATIENCE:.0f} s, from the processes that decode pictures: {', '.join(states)}"
         print(f"{what}. Waiting on; `kill -CONT PID` wakes one that is stopped", file=sys.stderr)
 
 
