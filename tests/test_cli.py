@@ -273,7 +273,7 @@ def test_a_gpu_is_as_large_as_its_box_says(capsys):
         ("eval some/model", "some/model is not a run on the digits: give --task"),
         ("export new out", "new has no checkpoint yet: train it first"),
         ("compare --arms papr", "there is no file of arms 'papr'; did you mean 'paper'"),
-        ("look .", "cannot read the picture .: Is a directory"),
+        ("look .", "cannot read the picture .: . is not a file"),
         ("look birds.json", "birds.json is not a picture"),
     ],
 )

@@ -67,8 +67,9 @@ def _patiently(loader: DataLoader) -> Iterator:
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-        told = [file for one in multiprocessing.active_children() for file in Path("/proc").glob(f"{one.pid}/status")]
-        states = [f"{file.parent.name} is {re.findall('State:(.*)', file.read_text())[0].strip()}" for file in told]
+        status = [file for one in multiprocessing.active_children() for file in Path("/proc").glob(f"{one.pid}/status")]
+        told = {file.parent.name: re.search(r"State:\s*(.*)", files.read(file).decode()) for file in status}
+        states = [f"{pid} is {found[1]}" for pid, found in told.items()]
         what = f"no batch for {PATIENCE:.0f} s, from the processes that decode pictures: {', '.join(states)}"
         print(f"{what}. Waiting on; `kill -CONT PID` wakes one that is stopped", file=sys.stderr)
 
