@@ -48,7 +48,9 @@ draw, listdir, scandir = random.Random(1), os.listdir, os.scandir
 class Entries(list):
     def __enter__(self): return self
     def __exit__(self, *a): pass
-    def __next__(self): return self.pop()
+    def __next__(self):
+        if not self: raise StopIteration
+        return self.pop()
     def __iter__(self): return iter(self[:])
     def close(self): pass
 def _scandir(path="."):
