@@ -74,6 +74,7 @@ def dry_run(recipe: Recipe, ranks: Ranks) -> list[dict]:
 
 
 def prepare(recipe: Recipe, ranks: Ranks) -> DeviceMesh:
+    ranks.timeout = recipe.scale.timeout
     if recipe.run.device == "cpu":
         ranks.device = torch.device("cpu")
     build.place(recipe)  # refuses a device or a precision that is not there
@@ -87,10 +88,10 @@ def prepare(recipe: Recipe, ranks: Ranks) -> DeviceMesh:
 
 def require_same_recipe(recipe: Recipe, ranks: Ranks) -> None:
     """Refuses ranks that were started with different recipes; only places of files may differ between nodes."""
-    first, *others = ranks.gather([recipe])
-    for rank, other in enumerate(others, 1):
+    (_, first), *others = ranks.gather([(ranks.name, recipe)])
+    for name, other in others:
         if differ := run_folder.differences(first, other, free=PLACES):
-            raise UserError(f"rank {rank} was started with another recipe than rank 0: {', '.join(differ)}")
+            raise UserError(f"{name} was started with another recipe than rank 0: {', '.join(differ)}")
 
 
 def read_source(recipe: Recipe, ranks: Ranks) -> Source:
@@ -133,7 +134,6 @@ def _stages(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh, source: Source, stop
         if state:
             print(f"going on after step {state['step']} of {folder}", file=sys.stderr)
     torch.manual_seed(recipe.run.seed + ranks.rank)  # for dropout, which must differ between ranks
-    ranks.timeout = recipe.scale.timeout
     totals = Totals(**state["totals"]) if state else Totals()
     for number in range(state["stage"] if state else 0, len(recipe.stages())):
         (name, stage), checkpoints = recipe.stages()[number], folder / "checkpoints"
