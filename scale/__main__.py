@@ -6,15 +6,15 @@ python -m scale plan RECIPE.toml --gpus 8,64,512 --gpu h100                     
 
 import argparse
 import os
-import signal
 import sys
 import traceback
-from contextlib import redirect_stderr
 
 from tinyspeed import cli  # light: no torch yet
+from tinyspeed.training import stopping
 from tinyspeed.util import UserError
 
 
+@cli.safe_streams()
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     cli.silence_libraries()
@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
     from . import ranks
 
     try:
-        with redirect_stderr(cli.SafeStream(sys.stderr)), ranks.join() as here:
+        with ranks.join() as here:
             stopped = _run(a, here)
     except UserError as error:  # the ranks have not found each other
         print(f"tinyspeed: {error}", file=sys.stderr)
         return ranks.MISTAKE
     if stopped is not None and here.is_main:
         print("saved; the same command goes on", file=sys.stderr)
-    return 143 if stopped == signal.SIGTERM else 0
+    return stopping.exit_code(stopped)
 
 
 def _run(a: argparse.Namespace, here) -> int | None:
@@ -59,7 +59,7 @@ def _run(a: argparse.Namespace, here) -> int | None:
             rows.append([f["stage"], f["mode"], f"{f['samples']:,}", f"{f['rows']:,}", size, seconds])
         if here.is_main:
             print(table(["stage", "mode", "samples", "tokens", f"GiB, of rank 0 of {here.size}", "seconds"], rows))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         where = f"{here.name}: " if here.size > 1 else ""
         here.abort(ranks.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")
     except Exception as error:
@@ -70,10 +70,10 @@ def _run(a: argparse.Namespace, here) -> int | None:
         os._exit(130)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(cli.Parser):
     """A parser that complains on rank 0 only, since every rank reads the same arguments."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: object) -> None:
         if os.environ.get("RANK", "0") == "0":
             super().error(message)
         self.exit(2)

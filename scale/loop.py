@@ -100,14 +100,16 @@ class ShardedStage(StageRun):
         coming = ShardedModel(memory.Shape(self.model.config), settings).coming(self._shards.size())
         return memory.rows_that_fit(self.model, settings, coming)
 
-    def _stops(self, stop: list[int]) -> bool:
-        """Whether any rank is asked to stop; then all stop. Also finishes a checkpoint that all ranks have written."""
-        number, writing = self.ranks.max(stop[0] if stop else 0, bool(self.writing) and not self.writing[0].done())
+    def _stops(self, stop: list[int], late: bool = False) -> tuple[bool, bool]:
+        """Whether any rank is asked to stop; then all stop. Also finishes a checkpoint that all ranks have written.
+        While one is being written, it is too early for the next."""
+        writing = bool(self.writing) and not self.writing[0].done()
+        number, late, writing = self.ranks.max(stop[0] if stop else 0, late, writing)
         if number and not stop:
             stop.append(number)
         if not writing:
             self.settle()
-        return number > 0
+        return number > 0, bool(late and not writing)
 
     def _together(self, done: dict) -> dict:
         if self.ranks.size == 1:

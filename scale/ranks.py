@@ -9,6 +9,7 @@ that is gone cannot do so. It also leaves a sign there that it is alive, for whi
 without power or network closes no connection, and who waits for it, in a collective or for the store, waits forever.
 """
 
+import gc
 import hashlib
 import math
 import os
@@ -83,7 +84,7 @@ class Ranks:
         def check() -> None:
             while not self.done.wait(CHECK_EVERY):
                 try:
-                    asking.submit(self._check, store).result(self.timeout + 10 * CHECK_EVERY)
+                    asking.submit(self._check, store).result(self.timeout + 20 * CHECK_EVERY)
                 except (RuntimeError, TimeoutError):
                     if not self.done.is_set():
                         self._leave(f"no answer from {os.environ.get('MASTER_ADDR')}, where rank 0 should be")
@@ -98,7 +99,7 @@ class Ranks:
                 return
             if code == LOST:
                 print(f"tinyspeed: and {self.name} was {self.where}", file=sys.stderr, flush=True)
-            time.sleep(2 * CHECK_EVERY * self.is_main)  # the store may end with rank 0, and others must see it
+            time.sleep(6 * CHECK_EVERY * self.is_main)  # the store may end with rank 0, and others must see it
             os._exit(code)  # the main thread may be inside a collective
         self._sign(store)
         before, self.heard = self.heard, read(store, f"alive/{(self.rank + 1) % self.size}")
@@ -112,7 +113,7 @@ class Ranks:
     def _leave(self, problem: str) -> NoReturn:
         said = f"tinyspeed: {problem}; {self.name} was {self.where}"
         print("\n" * self.is_main + said, file=sys.stderr, flush=True)  # below the progress bar
-        time.sleep(2 * CHECK_EVERY)  # so that the others can say where they were
+        time.sleep(6 * CHECK_EVERY)  # so that the others can say where they were
         os._exit(LOST)
 
     def _sign(self, store: dist.Store) -> None:
@@ -214,4 +215,5 @@ def join() -> Iterator[Ranks]:
     ranks.done.set()
     ranks.watcher.join()  # if it read the store while Python shuts down, it would abort a run that is done
     time.sleep(2 * CHECK_EVERY * (ranks.is_main and size > 1))  # others may be reading a store that ends with rank 0
+    gc.collect()  # sharded models hold the group, in circles, and a group that outlives Python can abort the process
     dist.destroy_process_group()  # not after an error, since it would wait for the others

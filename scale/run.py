@@ -11,6 +11,7 @@ import gc
 import io
 import sys
 from contextlib import ExitStack, nullcontext, redirect_stderr
+from functools import partial
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,7 +25,7 @@ from tinyspeed.recipe import Recipe
 from tinyspeed.training import answer_gate, build, checkpoint, report, run_folder, stopping, trained_model
 from tinyspeed.training import train as core
 from tinyspeed.training.loop import Totals
-from tinyspeed.util import counted
+from tinyspeed.util import counted, provenance
 
 from .loop import ShardedStage
 from .ranks import Ranks
@@ -94,25 +95,36 @@ def require_same_recipe(recipe: Recipe, ranks: Ranks) -> None:
             raise UserError(f"{name} was started with another recipe than rank 0: {', '.join(differ)}")
 
 
+def require_same_files(ranks: Ranks, mine: dict) -> None:
+    """Refuses ranks whose own files differ, wherever each of them has its copy."""
+    (_, first), *others = ranks.gather([(ranks.name, mine)])
+    for rank, other in others:
+        if differ := sorted(name for name in {**first, **other} if first.get(name) != other.get(name)):
+            what = f"{rank} and rank 0 do not have the same {', '.join(differ)}"
+            raise UserError(f"{what}: the same data, base model and program must be on all machines")
+
+
 def read_source(recipe: Recipe, ranks: Ranks) -> Source:
     """The training examples. Each rank checks its share of the records, and all learn what the others found."""
     ranks.progress("looking for model and data", patient=True)
     if ranks.is_main:
         run_folder.require_sources(recipe)
         build.base_model(recipe, ranks.device)  # makes it, if it has to be made and is not there yet
+        build.base_files(recipe)  # ranks with the same `run.cache` then find the hashes of large files
     ranks.barrier()
     base = build.base_model(recipe, ranks.device)
+    require_same_files(ranks, provenance.program() | build.base_files(recipe))
     if recipe.data.kind == "digits":
         source = digits.from_recipe(recipe)
         digits_model.require_fitting(loading.load_config(base), base, source.canvas)
     else:
         ranks.progress("checking the records", patient=True)
         how = {"bar": ranks.is_main, "mine": slice(ranks.rank, None, ranks.size), "gather": ranks.gather}
+        how["agree"] = partial(require_same_files, ranks)
         with nullcontext() if ranks.is_main else redirect_stderr(io.StringIO()):  # one rank's notices are enough
             source = conversations.from_recipe(recipe, base, **how)
         if ranks.is_main:
             build.list_skipped(recipe, source)
-        ranks.require_same("the data", source.fingerprint)
     answer_gate.require_some_skipping(recipe, len(source))
     if recipe.regate.reference:
         ranks.progress("computing the reference's losses", patient=True)
@@ -134,7 +146,7 @@ def _stages(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh, source: Source, stop
         if state:
             print(f"going on after step {state['step']} of {folder}", file=sys.stderr)
     torch.manual_seed(recipe.run.seed + ranks.rank)  # for dropout, which must differ between ranks
-    totals = Totals(**state["totals"]) if state else Totals()
+    totals = Totals(**state["totals"]) if state else Totals(base=build.base_files(recipe))
     for number in range(state["stage"] if state else 0, len(recipe.stages())):
         (name, stage), checkpoints = recipe.stages()[number], folder / "checkpoints"
         # By its name: another node may not see yet which checkpoint is the newest.
@@ -156,7 +168,7 @@ def _stages(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh, source: Source, stop
         core.finish(recipe)
         print(f"{counted(totals.steps, 'step')}, {totals.seconds:.0f} s; model in {folder / 'model'}")
     ranks.barrier()
-    return totals, None
+    return totals, stop[0] if stop else None
 
 
 def sharded_model(

@@ -9,7 +9,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from support.runs import fails
 
 from tinyspeed import cli, recipe
@@ -74,7 +77,7 @@ def test_a_model_with_broken_weights(capsys, tmp_path, small, base):
 def test_train_eval_export_and_resume(capsys, tmp_path, small):
     assert cli.main(["train", *small]) == 0
     run = tmp_path / "demo"
-    assert re.search(r"3 steps, .*x full; model in", capsys.readouterr().out)
+    assert re.search(r"3 steps, \d+ s; model in", capsys.readouterr().out), "too few to tell a speed-up"
     assert (run / "report.png").stat().st_size > 10_000
     assert cli.main(["eval", str(run)]) == 0
     assert re.search(r"full .*\d", capsys.readouterr().out)
@@ -89,11 +92,19 @@ def test_train_eval_export_and_resume(capsys, tmp_path, small):
     assert "is not a run" in fails(capsys, "eval", tmp_path / "out")
 
 
-def test_exit_codes_of_signals(capsys, monkeypatch, small):
+@pytest.fixture
+def terminal():
+    """Closing it ends a process, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_exit_codes_of_signals(capsys, monkeypatch, small, terminal):
     from tinyspeed.training.loop import StageRun
 
     original = StageRun._step
-    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
+    for number, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
 
         def signalled(self, *arguments, number=number):
             os.kill(os.getpid(), number)
@@ -105,6 +116,32 @@ def test_exit_codes_of_signals(capsys, monkeypatch, small):
             assert "continue with --resume" in capsys.readouterr().err
             assert cli.main(["compare", *small, "--set", f"run.name=by-{number}", "--only", "full"]) == code
         assert cli.main(["train", *small, "--set", f"run.name=by-{number}", "--resume"]) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_a_model_is_exported_leaves_nothing_half_written(
+    capsys, monkeypatch, tmp_path, small, terminal, number, code
+):
+    from tinyspeed.training import trained_model
+
+    assert cli.main(["train", *small]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(trained_model, "_make_readable", lambda folder: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["export", str(tmp_path / "demo"), str(tmp_path / "out")])
+    assert ended.value.code == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert cli.main(["export", str(tmp_path / "demo"), str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(1 << 58), lambda: np.empty(1 << 58), lambda: b"a" * (1 << 60)]
+)
+def test_running_out_of_memory_is_one_line(capsys, monkeypatch, small, allocate):
+    monkeypatch.setattr("tinyspeed.training.train.finish", lambda recipe: allocate())
+    said = fails(capsys, "train", *small)
+    assert re.search(r"memory ran out during `tinyspeed train` \(.+\); `tinyspeed estimate` says", said)
 
 
 def test_a_question_may_be_longer_than_a_file_name(capsys, tmp_path):
@@ -177,6 +214,71 @@ def test_look_and_its_mistakes(capsys, tmp_path, base):
     before = picture.read_bytes()
     assert "is the picture itself" in fails(capsys, "look", picture, "--out", picture)
     assert picture.read_bytes() == before
+
+
+def test_look_names_its_drawing_after_the_picture_and_draws_over_no_other_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("cat.jpg")
+    drawing, words = tmp_path / "cat-kept.png", ("look", "cat.jpg", "--plugin")
+    drawing.write_bytes(mine := Path("cat.jpg").read_bytes())
+    assert "cat-kept.png exists already" in fails(capsys, *words, "grid")
+    assert drawing.read_bytes() == mine
+    drawing.unlink()
+    assert cli.main([*words, "grid"]) == 0
+    assert "cat-kept.png: grid keeps" in capsys.readouterr().out
+    first = drawing.read_bytes()
+    assert cli.main([*words, "random"]) == 0
+    assert drawing.read_bytes() != first, "an older drawing makes room for the next"
+    (tmp_path / "other.png").write_bytes(mine)
+    assert cli.main([*words, "grid", "--out", "other.png"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"cat.jpg", "cat-kept.png", "other.png"}
+
+
+def test_a_gpu_is_as_large_as_its_box_says(capsys):
+    """12 GB on the box of a card are 12 GiB, as the drivers count."""
+    words, said = ("estimate", "llava-1.5-7b-qlora-12gb", "--gpu"), set()
+    for size in ("12", "12.0", "12GB", "12gb", "12 GB", "12GiB", "12 GiB", "12G"):
+        assert cli.main([*words, size]) == 0
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1
+    assert "Fits 12 GiB" in said.pop()
+    for size in ("twelve", "12MB", "", "GB"):
+        assert "--gpu" in fails(capsys, *words, size)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("", "COMMAND"),
+        ("trian digits", "'trian' .choose from .*train"),
+        ("bench stpe", "'stpe' .choose from .*step"),
+        ("train", "RECIPE"),
+        ("train digits --resme", "unknown flag '--resme'; did you mean '--resume'"),
+        ("train digits --skipbad", "did you mean '--skip-bad'"),
+        ("train --gpu=12 digits", "unknown flag '--gpu'; known: --dry-run"),
+        ("compare digits --seed 2", "unknown flag '--seed'; did you mean '--seeds'"),
+        ("bench step --gpu 12", "unknown flag '--gpu'; known: "),
+        ("train my recipe.toml", "'recipe.toml' is one argument too many"),
+        ("train digits train.lr=1e-4", "'train.lr=1e-4' is one argument too many: is a flag missing before it"),
+        ("train llava-1.5-7b-qlora-12g", "did you mean 'llava-1.5-7b-qlora-12gb'"),
+        ("train llava-1.5-7b-qlora-12gb", "no file train.json; give yours with --set data.file=FILE"),
+        ("estimate birds.json", "birds.json is not valid TOML, as a recipe file must be"),
+        ("ask some/model birds.json What is it?", 'ask IMAGE "QUESTION": .*birds.json is not a picture'),
+        ("ask some/model Which? birds.json", "birds.json is a file, but the last argument must be the question"),
+        ("eval some/model", "some/model is not a run on the digits: give --task"),
+        ("export new out", "new has no checkpoint yet: train it first"),
+        ("compare --arms papr", "there is no file of arms 'papr'; did you mean 'paper'"),
+        ("look .", "cannot read the picture .: Is a directory"),
+        ("look birds.json", "birds.json is not a picture"),
+    ],
+)
+def test_what_a_newcomer_may_type_is_answered_in_one_line(capsys, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "birds.json").write_text('[{"id": 1}]')
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "recipe.toml").write_text(recipe.read("digits").to_toml())
+    assert re.search(says, fails(capsys, *words.split()))
+    assert {path.name for path in tmp_path.iterdir()} == {"birds.json", "new"}
 
 
 def test_compare_makes_its_table_and_goes_on_where_it_was(capsys, tmp_path, small):
@@ -252,10 +354,12 @@ def test_mistakes_in_a_file_of_arms_are_named_before_anything_runs(capsys, tmp_p
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--arms", "papre"], "built in: compositions, "),
+        (["--arms", "papre"], "did you mean 'paper'"),
+        (["--arms", "mine.toml"], "known: compositions, "),
         (["--only", "full,dualspeedd"], "did you mean 'dualspeed'"),
         (["--seeds", "0"], "at least one seed"),
-        (["--vary", "keep=0.1"], "for example dualspeed.keep=0.1,0.25"),
+        (["--vary", "keep=0.1"], "did you mean 'dualspeed.keep'"),
+        (["--vary", "dualspeed.keep"], "for example dualspeed.keep=0.1,0.25"),
         (["--vary", "dualspeed.kep=0.1,0.2"], "did you mean 'dualspeed.keep'"),
         (["--vary", "dualspeed.keep=0.1,3"], "arm 'keep=3'"),
         (["--vary", "dualspeed.keep=0.1", "--vary", "dualspeed.keep=0.2"], "given twice"),

@@ -66,6 +66,20 @@ def test_what_is_installed_is_all_of_it():
     assert sorted(said) == sorted({".".join(file.parts[:-1]) for file in files("tinyspeed", "scale")})
 
 
+def test_no_file_is_read_that_may_be_a_pipe():
+    """Opening a pipe waits for ever, so what reads says how files are opened, or has asked `is_file` before."""
+    for file, tree in files("tinyspeed", "scale").items():
+        text = (ROOT / file).read_text(encoding="utf-8")
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name, given = ast.unparse(call.func), ast.unparse(call)
+            if name == "open":
+                assert "opener=" in given or "'w'" in given or name == "Image.open", f"{file}: {given}"
+            assert not name.endswith(".read_bytes"), f"{file}: {given}: files.read refuses pipes"
+            if name.endswith(".read_text") and "is_file()" not in text:
+                known = {"compare.md", "config.json", "/proc/"}  # of the same process, looked at before, the system
+                assert any(word in given for word in known), f"{file}: {given}"
+
+
 def test_no_test_imports_another_test():
     for file, tree in files("tests").items():
         names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

@@ -5,35 +5,48 @@ arguments have been checked, and a typing mistake is reported at once.
 """
 
 import argparse
+import errno
+import io
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from . import __version__
 from .bench import commands as bench_commands
-from .util import UserError, counted, files, paths, require, require_known, tables
+from .training import stopping
+from .util import UserError, counted, errors, files, located, paths, require, require_known, tables, unknown
 
 
 def main(argv: list[str] | None = None) -> int:
-    with redirect_stderr(SafeStream(sys.stderr)):
+    # As an exception a signal lets whoever is writing a file delete what there is of it.
+    ended = stopping.handled(stopping.ENDING, lambda number, frame: sys.exit(stopping.exit_code(number)))
+    with safe_streams(), ended:
         silence_libraries()
         block_hub_kernels()
         arguments = _parser().parse_args(argv)
         try:
+            os.getcwd()  # fails if it has been deleted
             code = arguments.command(arguments)
             sys.stdout.flush()  # at exit nobody would report that this fails
             return code
-        except (UserError, OSError) as error:
+        except (UserError, OSError, UnicodeEncodeError) as error:
             print(f"tinyspeed: {message_of(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:  # while no step runs; a step saves first
             print("tinyspeed: interrupted", file=sys.stderr)
             return 130
+        except Exception as error:
+            if not errors.no_memory(error):
+                raise
+            said = next(iter(str(error).splitlines()), "")
+            what = f"memory ran out during `tinyspeed {(argv or sys.argv[1:])[0]}` ({said or 'of this machine'})"
+            print(f"tinyspeed: {what}; `tinyspeed estimate` says what a recipe needs", file=sys.stderr)
+            return 2
 
 
 def silence_libraries() -> None:
@@ -45,20 +58,42 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of packages about each other
 
 
-class SafeStream:
-    """Standard error that never raises: no run should end because its log is on a full disk."""
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """Standard streams that end no run, even if they are closed, not read (as behind `| head`) or lack characters."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) < 3:  # or one of our files would become, say, standard error
+        pass
+    os.close(handle)
+    out, err = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(errors="backslashreplace")
+    with redirect_stdout(SafeStream(out, needed=True)), redirect_stderr(SafeStream(err)):
+        yield
+        with suppress(OSError):
+            sys.stdout.flush()
 
-    def __init__(self, stream):
-        self._stream = stream
+
+class SafeStream:
+    """A standard stream that need not be read. If it is not `needed`, not even a full disk makes it end a run."""
+
+    def __init__(self, stream, needed: bool = False):
+        self._stream, self._needed = stream, needed
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
+        self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable, *given: str) -> None:
+        try:
+            act(*given)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EBADF):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # Python tries again at exit
+            elif self._needed:
+                raise
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -69,23 +104,43 @@ def block_hub_kernels() -> None:
     sys.modules.setdefault("kernels", None)
 
 
-def message_of(error: UserError | OSError) -> str:
+def message_of(error: UserError | OSError | UnicodeEncodeError) -> str:
     """The line that reports an error. An OSError is a full disk, or a path that is not what it should be."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return f"cannot write {error.object[max(0, error.start - 40) :][:80]!r}: rename it, or set LC_ALL=C.UTF-8"
+    if (error.errno, error.filename) == (errno.ENOENT, None):  # os.getcwd() alone raises this
+        return "the working directory has been deleted: change to one that exists"
     if number := files.errno_of(error):
         return str(files.DiskError(error.filename or "standard output", number))
-    return ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+    return str(UserError(": ".join(str(part) for part in (error.strerror or error, error.filename) if part)))
 
 
-def _parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, and names the flag that was meant."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            many = f"{left[0]!r} is one argument too many: is a flag missing before it, or quotes around some words?"
+            flags = [flag.strip("-") for flag in self._option_string_actions]
+            unread = unknown("flag", left[0].partition("=")[0].strip("-"), flags, "--")
+            self.error(unread if left[0].startswith("-") else many)
+        return found, left
+
+    def error(self, message: object) -> None:
+        self.exit(2, f"tinyspeed: {UserError(message)} (`{self.prog} --help` says more)\n")
+
+
+def _parser() -> Parser:
     says = "Train vision-language models faster by pruning image tokens in training."
-    parser = argparse.ArgumentParser(prog="tinyspeed", description=says)
+    parser = Parser(prog="tinyspeed", description=says)
     parser.add_argument("--version", action="version", version=f"tinyspeed {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function, help: str, takes: str = "") -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help)
+        made = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         made.set_defaults(command=function)
         if takes == "recipe":
             made.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a built-in one")
@@ -106,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="take one step of each mode on the longest record only")
 
     made = command("estimate", _estimate, "memory and time of a recipe, before anything is loaded", "recipe")
-    made.add_argument("--gpu", type=float, metavar="GIB", help="memory of a GPU: does it fit, and with what changes?")
+    made.add_argument("--gpu", type=bench_commands.gib, metavar="GB", help=f"does it fit {bench_commands.GPU}?")
     made.add_argument("--tflops", type=float, help="speed that your GPU sustains, for the times (default: 20)")
 
     made = command("ask", _ask, "ask a run's model, or any LLaVA, about a picture", "model")
@@ -135,12 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--adapter", action="store_true", help="only the LoRA adapter and the projector, for peft")
 
     made = command("look", _look, "draw which tokens every plugin keeps of a picture")
-    made.add_argument("image")
+    made.add_argument("image", metavar="IMAGE")
     made.add_argument("--plugin", action="append", metavar="NAME", help="may be repeated (default: all untrained ones)")
     made.add_argument("--keep", type=float, default=0.1, help="share of the tokens to keep (default: 0.1)")
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
     made.add_argument("--seed", type=int, default=0, help="seed of the plugins that choose at random")
-    made.add_argument("--out", default="look.png", help="file of the drawing (default: look.png)")
+    made.add_argument("--out", help="file of the drawing, overwritten (default: IMAGE-kept.png, over drawings only)")
 
     says = "measure speed and memory on this machine"
     bench = commands.add_parser("bench", help=says, description=says)
@@ -149,10 +204,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _stopped(number: int | None, go_on: str = "saved; continue with --resume") -> int:
-    """The exit code of a run: 143 after SIGTERM, as job schedulers expect, otherwise 0, also after Ctrl-C."""
+    """The exit code of a run, after a word about how to go on if a signal has stopped it."""
     if number is not None:
         print(go_on, file=sys.stderr)
-    return 143 if number == signal.SIGTERM else 0
+    return stopping.exit_code(number)
 
 
 def _recipe(a, *more: str):
@@ -215,7 +270,7 @@ def _ask(a) -> int:
     *pictures, question = a.words
     require(not os.path.isfile(question), f"{question} is a file, but the last argument must be the question")
     _check_model(a.model)
-    pictures = [images.decode(Path(picture), "ask") for picture in pictures]
+    pictures = [images.decode(Path(picture), 'ask IMAGE "QUESTION"') for picture in pictures]
     from .evaluation import ask
     from .training.trained_model import open_model
 
@@ -245,9 +300,9 @@ def _eval(a) -> int:
 
     if a.task:
         return _benchmark(a)
-    chosen = of_run(a.model)
-    if chosen.data.kind != "digits":
-        raise UserError(f"{a.model} was not trained on the digits: give --task, --questions and --images")
+    chosen = of_run(a.model) if paths.is_run(a.model) else None
+    if chosen is None or chosen.data.kind != "digits":
+        raise UserError(f"{a.model} is not a run on the digits: give --task, --questions and --images")
     from .evaluation import accuracy
     from .training.trained_model import load_trained
 
@@ -267,10 +322,15 @@ def _benchmark(a) -> int:
     out = Path(a.out) if a.out else _predictions(a.model, a.task)
     require(out.suffix != ".json", f"--out {out}: scores go to the file of that name; call this one {out.stem}.jsonl")
     print(f"predictions go to {out}", file=sys.stderr)
+    from .data.chat import Chat
     from .evaluation import ask, benchmarks
     from .training.trained_model import open_model
 
     with open_model(a.model) as (model, processor, name):
+        chat = Chat(processor)
+        for question in questions:  # all of them before the first is asked, so that none is refused after hours
+            with located(f"{a.task} question {question.id}"):
+                chat.prompt(question.text, bool(question.image))
         asked = lambda pictures, text: ask.answer(model, processor, pictures, text)
         predictions = benchmarks.run(a.task, questions, Path(a.images), asked, out, model=name)
     if any(question.truth is None for question in questions):
@@ -312,9 +372,12 @@ def _export(a) -> int:
 
 
 def _look(a) -> int:
+    out = Path(a.out or f"{Path(a.image).stem}-kept.png")
+    free = a.out or not out.exists() or b"Matplotlib" in out.read_bytes()  # which all our drawings name
+    require(bool(free), f"{out} exists already, and is not one of our drawings: choose another file with --out")
     from .evaluation.look import look
 
-    kept = look(a.image, a.out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
+    kept = look(a.image, out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
     shown = ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items())
-    print(f"{a.out if Path(a.out).suffix else a.out + '.png'}: {shown}")
+    print(f"{out if out.suffix else f'{out}.png'}: {shown}")
     return 0

@@ -19,6 +19,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -51,10 +52,15 @@ def execute(file: Path, short: bool = False) -> nbformat.NotebookNode:
     environment = {name: value for name, value in os.environ.items() if name != "SHORT"}
     if short:
         environment["SHORT"] = "1"
-    with tempfile.TemporaryDirectory() as sockets:  # files, not ports, which other users of the machine could reach
+    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+    with (
+        tempfile.TemporaryDirectory() as sockets,  # files, not ports, which other users of the machine could reach
+        tqdm(desc=file.name, total=cells, unit="cell", mininterval=0, leave=False) as bar,
+    ):
         client = NotebookClient(
             notebook, kernel_name="python3", timeout=1800, startup_timeout=600, iopub_timeout=600, record_timing=False
         )
+        client.on_cell_executed = lambda **_: bar.update()
         kernel = client.create_kernel_manager()
         kernel.transport, kernel.ip = "ipc", f"{sockets}/kernel"
         client.execute(cwd=str(file.parent), env=environment)

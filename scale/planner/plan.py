@@ -17,7 +17,6 @@ A GPU holds its share of weights, gradients and moments; the whole frozen tower;
 gradients on their way; and the largest micro-batch. scale/README.md says what this arithmetic was checked against.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
@@ -294,7 +293,7 @@ def as_json(found: list[Cost]) -> list[dict]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m scale plan", description="What a recipe costs on many GPUs.")
+    parser = cli.Parser(prog="python -m scale plan", description="What a recipe costs on many GPUs.")
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a built-in one")
     parser.add_argument("--gpus", default="8,64,512", metavar="N,N,...", help="numbers of GPUs (default: 8,64,512)")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(hardware.GPUS)} (default: h100)")
@@ -313,7 +312,7 @@ def main(argv: list[str]) -> int:
         if a.json:
             write_atomically(Path(a.json), json.dumps(as_json(found), indent=1))
             print(a.json)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         print(f"scale plan: {cli.message_of(error)}", file=sys.stderr)
         return 2
     return 0

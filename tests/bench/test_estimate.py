@@ -253,7 +253,12 @@ def test_measured_beside_estimated(recipe):
     text = compare_measured(found, [measured, {**measured, "mode": "fast", "memory_mib": None}])
     assert re.search(r"\| train \| slow \| +676 \| .* \| +\+10 \|", text)
     assert "whole process" not in text
-    assert "whole process" in compare_measured(estimate(recipe()), [measured])
+
+
+def test_a_whole_process_on_a_cpu_is_not_compared_with_the_estimate_for_a_gpu(recipe):
+    text = compare_measured(estimate(recipe()), [{"stage": "train", "mode": "slow", "samples": 1, "memory_mib": 870.0}])
+    assert "whole process" in text
+    assert re.search(r"\| train \| slow \| +676 \| +0\.85 \| +\d+\.\d\d \| +\|", text)
 
 
 @pytest.mark.parametrize(("gpu", "tflops"), [(0, None), (-3, None), (float("inf"), None), (12, 0)])

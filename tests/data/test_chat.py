@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from tinyspeed import UserError
-from tinyspeed.data.chat import Chat
+from tinyspeed.data.chat import Chat, with_system
 from tinyspeed.data.record_formats import IMAGE, Turn
 from tinyspeed.models import assembling
+from tinyspeed.recipe import DataSection
 from tinyspeed.rows import IGNORE
 
 # What the templates of the hub write, in fewer words. `BOS` begins with the first token, as Mistral's own has it.
@@ -50,12 +51,12 @@ TEMPLATES = {
 IM = ("chatml", "onevision")  # those with <|im_end|>
 
 
-def chat(template: str = "hub", **how) -> Chat:
+def chat(template: str = "hub") -> Chat:
     processor = tiny.processor("llava")
     processor.chat_template = TEMPLATES.get(template, template)
     if template in IM:
         processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    return Chat(processor, **how)
+    return Chat(processor)
 
 
 CHATS = {name: chat(name) for name in TEMPLATES}
@@ -262,8 +263,120 @@ def test_plain_is_picture_and_caption():
             talk.encode(bad, [4] * 2)
 
 
+def test_labels_are_those_that_a_loop_over_answers_gives():
+    talk, turns = CHATS["hub"], []
+    for number in range(300):
+        turns += [Turn("user", (f"Question {number}?",)), Turn("assistant", (f"{number}" * (1 + number % 3),))]
+    ids, labels = talk.encode(turns, [])
+    text, spans = talk.render(turns)
+    first, last = np.array(talk.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]).T
+    wanted = np.full_like(ids, IGNORE)
+    for begin, end in spans:
+        touched = (last > begin) & (first < end) & (last > first)
+        wanted[touched] = ids[touched]
+    assert text.count("</s>") == len(spans) == 300
+    assert (labels == wanted).all()
+
+
+def test_a_text_of_marks_only_is_a_text():
+    """What stands for an answer while a template is rendered is in no text, however it was made."""
+    turns = [Turn("user", ("\ue000" * 9 + "0\ue001",)), Turn("assistant", ("\ue0000\ue001\ue000" * 3,))]
+    ids, labels = CHATS["hub"].encode(turns, [])
+    assert learned(CHATS["hub"], ids, labels) == [" " + turns[1].parts[0] + "</s>"]
+
+
+def test_a_special_token_that_is_empty_ends_no_turn():
+    processor = tiny.processor("llava")
+    processor.tokenizer.pad_token = ""
+    turns = [Turn("user", ("Hi",)), Turn("assistant", ("Ho",))]
+    for got, wanted in zip(Chat(processor).encode(turns, []), CHATS["hub"].encode(turns, []), strict=True):
+        assert np.array_equal(got, wanted)
+
+
+def system(text: str, template: str = "chat") -> DataSection:
+    return DataSection(kind="chat", file="train.json", template=template, system=text)
+
+
+@pytest.mark.parametrize("code", ["{{ 1 }}", "\n\n{{ 1 }}\n\n", "  {% if 1 %}\n a{% endif %}"])
+def test_a_template_without_its_system_message_writes_what_it_wrote(code):
+    talk = chat(code + TEMPLATES["hub"])
+    user, own = Turn("user", ("Hi",)), Turn("system", ("Sing.",))
+    before = talk.render([own, user, Turn("assistant", ("Ho",))])
+    talk = Chat(with_system(talk.processor, system("Be brief.")))
+    assert talk.render([own, user, Turn("assistant", ("Ho",))]) == before
+
+
+pieces = st.sampled_from(
+    ["'", '"', "{{", "}}", "{%", "%}", "{#", "#}", "\\", "\\n", "\n", "\r", "\r\n", "\t", "é", "猫", "😀", "\u2028",
+     "<", "a", " ", "{% raw %}", "{% generation %}", "{{ messages }}", "\x7f", "\x01"]
+)  # fmt: skip
+odd = st.lists(pieces | said, min_size=1, max_size=8).map("".join).filter(lambda text: text.strip())
+NASTY = 'It\'s "{{ bos_token }}" {% if x %}\\n\\\n{# 猫 #}😀\r\n'
+
+
+def with_examples(test):
+    for template in TEMPLATES:
+        test = example(template=template, text=NASTY, question="What's {{ this }}?\n\\", pictures=1)(test)
+    return test
+
+
+@with_examples
+@given(template=st.sampled_from(sorted(TEMPLATES)), text=odd, question=odd, pictures=st.integers(0, 2))
+def test_asking_is_what_training_was(template, text, question, pictures):
+    """With a system message: training's ids up to the answer, those that `ask` makes, and transformers' own ones."""
+    before = CHATS[template]
+    processor = with_system(before.processor, system(text))
+    talk = Chat(processor)
+    turns = [Turn("user", (*[IMAGE] * pictures, question)), Turn("assistant", ("A cat.",))]
+    ids, labels = talk.encode(turns, [3] * pictures)
+    wanted = before.encode([Turn("system", (text,)), *turns], [3] * pictures)
+    assert np.array_equal(ids, wanted[0])
+    assert np.array_equal(labels, wanted[1])
+
+    message = {"role": "user", "content": [{"type": "image"}] * pictures + [{"type": "text", "text": question}]}
+    for prompt in (
+        talk.prompt(question, pictures),
+        processor.apply_chat_template([message], add_generation_prompt=True),
+    ):
+        prompt = prompt.replace("<image>", "<image>" * 3)
+        asked = talk.tokenizer(prompt, add_special_tokens=not talk.begun(prompt))["input_ids"]
+        assert ids[: len(asked)].tolist() == asked
+        assert (labels != IGNORE).argmax() == len(asked), "the answer begins there"
+
+
+def test_a_system_message_is_written_with_its_template(tmp_path):
+    processor = with_system(tiny.processor("llava"), system(NASTY))
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    message = {"role": "user", "content": [{"type": "text", "text": "Who?"}]}
+    text = again.apply_chat_template([message], add_generation_prompt=True)
+    assert text == NASTY + " USER: Who? ASSISTANT:" == Chat(processor).prompt("Who?", 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "says"),
+    [
+        (TEMPLATES["hub"], "Never write </s>.", "'</s>' is a control token"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content[0].text }}{% endfor %}",
+            "Be brief.",
+            "loses the sys",
+        ),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no thanks') }}{% endif %}", "Sing.", "no thanks"),
+    ],
+)
+def test_a_system_message_that_cannot_be_written_is_refused(template, text, says):
+    processor = tiny.processor("llava")
+    processor.chat_template = template
+    with pytest.raises(UserError, match=says):
+        with_system(processor, system(text))
+
+
 def test_a_system_message_is_added_where_there_is_none():
-    talk = chat("hub", system="Be brief.")
+    processor = tiny.processor("llava")
+    talk = Chat(with_system(processor, system("Be brief.")))
+    assert processor.chat_template == TEMPLATES["hub"]
+    assert with_system(processor, system("Be brief.", "plain")) is processor, "captions have no system message"
     user, assistant = Turn("user", ("Hi",)), Turn("assistant", ("Ho",))
     assert talk.render([user, assistant])[0] == "Be brief. USER: Hi ASSISTANT: Ho</s>"
     assert talk.render([Turn("system", ("Sing.",)), user, assistant])[0].startswith("Sing. USER")

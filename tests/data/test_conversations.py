@@ -1,7 +1,9 @@
 """Own pictures, own JSON: every record is looked at before step 0, and what comes out is what the processor makes."""
 
+import errno
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -117,6 +119,7 @@ def test_a_picture_damaged_in_the_middle_is_named_when_it_is_decoded(folder, tmp
         with pytest.raises(UserError, match=r"record 2 \(id r1\).*p1-0\.png") as caught:
             list(loader.batches(made, [[0], [1]], 2, workers=workers))
         assert "Traceback" not in str(caught.value)
+        assert not multiprocessing.active_children(), "nobody waits for workers at exit, whoever keeps the error"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -142,9 +145,11 @@ def test_workers_leave_signals_to_the_main_process(monkeypatch):
         loader._begin(0)
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_a_worker_that_is_killed_is_an_error_with_advice():
@@ -153,6 +158,44 @@ def test_a_worker_that_is_killed_is_an_error_with_advice():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     with pytest.raises(RuntimeError, match="size of tensor"), loader.explaining_crashes():
         raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+
+def stands_still_at_2(part: int) -> int:
+    if part == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return part
+
+
+def test_a_worker_that_stands_still_is_named_and_waited_for(monkeypatch):
+    said = []
+
+    def wake(text: str, **_) -> None:
+        said.append(text)
+        for pid in re.findall(r"(\d+) is T \(stopped\)", text):
+            os.kill(int(pid), signal.SIGCONT)
+
+    monkeypatch.setattr(loader, "PATIENCE", 0.1)
+    monkeypatch.setattr(loader, "print", wake, raising=False)
+    assert list(loader.in_workers(stands_still_at_2, range(5), 1)) == [0, 1, 2, 3, 4]
+    assert re.match(r"no batch for 0 s, from the processes .*\d+ is T \(stopped\)", said[-1])
+
+
+def test_a_full_dev_shm_is_named_with_the_way_out(folder, monkeypatch):
+    """The semaphores of the workers' queues are files there."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(UserError, match=r"cannot write /dev/shm \(data\.workers = 0 does without it\): No space left"):
+        next(loader.batches(source(folder), [[0]], 0, workers=1))
+
+
+def test_a_picture_too_large_for_the_memory_is_named(folder, monkeypatch):
+    made = source(folder)
+    monkeypatch.setattr("tinyspeed.data.images.decode", lambda *_: np.empty(1 << 58))
+    with pytest.raises(UserError, match=r"^train\.json: record 2 \(id r1\): the memory of this machine is too small"):
+        made.example(1)
 
 
 def test_a_batch_that_a_worker_cannot_hand_over_ends_the_wait_for_it(folder, tmp_path, monkeypatch):
@@ -230,29 +273,43 @@ def test_a_bad_record_is_named_before_step_0_and_left_out_when_asked(folder, tmp
         assert torch.equal(made.example(i).input_ids, whole.example(j).input_ids)
 
 
-def test_bad_records_are_counted_and_all_are_listed_until_there_are_enough(folder, tmp_path):
+def test_bad_records_are_counted_and_each_kind_of_mistake_is_a_line(folder, tmp_path):
     def spoil(records):
         for record in records[:7]:
             record["conversations"][1]["value"] = ""
+        for record in records[8:10]:
+            record["image"] = f"gone-{record['id']}.jpg"
+        records[11]["conversations"].pop()
 
     copy = rewrite(folder, tmp_path, spoil)
-    with pytest.raises(UserError, match=r"^7 bad records in .*--skip-bad") as caught:
+    with pytest.raises(UserError, match=r"^10 bad records in .*--skip-bad") as caught:
         source(copy)
-    named = re.findall(r"\n  train\.json: record (\d+) ", str(caught.value))
-    assert named == [str(n) for n in range(1, 8)]
+    _, *lines = str(caught.value).split("\n  ")
+    assert [re.match(r"train\.json: record (\d+) ", line)[1] for line in lines] == ["1", "9", "12"]
+    assert lines[0].endswith("is empty; write its text, or delete the record (and 6 more like it: 2, 3, 4, 5, 6, 7)")
+    assert "'gone-r8.jpg'" in lines[1]
+    assert lines[1].endswith("(and 1 more like it: 10)")
+    assert lines[2].endswith("must end with an answer")
+    assert len(source(copy, skip_bad=True).bad) == 10, "each is named in skipped.txt"
     many = rewrite(copy, tmp_path / "many", lambda records: records.extend(records[:1] * 300))
     with pytest.raises(UserError, match=r"^the first 100 bad records in .*--skip-bad") as caught:
         source(many)
-    assert str(caught.value).count("\n") == 100
+    assert str(caught.value).count("\n") == 3
+    assert "(and 96 more like it: 2, 3, 4, 5, 6, 7, ...)" in str(caught.value)
     copy = rewrite(copy, tmp_path / "all", lambda records: [r["conversations"].clear() for r in records])
     with pytest.raises(UserError, match=r"no record of .* can be used"):
         source(copy, skip_bad=True)
 
 
-def test_a_record_too_long_is_an_error_or_cut_but_never_through_a_picture(folder):
+def test_a_record_too_long_is_an_error_or_cut_but_never_through_a_picture(folder, capsys):
     with pytest.raises(UserError, match=r"pictures included, and data\.max_rows is 60"):
         source(folder, max_rows=60)
-    whole, cut = source(folder), source(folder, max_rows=60, too_long="cut", skip_bad=True)
+    whole = source(folder, too_long="cut")
+    assert not capsys.readouterr().err
+    cut = source(folder, max_rows=60, too_long="cut", skip_bad=True)
+    longer = sum(len(whole.example(int(record)).input_ids) > 60 for record in cut.good)
+    assert 1 < longer < len(cut)
+    assert capsys.readouterr().err == f"cut to data.max_rows = 60: {longer} of {len(cut)} records\n"
     assert len(cut.good)
     for i, record in enumerate(cut.good):
         example, full = cut.example(i), whole.example(int(record))
@@ -297,7 +354,7 @@ def test_memory_is_bounded_and_a_bar_tells_how_far_it_is(tmp_path, monkeypatch, 
     record = {"conversations": [{"from": "human", "value": "x" * 3000}, {"from": "gpt", "value": "Yes."}]}
     (tmp_path / "train.json").write_text("\n".join([json.dumps(record)] * 10_000))
     monkeypatch.setattr(record_files, "LARGEST", 1 << 16)  # of one record; so much is read at once
-    monkeypatch.setattr(Conversations, "measure", lambda self, i: (500 + i, [576, 2880 + i], 300 + i, 2**31 + i))
+    monkeypatch.setattr(Conversations, "measure", lambda self, i: (500 + i, [576, 2880 + i], 300 + i, 2**31 + i, False))
     tracemalloc.start()
     made = source(tmp_path, images=str(tmp_path), bar=True)
     _, peak = tracemalloc.get_traced_memory()
@@ -356,3 +413,111 @@ def test_several_processes_share_the_checking(folder, monkeypatch, ranks):
 
 def _stop():
     raise LookupError("mine is all that is wanted")
+
+
+# What processes that train together must agree about
+
+
+def agreed(folder, family="llava", **how) -> dict:
+    """What a process with these files says of them."""
+    said = {}
+    source(folder, family, shared={"agree": said.update}, **how)
+    return said
+
+
+def a_letter(records, file):
+    records[3]["conversations"][0]["value"] = records[3]["conversations"][0]["value"].replace("What", "Whit")
+
+
+def another_order(records, file):
+    records.reverse()
+
+
+def two_records_swapped(records, file):
+    records[2], records[6] = records[6], records[2]
+
+
+def renamed(records, file):
+    file("p1-0.png").rename(file("new.png"))
+    records[1]["image"] = "new.png"
+
+
+def resized(records, file):
+    Image.open(file("p1-0.png")).resize((40, 40)).save(file("p1-0.png"))
+
+
+def longer(records, file):
+    file("p1-0.png").write_bytes(file("p1-0.png").read_bytes() + b"\0")
+
+
+def a_pixel(records, file):
+    content = bytearray(file("p9-0.png").read_bytes())
+    content[len(content) // 2] ^= 1
+    file("p9-0.png").write_bytes(content)
+
+
+def exchanged(records, file):
+    one, other = file("p0-0.jpg").read_bytes(), file("p4-0.jpg").read_bytes()
+    file("p0-0.jpg").write_bytes(other)
+    file("p4-0.jpg").write_bytes(one)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (a_letter, "data.file"), (another_order, "data.file"), (two_records_swapped, "data.file"),
+        (renamed, "data.file"), (resized, "pictures in data.images"), (longer, "pictures in data.images"),
+        (a_pixel, "pictures in data.images"), (exchanged, "pictures in data.images"),
+    ],
+)  # fmt: skip
+def test_processes_with_other_data_say_so(folder, tmp_path, change, what):
+    copy = rewrite(folder, tmp_path, lambda records: None)
+    before = agreed(copy)
+    assert agreed(rewrite(copy, tmp_path / "moved", lambda records: None)) == before, "another place is the same data"
+    records = json.loads((copy / "train.json").read_text())
+    change(records, lambda name: copy / "images" / name)
+    (copy / "train.json").write_text(json.dumps(records))
+    after = agreed(copy)
+    assert before.keys() == after.keys()
+    assert before[what] != after[what]
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_any_picture_of_another_size_is_noticed_and_few_are_opened(folder, data, tmp_path_factory):
+    """Of a large file that is: here every sixth record counts as one of the thousand."""
+    copy = rewrite(folder, tmp_path_factory.mktemp("album"), lambda records: None)
+    opened = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversations, "READ_WHOLE", 2)
+        patch.setattr(conversations, "CHECKED_AT_ONCE", data.draw(st.integers(1, 12)))
+        made = source(copy)
+        original = conversations.files.hashed
+        patch.setattr(conversations.files, "hashed", lambda path: opened.append(path.name) or original(path))
+        before = made.pictures_checksum()
+        assert 0 < len(opened) < 5
+        picture = data.draw(st.sampled_from(sorted((copy / "images").iterdir())))
+        picture.write_bytes(picture.read_bytes() + b"\0")
+        assert made.pictures_checksum() != before
+
+
+def test_workers_find_the_same_pictures(folder, monkeypatch):
+    alone = source(folder).pictures_checksum()
+    monkeypatch.setattr(conversations, "MANY", 1)
+    assert source(folder, workers=2).pictures_checksum() == alone
+
+
+def test_the_pictures_inside_parquet_are_compared_too(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def said(name: str, colour: str) -> dict:
+        folder = tmp_path / name
+        folder.mkdir()
+        Image.new("RGB", (30, 30), colour).save(folder / "a.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+        rows = [{"image": {"bytes": (folder / "a.png").read_bytes(), "path": "a.png"}, "conversations": turns}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "x.parquet")
+        return agreed(folder, file=str(folder), images="")
+
+    assert said("one", "red") == said("same", "red") != said("other", "blue")

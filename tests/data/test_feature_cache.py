@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import tiny
-from support.runs import Killed
+from support.runs import Killed, content_of
 
 from tinyspeed import DualSpeed, UserError
 from tinyspeed.data import feature_cache
@@ -139,10 +141,91 @@ def test_a_damaged_file_is_named(home, tmp_path):
     store = kept(tmp_path, made, net)
     picture = next(made.pictures())
     store.file(picture).write_bytes(b"not what was written")
-    with pytest.raises(UserError, match=r"cannot be read .*delete the file"):
+    with pytest.raises(UserError, match=r"deleted or damaged.*--resume"):
         store.read(picture)
     store.file(picture).unlink()
-    with pytest.raises(UserError, match=r"were deleted.*--resume"):
+    with pytest.raises(UserError, match=r"deleted or damaged.*--resume"):
+        store.read(picture)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@pytest.mark.parametrize("kind", tiny.FAMILIES)
+def test_any_flipped_bit_is_noticed(one_file, at, bit):
+    content = bytearray(one_file.read_bytes())
+    content[int(at * len(content))] ^= 1 << bit
+    damaged = one_file.with_name("damaged") / one_file.name
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_bytes(content)
+    assert feature_cache._read(one_file) is not None
+    assert feature_cache._read(damaged) is None
+
+
+@pytest.fixture
+def one_file(home, kind, tmp_path):
+    """The features of a picture."""
+    made = source(home, kind)
+    store = kept(tmp_path, made, tiny.model(kind))
+    return store.file(next(made.pictures()))
+
+
+def cut(one, other):
+    one.write_bytes(one.read_bytes()[:-1])
+
+
+def flipped(one, other):
+    content = bytearray(one.read_bytes())
+    content[-3] ^= 1
+    one.write_bytes(content)
+
+
+def swapped(one, other):
+    one.rename(one.with_name("x"))
+    other.rename(one)
+    one.with_name("x").rename(other)
+
+
+def of_an_earlier_version(one, other):
+    save_file(load_file(one), one)
+
+
+def a_folder(one, other):
+    one.unlink()
+    one.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "count"), [(cut, 1), (flipped, 1), (swapped, 2), (of_an_earlier_version, 1), (a_folder, 1)]
+)
+def test_damaged_and_swapped_files_are_made_anew(home, tmp_path, capsys, damage, count):
+    made, net = source(home, "llava_next"), tiny.model("llava_next")
+    store = kept(tmp_path, made, net)
+    whole, used = {file: file.read_bytes() for file in files(tmp_path)}, sum(p.stat().st_size for p in files(tmp_path))
+    capsys.readouterr()
+    kept(tmp_path, made, net)
+    assert not capsys.readouterr().err, "sound ones are not"
+    pictures = sorted({*made.pictures()})[:2]
+    damage(*map(store.file, pictures))
+    with pytest.raises(UserError, match=rf"the features of {pictures[0]} in .*damaged.*--resume"):
+        store.read(pictures[0])
+    kept(tmp_path, made, net, most=used)
+    said = capsys.readouterr().err.strip()
+    assert f"features of {count} picture" in said
+    assert "made anew" in said
+    assert "\n" not in said
+    assert {file: content_of(file.name, file.read_bytes()) for file in files(tmp_path)} == {
+        file: content_of(file.name, content) for file, content in whole.items()
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_the_cache_is_not_waited_for(home, tmp_path):
+    made, net = source(home, "llava"), tiny.model("llava")
+    store = kept(tmp_path, made, net)
+    picture = next(made.pictures())
+    store.file(picture).unlink()
+    os.mkfifo(store.file(picture))
+    with pytest.raises(UserError, match="deleted or damaged"):
         store.read(picture)
 
 
@@ -153,7 +236,7 @@ def test_features_that_are_not_finite_are_neither_kept_nor_read(home, tmp_path):
     tensors = load_file(store.file(picture))
     tensors["features"].view(-1)[7] = float("inf")
     save_file(tensors, store.file(picture))
-    with pytest.raises(UserError, match=rf"features of {picture} .*not finite.*delete the file"):
+    with pytest.raises(UserError, match=rf"features of {picture} .*damaged.*--resume"):
         store.read(picture)
     with torch.no_grad():
         next(net.model.vision_tower.parameters()).view(-1)[0] = float("nan")

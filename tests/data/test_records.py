@@ -83,11 +83,16 @@ def with_markers(content, draw):
     return "".join(markers if isinstance(part, Picture) else part for part in content)
 
 
+def speaker(role, draw):
+    """A role, by one of its names."""
+    others = {"system": "system", "user": "human", "assistant": "gpt"}
+    return draw(st.sampled_from([role, others[role]])) or role
+
+
 def llava(outline, draw):
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [{"from": names[role], "value": with_markers(content, draw)} for role, content in said(outline)]
+    turns = [{"from": speaker(role, draw), "value": with_markers(content, draw)} for role, content in said(outline)]
     for turn in turns[-1::-2]:
-        if turn["from"] == "gpt":
+        if turn["from"] in ("gpt", "assistant"):
             turn["value"] = draw(blanks) + turn["value"] + draw(blanks)
     pictures = pictures_of(outline)
     if not pictures:
@@ -96,7 +101,7 @@ def llava(outline, draw):
 
 
 def chat_strings(outline, draw):
-    turns = [{"role": role, "content": with_markers(content, draw)} for role, content in said(outline)]
+    turns = [{"role": speaker(role, draw), "content": with_markers(content, draw)} for role, content in said(outline)]
     return {"images": pictures_of(outline), "messages": turns}
 
 
@@ -290,10 +295,12 @@ MISTAKES = [
     *((M, CHAT, put(M, value)) for value in ("x", {"role": "user"})),
     *(("must be an object", LLAVA, put(C, 1, value)) for value in (None, 3, "x", [])),
     ("'human'", LLAVA, put(C, 1, "from", "humann")),
-    ("gpt, human, system", LLAVA, put(C, 1, "from", "q")),
+    ("assistant, gpt, human, system, user", LLAVA, put(C, 1, "from", "q")),
+    *(("mean 'assistant'", raw, put(*path, "assistent")) for raw, path in [
+        (LLAVA, (C, 2, "from")), (CHAT, (M, 2, "role")),
+    ]),
     ("'user'", CHAT, put(M, 1, "role", "users")),
     ("role", CHAT, put(M, 4, "role", "tool")),
-    ("role", LLAVA, put(C, 1, "from", "user")),
     *(("from", LLAVA, put(C, turn, "from", value)) for turn in range(5) for value in WRONG[:-2]),
     *(("value", LLAVA, put(C, turn, "value", value)) for turn in range(5) for value in WRONG[:-2]),
     *(("", CHAT, put(M, turn, "content", value)) for turn in range(5) for value in WRONG[: -2 if turn == 1 else None]),
@@ -366,6 +373,16 @@ def test_a_mistake_is_an_error_that_says_so(says, good, mistake):
     message = refusal(parse, raw, WHERE)
     assert message.startswith(WHERE)
     assert says in message
+
+
+@pytest.mark.parametrize("refuse", [parse, lambda raw, where: record_formats.worth_reading(list(raw), where)])
+def test_a_record_of_no_known_format_is_answered_with_one_that_can_be_read(refuse):
+    message = refusal(refuse, {"image": "b.jpg", "question": "What is it?", "answer": "A dog."}, WHERE)
+    assert "['image', 'question', 'answer']" in message
+    shown = parse(json.loads(message[message.index("{") :]), WHERE)
+    assert shown.images == ("a.jpg",)
+    assert [turn.role for turn in shown.turns] == ["user", "assistant"]
+    assert IMAGE in shown.turns[0].parts
 
 
 @pytest.mark.parametrize("raw", [None, 3, "x", [], [LLAVA], {}, True])

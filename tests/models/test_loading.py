@@ -2,12 +2,15 @@
 
 import gc
 import json
+import os
 import re
 import shutil
+import socket
 import sys
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ from transformers import (
 )
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.models import assembling, export, loading, lora, precision, stages
+from tinyspeed.models import assembling, export, loading, lora, precision, published, stages
 from tinyspeed.scheduler import Plan
 
 KINDS = ("fp32", "bf16", "fp16")
@@ -392,6 +395,26 @@ def test_a_folder_with_anything_wrong_in_it_is_refused_by_its_name(base, tmp_pat
         loading.load_processor(folder), loading.load_model(folder)
 
 
+@pytest.mark.parametrize("end", [None, "", "<image>"])
+def test_a_tokenizer_without_an_end_token_is_refused(base, tmp_path, end):
+    """The empty text is everywhere, so every answer would already have its end, and no model would learn to stop."""
+    folder = broken(base, tmp_path, "tokenizer_config.json", lambda told: told.update(eos_token=end))
+    with pytest.raises(UserError, match=rf"^{re.escape(folder)} .*: its tokenizer has no end token \(eos_token\)"):
+        loading.load_processor(folder)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize("layers", [4, 10**6, 10**30])
+def test_more_layers_than_there_are_weights_for_are_refused_before_they_are_built(
+    base, tmp_path, monkeypatch, part, layers
+):
+    folder = broken(base, tmp_path, "config.json", lambda told: told[part].update(num_hidden_layers=layers))
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
+    said = rf"broken/config\.json has num_hidden_layers = {layers:,}, and there are weights of 3 layers: copy it again"
+    with pytest.raises(UserError, match=said):
+        loading.load_model(folder)
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.safetensors", "/secret.safetensors", "a/b.safetensors", "pytorch_model.bin", 7]
 )
@@ -406,6 +429,42 @@ def test_an_index_that_leads_elsewhere_is_refused(base, tmp_path, name):
     for use in (loading.load_model, lambda path: export.merge({}, 1.0, path, tmp_path / "out")):
         with pytest.raises(UserError, match="index"):
             use(str(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_no_pipe_in_a_models_folder_is_waited_for(base, tmp_path):
+    """Whichever file it stands for, also files that transformers would look for and that a model need not have."""
+    uses = (
+        loading.load_processor, loading.load_model, loading.load_config,
+        lambda path: export.merge({}, 1.0, path, tmp_path / "out"),
+        lambda path: loading.load_weights(LlamaForCausalLM, path),
+    )  # fmt: skip
+    more = {
+        "generation_config.json",
+        "added_tokens.json",
+        "model.safetensors.index.json",
+        "additional_chat_templates/a",
+    }
+    for name in sorted({path.name for path in Path(base).iterdir()} | more):
+        folder = shutil.copytree(base, tmp_path / "model")
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        for use in uses:
+            with pytest.raises(UserError, match=re.escape(str(folder))):
+                use(str(folder))
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("number", [0, 1])
+def test_no_pipe_in_a_part_is_waited_for(parts, tmp_path, number):
+    mine = [shutil.copytree(part, tmp_path / Path(part).name) for part in parts]
+    pipe = mine[number] / ("preprocessor_config.json", "tokenizer.json")[number]
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"{pipe} is a pipe or a device"):
+        assembling.assemble(*map(str, mine), tmp_path / "base", seed=1)
 
 
 @pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json"])
@@ -478,6 +537,49 @@ def test_code_that_comes_with_parts_is_not_run_either(parts, tmp_path, willing):
     assert not code.canary.exists()
 
 
+BOMBS = {
+    "arithmetic": "{{ 9 ** (9 ** 9) }}",  # no signal handler and no other thread would get its turn
+    "memory": "{{ 'a' * 5000000000 }}",
+    "text": "{{ 'a' * 1000000 }}",
+    "only with a system message": "{% if messages[0].role == 'system' %}{{ 'a' * 1000000 }}{% endif %}",
+    "only with an answer": "{% if messages|length > 2 %}{{ 'a' * 1000000 }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_chat_template_that_would_never_end_is_refused(checkpoint, monkeypatch, what):
+    monkeypatch.setattr(loading, "TEMPLATE_SECONDS", 1)
+    folder = checkpoint("llava")
+    (folder / "chat_template.jinja").write_text(tiny.CHAT_TEMPLATE + BOMBS[what])
+    with pytest.raises(UserError, match=f"^{re.escape(str(folder))}: its chat template takes too long"):
+        loading.load_processor(str(folder))
+
+
+@pytest.mark.parametrize("code", ["{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{% for %}"])
+def test_a_chat_template_that_fails_is_an_error_of_what_it_is_used_for(checkpoint, code):
+    folder = checkpoint("llava")
+    (folder / "chat_template.jinja").write_text(code)
+    assert loading.load_processor(str(folder)).chat_template == code
+
+
+def test_of_several_chat_templates_the_default_is_used(checkpoint):
+    folder = checkpoint("llava")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("no")
+    assert loading.load_processor(str(folder)).chat_template == tiny.CHAT_TEMPLATE
+
+
+def test_what_transformers_says_in_several_lines_is_said_in_one(checkpoint):
+    folder = checkpoint("llava")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError) as caught:
+        loading.load_processor(str(folder))
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "from one of: (1) a `tokenizers` library serialization file, (2)" in said
+    assert said.endswith("to convert a slow tokenizer to a fast one.")
+
+
 # Precision
 
 
@@ -526,10 +628,82 @@ def test_other_precisions_do_not_forgive_an_overflow():
         assert scale.scale == 1.0
 
 
-def test_a_model_that_is_neither_here_nor_on_the_hub_is_said_to_be_neither(monkeypatch):
-    def offline(*_, **__):
-        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck your connection.")
+# The hub
 
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
-    with pytest.raises(UserError, match=r"no_such/model: We couldn't connect.*no such folder here.\)$"):
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`hub(error)` is what the hub does from now on; it returns a list of what it was asked, and how patiently."""
+    monkeypatch.setattr(loading.hub.constants, "HF_HUB_OFFLINE", False)  # and as it was, afterwards
+    loading._reach.cache_clear()
+
+    def does(error=None) -> list:
+        def answer(url, timeout):
+            asked.append((url, timeout))
+            if error is not None:
+                raise error
+
+        asked = []
+        monkeypatch.setattr(loading.hub, "get_hf_file_metadata", answer)
+        return asked
+
+    yield does
+    loading._reach.cache_clear()
+
+
+def refusal(status: int) -> Exception:
+    error = OSError(f"Client error '{status}'")
+    error.response = SimpleNamespace(status_code=status)
+    return error
+
+
+def name_unknown(*_, **__):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+@pytest.mark.parametrize(
+    "use", [loading.load_config, loading.load_processor, loading.load_model], ids=lambda u: u.__name__
+)
+@pytest.mark.parametrize("path", ["no_such/model", "llava-hf/llava-1.5-7b-hf"])
+def test_without_a_network_a_hub_id_is_refused_at_once(use, path, hub, monkeypatch):
+    """A published model's configuration is known, and only then its processor is looked for: it is not to blame."""
+    if path in published.KNOWN and use is loading.load_config:
+        pytest.skip("this needs no network")
+    monkeypatch.setattr(socket, "getaddrinfo", name_unknown)
+    for error in (ConnectionError("[Errno -2] Name or service not known"), TimeoutError("timed out"), refusal(503)):
+        asked = hub(error)
+        said = f"no folder {path} is here, and the hub cannot be reached ({error}): give the folder of a model"
+        with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+            use(path)
+        (url, timeout), *more = asked
+        assert url.startswith(f"https://huggingface.co/{path}/")
+        assert timeout <= 10
+        assert not more
+
+
+def test_without_a_network_what_was_downloaded_is_used_and_the_hub_is_not_asked_again(hub, tmp_path, monkeypatch):
+    tiny.checkpoint("llava", tmp_path / "model")
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: str(tmp_path / "model" / "config.json"))
+    original = loading.AutoConfig.from_pretrained
+
+    def from_cache(path, **how):
+        assert loading.hub.is_offline_mode(), "transformers would ask the hub for every file"
+        return original(tmp_path / "model", **how)
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", from_cache)
+    asked = hub(ConnectionError("no network"))
+    for _ in range(3):
+        assert loading.load_config("somebody/model").model_type == "llava"
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("answer", [None, refusal(404), refusal(401)], ids=str)
+def test_what_the_hub_says_of_an_id_is_said_by_transformers(hub, monkeypatch, answer):
+    def refuse(path, **_):
+        raise OSError(f"{path} is not a local folder and is not a valid model identifier")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", refuse)
+    hub(answer)
+    with pytest.raises(UserError, match=r"no_such/model: no_such/model is not a local folder"):
         loading.load_config("no_such/model")
+    assert not loading.hub.is_offline_mode()

@@ -73,6 +73,7 @@ def test_a_model_that_is_here_speaks_for_itself(tmp_path, monkeypatch):
     mine.save_pretrained(tmp_path / "downloaded")
     with monkeypatch.context() as patch:
         patch.setattr(loading, "try_to_load_from_cache", lambda *_: str(tmp_path / "downloaded" / "config.json"))
+        patch.setattr(loading.hub, "get_hf_file_metadata", lambda *_, **__: None)
         patch.setattr(loading.AutoConfig, "from_pretrained", lambda where, **_: mine)
         assert loading.load_config(path).text_config.num_hidden_layers == 3
     mine.save_pretrained(tmp_path / path)
@@ -84,6 +85,7 @@ def test_another_model_is_looked_for(monkeypatch):
     def offline(path, **_):
         raise OSError("no network")
 
+    monkeypatch.setattr(loading.hub, "get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", offline)
     with pytest.raises(UserError, match="somebody/else: no network"):
         loading.load_config("somebody/else")

@@ -2,17 +2,19 @@
 
 import copy
 import dataclasses
+import json
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinyspeed import UserError, recipe
 from tinyspeed.bench.estimate import estimate
 from tinyspeed.models.memory import GIB
+from tinyspeed.recipe import comparison, reading
 from tinyspeed.training import run_folder
 
 PICTURES = Path(__file__).parents[2] / "tutorials" / "guide" / "pictures.md"
@@ -63,8 +65,7 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
     ("change", "says"),
     [
         ("train.lrr=1", "did you mean 'train.lr'"),
-        ("train.learning_rate=1", "known: train.batch, .*train.lr, "),
-        ("lora.r=8", "known: lora.alpha, lora.dropout, lora.rank$"),
+        ("train.rate=1", "known: train.batch, .*train.lr, "),
         ("trian.lr=1", "did you mean 'train'"),
         ("train.lr=fast", "must be of type float"),
         ("train.steps=1.5", "must be of type int"),
@@ -84,7 +85,11 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
         ("run.seed=-1", "must not be negative"),
         ("train.epochs=inf", "finite number"),
         ("run.name=../up", "plain folder name"),
-        ("lr=1", "section.key=value"),
+        ("lr=1", "did you mean 'align.lr' or 'train.lr'"),
+        ("train.rank=8", "'train.rank'; did you mean 'lora.rank'"),
+        ("run.keep=0.5", "did you mean 'dualspeed.keep' or 'regate.keep'"),
+        ("train=1", "known: train.batch"),
+        ("nonsense=1", "known: align, data"),
         ("train.lr", "section.key=value"),
         ("train.steps=" + "9" * 5000, "must be of type int"),
         ("train.lr=" + "9" * 400, "too large"),
@@ -102,8 +107,8 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
         ("run.cache=~nobody-here/cache", "no such user"),
         ("model.path=~nobody-here/model", "no such user"),
         ("model.path=" + "a" * 300, "too long"),
-        ("data.system=a\0b", "no file can have"),
-        ("data.system=\udc80", "no file can have"),
+        ("data.system=a\0b", "no recipe can have"),
+        ("data.system=\udc80", "no recipe can have"),
         ("lora.rank=1000000", "at most 65,536"),
         ("lora.alpha=8", "set lora.rank too"),
         ("digits.side=1000", "at most 96"),
@@ -116,6 +121,53 @@ def test_a_recipes_opening_and_the_guide_say_what_is_estimated(name):
 def test_mistakes_are_named(change, says):
     with pytest.raises(UserError, match=says):
         recipe.read("digits", [change])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("learning_rate", "train.lr"), ("lr_rate", "train.lr"), ("batch_size", "train.batch"),
+        ("per_device_train_batch_size", "train.batch"), ("num_train_epochs", "train.epochs"),
+        ("max_steps", "train.steps"), ("max_seq_length", "data.max_rows"), ("max_length", "data.max_rows"),
+        ("gradient_checkpointing", "train.checkpointing"), ("lora_r", "lora.rank"), ("r", "lora.rank"),
+        ("lora_alpha", "lora.alpha"), ("warmup_ratio", "train.warmup"), ("model_name_or_path", "model.path"),
+        ("output_dir", "run.folder"),
+    ],
+)  # fmt: skip
+def test_a_key_by_the_name_that_other_programs_give_it(tmp_path, theirs, ours):
+    (tmp_path / "flat.toml").write_text(f"{theirs} = 1")
+    for read in (
+        lambda: recipe.read("digits", [f"train.{theirs}=1"]),
+        lambda: recipe.read("digits", [f"model.{theirs}=1"]),
+        lambda: recipe.read("digits", [f"{theirs}=1"]),
+        lambda: recipe.read(str(tmp_path / "flat.toml")),
+    ):
+        with pytest.raises(UserError, match=f"{theirs}'; did you mean '{ours}'"):
+            read()
+
+
+def test_what_is_suggested_is_a_key_in_the_same_stage_if_there_is_one():
+    every = {
+        f"{section}.{key}" for section, table in dataclasses.asdict(recipe.read("digits")).items() for key in table
+    }
+    assert set(reading.SYNONYMS.values()) <= every
+    assert not {key.partition(".")[2] for key in every} & set(reading.SYNONYMS)
+    with pytest.raises(UserError, match=r"did you mean 'align\.lr'\?"):
+        recipe.read("digits", ["align.learning_rate=1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llava-1.5-7b-qlora-12g", "did you mean 'llava-1.5-7b-qlora-12gb'"),
+        ("llava-1.5-7b-qlora-12gb.toml", "did you mean 'llava-1.5-7b-qlora-12gb'"),
+        ("digit", "did you mean 'digits'"),
+        ("", "known: digits, llava-1.5-13b"),
+    ],
+)
+def test_a_wrong_name_of_a_recipe(name, says):
+    with pytest.raises(UserError, match=f"there is no recipe file '{name}'; {says}"):
+        recipe.read(name)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +210,7 @@ def test_changes_apply_and_keep_the_rest():
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(UserError, match=r"built in: .*digits"):
+    with pytest.raises(UserError, match=r"there is no recipe file .*absent.toml.*; known: .*digits"):
         recipe.read(str(tmp_path / "absent.toml"))
     (tmp_path / "bad.toml").write_text("[train\nlr = 1")
     with pytest.raises(UserError, match="not valid TOML"):
@@ -175,6 +227,59 @@ def test_bad_files(tmp_path):
         recipe.read(str(tmp_path / "flat.toml"))
     with pytest.raises(UserError, match="must be a table"):
         recipe.read(str(tmp_path / "flat.toml"), ["train.lr=1"])
+
+
+KEYS = [(s.name, f.name, f.type) for s in dataclasses.fields(recipe.Recipe) for f in dataclasses.fields(s.type)]
+# TOML: what a leaf may be, and lists and tables of them.
+LEAVES = ("3", "-7", "0.5", "1e9", "inf", "true", "false", '"a"', "2026-11-28", "07:32:00", "1979-05-27T07:32:00Z")
+VALUES = st.recursive(
+    st.sampled_from(LEAVES),
+    lambda inner: (
+        st.lists(inner, max_size=4).map(lambda values: f"[{', '.join(values)}]")
+        | st.dictionaries(st.text("abc.'", min_size=1, max_size=3), inner, max_size=3).map(
+            lambda table: "{" + ", ".join(f"{json.dumps(key)} = {value}" for key, value in table.items()) + "}"
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(key=st.sampled_from(KEYS), text=VALUES, extra=st.sampled_from(KEYS))
+def test_a_value_of_another_type_is_refused_by_the_name_of_its_key(tmp_path_factory, key, text, extra):
+    section, name, wanted = key
+    value = tomllib.loads(f"x = {text}")["x"]
+    assume(type(value) is not wanted and (type(value), wanted) != (int, float))
+    file = tmp_path_factory.mktemp("recipe") / "mine.toml"
+    file.write_text(f"[{section}]\n{name} = {text}\n" + (f"[{extra[0]}]\n" if extra[0] != section else ""))
+    said = rf"^{re.escape(str(file))}: {section}\.{name} = .* must be of type {wanted.__name__}$"
+    with pytest.raises(UserError, match=said):
+        recipe.read(str(file))
+
+
+DEEP = 1000
+NESTED = {
+    "a table": "[train.lr" + ".a" * DEEP + "]",
+    "a table at the top": "[a" + ".a" * DEEP + "]",
+    "a dotted key": "train.lr" + ".a" * DEEP + " = 1",
+    "inline": "train.lr = " + "{a = " * DEEP + "1" + "}" * DEEP,
+    "a list": "train.lr = " + "[" * DEEP + "]" * DEEP,
+    "lists in tables": "train.lr = " + "{a = [" * DEEP + "]}" * DEEP,
+    "tables of lists": "".join(f"[[{'.'.join('train' for _ in range(depth))}]]\n" for depth in range(1, 100)),
+}
+
+
+@pytest.mark.parametrize("how", NESTED)
+def test_what_is_nested_a_thousand_deep_is_refused_in_one_line(tmp_path, how):
+    (tmp_path / "deep.toml").write_text(NESTED[how] + "\n")
+    for use in (
+        lambda: recipe.read(str(tmp_path / "deep.toml")),
+        lambda: comparison.read(recipe.read("digits"), str(tmp_path / "deep.toml")),
+        lambda: recipe.read("digits", [NESTED[how].splitlines()[0].replace(" = ", "=", 1)]),
+    ):
+        with pytest.raises(UserError) as error:
+            use()
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 1100
 
 
 def test_local_paths_mean_the_same_from_everywhere(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_a_rank_leaves_when_another_one_is_gone_or_keeps_it_waiting(monkeypatch,
             clock.sleep(ranks.CHECK_EVERY)
     said, host = capsys.readouterr().err, platform.node()
     if says:
-        assert clock.now <= (0 if lost else me.timeout) + 8 * ranks.CHECK_EVERY
+        assert clock.now <= (0 if lost else me.timeout) + 12 * ranks.CHECK_EVERY
         assert said == f"\ntinyspeed: {says.format(host=host)}; rank 0 on {host} was reading\n"
         with pytest.raises(Left):
             other._check(store)

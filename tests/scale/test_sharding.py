@@ -7,6 +7,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import tiny
 from support.runs import recipe_file, settings
 from support.waiting import HANGS
@@ -63,7 +65,7 @@ def test_a_run_goes_on_only_with_its_own_model_and_data(home, tmp_path):
     other = tiny.config("llava")
     other.text_config.hidden_size //= 2
     AutoModelForImageTextToText.from_config(other).save_pretrained(tmp_path / "model")
-    refused("it is of another model or recipe")
+    refused(r"the base model is not the one that the run began with: config\.json, .*model\.safetensors.* differ")
     damaged = next((made.folder / "checkpoints").glob("step-*/tensors.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     refused("is damaged")
@@ -110,7 +112,7 @@ def test_a_model_that_cannot_read_the_digits_is_refused(home, tmp_path):
 
 
 def test_usage_is_explained_by_one_rank_only(monkeypatch, capsys):
-    for rank, said in (("0", "unrecognized arguments"), ("1", "")):
+    for rank, said in (("0", "unknown flag '--no-such-thing'"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as left:
             __main__.main(["digits", "--no-such-thing"])
@@ -129,3 +131,20 @@ def test_a_rank_keeps_room_for_what_is_gathered_and_not_for_gradients_of_others(
     fits = [memory.rows_within(60 * memory.GIB, shape, model.s, model.coming(n)) for n in (1, 2, 8, 64)]
     assert fits == sorted(fits)
     assert fits[0] == memory.rows_within(60 * memory.GIB, shape, model.s) < fits[-1]
+
+
+hashes = st.dictionaries(st.sampled_from("abcd"), st.sampled_from("01"))
+
+
+@given(every=st.lists(hashes, min_size=1, max_size=4))
+def test_the_first_rank_with_other_files_is_named_with_all_of_them(every):
+    here = ranks.Ranks(0, len(every), torch.device("cpu"), None)
+    here.gather = lambda mine: [(f"rank {rank} on node{rank}", of) for rank, of in enumerate(every)]
+    others = [rank for rank, of in enumerate(every) if of != every[0]]
+    if not others:
+        run.require_same_files(here, every[0])
+        return
+    differ = sorted(name for name, _ in set(every[0].items()) ^ set(every[others[0]].items()))
+    said = f"^rank {others[0]} on node{others[0]} and rank 0 do not have the same {', '.join(dict.fromkeys(differ))}: "
+    with pytest.raises(UserError, match=said):
+        run.require_same_files(here, every[0])

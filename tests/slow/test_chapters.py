@@ -1,6 +1,7 @@
 """Every chapter of the course runs in its short form, and what executes chapters does what it says."""
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -43,6 +44,13 @@ def test_a_chapter_whose_claim_does_not_hold_fails(tmp_path, monkeypatch, capsys
     assert (tmp_path / "1-a.ipynb").read_text() == before
     assert run.main(["--short"]) == 0
     assert "FAILED" not in capsys.readouterr().out
+
+
+def test_a_bar_counts_the_cells(tmp_path, capsys):
+    write(tmp_path / "1-a.ipynb", "a = 1", "a + 1", "a + 2")
+    run.execute(tmp_path / "1-a.ipynb")
+    counts = re.findall(r"1-a\.ipynb: .* (\d)/3 ", capsys.readouterr().err.replace("\r", "\n"))
+    assert list(dict.fromkeys(counts)) == ["0", "1", "2", "3"]
 
 
 def test_what_is_kept_is_the_long_form(tmp_path, monkeypatch):

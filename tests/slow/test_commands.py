@@ -5,6 +5,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from support import digits_runs, tiny
 from support.album import album
 from support.digits_runs import ALIGN, TUNE, small_base
 from support.runs import (
+    ROOT,
     SMALL_GPU,
     finish,
     recipe_file,
@@ -100,6 +103,30 @@ def test_bad_records_on_the_command_line(home, tmp_path):
     listed = tmp_path / "run" / "skipped.txt"
     assert f"1 of 10 records left out, listed in {listed}; the first: {listed.read_text().strip()}" in err
     assert "gone.jpg" in listed.read_text()
+
+
+# A /dev/shm of this command's own, in which so many bytes are left: nobody else's is touched.
+SMALL_SHM = (
+    'mount -t tmpfs -o size=$((4096 + $0)) tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"'
+)
+APART = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_SHM)
+
+
+@pytest.mark.parametrize(("left", "says"), [("0", "cannot write /dev/shm"), ("65536", "a process .* was killed")])
+def test_a_dev_shm_that_is_full_is_one_line_with_the_way_out(home, tmp_path, left, says):
+    """Too small for the queues of the processes that decode pictures, or for the pictures."""
+    if shutil.which("unshare") is None or subprocess.run([*APART, "0", "true"], capture_output=True).returncode:
+        pytest.skip("a user may not mount anything here")
+    settings(home, tmp_path, "run")
+    command = [sys.executable, "-m", "tinyspeed", "train", tmp_path / "run.toml"]
+    command += ["--set", "data.workers=1", "--set", "train.batch=8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*APART, left, *command], env=environment, capture_output=True, text=True, timeout=HANGS)
+    assert ended.returncode == 2, ended.stderr
+    said = [line for line in ended.stderr.splitlines() if line.startswith("tinyspeed: ")][-1]
+    assert re.search(says, said)
+    assert "data.workers" in said
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_dry_run_takes_one_step_of_each_mode_and_leaves_no_run(home, tmp_path):
@@ -280,7 +307,7 @@ sys.exit(code)
         ("torch", "demo --set train.lrr=1", "did you mean"),
         ("torch", "estimate absent.toml", "no recipe file"),
         ("torch", "compare --set train.lrr=1", "did you mean"),
-        ("transformers", "compare --arms papre", "built in: "),
+        ("transformers", "compare --arms papre", "did you mean 'paper'"),
         ("transformers", "compare --only fulll", "did you mean 'full'"),
         ("transformers", "compare --vary dualspeed.kep=1", "did you mean 'dualspeed.keep'"),
         ("torch", "eval absent", "not a run"),

@@ -2,13 +2,15 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import settings
+from support.runs import log_of, settings
 
-from tinyspeed import recipe
+from tinyspeed import UserError, recipe
 from tinyspeed.evaluation import accuracy
 from tinyspeed.training import checkpoint, train, trained_model
+from tinyspeed.training.loop import StageRun
 
 
 def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_path):
@@ -28,6 +30,34 @@ def test_fp16_with_loss_scaling_is_stable_over_200_steps_and_learns(home, tmp_pa
     tensors, state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))
     assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
     assert state["scale"]["scale"] == 2.0 ** (16 - len(skipped))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_overflows_without_end_stop_an_fp16_run_before_a_weight_is_harmed(home, tmp_path, monkeypatch, every):
+    """The scale is halved 26 times, from 2^16 to 2^-10; at the next overflow it is not to blame any more."""
+    made = settings(
+        home, tmp_path, "run", "model.precision=fp16", "lora.rank=4", "train.steps=100", "train.batch=1",
+        "run.keep_checkpoints=99", "dualspeed.slow=0.0",
+    )  # fmt: skip
+    original, before = StageRun._update, {}
+
+    def overflowing(self, *given):
+        before.update({name: p.detach().clone() for p, name in self.names.items()} if not before else {})
+        if self.totals.steps % every == 0:
+            self._gradients()[0].fill_(float("inf"))
+        return original(self, *given)
+
+    monkeypatch.setattr(StageRun, "_update", overflowing)
+    last = 26 * every + 1
+    said = rf"^step {last} \(fast, train\): .*gradient norm inf: the gradient of .*Stopped before the optimizer used it"
+    with pytest.raises(UserError, match=said):
+        train.train(made, bar=False)
+    lines = log_of(made)
+    assert [line["skipped"] for line in lines] == [step % every == 0 for step in range(last - 1)]
+    saved, state = checkpoint.read(checkpoint.newest(made.folder / "checkpoints"))
+    assert all(t.isfinite().all() for t in saved.values() if t.is_floating_point())
+    assert state["scale"]["scale"] == 2.0**-10
+    assert (every == 1) == all(torch.equal(saved[f"model/{name}"], weight) for name, weight in before.items())
 
 
 def test_a_model_in_half_precision_is_evaluated_as_it_trained(tmp_path):

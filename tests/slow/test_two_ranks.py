@@ -69,13 +69,41 @@ def test_every_rank_is_told_of_what_is_wrong_on_one(ranks):
     assert found["steps"] == [0, 0]
     assert [told.rpartition(";")[2] for told in found["disagree"]] == [" rank 0 has 0", " rank 1 has 1"]
     assert found["agree"] == ["nothing"] * 2
-    assert found["stops"] == [[True, [signal.SIGTERM]]] * 2, "a signal to one rank stops all"
+    assert found["stops"] == [[[True, False], [signal.SIGTERM]]] * 2, "a signal to one rank stops all"
+    assert found["late"] == [[False, True]] * 2, "if a checkpoint is late on one rank, all save after the same step"
     assert found["alive"] == [0, 0], "no rank holds a whole layer once it is sharded"
-    assert (
-        found["recipes"] == [f"rank 1 on {platform.node()} was started with another recipe than rank 0: train.lr"] * 2
-    )
-    assert found["goes on"] == [[False, []]] * 2
+    other = f"rank 1 on {platform.node()} was started with another recipe than rank 0: train.lr"
+    assert found["recipes"] == [other] * 2
+    assert found["goes on"] == [[[False, False], []]] * 2
     assert found["divide"] == ["scale.shard = 3 does not divide the 2 ranks"] * 2
+
+
+def test_a_rank_with_other_files_is_named(ranks):
+    found = ranks["other files"]
+    assert found.pop("nothing") == ["nothing"] * 2, "copies in other places are the same files"
+    wanted = {
+        "a letter": "data.file", "the order": "data.file", "fewer": "data.file",
+        "a picture": "pictures in data.images", "a weight": "model.safetensors", "the tokenizer": "tokenizer.json",
+        "another program": "scale/loop.py",
+    }  # fmt: skip
+    assert found.keys() == wanted.keys()
+    for name, what in wanted.items():
+        said = f"rank 1 on {platform.node()} and rank 0 do not have the same {what}: "
+        assert all(told.startswith(said) for told in found[name]), name
+
+
+def test_a_run_whose_ranks_have_other_data_ends_before_the_first_step(home, tmp_path):
+    made, other = settings(home, tmp_path, "run", "lora.rank=4"), tmp_path / "other.json"
+    other.write_text((home / "train.json").read_text().replace("number 4", "number 5"))
+    set_other = f'[ $RANK = 1 ] && set -- "$@" --set data.file={other}; exec {sys.executable} -m scale "$@"'
+    agent = torchrun(tmp_path, "--no-python", "sh", "-c", set_other, "sh", recipe_file(made))
+    assert agent.wait(HANGS) == 1
+    assert log(tmp_path).count("tinyspeed: ") == 1
+    assert re.search(
+        r"tinyspeed: rank \d on .*: rank 1 on .* and rank 0 do not have the same data\.file: ", log(tmp_path)
+    )
+    assert not checkpoint.newest(made.folder / "checkpoints")
+    assert not steps_done(made)
 
 
 def test_a_rank_is_killed_and_the_run_ends_as_if_it_had_not_been(home, tmp_path):

@@ -78,6 +78,21 @@ def train_through(monkeypatch, made, *steps):
     train.train(made, resume=True, bar=False)
 
 
+def train_until(made, step: int):
+    """Train from the start, killed before this step."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_before(patch, step)
+        with pytest.raises(Killed):
+            train.train(made, bar=False)
+
+
+def flip(file: Path, at: int, bit: int = 3) -> None:
+    """Flip a bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1 << bit
+    file.write_bytes(content)
+
+
 class Killed(BaseException):
     pass
 
@@ -138,9 +153,9 @@ def run_cli(*arguments, folder):
     return _process("-m", "tinyspeed", *arguments, folder=folder)
 
 
-def run_python(script: str, *arguments, folder):
+def run_python(script: str, *arguments, folder, stdin=None):
     """This script in a process of its own."""
-    return _process("-c", script, *arguments, folder=folder)
+    return _process("-c", script, *arguments, folder=folder, stdin=stdin)
 
 
 def run_held(behind: int, module: str, *arguments, folder):
@@ -148,17 +163,22 @@ def run_held(behind: int, module: str, *arguments, folder):
     return _process(HELD_RUN, behind, module, *arguments, folder=folder)
 
 
-def _process(*words, folder) -> subprocess.Popen:
+def _process(*words, folder, stdin=None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, words)], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def fails(capsys, *words):
-    assert cli.main([str(w) for w in words]) == 2
+    try:
+        code = cli.main([str(w) for w in words])
+    except SystemExit as left:  # argparse refuses the words
+        code = left.code
+    assert code == 2
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if line.startswith("tinyspeed: ")]
     assert len(lines) == 1
+    assert "usage: " not in err
     assert "Traceback" not in err + out
     return lines[0]

@@ -7,6 +7,7 @@ the core does, which is the oracle.
 """
 
 import json
+import shutil
 import signal
 import sys
 import weakref
@@ -24,6 +25,7 @@ from tinyspeed.data import loader
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
+from tinyspeed.util import provenance
 
 PLANS = {
     mode: Plan(mode, keep=0.3, distill=float(mode == "slow"), measure=mode != "fast")
@@ -147,15 +149,16 @@ def steps(part: StageRun) -> tuple[list[str], list[float]]:
     return modes, part.model.schedule.shares
 
 
+def told(of) -> str:
+    try:
+        of()
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
 def mistakes(here: ranks.Ranks, home: Path) -> dict:
     """What every rank is told when something is wrong on one."""
-
-    def told(of) -> str:
-        try:
-            of()
-        except UserError as error:
-            return str(error)
-        return "nothing"
 
     made = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", "train.steps=2")
     other = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", f"train.lr={0.1 + here.rank}")
@@ -200,6 +203,7 @@ def mistakes(here: ranks.Ranks, home: Path) -> dict:
         "recipes": here.gather([told(lambda: run.require_same_recipe(other, here))]),
         "stops": here.gather([(sharded._stops(stop), stop)]),
         "goes on": here.gather([(sharded._stops(calm), calm)]),
+        "late": here.gather([sharded._stops(calm, here.rank == 1)]),
         "NaN": here.gather([told(lambda: sharded._step(0, batches, None))]),
         "moment": poisoned("exp_avg_sq", float("inf")),
         "saving": poisoned("", float("nan")),
@@ -210,12 +214,61 @@ def mistakes(here: ranks.Ranks, home: Path) -> dict:
     }
 
 
+def other_files(here: ranks.Ranks, home: Path) -> dict:
+    """What every rank is told when rank 1 has a copy of its own, and another one."""
+    mine, found = home.parent / f"copies{here.rank}", {}
+
+    def changed(name: str, change) -> None:
+        folder = mine / name
+        shutil.copytree(home, folder)
+        if here.rank == 1:
+            change(folder)
+        places = (f"data.file={folder}/train.json", f"data.images={folder}/images", f"model.path={folder}/llava")
+        made = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", *places)
+        found[name] = here.gather([told(lambda: run.read_source(made, here))])
+
+    def edit(change):
+        def edited(folder: Path) -> None:
+            records = json.loads((folder / "train.json").read_text())
+            (folder / "train.json").write_text(json.dumps(change(records)))
+
+        return edited
+
+    def a_letter(records: list) -> list:
+        turn = records[4]["conversations"][0]
+        turn["value"] = turn["value"].replace("What", "Whet")
+        return records
+
+    def flip(name: str, at: int):
+        def flipped(folder: Path) -> None:
+            content = bytearray((folder / name).read_bytes())
+            content[at] ^= 1
+            (folder / name).write_bytes(content)
+
+        return flipped
+
+    changed("nothing", lambda folder: None)
+    changed("a letter", edit(a_letter))
+    changed("the order", edit(lambda records: records[::-1]))
+    changed("fewer", edit(lambda records: records[:-1]))
+    changed("a picture", flip("images/p1-0.png", 400))
+    changed("a weight", flip("llava/model.safetensors", -2))
+    changed("the tokenizer", lambda folder: (folder / "llava" / "tokenizer.json").open("a").write("\n"))
+    program = mine / "program"
+    for package in ("tinyspeed", "scale"):
+        shutil.copytree(Path(run.__file__).parents[1] / package, program / package)
+    provenance.__file__ = str(program / "tinyspeed" / "util" / "provenance.py")
+    changed("another program", lambda folder: (program / "scale" / "loop.py").open("a").write("# a comment\n"))
+    return found
+
+
 def main(home: str, out: str) -> None:
     torch.set_num_threads(1)
     with ranks.join() as here:
         found = {name: parity(here, Path(home), name, changes) for name, changes in CASES.items()}
         found["mistakes"] = mistakes(here, Path(home))
         found["adapting"] = adapting(here, Path(home))
+        found["other files"] = other_files(here, Path(home))
         if here.is_main:
             Path(out).write_text(json.dumps(found))
 

@@ -1,6 +1,8 @@
 """ReGATE in whole runs: the reference's losses and their cache, killed and resumed, what is refused."""
 
+import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -241,6 +243,28 @@ def test_a_file_that_is_damaged_or_of_something_else_is_made_anew(home, tmp_path
         file.write_bytes(other._file(0).read_bytes())
     assert np.array_equal(reference_of(made).losses(CPU, bar=False), first)
     assert "made anew" in capsys.readouterr().err
+
+
+def test_a_reference_is_known_by_the_hash_that_checkpoints_have_had_of_it_since_ever(home, tmp_path):
+    made, whole = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}"), hashlib.blake2b(digest_size=16)
+    for name in ("config.json", "model.safetensors"):
+        whole.update(hashlib.blake2b((home / "llm" / name).read_bytes()).digest())
+    assert reference_of(made).content == whole.hexdigest()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_place_of_losses_is_replaced_and_one_in_the_reference_is_refused(home, tmp_path):
+    made = settings(home, tmp_path, "run", f"regate.reference={home / 'llm'}")
+    first = reference_of(made).losses(CPU, bar=False)
+    file = reference_of(made)._file(0)
+    file.unlink()
+    os.mkfifo(file)
+    assert np.array_equal(reference_of(made).losses(CPU, bar=False), first)
+    assert file.is_file()
+    shutil.copytree(home / "llm", tmp_path / "piped")
+    os.mkfifo(tmp_path / "piped" / "more.safetensors")
+    with pytest.raises(UserError, match=r"more\.safetensors is a pipe or a device"):
+        reference_of(made, str(tmp_path / "piped"))
 
 
 def test_a_reference_that_lacks_a_weight_is_refused(home, tmp_path):

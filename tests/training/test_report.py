@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -188,6 +190,11 @@ def test_runs_of_a_few_steps_are_drawn(n, tmp_path):
     folder = write(tmp_path, steps(align=0, tune=n))
     assert_legible(run_figure(read_metrics(folder / "metrics.jsonl")))
     assert draw_run(folder).is_file()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems want names in UTF-8")
+def test_a_run_whose_name_is_not_utf8_is_drawn(tmp_path):
+    assert draw_run(write(tmp_path / os.fsdecode(b"caf\xe9"), steps(align=0, tune=1))).is_file()
 
 
 def test_losses_that_are_no_numbers_are_left_out(tmp_path):

@@ -95,13 +95,9 @@ def test_a_trainer_that_goes_around_us_is_stopped_at_its_first_step(tmp_path):
         trainer.train()
 
 
-def test_trl_with_compute_loss_given_back(tmp_path):
+def sft(tmp_path, model: DualSpeed, *, own_loss: bool, **more) -> Trainer:
     trl = pytest.importorskip("trl", reason="TRL is not installed")
-    model = wrapped()
-
-    class Sft(trl.SFTTrainer):
-        compute_loss = Trainer.compute_loss
-
+    kind = type("Sft", (trl.SFTTrainer,), {} if own_loss else {"compute_loss": Trainer.compute_loss})
     run = trl.SFTConfig(
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
         remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, disable_tqdm=True,
@@ -110,12 +106,26 @@ def test_trl_with_compute_loss_given_back(tmp_path):
 
     numbers = Dataset.from_dict({"i": list(range(16)), "images": [None] * 16, "messages": [[]] * 16})
     pictures = Pictures(16)
-    trainer = Sft(
+    return kind(
         model, run, train_dataset=numbers, data_collator=lambda items: gather([pictures[x["i"]] for x in items]),
-        processing_class=digits_model.build_processor(), callbacks=[SetStep(model)],
+        processing_class=digits_model.build_processor(), callbacks=[SetStep(model)], **more,
     )  # fmt: skip
-    trainer.train()
+
+
+def test_trl_with_compute_loss_given_back(tmp_path):
+    model = wrapped()
+    sft(tmp_path, model, own_loss=False).train()
     assert model.forwards >= 2
+
+
+def test_trl_as_it_is_says_what_it_needs(tmp_path):
+    from peft import LoraConfig
+
+    with pytest.raises(AttributeError, match=r"no base_model: give .*`compute_loss = Trainer\.compute_loss`"):
+        sft(tmp_path, wrapped(), own_loss=True).train()
+    with pytest.raises(AttributeError, match=r"no base_model_prefix: .*call add_lora before DualSpeed"):
+        sft(tmp_path, wrapped(), own_loss=False, peft_config=LoraConfig(target_modules="all-linear"))
+    assert not hasattr(wrapped(), "base_model"), "whoever asks whether there is one is told that there is none"
 
 
 def test_the_schedule_hears_what_all_micro_batches_of_a_step_saw(tmp_path):

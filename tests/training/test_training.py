@@ -1,23 +1,29 @@
 """The loop: killed and resumed is the same as never killed; stopping saves; nothing goes wrong in silence."""
 
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.digits_runs import ALIGN, TUNE, settings, small_base
-from support.runs import train_through, unlike
+from support.runs import log_of, train_through, unlike
 
 from tinyspeed import UserError, recipe
 from tinyspeed.data import digits, loader
 from tinyspeed.data.examples import collate
 from tinyspeed.scheduler import Plan
-from tinyspeed.training import build, checkpoint, run_folder, train, trained_model
+from tinyspeed.training import build, checkpoint, loop, run_folder, stopping, train, trained_model
 from tinyspeed.training.loop import StageRun, Totals
 from tinyspeed.training.optimizer import learning_rate
 from tinyspeed.util import paths
@@ -59,6 +65,99 @@ def test_a_signal_finishes_the_step_and_saves(number, step, base, uninterrupted,
     assert signal.getsignal(number) == before
     assert checkpoint.newest(made.folder / "checkpoints").name == f"step-{step + 1:08d}"
     train.train(made, resume=True, bar=False)
+    assert not unlike(made, uninterrupted)
+
+
+@pytest.mark.parametrize("usual", [signal.SIG_DFL, signal.SIG_IGN], ids=["terminal", "nohup"])
+def test_a_closed_terminal_asks_to_stop_and_one_that_nohup_ignores_does_not(usual, capfd):
+    before = signal.signal(signal.SIGHUP, usual)
+    try:
+        with stopping.stop_requested() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == usual
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert stop == [signal.SIGHUP] * (usual == signal.SIG_DFL)
+    assert ("SIGHUP: this step, then saving" in capfd.readouterr().err) == bool(stop)
+
+
+def steps_saved(made) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in sorted((made.folder / "checkpoints").iterdir())]
+
+
+def test_when_a_run_saves_changes_none_of_its_bits(base, uninterrupted, tmp_path):
+    often = ("run.save_every=100", "run.save_minutes=0", "run.keep_checkpoints=99")
+    made = settings(base, tmp_path, "run", *often)
+    train.train(made, bar=False)
+    assert steps_saved(made) == list(range(1, ALIGN + TUNE + 1))
+    assert not unlike(made, uninterrupted)
+    assert not run_folder.differences(made, settings(base, tmp_path, "run")), "a resumed run may save at other times"
+
+
+MINUTES = ((0.5, 0.5, 1, 3, 0, 7, 0.5, 0, 0, 0, 0, 0.5, 0.5, 0, 10, 0), (4, 4, 4, 4, 25, 0, 0, 0.5, 0, 0, 0))
+
+
+@pytest.mark.parametrize("minutes", MINUTES)
+def test_checkpoints_come_after_steps_after_minutes_and_at_the_ends_of_epochs(minutes, base, tmp_path, monkeypatch):
+    """On a clock that only steps move. Ten pictures, four in a step: the third step and the fifth end an epoch."""
+    made = settings(
+        base, tmp_path, "run", "align.steps=0", f"train.steps={len(minutes)}", "digits.pictures=10", "run.save_every=6",
+        "run.keep_checkpoints=99",
+    )  # fmt: skip
+    now, original = [1e6], StageRun._step
+
+    def timed(self, step, *given):
+        done = original(self, step, *given)
+        now[0] += 60 * minutes[step]
+        return done
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(StageRun, "_step", timed)
+    train.train(made, bar=False)
+    wanted, age = [], 0
+    for step, took in enumerate(minutes, 1):
+        age, ends = age + took, any(picture % 10 == 0 for picture in range(4 * step - 3, 4 * step + 1))
+        if step % 6 == 0 or step == len(minutes) or age >= 10 or (ends and age >= 1):
+            wanted, age = [*wanted, step], 0
+    assert steps_saved(made) == wanted
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_clock_that_jumps_by_days_spoils_neither_run_nor_log(seed, base, uninterrupted, tmp_path, monkeypatch):
+    made, draw = settings(base, tmp_path, "run"), random.Random(seed)
+    jumping = lambda: 1e6 + draw.choice((-1, 0, 1)) * 86400 * draw.random()
+    for clock in ("time.perf_counter", "time.time", "time.monotonic", "tqdm.std.time"):
+        monkeypatch.setattr(clock, jumping)
+    train.train(made)
+    monkeypatch.undo()
+    assert not unlike(made, uninterrupted)
+    lines = log_of(made)
+    assert all(line["rows_per_second"] > 0 and (line["speedup"] or 0) >= 0 for line in lines)
+    assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(lines))
+    train.train(made, resume=True, bar=False)  # and its checkpoint is not taken for a damaged one
+
+
+def test_steps_win_over_epochs_but_not_in_silence(base, tmp_path, capsys):
+    made = settings(base, tmp_path, "run", "train.epochs=3")
+    model, source = build.build(made)
+    capsys.readouterr()
+    for number, (name, stage) in enumerate(made.stages()):
+        run = StageRun(made, model, source, name, number, stage, Totals())
+        assert run.steps == stage.steps
+        run._announce()
+    assert capsys.readouterr().err.splitlines() == [f"train.steps = {TUNE} is used, train.epochs = 3 is not"]
+
+
+def test_a_signal_while_the_model_is_written_is_not_lost(base, uninterrupted, tmp_path, monkeypatch):
+    """The model is complete then, and whoever trains several runs, as `compare` does, stops behind this one."""
+    made, original = settings(base, tmp_path, "run"), train.export
+
+    def signalled(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*given)
+
+    monkeypatch.setattr(train, "export", signalled)
+    assert train.train(made, bar=False).stopped_by == signal.SIGTERM
     assert not unlike(made, uninterrupted)
 
 
@@ -197,21 +296,37 @@ def test_another_llava_than_the_digits_own_is_refused(tmp_path):
         train.train(settings(str(other), tmp_path, "run"), bar=False)
 
 
-def test_running_out_of_memory_names_mode_tokens_and_setting(base, tmp_path, monkeypatch):
+def gpu_is_full():
+    raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("allocate", [gpu_is_full, lambda: torch.empty(1 << 58), lambda: np.empty(1 << 58)])
+def test_running_out_of_memory_names_mode_tokens_and_setting(base, tmp_path, monkeypatch, allocate):
     made, original = settings(base, tmp_path, "run", "align.steps=0"), StageRun._micro_batch
 
     def too_large(self, batch, rows, plan, answers):
-        if plan.mode != "fast":
-            raise torch.OutOfMemoryError
+        if plan.mode == "slow" or (plan.mode == "full" and allocate is gpu_is_full):
+            allocate()
         return original(self, batch, rows, plan, answers)
 
     monkeypatch.setattr(StageRun, "_micro_batch", too_large)
     rows = 4 * (1 + 4 * 6 + 144)
     with pytest.raises(UserError, match=rf"a slow micro-batch of {rows} tokens .4 samples. .* train\.row_budget below"):
         train.train(made, bar=False)
-    # A run without slow steps does not mind that a full step could not even be timed.
-    fast = settings(base, tmp_path, "fast", "align.steps=0", "dualspeed.schedule=fast")
-    assert train.train(fast, bar=False).totals.speedup is None
+    if allocate is gpu_is_full:  # a run without slow steps does not mind that a full step could not even be timed
+        fast = settings(base, tmp_path, "fast", "align.steps=0", "dualspeed.schedule=fast")
+        totals = train.train(fast, bar=False).totals
+        assert (totals.steps, totals.full_seconds, totals.speedup) == (fast.train.steps, 0, None)
+
+
+@given(st.integers(0, 99), st.floats(0.1, 120), st.just(0.0) | st.floats(0.1, 1000))
+@example(21, 6.0, 1.9)
+def test_a_speedup_is_told_of_many_steps_or_of_long_ones(steps, seconds, full_seconds):
+    found = Totals(steps=steps, seconds=seconds, full_seconds=full_seconds).speedup
+    if full_seconds and (steps >= 50 or seconds >= 60):
+        assert found * seconds == pytest.approx(full_seconds)
+    else:
+        assert found is None
 
 
 def test_a_damaged_checkpoint_is_named_and_a_half_written_one_removed(base, tmp_path, capsys):

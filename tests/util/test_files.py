@@ -1,6 +1,7 @@
 """Files and folders are whole or not there, and every refusal of a disk is one line about what was to be written."""
 
 import errno
+import hashlib
 import io
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import tiny
 
@@ -348,3 +351,100 @@ def test_parquet_that_is_unpacked_is_read_without_writing(tmp_path):
         lock.unlink()
     assert parquet.unpack(tmp_path / "x.parquet", tmp_path / "cache") == first
     assert not [*(tmp_path / "cache").glob(".*")]  # on a read-only disk it would have failed
+
+
+# Hashes
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files that were read to be hashed; the hash of any file is worth keeping."""
+    found, original = [], files.hashed
+    monkeypatch.setattr(files, "LARGE", 0)
+    monkeypatch.setattr(files, "hashed", lambda path: found.append(path.name) or original(path))
+    return found
+
+
+@given(contents=st.lists(st.binary(max_size=100), max_size=5))
+def test_a_files_hash_is_blake2b_of_its_content(contents, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    paths = [folder / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    assert files.hashes(paths, folder) == [hashlib.blake2b(content).hexdigest() for content in contents]
+    assert not (folder / "hashes.json").exists(), "small files are read again"
+
+
+def test_a_large_file_is_read_once(tmp_path, read):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_text(path.name)
+    first = files.hashes(paths, tmp_path / "cache")
+    assert files.hashes(paths[::-1], tmp_path / "cache") == first[::-1]
+    assert sorted(read) == ["a", "b"]
+
+
+def changed_in_place(file: Path) -> None:
+    """As by a program that hides it: neither the size nor the time of the content tells."""
+    before = file.stat()
+    with open(file, "r+b") as opened:
+        opened.write(b"X")
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # which nobody can set; it moves every few milliseconds
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replaced(file: Path) -> None:
+    before = file.stat()
+    file.rename(file.with_name("old"))
+    file.write_text("Xther content")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def touched(file: Path) -> None:
+    os.utime(file, ns=(1, 1))
+
+
+def longer(file: Path) -> None:
+    file.write_text("longer content")
+
+
+@pytest.mark.parametrize("change", [changed_in_place, replaced, touched, longer])
+def test_a_kept_hash_is_not_believed_of_a_file_that_may_have_changed(tmp_path, read, change):
+    file = tmp_path / "a"
+    file.write_text("other content")
+    files.hashes([file], tmp_path / "cache")
+    change(file)
+    assert files.hashes([file], tmp_path / "cache") == [hashlib.blake2b(file.read_bytes()).hexdigest()]
+    assert read == ["a", "a"]
+
+
+def test_kept_hashes_that_are_damaged_are_not_believed(tmp_path, read):
+    file, kept = tmp_path / "a", tmp_path / "cache" / "hashes.json"
+    file.write_text("content")
+    true = files.hashes([file], kept.parent)
+    sound = kept.read_text()
+    wrong = sound.replace(true[0], "f" * 128)
+    for text in (wrong, "[]", "{}", "[3, 4]", '[{"a": 1}, 0]', "\0", sound[:-9], "[" * 9999):
+        kept.write_text(text)
+        assert files.hashes([file], kept.parent) == true
+        assert kept.read_text() == sound
+    assert len(read) == 9
+
+
+def test_hashes_that_cannot_be_kept_are_computed_each_time(tmp_path, read):
+    (tmp_path / "a").write_text("content")
+    (tmp_path / "cache").write_text("a file, where the folder should be")
+    for _ in range(2):
+        assert files.hashes([tmp_path / "a"], tmp_path / "cache") == [hashlib.blake2b(b"content").hexdigest()]
+    assert read == ["a", "a"]
+
+
+def test_only_the_newest_hashes_are_kept(tmp_path, read, monkeypatch):
+    monkeypatch.setattr(files, "MANY", 2)
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+        files.hashes([tmp_path / name], tmp_path)
+    files.hashes([tmp_path / "c", tmp_path / "b"], tmp_path)
+    assert read == ["a", "b", "c"]
+    files.hashes([tmp_path / "a"], tmp_path)
+    assert read == ["a", "b", "c", "a"]

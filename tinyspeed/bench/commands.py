@@ -4,7 +4,15 @@ import argparse
 from functools import partial
 from importlib import import_module
 
+GPU = "a GPU of this memory, such as 12 or 12GB (the GB in a card's name are GiB)"
 NUMBER, REPEATED, RECIPE = {"type": int}, {"action": "append"}, {"metavar": "RECIPE"}
+
+
+def gib(text: str) -> float:
+    """Reads 12, 12GB and "12 GiB" alike."""
+    return float(text.lower().rstrip("gib "))
+
+
 FLAGS: dict[str, tuple[str, dict]] = {  # of all commands: the help, and what else argparse is told
     "recipe": ("whose data is read; without it, pictures are made", {**RECIPE, "nargs": "?"}),
     "recipes": ("recipe files, or names of built-in ones", {**RECIPE, "nargs": "+"}),
@@ -24,7 +32,7 @@ FLAGS: dict[str, tuple[str, dict]] = {  # of all commands: the help, and what el
     "--width": ("width of the features or hidden states; a 7B model's are 4096 wide", NUMBER),
     "--keep": ("share of the tokens that is kept (default: 0.1)", {"type": float}),
     "--repeats": ("rounds that are timed", NUMBER),
-    "--gpu": ("use no more memory than a GPU of this size has", {"type": float, "metavar": "GIB"}),
+    "--gpu": (f"use no more memory than {GPU} has", {"type": gib, "metavar": "GB"}),
     "--device": ("cpu or cuda (default: cpu)", {}),
     "--out": ("write the numbers to this JSON file", {}),
     "--png": ("draw the results", {}),

@@ -37,7 +37,7 @@ FLOPS = ("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)
 TIMES = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
 REGATE = " All answers are counted: how many ReGATE skips depends on the run, and reduces the time."
 SIZES = ("measured GiB", "estimated GiB", "off by %")
-ON_A_CPU = "On a CPU the whole process is measured, with all its libraries."
+ON_A_CPU = "On a CPU the whole process is measured, with all its libraries, and not compared with the estimate."
 
 
 @dataclass(frozen=True)
@@ -315,16 +315,16 @@ def compare_measured(found: Estimate, measured: list[dict]) -> str:
     for m in measured:
         same = partial(found.case.micro_batch, found.recipe, m["stage"], m["mode"], samples=m["samples"])
         same = max(map(same, found.case.longest), key=lambda batch: batch.rows)
-        cells = measured_cells(beside_estimate(m["memory_mib"], same), "+.0f")
+        cells = measured_cells(beside_estimate(m["memory_mib"], same, found.case.gpu), "+.0f")
         rows.append([m["stage"], m["mode"], f"{same.rows:,}", *cells])
-    text = tables.table(["stage", "mode", "rows", *SIZES], rows)
+    text = tables.table(["stage", "mode", "tokens", *SIZES], rows)
     return text if found.case.gpu else f"{text}\n\n{ON_A_CPU}"
 
 
-def beside_estimate(mib: float | None, same: BatchMemory) -> dict:
-    """Returns what a micro-batch took, if that could be measured, and the estimate of it."""
+def beside_estimate(mib: float | None, same: BatchMemory, gpu: float | None) -> dict:
+    """Returns what a micro-batch took, if that could be measured, and the estimate of it; on a GPU they compare."""
     measured, estimated = None if mib is None else mib / 1024, same.peak / GIB
-    off = None if measured is None else 100 * (estimated / measured - 1)
+    off = None if measured is None or gpu is None else 100 * (estimated / measured - 1)
     return {"measured_gib": measured, "estimated_gib": estimated, "off_percent": off}
 
 

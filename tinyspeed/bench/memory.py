@@ -125,7 +125,7 @@ def measure(recipe: Recipe, folder: str, gpu: float | None) -> dict:
         case = Case(Shape(source.config), [source.lengths(0)], 1, "noise", name, found["gpu_gib"])
         for m in train.rehearsals(recipe, model, source):
             same = case.micro_batch(recipe, m["stage"], m["mode"], source.lengths(0), m["samples"])
-            compared = beside_estimate(m.pop("memory_mib"), same)
+            compared = beside_estimate(m.pop("memory_mib"), same, case.gpu)
             reserved = cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None
             found["modes"].append({**m, **compared, "estimated_recompute": same.recompute, "reserved_gib": reserved})
     except (UserError, torch.OutOfMemoryError) as error:

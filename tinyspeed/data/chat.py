@@ -15,34 +15,57 @@ trained with `</s>` there), so where a template ends an answer without a special
 the space that follows. What a template renders is checked: if it loses a question (templates do, when the content is a
 plain string), an answer or a picture, that is an error.
 
+A system message of the recipe (`data.system`) is written into the template itself, so training, `ask`, `eval` and
+whoever uses the exported folder write the same prompt.
+
 `plain` is LLaVA's format for aligning the projector: the picture, then the caption; what the human asks is left out.
 """
 
+import copy
+import hashlib
 import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..models.loading import space_behind_picture
+from ..recipe import DataSection
 from ..rows import IGNORE
 from ..util import UserError, counted, require
 from .record_formats import IMAGE, Turn
 
 
-class Chat:
-    """Renders and tokenizes conversations for a processor's model. `system` goes before those that have none."""
+def with_system(processor, data: DataSection):
+    """The processor, with a chat template that puts `data.system` before conversations that have no system message."""
+    if not data.system or (data.kind, data.template) != ("chat", "chat"):
+        return processor
+    chat = Chat(copy.copy(processor))
+    chat._refuse_control_tokens(data.system)
+    # Jinja reads strings as Python writes them in ASCII, and drops this line break instead of the template's own first.
+    added = f"[{{'role': 'system', 'content': [{{'type': 'text', 'text': {data.system!a}}}]}}]"
+    lacks = "messages and messages[0]['role'] != 'system'"
+    begin = f"{{% if {lacks} %}}{{% set messages = {added} + messages %}}{{% endif %}}\n"
+    chat.processor.chat_template = begin + processor.chat_template
+    chat._check(chat._template([_message(Turn("user", ("?",)))]), [Turn("system", (data.system,))])
+    return chat.processor
 
-    def __init__(self, processor, template: str = "chat", system: str = ""):
-        self.processor, self.plain, self.system = processor, template == "plain", system
+
+class Chat:
+    """Renders and tokenizes conversations for a processor's model."""
+
+    def __init__(self, processor, template: str = "chat"):
+        self.processor, self.plain = processor, template == "plain"
         self.tokenizer = processor.tokenizer
         fast = self.tokenizer.is_fast
         require(fast, "the processor has no fast tokenizer, and only those tell where in the text a token is from")
         if not self.plain and not processor.chat_template:
             raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
         self.image = processor.image_token
+        self.space = space_behind_picture(processor)
         self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
         # Tokens without a name count too: Llama 3's <|eot_id|> ends every turn, and is neither its bos nor its eos.
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self.special = sorted({*self.tokenizer.all_special_tokens, *added} - {self.image}, key=len, reverse=True)
+        self.special = sorted({*self.tokenizer.all_special_tokens, *added} - {self.image, ""}, key=len, reverse=True)
         self.turn_ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")")
 
     def encode(self, turns: Sequence[Turn], image_rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -50,11 +73,10 @@ class Chat:
         text, answers = self.render(turns)
         made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.begun(text))
         ids, characters = np.array(made["input_ids"], dtype=np.int64), np.array(made["offset_mapping"]).reshape(-1, 2)
-        labels = np.full_like(ids, IGNORE)
         first, last = characters.T
-        for begin, end in answers:
-            touched = (last > begin) & (first < end) & (last > first)
-            labels[touched] = ids[touched]
+        begins, ends = np.array(answers).T
+        end = np.append(0, ends)[begins.searchsorted(last)]  # of the last answer that begins before the token's end
+        labels = np.where((first < end) & (first < last), ids, IGNORE)
         pictures = ids == self.image_id
         found, given = counted(int(pictures.sum()), "placeholder"), counted(len(image_rows), "picture")
         require(pictures.sum() == len(image_rows), f"{found} {self.image} in the text for {given}")
@@ -70,6 +92,8 @@ class Chat:
         """The text that asks a question about so many pictures, up to where the answer begins."""
         if self.image in question:
             raise UserError(f"the question contains {self.image}, which stands for a picture: leave it out")
+        require(bool(question.strip()), "the question is empty")
+        self._refuse_control_tokens(question)
         turns = [Turn("user", (*[IMAGE] * images, question))]
         text = self._template([_message(turn) for turn in turns], add_generation_prompt=True)
         self._check(text, turns)
@@ -77,46 +101,45 @@ class Chat:
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the span of each answer in it with the end of its turn."""
-        if self.system and not self.plain and turns[0].role != "system":
-            turns = [Turn("system", (self.system,)), *turns]
         used = [turn for turn in turns if turn.role == "assistant" or not self.plain]
         said = "".join(part for turn in used for part in turn.parts if part is not IMAGE)
-        if control := next((token for token in self.special if token in said), None):
-            raise UserError(f"the text {control!r} is a control token of this model's tokenizer; write it another way")
+        self._refuse_control_tokens(said)
         if self.plain:
             return self._caption(turns)
-        mark = "\ue000"
-        while mark in said:
-            mark += "\ue000"
+        digest = hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=8).digest()
+        mark = f"\ue000{int.from_bytes(digest)}\ue000"  # no text can contain its own
         answers, messages = [], []
         for turn in turns:
             if turn.role == "assistant":
                 answers.append("".join(turn.parts))
                 turn = Turn(turn.role, (f"{mark}{len(answers) - 1}\ue001",))
             messages.append(_message(turn))
-        rest = self._template(messages)
-        self._check(rest, turns)
+        rendered = self._template(messages)
+        self._check(rendered, turns)
+        first, *rest = re.split(f"{mark}(\\d+)\ue001", rendered)
+        require(rest[::2] == [*map(str, range(len(answers)))], "the chat template loses, moves or repeats an answer")
         asked = next(number for number, turn in enumerate(turns) if turn.role == "assistant")
         prompt = self._template(messages[:asked], add_generation_prompt=True)
+        lead = opener = cue = ""
+        if first.startswith(prompt):
+            lead = first[len(prompt) :]  # the model has to say this before each answer
+        else:  # OneVision's opens an answer with "assistant \n", and asks for one with "assistant\n"
+            told = self._template(messages[:asked])
+            if first.startswith(told) and prompt.startswith(told):
+                opener, cue = first[len(told) :], prompt[len(told) :]
 
-        text, spans, lead, opener, cue = "", [], "", "", ""
-        for number, answer in enumerate(answers):
-            before, found, rest = rest.partition(f"{mark}{number}\ue001")
-            require(bool(found), "the chat template loses or moves an answer")
-            if number == 0 and before.startswith(prompt):
-                lead = before[len(prompt) :]  # the model has to say this before each answer
-            elif number == 0:  # OneVision's opens an answer with "assistant \n", and asks for one with "assistant\n"
-                told = self._template(messages[:asked])
-                if before.startswith(told) and prompt.startswith(told):
-                    opener, cue = before[len(told) :], prompt[len(told) :]
+        text, before, spans = "", first, []
+        for answer, behind in zip(answers, rest[1::2], strict=True):
             text += before.removesuffix(opener) + cue if before.endswith(opener) else before
-            begin, end = len(text.removesuffix(lead)), self.turn_ends.match(rest)
-            if end:
-                text, rest = text + answer + end[0], rest[end.end() :]
-            else:
-                text, rest = text + answer + self.tokenizer.eos_token, rest.lstrip()
+            begin, end = len(text) - len(lead) * text.endswith(lead), self.turn_ends.match(behind)
+            text += answer + (end[0] if end else self.tokenizer.eos_token)
+            before = behind[end.end() :] if end else behind.lstrip()
             spans.append((begin, len(text)))
-        return text + rest, spans
+        return text + before, spans
+
+    def _refuse_control_tokens(self, text: str) -> None:
+        if control := next((token for token in self.special if token in text), None):
+            raise UserError(f"the text {control!r} is a control token of this model's tokenizer; write it another way")
 
     def _template(self, messages: list[dict], **how) -> str:
         try:
@@ -126,10 +149,12 @@ class Chat:
             raise UserError(f"the chat template cannot write this conversation: {said:.300}") from error
 
     def _check(self, rendered: str, turns: Sequence[Turn]) -> None:
-        for turn in turns:
-            for part in turn.parts:
-                if part is not IMAGE and turn.role != "assistant" and part.strip() not in rendered:
-                    raise UserError(f"the chat template loses the {turn.role}'s text {part[:60]!r}")
+        at = 0  # where the part before was found, so that long conversations are searched only once
+        said = [(turn.role, part) for turn in turns if turn.role != "assistant" for part in turn.parts]
+        for role, part in said:
+            if part is not IMAGE and (at := rendered.find(part.strip(), at)) < 0:
+                at = rendered.find(part.strip())  # the template may write them in another order
+                require(at >= 0, f"the chat template loses the {role}'s text {part[:60]!r}")
         pictures = sum(part is IMAGE for turn in turns for part in turn.parts)
         made = rendered.count(self.image)
         what = f"{counted(made, 'placeholder')} of {counted(pictures, 'picture')}"
@@ -140,7 +165,7 @@ class Chat:
         if len(spoken) != 2 or IMAGE not in spoken[0].parts:
             raise UserError('data.template = "plain" takes one question with a picture, and its answer')
         pictures = self.image * spoken[0].parts.count(IMAGE)
-        text = pictures + "".join(spoken[1].parts) + "\n"
+        text = pictures + self.space + "".join(spoken[1].parts) + "\n"
         return text, [(len(pictures), len(text))]
 
 

@@ -17,6 +17,7 @@ and listed. Only a picture that is damaged in the middle, between a sound header
 when it is decoded; then `skip_bad` names it, and nothing is learned from its record.
 """
 
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 import torch
@@ -34,9 +36,9 @@ from tqdm import tqdm
 from ..models import loading
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
-from ..util import UserError, located, paths, require
+from ..util import UserError, counted, files, located, paths, require
 from . import images
-from .chat import Chat
+from .chat import Chat, with_system
 from .examples import Example, Sample
 from .loader import at_most, explaining_crashes, in_workers
 from .record_files import RecordFile
@@ -44,22 +46,29 @@ from .record_formats import Record
 
 CHECKED_AT_ONCE = 64  # records that a worker checks before it reports
 MANY = 2000  # fewer records are checked before a worker has started
+READ_WHOLE = 1000  # records, spread over the file, whose pictures processes compare to the last byte
 MOST_BAD = 100  # bad records, after which nobody wants to wait for the rest
 
-Measure = tuple[int, list[int], int, int]  # a record's lengths, and a checksum of its ids and labels
+Tokens = tuple[np.ndarray, np.ndarray, bool]  # a record's ids, its labels, and whether they were cut
+Measure = tuple[int, list[int], int, int, bool]  # its lengths, a checksum of its ids and labels, and whether it was cut
 
 
 class Conversations:
     """A `Source`: the good records of a file, as examples."""
 
-    def __init__(self, data: DataSection, processor, cache: Path, *, bar=True, mine=slice(None), gather=list):
-        """If processes share the check, `mine` is this one's share of its parts, and `gather` returns that of all."""
+    def __init__(self, data: DataSection, processor, cache, *, bar=True, mine=slice(None), gather=list, agree=None):
+        """If processes share the check, `mine` is this one's share of its parts, `gather` returns that of all, and
+        `agree` refuses processes whose own files are not the same."""
         paths.require_conversations(data.file, data.images)
-        self.data, self.processor = data, processor
+        self.data, self.processor = data, with_system(processor, data)
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
-        self.chat = Chat(processor, data.template, data.system)
+        self.chat = Chat(self.processor, data.template)
         self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures
+        if agree:
+            agree({"data.file": files.hashed(self.records.path)})
         self._keep(sorted(gather(self._check(mine, bar)), key=lambda found: found[0]))
+        if agree:
+            agree({"pictures in data.images": self.pictures_checksum()})
 
     def __len__(self) -> int:
         return len(self.good)
@@ -83,24 +92,37 @@ class Conversations:
         for i in self.good:
             yield from self._paths(self.records[int(i)])
 
+    def pictures_checksum(self) -> int:
+        """A checksum of the pictures as this process finds them: of all their sizes, and of the content of some. Their
+        names are in the file of records."""
+        workers = 0 if len(self) < MANY else at_most(self.data.workers)
+        with explaining_crashes():
+            return zlib.crc32(repr([*in_workers(self._checksum, _parts(len(self)), workers)]).encode())
+
+    def _checksum(self, part: range) -> int:
+        every = len(self) // READ_WHOLE + 1
+        found = [(i, file) for i in part for file in self._paths(self.records[int(self.good[i])])]
+        told = [files.hashed(file) if i % every == 0 else file.stat().st_size for i, file in found]
+        return zlib.crc32(repr(told).encode())
+
     def measure(self, number: int) -> Measure | str:
         """Checks record `number` of the file. Returns its measure, or what is wrong with it."""
         try:
             with self._record(number) as record:
-                _, _, rows, ids, labels = self._read(record)
+                _, _, rows, ids, labels, cut = self._read(record)
         except UserError as error:
             return str(error)
         checksum = zlib.crc32(labels.tobytes(), zlib.crc32(ids.tobytes()))
-        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum
+        return len(ids) - sum(rows), rows, int((labels[1:] != IGNORE).sum()), checksum, cut
 
     def text(self, i: int) -> tuple[Tensor, Tensor]:
         with self._record(int(self.good[i])) as record:
-            ids, labels = self._tokens(record, self.lengths(i)[1])
+            ids, labels, _ = self._tokens(record, self.lengths(i)[1])
         return torch.from_numpy(ids), torch.from_numpy(labels)
 
     def example(self, i: int) -> Example:
         with self._record(int(self.good[i])) as record:
-            files, sizes, _, *text = self._read(record)
+            files, sizes, _, *text, _ = self._read(record)
             ids, labels = map(torch.from_numpy, text)
             if not files:
                 return Example(ids, labels)
@@ -126,8 +148,8 @@ class Conversations:
         with located(record.where):
             yield record
 
-    def _read(self, record: Record) -> tuple[list[Path], list[tuple[int, int]], list[int], np.ndarray, np.ndarray]:
-        """All of a record but its pixels: its picture files, their sizes, their visual tokens, its ids and labels."""
+    def _read(self, record: Record) -> tuple[list[Path], list[tuple[int, int]], list[int], *Tokens]:
+        """All of a record but its pixels: its picture files, their sizes, their visual tokens, and its tokens."""
         files = self._paths(record)
         sizes = [images.size(file, record.where) for file in files]
         rows = [self._rows(*size) for size in sizes]
@@ -143,10 +165,10 @@ class Conversations:
         except (ZeroDivisionError, ValueError) as error:
             raise UserError(f"a picture of {width} x {height} pixels is too thin for this model: {error}") from error
 
-    def _tokens(self, record: Record, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _tokens(self, record: Record, rows: list[int]) -> Tokens:
         ids, labels = self.chat.encode(record.turns, rows)
         most = self.data.max_rows or len(ids)  # `from_recipe` has replaced 0 by the model's context
-        if len(ids) > most:
+        if cut := len(ids) > most:
             if self.data.too_long == "error":
                 what = f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}"
                 mend = "raise that if the model's context allows it, shorten the record"
@@ -155,16 +177,15 @@ class Conversations:
                 raise UserError(f"cutting it to data.max_rows = {most:,} would cut through a picture")
             ids, labels = ids[:most], labels[:most]
         require((labels[1:] != IGNORE).any(), "no token of an answer is left to learn")
-        return ids, labels
+        return ids, labels, cut
 
     def _check(self, mine: slice, bar: bool) -> list[tuple[int, Measure | str]]:
         """The numbers of the records in this process's share, with their measures or what is wrong with them."""
         count, found, bad = len(self.records), [], 0
-        parts = [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
         workers = 0 if count < MANY else at_most(self.data.workers)
         line = tqdm(total=count, desc="check", unit="record", disable=not bar, mininterval=0.5)
         with explaining_crashes(), line:
-            for part in in_workers(self._measures, parts[mine], workers):
+            for part in in_workers(self._measures, _parts(count)[mine], workers):
                 found += part
                 bad += sum(isinstance(measure, str) for _, measure in part)
                 line.update(len(part))
@@ -177,17 +198,25 @@ class Conversations:
 
     def _keep(self, found: list[tuple[int, Measure | str]]) -> None:
         """Keeps the measures of the good records in arrays, or refuses the file."""
-        self.bad = [measure for _, measure in found if isinstance(measure, str)]
-        require(not self.bad or self.data.skip_bad, _listed(self.bad, self.data.file))
+        bad = [(number, measure) for number, measure in found if isinstance(measure, str)]
+        self.bad = [what for _, what in bad]
+        require(not bad or self.data.skip_bad, _listed(bad, self.data.file))
         good = [(number, *measure) for number, measure in found if not isinstance(measure, str)]
         if not good:
             raise UserError(f"no record of {self.data.file} can be used; the first: {self.bad[0]}")
-        numbers, texts, visual, answers, checksums = zip(*good, strict=True)
+        numbers, texts, visual, answers, checksums, cut = zip(*good, strict=True)
+        if any(cut):
+            what = f"cut to data.max_rows = {self.data.max_rows:,}"
+            print(f"{what}: {sum(cut):,} of {counted(len(good), 'record')}", file=sys.stderr)
         self.good = np.array(numbers, dtype=np.int64)
         self.texts = np.array(checksums, dtype=np.uint32)
         self.sizes = np.array([texts, answers], dtype=np.int32).T
         self.visual = np.array([rows for each in visual for rows in each], dtype=np.int32)
         self.starts = np.cumsum([0, *map(len, visual)], dtype=np.int64)
+
+
+def _parts(count: int) -> list[range]:
+    return [range(begin, min(begin + CHECKED_AT_ONCE, count)) for begin in range(0, count, CHECKED_AT_ONCE)]
 
 
 def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
@@ -198,8 +227,14 @@ def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     return Conversations(data, loading.load_processor(model), paths.expanded(recipe.run.cache), **how)
 
 
-def _listed(bad: list[str], file: str) -> str:
+def _listed(bad: list[tuple[int, str]], file: str) -> str:
+    """A line for each kind of mistake: the first record that has it, and the numbers of others."""
     if len(bad) == 1:
-        return f"{bad[0]} (--skip-bad trains without such records)"
+        return f"{bad[0][1]} (--skip-bad trains without such records)"
     count = f"the first {MOST_BAD}" if len(bad) > MOST_BAD else str(len(bad))
-    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *bad[:MOST_BAD]])
+    kinds: dict[str, list] = {}
+    for number, what in bad[:MOST_BAD]:
+        kind = re.sub(r"'.*?'|\d", "", what.split(": ", 2)[-1])  # without its place, names and numbers
+        kinds.setdefault(kind, [what]).append(number + 1)
+    lines = (what + f" (and {len(n)} more like it: {short(n)[1:-1]})" * bool(n) for what, _, *n in kinds.values())
+    return "\n  ".join([f"{count} bad records in {file} (--skip-bad trains without such records):", *lines])

@@ -8,23 +8,28 @@ tenth of them), so for a few epochs over a few thousand pictures this is worth i
 LLaVA-1.5, up to 5.9 MB for LLaVA-NeXT.
 
 All features are made before training. Each file is written under a temporary name and then renamed, so an interruption
-loses one at most. The folder never outgrows its limit: the oldest features of other pictures make room. A data set that
-does not fit is refused, since features that come and go would cost more than they save.
+loses one at most. Its name and a checksum are in it too, so that a damaged or swapped one is noticed and made anew. The
+folder never outgrows its limit: the oldest features of other pictures make room. A data set that does not fit is
+refused, since features that come and go would cost more than they save.
 """
 
 import hashlib
+import sys
+import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from ..models.families import Family
 from ..models.precision import autocast
 from ..util import UserError, counted, files, finite, require
+from ..util.files import UNREADABLE
 from . import images
 
 GB = 10**9
@@ -45,34 +50,37 @@ class FeatureCache:
         self.key = key.digest()
 
     def file(self, picture: Path) -> Path:
-        name = hashlib.blake2b(picture.read_bytes(), key=self.key, digest_size=16).hexdigest()
+        name = hashlib.blake2b(files.read(picture), key=self.key, digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, picture: Path) -> tuple[Tensor, Tensor | None]:
         """What the projector gets of a picture (crops, patches, width), and its size if the model needs that."""
-        file = self.file(picture)
-        try:
-            tensors = load_file(file)
-            if found := finite.first_bad([("features", tensors["features"])]):
-                raise ValueError(f"{found}: not finite")
-            return tensors["features"], tensors.get("image_sizes")
-        except FileNotFoundError as error:
-            mend = "--resume makes them again; with its own run.cache a run keeps them"
-            raise UserError(f"the features of {picture} were deleted, by hand or for another run: {mend}") from error
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(f"the features of {picture} in {file} cannot be read ({error}): delete the file") from error
+        tensors = _read(file := self.file(picture))
+        if tensors is None:
+            what = f"the features of {picture} in {file} were deleted or damaged, by hand or for another run"
+            raise UserError(f"{what}: --resume makes them again; with its own run.cache a run keeps them")
+        return tensors["features"], tensors.get("image_sizes")
 
     @torch.no_grad()
     def fill(self, pictures: Iterable[Path], vlm: Family, most: float, bar: bool) -> None:
-        """Makes the features that are missing, so that all files together have at most `most` bytes."""
+        """Makes the features that are missing or damaged, so that all files together have at most `most` bytes."""
         files.delete_stale(self.folder.glob("*/.*.tmp"))
         wanted = {self.file(path): path for path in tqdm(pictures, desc="hash", unit="picture", disable=not bar)}
         held = {file: file.stat() for file in self.folder.glob("*/*.safetensors")}
+        kept = tqdm(wanted.keys() & held.keys(), desc="verify", unit="picture", disable=not bar)
+        damaged = [file for file in kept if _read(file) is None]
+        if damaged:
+            what = f"features of {counted(len(damaged), 'picture')} in {self.folder}, damaged or of another version"
+            print(f"{what}: made anew", file=sys.stderr)
+        for file in damaged:
+            files.delete_if_possible(file)
+            del held[file]
         used = sum(stat.st_size for stat in held.values())
         oldest = sorted((file for file in held if file not in wanted), key=lambda file: -held[file].st_mtime)
         missing = {file: path for file, path in wanted.items() if file not in held}
         for file, path in tqdm(missing.items(), desc="features", unit="picture", disable=not (bar and missing)):
-            content = save(self._features(path, vlm))
+            tensors = self._features(path, vlm)
+            content = save(tensors, _label(file, tensors))
             while used + len(content) > most and oldest:
                 other = oldest.pop()
                 used -= held[other].st_size
@@ -91,3 +99,21 @@ class FeatureCache:
         if finite.first_bad([("features", features)]):
             raise UserError(f"the features of {picture} are not finite: try another model.precision, or leave it out")
         return {"features": features} if sizes is None else {"features": features, "image_sizes": sizes}
+
+
+def _label(file: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What is saved beside the features to recognise a file that is damaged, or that has another one's name."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return {"key": file.stem, "crc32": f"{crc:08x}"}
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file, or None if it is not there or not as it was written."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        return None
+    with suppress(*UNREADABLE), safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        return tensors if opened.metadata() == _label(file, tensors) else None

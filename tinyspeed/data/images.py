@@ -21,7 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from ..util import UserError, require
+from ..util import UserError, files, require
 from ..util.paths import CONTROL
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none of them is a program, as EPS is
@@ -92,7 +92,7 @@ def _opened(path: Path, where: str) -> Iterator[tuple[Image.Image, int | None, t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those that matter are errors here
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=files.regular) as file:
                 image = Image.open(file, formats=FORMATS)
                 width, height = image.size
                 if width * height > MOST_PIXELS:

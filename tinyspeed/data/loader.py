@@ -5,7 +5,9 @@ any number of them makes the same batches in the same order. They use none of th
 signals to the main process, and a bad picture reaches the main process as a UserError.
 """
 
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -14,16 +16,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..util import UserError
+from ..util import UserError, files
 from .examples import Source, collate
 
 PREFETCH = 2  # batches that each worker is ahead
+PATIENCE = 60.0  # seconds without a batch, after which one line says what the workers do
 
 
 def batches(source: Source, parts: Iterable[list[int]], pad: int, workers=0, pin=False) -> Iterator[dict[str, Tensor]]:
@@ -42,10 +46,32 @@ def in_workers(make: Callable[[Any], Any], parts: Iterable, workers: int, pin: b
         return
     how = {"batch_size": None, "num_workers": workers, "prefetch_factor": PREFETCH, "worker_init_fn": _begin}
     generator = torch.Generator()  # its own: the default one belongs to dropout
-    for found in DataLoader(_Made(make), sampler=parts, pin_memory=pin, generator=generator, **how):
+    made = DataLoader(_Made(make), sampler=parts, pin_memory=pin, generator=generator, timeout=PATIENCE, **how)
+    for found in _patiently(made):
         if isinstance(found, str):
             raise UserError(found)
         yield found
+
+
+def _patiently(loader: DataLoader) -> Iterator:
+    """Its batches, however long they take. If one takes long, a line says what the workers do."""
+    with files.errors_about("/dev/shm (data.workers = 0 does without it)"):  # where semaphores are files
+        multiprocessing.Lock()  # fails if torch's would, but without the traceback of a half-made iterator
+        made = iter(loader)
+    while True:
+        try:
+            yield next(made)
+            continue
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+        workers = {one.pid: Path(f"/proc/{one.pid}/status") for one in multiprocessing.active_children()}
+        told = {pid: re.findall(r"State:\s*(.*)", file.read_text()) for pid, file in workers.items() if file.is_file()}
+        states = ", ".join(f"{pid} is {state[0]}" for pid, state in told.items())
+        what = f"no batch for {PATIENCE:.0f} s, from the processes that decode pictures: {states}"
+        print(f"{what}. Waiting on; `kill -CONT PID` wakes one that is stopped", file=sys.stderr)
 
 
 class _Made(Dataset):
@@ -82,8 +108,8 @@ def at_most(workers: int) -> int:
 def _begin(worker: int) -> None:
     # A job's scheduler signals all its processes, and the main one needs its workers to finish the step. They end when
     # it tells them to, or when it is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # not on Windows
+        signal.signal(number, signal.SIG_IGN)
     # Python would drop a batch that cannot be sent, print a message and go on; the main process would wait for ever.
     Queue._on_queue_feeder_error = staticmethod(_cannot_send)
 

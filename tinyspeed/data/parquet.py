@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,7 +16,7 @@ BAR_AFTER = 1  # seconds after which reading shows a progress bar
 def unpack(given: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path, Path | None]:
     """Unpacks a file, or a folder of files, into `cache`, unless it was done before: the name there depends on the
     files' paths, sizes and times. Returns the file of lines, and the folder of the pictures if any were inside."""
-    sources = sorted(given.glob("*.parquet")) if given.is_dir() else [given]
+    sources = sorted(filter(Path.is_file, given.glob("*.parquet"))) if given.is_dir() else [given]
     require(bool(sources), f"{given} is a folder without .parquet files; give a file, or another folder")
     require(cache is not None, f"{given} is parquet, which must be unpacked first: give a cache folder")
     try:
@@ -27,11 +26,7 @@ def unpack(given: Path, cache: Path | None, *, bar: bool = False) -> tuple[Path,
         if not folder.is_dir():  # otherwise nothing needs to be written, and the disk may be read-only
             with files.errors_about(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-                    with suppress(ImportError):  # Windows has no such locks; elsewhere the first process unpacks
-                        import fcntl
-
-                        fcntl.flock(lock, fcntl.LOCK_EX)
+                with files.locked(folder.with_name(f".{folder.name}.lock")):  # the first process unpacks
                     if not folder.is_dir():
                         with files.atomic(folder) as temporary:
                             (temporary / "images").mkdir(parents=True)

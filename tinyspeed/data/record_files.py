@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from ..util import UserError, counted, require
+from ..util import UserError, counted, files, require
 from . import parquet
 from .record_formats import FORMATS, Record, parse
 
@@ -35,10 +35,9 @@ class RecordFile:
         """`images` is the folder that picture names start from, by default the file's own. `cache` is for parquet."""
         given = Path(file).expanduser()
         self.name, self.path, unpacked = given.name, given, None
+        require(given.is_file() or given.is_dir(), f"there is no file {file}")
         if given.is_dir() or given.suffix.lower() == ".parquet":
             self.path, unpacked = parquet.unpack(given, cache, bar=bar)
-        elif not given.is_file():
-            raise UserError(f"there is no file {file}")
         beside = given if given.is_dir() else given.parent
         self.folder = unpacked or (beside if images is None else Path(images).expanduser())
         spans, size = array("q"), self.path.stat().st_size
@@ -73,7 +72,7 @@ class RecordFile:
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, tuple[int, int]]]:
     """An open file, and its size and time, which differ once it has been changed."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=files.regular) as file:
             found = os.fstat(file.fileno())
             yield file, (found.st_size, found.st_mtime_ns)
     except OSError as error:

@@ -5,8 +5,8 @@
     chat    {"images": ["a.jpg"], "messages": [{"role": "user", "content": "What is it?"},
                                                {"role": "assistant", "content": "A cat."}]}
 
-Both become the same `Record`. Another format is one more function in `FORMATS`. Whatever a record says is either
-read or refused with an error that says where it is; nothing is dropped silently.
+Both become the same `Record`, with roles by either's names. Another format is one more function in `FORMATS`. Whatever
+a record says is either read or refused with an error that says where it is; nothing is dropped silently.
 """
 
 import difflib
@@ -21,9 +21,14 @@ from ..util.paths import UNENCODABLE
 IMAGE = None  # stands for a picture among the parts of a turn; the other parts are text
 MARKER = "<image>"  # stands for a picture inside a text
 PICTURES = ("image", "images")  # the keys of a record that name its picture files
+EXAMPLE = (
+    '{"image": "a.jpg", "messages": [{"role": "user", "content": "What is it?"}, '
+    '{"role": "assistant", "content": "A cat."}]}'
+)
 # Keys that would change what is taught, but are not read here. All other keys are taken for notes about the record.
 UNREAD = {"audio", "audios", "system", "tools", "video", "videos"}
 UNREAD_INSIDE = {"content", "image", "image_url", "images", "path", "text", "tool_calls", "url", "value"}
+ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 FOLLOWS = {None: ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}
 
 
@@ -51,16 +56,14 @@ Turns = Iterable[tuple[str, list[str | Picture]]]  # who speaks, and what is sai
 
 def llava(record: dict, images: int, where: str) -> Turns:
     """LLaVA's own format: each turn is a text in which <image> stands for a picture."""
-    roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    for at, role, text in _turns(record, "conversations", "from", "value", roles, str, where):
+    for at, role, text in _turns(record, "conversations", "from", "value", str, where):
         yield role, _split(text, at)
 
 
 def chat(record: dict, images: int, where: str) -> Turns:
     """The chat format of the OpenAI API and of TRL: a turn is such a text, or a list of text parts and image parts."""
-    roles = {role: role for role in ("system", "user", "assistant")}
     turns, questions = [], []
-    for at, role, content in _turns(record, "messages", "role", "content", roles, str | list, where):
+    for at, role, content in _turns(record, "messages", "role", "content", str | list, where):
         parts = _split(content, at) if isinstance(content, str) else [_part(part, at) for part in content]
         turns.append((role, parts))
         if role == "user":
@@ -86,7 +89,7 @@ def parse(raw: object, where: str) -> Record:
         where += f" (id {shown if shown.isprintable() else short(shown)})"
     key = _one_of(FORMATS, raw, where)
     if not key:
-        _refuse(where, f"has neither {' nor '.join(FORMATS)}, only {short(list(raw))}")
+        _refuse(where, f"has neither {' nor '.join(FORMATS)}, only {short(list(raw))}; write it as {EXAMPLE}")
     given = raw.get(_one_of(PICTURES, raw, where), [])
     given = [_file_name(name, where) for name in (given if isinstance(given, list) else [given])]
     said, before = [], None
@@ -117,13 +120,13 @@ def parse(raw: object, where: str) -> Record:
 def worth_reading(columns: list[str], where: str) -> list[str]:
     """The columns of a table that `parse` looks at, and those with nearly such a name, for `parse` to report them."""
     if not _one_of(FORMATS, dict.fromkeys(columns, ""), where):
-        _refuse(where, f"has neither {' nor '.join(FORMATS)} among its columns {short(columns)}")
+        _refuse(where, f"has neither {' nor '.join(FORMATS)} among its columns {short(columns)}; write it as {EXAMPLE}")
     known = ("id", *FORMATS, *PICTURES, *UNREAD)
     return [name for name in columns if difflib.get_close_matches(name, known, cutoff=0.8)]
 
 
 def _turns(
-    record: dict, key: str, role_key: str, content_key: str, roles: dict[str, str], kind: type, where: str
+    record: dict, key: str, role_key: str, content_key: str, kind: type, where: str
 ) -> Iterator[tuple[str, str, str | list]]:
     """The place of each turn for errors, its role by our name, and its content as it stands there."""
     if not isinstance(record[key], list) or not record[key]:
@@ -136,9 +139,9 @@ def _turns(
         name, content = turn[role_key], turn[content_key]
         if not isinstance(name, str) or not isinstance(content, kind):
             _refuse(at, f"{role_key!r} and {content_key!r} must be strings, not {short(name)} and {short(content)}")
-        if name not in roles:
-            _refuse(at, unknown("role", name[:80], roles))
-        yield at, roles[name], content
+        if name not in ROLES:
+            _refuse(at, unknown("role", name[:80], ROLES))
+        yield at, ROLES[name], content
 
 
 def _split(text: str, where: str) -> list[str | Picture]:

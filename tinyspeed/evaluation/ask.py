@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from ..data.chat import Chat
-from ..util import UserError, require
+from ..util import UserError, paths, require
 
 
 def to_stdout(processor) -> TextStreamer:
@@ -28,6 +28,7 @@ def answer(
 ) -> str:  # fmt: skip
     """Returns what the model says until its end token, `max_new_tokens`, or the end of its positions."""
     require(max_new_tokens >= 1, f"an answer needs at least one token, not {max_new_tokens}")
+    require(not paths.UNENCODABLE.search(question), f"no text can have all characters of the question {question!r}")
     chat = Chat(processor)
     prompt = chat.prompt(question, len(pictures))
     inputs = processor(

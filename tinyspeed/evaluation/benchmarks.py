@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import images
-from ..util import UserError, counted, files, require, require_known
+from ..util import UserError, counted, files, located, require, require_known
 from . import vqa
 from .questions import LETTERS, READERS, Question
 
@@ -154,8 +154,9 @@ def run(
     progress = tqdm(total=len(questions), initial=len(predictions), desc=task, unit="question", disable=not bar)
     with files.appending(out) as log, progress:
         for question, path in zip(rest, paths, strict=True):
-            pictures = [images.decode(path, f"{task} question {question.id}")] if path else []
-            prediction = ask(pictures, question.text)
+            with located(where := f"{task} question {question.id}"):
+                pictures = [images.decode(path, where)] if path else []
+                prediction = ask(pictures, question.text)
             log(_line({"id": question.id, "prompt": question.text, "prediction": prediction}))
             predictions[question.id] = prediction
             progress.update()
@@ -170,7 +171,7 @@ def _header(task: str, questions: list[Question], model: str) -> bytes:
 
 def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, str]:
     """Returns what was predicted already, and cuts off half a line at the end of `out`."""
-    held = out.read_bytes() if out.exists() else b""
+    held = files.read(out) if out.exists() else b""
     if header.startswith(held):  # it is empty, or has half a header
         files.write_atomically(out, header)
         return {}

@@ -21,7 +21,7 @@ from ..training import answer_gate, metrics, run_folder
 from ..training.build import place, set_threads
 from ..training.checkpoint import only_one
 from ..training.train import train
-from ..util import UserError, files, located, plots, provenance, require, tables
+from ..util import UserError, files, located, paths, plots, provenance, require, tables
 from . import accuracy
 from .comparison_figure import compare_figure
 
@@ -40,6 +40,7 @@ def compare(recipe: Recipe, seeds: int, arms: dict[str, Recipe], bar: bool = Tru
     folder = folder_of(recipe)
     with files.errors_about(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    paths.require_plain(folder, own=True)
     with only_one(folder):
         stopped_by = _run_arms(recipe, folder, seeds, arms, bar)
         if stopped_by is None:

@@ -52,7 +52,7 @@ def look(
         if pruning.entry(name).learned:
             raise UserError(f"{name!r} learns what to keep while it trains: before that there is nothing to look at")
     out = Path(out) if Path(out).suffix else Path(f"{out}.png")
-    if out.resolve() == Path(image).resolve():
+    if out.exists() and Path(image).exists() and out.samefile(image):
         raise UserError(f"{out} is the picture itself: choose another place for the drawing")
     require(bool(names), f"no plugin to look at; known: {', '.join(pruning.names())}")
     needs = sorted({signal for name in names for signal in pruning.entry(name).needs})
@@ -97,7 +97,7 @@ def _draw(title: str, shown: np.ndarray, rows: int, columns: int, found: dict[st
     tall = SIDE * shown.shape[0] / shown.shape[1]
     width, height = across * (SIDE + GAP) + GAP, down * (tall + TITLE) + HEADER
     fig = figure(width, height)
-    fig.suptitle(title, y=1 - 0.2 / height, fontsize=11, parse_math=False)
+    fig.suptitle(title.encode(errors="replace").decode(), y=1 - 0.2 / height, fontsize=11, parse_math=False)
     axes = fig.subplots(down, across, squeeze=False).flatten()
     fig.subplots_adjust(
         left=GAP / width, right=1 - GAP / width, bottom=GAP / height, top=1 - (HEADER + TITLE - GAP) / height,

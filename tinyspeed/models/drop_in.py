@@ -24,6 +24,12 @@ class DropIn(nn.Module):
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_post_hook(_forgive_aliases)
 
+    def __getattr__(self, name: str):
+        if name in ("base_model", "base_model_prefix"):  # what TRL's loss, and peft, ask of the model itself
+            mend = "give TRL's trainer `compute_loss = Trainer.compute_loss`; call add_lora before DualSpeed"
+            raise AttributeError(f"DualSpeed has no {name}: {mend} (guide, your-own-loop)")
+        return super().__getattr__(name)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..util import UserError, finite, paths
+from .loading import local_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -53,9 +53,7 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
         a, b = (saved[names[adapters[inner].replace(".lora_A.", f".lora_{x}.")]].float() for x in "AB")
         return weight.float() + scale * (b @ a)
 
-    folder = paths.expanded(base)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(base, allow_patterns=["*.safetensors", "*.json"]))
+    folder = local_folder(base)
     out.mkdir(parents=True)
     for name in KEPT:
         if (folder / name).is_file():

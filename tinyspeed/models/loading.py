@@ -14,25 +14,37 @@ never run: transformers must be told so in every call, or it asks the user, and 
 """
 
 import json
+import multiprocessing
+import re
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import huggingface_hub as hub
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from PIL import Image
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
-from ..util import UserError, paths, require, require_known
+from ..util import UserError, counted, errors, files, paths, require, require_known
 from . import published
 from .families import FAMILIES, family
 from .precision import DTYPES
 
+TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 5, 1 << 28, 10**5  # what a chat template may take (`_try_template`)
+ANSWERS = 5.0  # seconds in which the hub must answer
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+# The files beside the weights that training depends on: configuration, tokenizer, processor, chat template.
+BESIDE = (
+    "config.json", paths.INDEX, "*token*.json", "*processor*.json", "*template*", "*.model", "vocab.*", "merges.txt",
+)  # fmt: skip
 
 
 def load_model(
@@ -71,12 +83,25 @@ def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
     transformers would draw them at random and carry on."""
     require_safetensors(path)
     with explaining(f"cannot load the model {path}"):
+        _require_layers(Path(path))
         model, found = kind.from_pretrained(
             path, **how, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{path} lacks {len(missing)} of the model's weights ({missing[0]} ...): copy it again")
     return model
+
+
+def _require_layers(folder: Path) -> None:
+    """Refuses a configuration with more layers than there are weights for, since all would be built first."""
+    files = paths.weight_files(folder)
+    if all(file.is_file() for file in files):  # otherwise this is a hub id, or loading will say what is missing
+        said = (folder / "config.json").read_text(encoding="utf-8")
+        asked = max(map(int, re.findall(r'"num_hidden_layers": *(\d+)', said)), default=0)
+        names = "\n".join(name for file in files for name in safe_open(file, "pt").keys())  # noqa: SIM118 (not a dict)
+        there = 1 + max(map(int, re.findall(r"\.(\d+)\.", names)), default=0)
+        what = f"config.json has num_hidden_layers = {asked:,}, and there are weights of {counted(there, 'layer')}"
+        require(asked <= there, f"{folder}/{what}: copy it again")
 
 
 def empty_model(path: str, precision: str) -> nn.Module:
@@ -88,9 +113,10 @@ def empty_model(path: str, precision: str) -> nn.Module:
 
 def require_safetensors(path: str | Path) -> None:
     """Refuses a model whose index of weights names anything but safetensors: transformers would open it as a pickle."""
+    paths.require_plain(path)
     quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        index = cached_file(str(path), paths.INDEX, **quietly)
+        index = cached_file(str(_reach(path)), paths.INDEX, **quietly)
     except OSError:  # there is no such model, and loading it will say so
         return
     if index:
@@ -109,14 +135,14 @@ def explaining(what: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what transformers says, and where that does not help, what it should say."""
-    said = (str(error).strip() or repr(error)).splitlines()[0]
-    if "tiktoken" in said:
+    """What transformers says, in one line, and where that does not help, what it should say."""
+    said = " ".join(str(error).split()) or repr(error)
+    if errors.no_memory(error):
+        return f"memory ran out ({said})"
+    if "pip install tiktoken" in said:
         return "its tokenizer is a SentencePiece file: pip install '.[parts]'"
     if "custom code" in said:
         return "it needs code that comes with it, and such code is never run here"
-    if "couldn't connect" in said:
-        return f"{said} (It was looked for on the hub because there is no such folder here.)"
     if "no file named model.safetensors" in said:
         return f"{said} Only safetensors are read, since a pickle can run code: save it again with save_pretrained"
     return said
@@ -143,7 +169,7 @@ def load_config(path: str):
     if where in published.KNOWN and not _downloaded(path):
         return published.KNOWN[path]()
     with explaining(f"cannot load the configuration of {path}"):
-        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+        return AutoConfig.from_pretrained(_reach(where), trust_remote_code=False)
 
 
 def hub_revision(path: str) -> str | None:
@@ -152,9 +178,44 @@ def hub_revision(path: str) -> str | None:
     return found and found.parent.name
 
 
+def local_folder(path: str) -> Path:
+    """The folder with a model's files. A hub id is downloaded, unless all of it is here."""
+    found = paths.model_folder_or_hub_id(path)
+    if isinstance(found, Path):
+        return found
+    here = _downloaded(found)
+    if here and all(map(Path.is_file, [here.with_name("tokenizer_config.json"), *paths.weight_files(here.parent)])):
+        return here.parent
+    with explaining(f"cannot download {path}"):
+        return Path(snapshot_download(found, allow_patterns=["*.json", "*.safetensors", *BESIDE]))
+
+
+def identity(folder: Path, cache: Path) -> dict[str, str]:
+    """The names of the files that training with this model depends on, and their hashes."""
+    beside = {file for pattern in BESIDE for file in folder.glob(pattern)}
+    found = sorted(file for file in {*paths.weight_files(folder), *beside} if file.is_file())
+    return dict(zip([file.name for file in found], files.hashes(found, cache), strict=True))
+
+
 def _downloaded(hub_id: str) -> Path | None:
     found = try_to_load_from_cache(hub_id, "config.json")
     return Path(found) if isinstance(found, str) else None
+
+
+@lru_cache
+def _reach(where: str | Path) -> str | Path:
+    """Returns this folder or hub id. The hub is asked for an id once, briefly: transformers asks for each file, and for
+    23 seconds. If it does not answer, it is asked no more, and what has been downloaded is used."""
+    try:
+        if not Path(where).is_dir():
+            hub.get_hf_file_metadata(hub.hf_hub_url(str(where), "config.json"), timeout=ANSWERS)
+    except Exception as error:
+        answered = getattr(getattr(error, "response", None), "status_code", 500) < 500  # if only that there is none
+        if not answered and not isinstance(error, ValueError):  # raised for what cannot be an id
+            what = f"no folder {where} is here, and the hub cannot be reached ({_reason(error)})"
+            require(_downloaded(str(where)) is not None, f"{what}: give the folder of a model")
+            hub.constants.HF_HUB_OFFLINE = True
+    return where
 
 
 def load_processor(path: str):
@@ -173,13 +234,60 @@ def load_processor(path: str):
         "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),  # CLS
     }
     with explaining(f"{path} has no usable processor beside its model"):
-        processor = AutoProcessor.from_pretrained(_resolve(path), trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(_reach(_resolve(path)), trust_remote_code=False)
         for name, value in settings.items():
             if (own := getattr(processor, name, value)) != value:
                 print(f"the processor's {name} is {own}, the model's {value}: using that", file=sys.stderr)
                 setattr(processor, name, value)
         _check_processor(path, processor, config)
+        if isinstance(processor.chat_template, dict):  # of several
+            processor.chat_template = processor.chat_template.get("default")
+        _require_quick_template(path, processor)
+        image, space = processor.image_token, space_behind_picture(processor)
+        for end in ("\n", r"\n") if processor.chat_template else ():  # a line break, and how Jinja may spell it
+            processor.chat_template = processor.chat_template.replace(f"{image}{end}", f"{image}{space}{end}")
     return processor
+
+
+def space_behind_picture(processor) -> str:
+    """The space, or "", that the text behind a picture needs to have LLaVA's tokens. LLaVA tokenizes that text alone,
+    and Llama's tokenizer begins it with "▁". Where its "legacy" is not true, only a whole text begins with one."""
+    ids = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    image = processor.image_token
+    return " " if ids(f"{image}x")[1:] != ids("x") == ids(f"{image} x")[1:] else ""
+
+
+def _require_quick_template(path: str, processor) -> None:
+    """Refuses a chat template that needs long, or much memory, for a short conversation. A template is a stranger's
+    program, and nothing in its own process could stop it in the middle of 9**(9**9), so a child process tries it."""
+    if not processor.chat_template or "fork" not in multiprocessing.get_all_start_methods():  # as on Windows
+        return
+    child = multiprocessing.get_context("fork").Process(target=_try_template, args=(processor,))
+    child.start()
+    child.join(60)
+    if child.is_alive():  # it does not compute: it was forked while a thread held a lock, and that says nothing
+        child.kill()
+        return
+    what = "takes too long, or too much memory or text, to write a few words: copy the model again"
+    require(child.exitcode not in (1, -signal.SIGKILL), f"{path}: its chat template {what}")
+
+
+def _try_template(processor) -> None:
+    import resource
+
+    with suppress(OSError, ValueError):  # lower limits may hold already, and not every system has /proc
+        resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS))
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + TEMPLATE_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    say = lambda role, *more: {"role": role, "content": [*more, {"type": "text", "text": "Hi"}]}
+    user = say("user", {"type": "image"})
+    for chat in ([user, say("assistant"), user], [say("system"), user]):
+        try:
+            good = len(processor.apply_chat_template(chat, add_generation_prompt=True)) <= TEMPLATE_TEXT
+        except Exception as error:  # any other is an error of the conversation that the template is used for
+            good = not isinstance(error, MemoryError)
+        if not good:
+            sys.exit(1)
 
 
 def _check_processor(path: str, processor, config) -> None:
@@ -190,6 +298,7 @@ def _check_processor(path: str, processor, config) -> None:
     for good, problem in (
         (largest < config.text_config.vocab_size, f"its tokenizer has ids up to {largest}, its model has fewer words"),
         (image_id == config.image_token_id, f"its {image} has id {image_id}, its model's {config.image_token_id}"),
+        (processor.tokenizer.eos_token not in (None, "", image), "its tokenizer has no end token (eos_token) to learn"),
         (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
         (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
     ):

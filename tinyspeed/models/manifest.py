@@ -4,11 +4,10 @@ It is verified on each use. Frozen weights are in no checkpoint, so a resumed ru
 """
 
 import json
-import stat
 from pathlib import Path
 
 from ..util import UserError, require
-from ..util.files import UNREADABLE, fingerprint
+from ..util.files import UNREADABLE, fingerprint, read
 
 _verified: set[tuple] = set()  # by this process, which asks several times, and the files may be large
 
@@ -22,14 +21,10 @@ def write(folder: Path, name: str, how: dict) -> None:
 def verify(folder: Path, name: str, how: dict) -> None:
     """Refuses a base model that was built in another way, or whose files are not what was written."""
     try:
-        if not (folder / name).is_file():
-            raise ValueError(f"there is no file {name}")
-        manifest = json.loads((folder / name).read_text(encoding="utf-8"))
+        manifest = json.loads(read(folder / name).decode())
         require(manifest["how"] == how, f"{folder} was not built with {how}: delete it, or choose another run.name")
         for file, (size, crc) in manifest["files"].items():
             found = (folder / file).stat()
-            if not stat.S_ISREG(found.st_mode):  # reading a pipe would never end
-                raise ValueError(f"{file} is not a file")
             seen = (str(folder / file), found.st_mtime_ns, found.st_ino, found.st_size, size, crc)
             if Path(file).name != file or (seen not in _verified and fingerprint(folder / file) != (size, crc)):
                 raise ValueError(f"{file} is not what was written")

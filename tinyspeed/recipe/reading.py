@@ -1,4 +1,4 @@
-"""From a TOML file to a recipe. An unknown key is an error that names the nearest known one.
+"""From a TOML file to a recipe. An unknown key is an error that names the key that was probably meant.
 
 `--set section.key=value` on the command line changes a value before the sections check theirs: all are checked alike.
 """
@@ -8,10 +8,18 @@ import tomllib
 from pathlib import Path
 from reprlib import repr as short
 
-from ..util import UserError, located, paths, require, require_known, unknown
+from ..util import UserError, located, paths, require, unknown
 from .sections import INPUTS, LARGEST, LAST, Recipe
 
 BUILT_IN = Path(__file__).parent / "presets"
+SYNONYMS = {  # what transformers, peft and LLaVA's own scripts call our keys
+    "learning_rate": "train.lr", "lr_rate": "train.lr", "warmup_ratio": "train.warmup", "max_steps": "train.steps",
+    "batch_size": "train.batch", "per_device_train_batch_size": "train.batch", "num_train_epochs": "train.epochs",
+    "gradient_accumulation_steps": "train.row_budget", "gradient_checkpointing": "train.checkpointing",
+    "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "load_in_4bit": "model.quantise", "bf16": "model.precision",
+    "fp16": "model.precision", "model_name_or_path": "model.path", "data_path": "data.file", "output_dir": "run.folder",
+    "image_folder": "data.images", "max_length": "data.max_rows", "max_seq_length": "data.max_rows", "r": "lora.rank",
+}  # fmt: skip
 
 
 def read(path: str, changes: list[str] = ()) -> Recipe:
@@ -35,20 +43,20 @@ def changed(recipe: Recipe, tables: dict, where: str) -> Recipe:
 def tables_of(path: str, built_in: Path, kind: str) -> tuple[dict, str]:
     """The tables of a TOML file, or of the built-in one of this name, and the path of that file."""
     file = Path(path) if Path(path).is_file() else built_in / f"{path}.toml"
-    known = ", ".join(sorted(p.stem for p in built_in.glob("*.toml")))
-    require(file.is_file(), f"there is no {kind} {path}; built in: {known}")
+    if not file.is_file():
+        raise unknown(kind, path, (p.stem for p in built_in.glob("*.toml")), says="there is no")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8")), str(file)
     except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not text, or 5,000 digits
-        raise UserError(f"{file} is not valid TOML: {error}") from error
+        raise UserError(f"{file} is not valid TOML, as a {kind} must be: {error}") from error
 
 
 def setting(flag: str, text: str) -> tuple[str, str, str]:
     """Splits a flag's section.key=value."""
     key, equals, value = text.partition("=")
-    section, dot, name = key.strip().partition(".")
+    section, _, name = key.strip().partition(".")
     example = "dualspeed.keep=0.1,0.25" if flag == "--vary" else "train.lr=1e-4"
-    require(bool(equals and dot), f"{flag} {text}: write it as section.key=value, for example {example}")
+    require(bool(equals), f"{flag} {text}: write it as section.key=value, for example {example}")
     return section, name, value
 
 
@@ -90,21 +98,32 @@ def from_tables(tables: dict, where: str) -> Recipe:
 
 def _typed(kinds: dict[str, type], section: str, values: object) -> dict:
     """The values of a section, in which whole numbers are floats where the section wants them so."""
-    require_known("section", section, kinds)
+    if section not in kinds:
+        raise _unknown("section", section, kinds)
     require(isinstance(values, dict), f"{section} must be a table, [{section}]")
     types = {f.name: f.type for f in dataclasses.fields(kinds[section])}
     found = {}
     for key, value in values.items():
         if key not in types:
-            raise unknown("key", key, types, f"{section}.")
+            raise _unknown("key", key, types, f"{section}.")
         wanted, at = types[key], f"{section}.{key} = {short(value)}"
         most = 2**32 if key == "seed" else LARGEST
         require(type(value) is not int or -LARGEST <= value <= most, f"{at} is too large a number")
         found[key] = float(value) if wanted is float and type(value) is int else value
         require(type(found[key]) is wanted, f"{at} must be of type {wanted.__name__}")
         fine = wanted is not str or not paths.UNENCODABLE.search(value)
-        require(fine, f"{at} has a character that no file can have")
+        require(fine, f"{at} has a character that no recipe can have: rename it, or set LC_ALL=C.UTF-8")
     return found
+
+
+def _unknown(kind: str, name: str, known: dict[str, type], section: str = "") -> UserError:
+    """Also suggests keys of other sections, and those that other programs call so."""
+    keys = [f"{s.name}.{f.name}" for s in dataclasses.fields(Recipe) for f in dataclasses.fields(s.type)]
+    home, dot, key = SYNONYMS.get(name, name).rpartition(".")
+    for start in (section or home + dot, home + dot):
+        if found := [repr(k) for k in keys if k.startswith(start) and k.endswith(f".{key}")]:
+            return UserError(f"unknown {kind} {section + name!r}; did you mean {' or '.join(found)}?")
+    return unknown(kind, name, known, section)
 
 
 def of_run(folder: str) -> Recipe:
@@ -112,4 +131,5 @@ def of_run(folder: str) -> Recipe:
     file = Path(folder) / "recipe.toml"
     require(file.is_file(), f"{folder} is not a run: it has no recipe.toml")
     here = Path(folder).resolve()
+    paths.require_plain(here, own=True)
     return read(str(file)).replaced(run={"folder": str(here.parent), "name": here.name})

@@ -35,7 +35,8 @@ class RunSection:
     seed: int = 0  # Another seed draws another order of the data, other slow steps and other new weights.
     threads: int = 0  # CPU threads; 0 = torch's choice. A resumed run gives the same bits only with the same number.
     device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is a GPU.
-    save_every: int = 200  # Steps between checkpoints.
+    save_every: int = 200  # Most steps between checkpoints.
+    save_minutes: float = 10.0  # Most minutes between checkpoints; at an epoch's end, a tenth of them.
     keep_checkpoints: int = 2  # How many checkpoints are kept; older ones are deleted.
     cache: str = "~/.cache/tinyspeed"  # Folder for unpacked parquet files, tower features, reference losses.
 
@@ -44,7 +45,7 @@ class RunSection:
         good = good and not paths.CONTROL.search(self.name) and len(self.name.encode()) <= 200
         require(bool(good), f"run.name = {self.name!r}: must be a plain folder name")
         require_range(self, "run.", seed=(0, 2**32 - 1), threads=(0, 1024))
-        require_range(self, "run.", save_every=(1, LARGEST), keep_checkpoints=(1, LARGEST))
+        require_range(self, "run.", save_every=(1, LARGEST), save_minutes=(0, 10**9), keep_checkpoints=(1, LARGEST))
         require_known("run.device", self.device, ("auto", "cpu", "cuda"))
 
 
@@ -88,7 +89,7 @@ class DataSection:
     file: str = ""  # Chat: LLaVA's JSON, or chat messages as JSON, JSONL or parquet.
     images: str = ""  # Chat: the folder that the names of pictures start from; empty = the folder of the file.
     template: str = "chat"  # "chat": the processor's chat template; "plain": a picture and its caption, for aligning.
-    system: str = ""  # A system message for conversations that have none.
+    system: str = ""  # A system message for conversations that have none, and for questions to the model.
     max_rows: int = 0  # Longest sample in tokens, image tokens included; 0 = the model's context.
     too_long: str = "error"  # "error" refuses longer samples; "cut" cuts the end of their text off, never a picture.
     skip_bad: bool = False  # Leave bad records out and list them in skipped.txt; otherwise they are an error.
@@ -191,7 +192,7 @@ class StsSection:
 @dataclass(frozen=True)
 class StageSection:
     steps: int = 0  # Optimizer steps; 0 = as many as epochs asks for. A stage with neither is left out.
-    epochs: float = 0.0  # Passes over the data. With few records, train for more.
+    epochs: float = 0.0  # Passes over the data, unless steps is given. With few records, train for more.
     batch: int = 32  # Samples in an optimizer step. With few records, use a smaller batch.
     lr: float = 1e-3  # Learning rate after the warm-up; from there it falls to 0 along half a cosine.
     warmup: float = 0.03  # Share of the steps in which the learning rate rises.

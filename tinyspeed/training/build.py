@@ -13,6 +13,7 @@ Each step gets what the steps before it made, and no step asks for it a second t
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,16 @@ def base_model(recipe: Recipe, device: torch.device) -> str:
         return str(assembling.assemble(recipe.model.tower, recipe.model.llm, folder, recipe.run.seed))
     how = {"tower_steps": recipe.digits.tower_steps, "device": device, **recipe.digits.sizes}
     return str(digits_model.prepare(folder, recipe.run.seed, **how))
+
+
+def base_folder(recipe: Recipe) -> str:
+    """The same model's folder here, which is the hub's cache for a hub id."""
+    return str(loading.local_folder(base_model(recipe, torch.device("cpu"))))
+
+
+def base_files(recipe: Recipe) -> dict[str, str]:
+    """The files of the base model that training depends on, with their hashes."""
+    return loading.identity(Path(base_folder(recipe)), paths.expanded(recipe.run.cache))
 
 
 def list_skipped(recipe: Recipe, source: conversations.Conversations) -> None:

@@ -16,7 +16,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -110,22 +110,9 @@ def prune(folder: Path, keep: int) -> None:
             files.delete(old.rename(old.with_name(f".tmp-{old.name}")))
 
 
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
+def only_one(folder: Path) -> AbstractContextManager[None]:
     """Refuses a second process in the same folder: two would overwrite each other's checkpoints and metrics."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        yield
-        return
-    with files.errors_about(folder / ".lock"):
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
-        except OSError as error:
-            raise UserError(f"another process is training in {folder}; wait for it, or stop it") from error
-        yield
+    return files.locked(folder / ".lock", f"another process is training in {folder}; wait for it, or stop it")
 
 
 def newest(folder: Path) -> Path | None:
@@ -199,8 +186,7 @@ def expect(good: bool, what: str) -> None:
 def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
     """The tensors and the state of a checkpoint. A damaged one is refused. `mine`: the files this process verifies."""
     with reading(path):
-        expect((path / STATE).is_file(), f"{STATE} is missing, or not a file")
-        text = (path / STATE).read_text(encoding="utf-8")
+        text = files.read(path / STATE).decode()
         written = json.loads(text, parse_constant=lambda name: expect(False, f"{STATE} holds {name}"))
         state = written["state"]
         expect(written["crc32"] == _crc(state), f"{STATE} is not what was written")
@@ -209,7 +195,6 @@ def read(path: Path, mine: slice = slice(None)) -> tuple[Saved, dict]:
         for name in state["files"]:
             expect(bool(_OURS.fullmatch(name)), f"{name!r} is not the name of a checkpoint's file")
         for name in sorted(state["files"])[mine]:
-            expect((path / name).is_file(), f"{name} is missing, or not a file")  # opening a pipe would block
             expect([*fingerprint(path / name)] == state["files"][name], f"{name} is not what was written")
         return Saved([path / name for name in state["files"]]), state
 

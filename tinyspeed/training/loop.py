@@ -9,6 +9,7 @@ The speed-up shown is an estimate. Before the stage a full forward and backward 
     speed-up = seconds that full steps would have taken, by their number of rows / seconds taken
 
 That is as good as one timing can be; `tinyspeed compare` measures whole runs. Saving and the probe are not counted.
+When checkpoints are written depends on the clock, and changes no bit of the run: saving draws no random numbers.
 """
 
 import math
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from ..recipe import Recipe, StageSection
 from ..recipe.schedules import schedule_of
 from ..rows import plan_rows
 from ..scheduler import Plan
-from ..util import NotFinite, UserError, counted, files, finite, malloc, provenance, require
+from ..util import NotFinite, UserError, counted, errors, files, finite, malloc, provenance, require
 from . import checkpoint, diagnosis, metrics, optimizer
 from .answer_gate import Gate
 from .batching import Order, cut
@@ -40,20 +41,27 @@ from .run_folder import fingerprint, log_fingerprint
 PATIENCE = 5.0  # seconds after which the probe repeats its measurement no more
 
 
+def seconds_since(began: float) -> float:
+    """Never 0 or less, also if the clock was set back."""
+    return max(time.perf_counter() - began, 1e-6)
+
+
 @dataclass
 class Totals:
-    """What the run has done so far. It is part of every checkpoint."""
+    """What the run has done so far, and with which base model. It is part of every checkpoint."""
 
     steps: int = 0  # over both stages
     seconds: float = 0.0
     rows: int = 0  # that the LLM saw, teachers included
     rows_full: int = 0  # that full training would have shown it
     full_seconds: float = 0.0  # that full training would have taken, by the probes
+    base: dict[str, str] = field(default_factory=dict)  # `build.base_files`; earlier versions did not save it
 
     @property
     def speedup(self) -> float | None:
-        """None before the first step, and if a full step does not fit on the device and could not be timed."""
-        return self.full_seconds / self.seconds if self.full_seconds else None
+        """None as long as it is too early to tell, or if a full step does not fit on the device and was not timed."""
+        early = self.steps < 50 and self.seconds < 60  # starting the worker processes may have taken most of it
+        return self.full_seconds / self.seconds if self.full_seconds and not early else None
 
 
 class StageRun:
@@ -117,6 +125,7 @@ class StageRun:
         batches = loader.batches(self.source, self._ahead(), self.pad, workers=workers, pin=pin)
         how = {"unit": "step", "disable": not bar, "mininterval": 0.2}
         line = tqdm(total=self.steps, initial=self.first, desc=self.name, **how)
+        saved = time.perf_counter()
         with loader.explaining_crashes(), closing(batches), metrics.logging(folder, self.lead) as log, line:
             for step in range(self.first, self.steps):
                 with diagnosis.naming_the_step(self):
@@ -127,20 +136,32 @@ class StageRun:
                 speed += f" {entry['speedup']:.2f}x full" if entry["speedup"] else ""
                 line.set_postfix_str(f"{entry['mode']} loss {entry['loss']:.3f}{note} {speed}", refresh=False)
                 line.update()
-                self.stopped = self._stops(stop)  # asked once a step, since a signal may come at any moment
-                if self.stopped or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
+                # Asked once a step, since a signal may come at any moment.
+                self.stopped, late = self._stops(stop, self._late(step, seconds_since(saved)))
+                if self.stopped or late or step + 1 == self.steps or (step + 1) % self.recipe.run.save_every == 0:
                     if self.lead:  # after a power cut the log must reach as far as the checkpoint
                         with files.errors_about(folder / metrics.LOG):
                             files.flush(folder / metrics.LOG)
                     self.save(folder / "checkpoints", step + 1)
+                    saved = time.perf_counter()
                 if self.stopped:
                     return
 
-    def _stops(self, stop: list[int]) -> bool:
-        return bool(stop)
+    def _stops(self, stop: list[int], late: bool = False) -> tuple[bool, bool]:
+        """Whether the run stops, and whether a checkpoint is late: in all processes the same."""
+        return bool(stop), late
+
+    def _late(self, step: int, seconds: float) -> bool:
+        """Whether the newest checkpoint, so many seconds old, is too old. At the end of an epoch a tenth is enough."""
+        ends = (step + 1) * self.stage.batch % len(self.source) < self.stage.batch
+        return seconds >= self.recipe.run.save_minutes * (6 if ends else 60)
 
     def _announce(self) -> None:
-        """Warns of a short run that draws no slow step: its model never sees a whole picture and is poor at them."""
+        """Says which of steps and epochs counts, if both are given. Warns of a short run that draws no slow step: its
+        model never sees a whole picture and is poor at them."""
+        if self.lead and self.stage.steps and self.stage.epochs:
+            used, ignored = f"{self.name}.steps = {self.stage.steps}", f"{self.name}.epochs = {self.stage.epochs:g}"
+            print(f"{used} is used, {ignored} is not", file=sys.stderr)
         modes = {self.model.schedule.plan(step).mode for step in range(min(self.steps, 10_000))}
         if self.lead and self.name == "train" and "fast" in modes and "slow" not in modes:
             more = "train for more steps (more train.epochs, a smaller train.batch)"
@@ -152,7 +173,9 @@ class StageRun:
         """Turns running out of memory into advice."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not errors.no_memory(error):
+                raise
             advice = f"set {self.name}.row_budget below that (or a smaller {self.name}.batch)"
             if len(rows) == 1:
                 advice = f'set {self.name}.checkpointing = "on", model.quantise = "nf4" or a smaller data.max_rows'
@@ -270,7 +293,7 @@ class StageRun:
             self.model.schedule.observe(plan, {**known, "influence": influence})
             if self.gate:
                 self.gate.learn(self._sum(self.gate.losses()))
-        took = time.perf_counter() - began
+        took = seconds_since(began)
 
         t = self.totals
         t.steps, t.seconds = t.steps + 1, t.seconds + took
@@ -299,12 +322,12 @@ class StageRun:
                 begins = time.perf_counter()
                 for _ in range(5):  # the first ones also allocate memory, which later ones reuse
                     began = time.perf_counter()
-                    if self._stops([1] * (began - begins > PATIENCE)):
-                        break
                     out = self._micro_batch(batch, rows, plan, 1)
                     out.loss.item()  # wait for the device
-                    seconds = min(seconds, time.perf_counter() - began)
+                    seconds = min(seconds, seconds_since(began))
                     self.optimizer.zero_grad(set_to_none=True)
+                    if self._stops([1] * (seconds_since(begins) > PATIENCE))[0]:
+                        break
                 return seconds / out.metrics["rows_full"]
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)

@@ -4,9 +4,8 @@ A tracker (TensorBoard and the like) would get each step's numbers here too, in 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ..util import UserError, files, require
@@ -18,14 +17,14 @@ NEEDED = ("step", "stage", "mode", "ce", "rows_kept", "rows_taught", "rows_full"
 @contextmanager
 def logging(folder: Path, lead: bool) -> Iterator[Callable[[dict], None]]:
     """Yields a function that logs a step. Only the `lead` of several processes writes."""
-    with files.appending(folder / LOG if lead else Path(os.devnull)) as add:
+    with files.appending(folder / LOG) if lead else nullcontext(lambda line: None) as add:
         yield lambda step: add(json.dumps(step).encode() + b"\n")
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The steps of a metrics.jsonl in order. The later of two lines of a step counts, and the last may be cut off."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = files.read(path).decode(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; a run's folder holds metrics.jsonl once it has trained") from error
     steps: dict[int, dict] = {}

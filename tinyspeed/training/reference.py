@@ -18,12 +18,10 @@ import shutil
 import sys
 import zlib
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ from ..distill import answer_loss
 from ..models import loading
 from ..models.precision import DTYPES
 from ..rows import IGNORE
-from ..util import UserError, files, located, paths, require
+from ..util import UserError, files, located, require
 
 AT_ONCE = 1024  # samples a file
 ROWS = 16384  # tokens of a forward
@@ -50,10 +48,11 @@ class Reference:
     def __init__(self, path: str, base: str, source: Source, samples: list[int], precision: str, folder: Path):
         self.path, self.source, self.samples, self.precision = path, source, samples, precision
         self.called = f"regate.reference: {path}"
-        self.files = _files(path)
+        with located("regate.reference"):
+            self.files = str(loading.local_folder(path))
         processor = loading.load_processor(base)
         self.tokens = _tokens(path, self.files, processor)
-        self.content = _content(self.files)
+        self.content = _content(self.files, folder.parent)
         made = (self.content, source.fingerprint, repr(samples), repr(self.tokens.tolist()), precision)
         self.key = hashlib.blake2b("".join(f"{part}\0" for part in made).encode(), digest_size=16).hexdigest()
         self.folder = folder / self.key
@@ -83,7 +82,7 @@ class Reference:
 
     def _read(self, number: int, part: list[int]) -> np.ndarray | None:
         file = self._file(number)
-        if not file.exists():
+        if not file.is_file():
             return None
         try:
             with safe_open(file, framework="pt") as opened:
@@ -145,27 +144,9 @@ class Reference:
         return torch.cat(losses).numpy()
 
 
-def _files(path: str) -> str:
-    """The folder with the reference's files. A hub id is downloaded."""
-    found = paths.model_folder_or_hub_id(path)
-    if isinstance(found, Path):
-        return str(found)
-    with loading.explaining(f"regate.reference: cannot download {path}"):
-        return snapshot_download(found, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.model"])
-
-
-def _content(folder: str) -> str:
-    files = sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")])
-    return _hash(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
-
-
-@cache  # two gates of a run ask for it, of a file of 13 GB
-def _hash(files: tuple[tuple[Path, int, int], ...]) -> str:
-    made = hashlib.blake2b(digest_size=16)
-    for file, *_ in files:
-        with open(file, "rb") as opened:
-            made.update(hashlib.file_digest(opened, "blake2b").digest())
-    return made.hexdigest()
+def _content(folder: str, cache: Path) -> str:
+    found = sorted([Path(folder) / "config.json", *Path(folder).glob("*.safetensors")])
+    return hashlib.blake2b(bytes.fromhex("".join(files.hashes(found, cache))), digest_size=16).hexdigest()
 
 
 def _tokens(path: str, files: str, processor) -> Tensor:

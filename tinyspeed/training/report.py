@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..util import counted
+from ..util import counted, paths
 from ..util.plots import GREY, figure, fit_scale, label_ends, plain_axes, save, smooth
 from .metrics import read_metrics
 
@@ -26,6 +26,7 @@ MODES = {  # mode -> how its curve and its single steps are drawn
 def draw_run(folder: Path | str) -> Path:
     """Draws folder/metrics.jsonl as folder/report.png."""
     folder = Path(folder)
+    paths.require_plain(folder, own=True)
     return save(run_figure(read_metrics(folder / "metrics.jsonl"), folder.resolve().name), folder / "report.png")
 
 
@@ -41,7 +42,7 @@ def run_figure(steps: list[dict], name: str = "run"):
     stages = list(dict.fromkeys(step["stage"] for step in steps))
     modes = [mode for mode in MODES if any(step["mode"] == mode for step in steps)]
     title = f"{name}: {counted(len(steps), 'step')} in {timedelta(seconds=round(seconds[-1]))}"
-    fig.suptitle(title, x=0.1, ha="left", weight="bold", parse_math=False)
+    fig.suptitle(title.encode(errors="replace").decode(), x=0.1, ha="left", weight="bold", parse_math=False)
 
     # Loss: pale single steps, and a smooth curve for each mode of each stage
     ends, heights = {}, []

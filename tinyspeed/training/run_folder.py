@@ -24,7 +24,7 @@ OURS = {"recipe.toml", "checkpoints", ".lock", "base", "skipped.txt"}
 # The keys that a resumed run may change: where things are kept, and how a step fits into memory. No sample, weight or
 # schedule depends on them. (Dropout does draw differently if micro-batches are cut differently.)
 FREE = {
-    "run": ("save_every", "keep_checkpoints", "cache"),
+    "run": ("save_every", "save_minutes", "keep_checkpoints", "cache"),
     "data": ("workers", "feature_cache_gb"),
     "align": ("row_budget", "checkpointing"),
     "train": ("row_budget", "checkpointing"),
@@ -48,6 +48,7 @@ def require_sources(recipe: Recipe) -> None:
 def require_free_or_resumable(recipe: Recipe, resume: bool) -> None:
     """Refuses a folder in which the run may neither begin nor be resumed."""
     folder = recipe.folder
+    paths.require_plain(folder, own=True)
     require(folder.is_dir() or not resume, f"there is no run to resume in {folder}")
     there = has_begun(folder)
     if there and not resume:
@@ -89,7 +90,7 @@ def log_until(folder: Path, state: dict) -> bytes:
     if not file.is_file():
         print(f"{file} is gone: the log begins at step {step + 1}", file=sys.stderr)
         return b""
-    lines = file.read_bytes()[:size]
+    lines = files.read(file)[:size]
     if (len(lines), zlib.crc32(lines)) != (size, crc):
         what = f"its first {size:,} bytes are not what was written until step {step}"
         raise UserError(f"{file} is damaged: {what}; delete it to begin a new log at step {step + 1}")

@@ -2,7 +2,7 @@
 
 What a run does follows from (recipe, seed, step) alone, so one that is killed and resumes from a checkpoint ends with
 the same bits as one that was never killed (on a CPU, with the same number of threads). The first Ctrl-C or SIGTERM
-finishes the step and saves.
+finishes the step and saves, and so does SIGHUP.
 """
 
 import sys
@@ -20,7 +20,7 @@ from ..models.export import only_training
 from ..recipe import Recipe
 from ..util import counted, files, paths, provenance
 from . import answer_gate, checkpoint, metrics, run_folder
-from .build import base_model, build, set_threads
+from .build import base_files, base_model, build, set_threads
 from .loop import StageRun, Totals
 from .stopping import stop_requested
 from .trained_model import export, newest_checkpoint
@@ -45,7 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False, bar: bool = True) -> Result:
 def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop: list[int], bar: bool) -> Result:
     saved, state = newest_checkpoint(recipe) if checkpoint.newest(folder / "checkpoints") else (None, None)
     begin(recipe, folder, model.device, state)
-    totals = Totals(**state["totals"]) if state else Totals()
+    totals = Totals(**state["totals"]) if state else Totals(base=base_files(recipe))
     torch.manual_seed(recipe.run.seed)  # only dropout draws from here on
     for number, (name, stage) in enumerate(recipe.stages()):
         if state and number < state["stage"]:
@@ -58,7 +58,7 @@ def _stages(recipe: Recipe, folder: Path, model: DualSpeed, source: Source, stop
         if run.stopped:
             return Result(model, totals, stop[0])
     finish(recipe)
-    return Result(model, totals)
+    return Result(model, totals, stop[0] if stop else None)  # a signal that came while the model was being written
 
 
 def finish(recipe: Recipe) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
+from ..data.chat import with_system
 from ..dualspeed import DualSpeed
 from ..models import loading, lora, precision, stages
 from ..models.export import merge, save_adapter
 from ..recipe import Recipe, of_run
-from ..util import files, paths, require
+from ..util import UserError, files, paths, require
 from . import build, checkpoint, run_folder
 from .loop import Totals
 
@@ -22,7 +23,7 @@ from .loop import Totals
 def newest_checkpoint(recipe: Recipe, mine: slice = slice(None)) -> tuple[checkpoint.Saved, dict]:
     """The tensors and the state of the run's newest checkpoint. `mine`: the files that this process verifies."""
     newest = checkpoint.newest(recipe.folder / "checkpoints")
-    require(newest is not None, f"{recipe.folder} has no checkpoint yet")
+    require(newest is not None, f"{recipe.folder} has no checkpoint yet: train it first")
     saved, state = checkpoint.read(newest, mine)
     check_state(recipe, newest, state)
     return saved, state
@@ -40,16 +41,29 @@ def check_state(recipe: Recipe, path: Path, state: dict) -> None:
         checkpoint.expect(good, "its state holds something else where a number should be")
         good = state["stage"] < len(recipe.stages()) and state["stage_step"] <= totals.steps == state["step"]
         checkpoint.expect(good, "it is of a step that the run does not have")
+        checkpoint.expect(type(totals.base) is dict, "its state does not say which base model it has")
         of = state["recipe"]
     same, file = of == run_folder.fingerprint(recipe), recipe.folder / "recipe.toml"
     require(same, f"checkpoint {path} is of another run, with another recipe than {file}")
+    if totals.base:  # an earlier version did not save it
+        require_same_base(recipe, totals.base)
+
+
+def require_same_base(recipe: Recipe, was: dict[str, str]) -> None:
+    """Refuses a base model that is not the one that the run began with: no checkpoint has its frozen weights."""
+    now, base = build.base_files(recipe), build.base_model(recipe, torch.device("cpu"))
+    # Of a hub id, more files may have been downloaded since, and change nothing.
+    names = {**was, **now} if paths.expanded(base).is_dir() else was
+    if differ := sorted(name for name in names if was.get(name) != now.get(name)):
+        what = f"{', '.join(differ)} of {base} {'differs' if len(differ) == 1 else 'differ'}"
+        raise UserError(f"the base model is not the one that the run began with: {what}; put back what was there")
 
 
 def load_trained(recipe: Recipe) -> DualSpeed:
     """The model of a run as its newest checkpoint has it, isolator included."""
     build.set_threads(recipe)
     saved, state = newest_checkpoint(recipe)
-    model = build.build_model(recipe)
+    model = build.build_model(recipe, build.base_folder(recipe))
     stages.set_trainable(model.model, recipe.stages()[state["stage"]][0])
     checkpoint.fill({f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad}, saved)
     return model
@@ -61,7 +75,7 @@ def open_model(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, Pro
     if paths.is_run(path):
         recipe = of_run(path)
         model, name = load_trained(recipe).model, recipe.model.precision
-        processor = loading.load_processor(build.base_model(recipe, model.device))
+        processor = with_system(loading.load_processor(build.base_folder(recipe)), recipe.data)
         called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
     else:
         name, processor, called = "auto", loading.load_processor(path), path
@@ -81,13 +95,14 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
     if adapter_only:
         require(recipe.lora.rank > 0, "this run has no adapter (lora.rank = 0): export the whole model")
     saved, _ = newest_checkpoint(recipe)
-    base = build.base_model(recipe, torch.device("cpu"))
+    base = build.base_folder(recipe)
     with files.atomic(out) as temporary:
         if adapter_only:
-            save_adapter(saved, lora.lora_config(**asdict(recipe.lora)), base, temporary)
+            named = build.base_model(recipe, torch.device("cpu"))
+            save_adapter(saved, lora.lora_config(**asdict(recipe.lora)), named, temporary)
         else:
             merge(saved, recipe.lora.scale, base, temporary)
-        loading.load_processor(base).save_pretrained(temporary)
+        with_system(loading.load_processor(base), recipe.data).save_pretrained(temporary)
         _make_readable(temporary)
 
 

@@ -42,13 +42,13 @@ def counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def unknown(kind: str, name: str, known: Iterable[str], before: str = "") -> UserError:
+def unknown(kind: str, name: str, known: Iterable[str], before: str = "", says: str = "unknown") -> UserError:
     """An error for a name that is not in `known`, which suggests the nearest one. `before` is what all full names begin
     with. It is left out when names are compared, or all keys of a section would look alike."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {before + near[0]!r}?" if near else f"known: {', '.join(before + name for name in known)}"
-    return UserError(f"unknown {kind} {before + str(name)!r}; {hint}")
+    return UserError(f"{says} {kind} {before + str(name)!r}; {hint}")
 
 
 @contextmanager
@@ -56,10 +56,18 @@ def located(where: str) -> Iterator[None]:
     """Begins every error with the place of the mistake, unless it is said there already."""
     try:
         yield
+    except MemoryError as error:
+        raise UserError(f"{where}: the memory of this machine is too small for it") from error
     except UserError as error:
         if str(error).startswith(where):
             raise
         raise UserError(f"{where}: {error}") from error
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether memory ran out: for Python and NumPy, for torch on a GPU, or for torch on the CPU."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator" in str(error)
 
 
 def require(good: bool, what: str) -> None:

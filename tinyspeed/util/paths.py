@@ -5,10 +5,12 @@ takes, and a folder that has moved is never taken for a model of that name on th
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
 from .errors import UserError, require
+from .files import special
 
 UNENCODABLE = re.compile("[\0\ud800-\udfff]")  # characters that neither the name of a file nor UTF-8 text can have
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -37,10 +39,22 @@ def is_run(path: str) -> bool:
     return (Path(path) / "recipe.toml").is_file()
 
 
+def require_plain(folder: Path | str, own: bool = False) -> None:
+    """Refuses a folder with a pipe or a device in it, before a library waits for it. A run's `own` folder may be a link
+    but has none in it that leads out: whoever made it must not choose what else is read here, or overwritten."""
+    home = os.path.realpath(folder)
+    for inside, folders, names in os.walk(folder):
+        for path in (Path(inside, name) for name in (*folders, *names)):
+            leads = os.path.realpath(path) if own and path.is_symlink() else home
+            require(os.path.commonpath([home, leads]) == home, f"{path} is a link out of its run, to {leads}: copy it")
+            require(not special(path), f"{path} is a pipe or a device: delete it")
+
+
 def model_folder_or_hub_id(path: str) -> Path | str:
     """The model folder as a Path, or the hub id as it is. Anything else is an error that says what it is."""
     folder = expanded(path)
     if (folder / "config.json").is_file():
+        require_plain(folder)
         return folder
     if (folder / "adapter_config.json").is_file():
         mend = "give the run that it comes from, or export that run without --adapter"
@@ -65,17 +79,19 @@ def weight_files(folder: Path) -> list[Path]:
     if bad:
         why = "Only safetensors are read, since a pickle can run code, and only from the same folder"
         raise UserError(f"{index} names {bad[0]!r}. {why}: save the model again with save_pretrained")
-    return [folder / name for name in names]
+    whole = folder / "model.safetensors"  # which transformers prefers
+    return [whole] if whole.is_file() else [folder / name for name in names]
 
 
 def require_isolator(path: str) -> Path:
     """The file that a finished run leaves for the next one, `dualspeed.isolator_from`."""
     file = expanded(path) / ISOLATOR
+    require_plain(file.parent, own=True)
     require(file.is_file(), f"dualspeed.isolator_from: there is no {file}: was that run finished?")
     return file
 
 
 def require_conversations(file: str, images: str) -> None:
     """Refuses a file of conversations, or a folder of their pictures, that does not exist."""
-    require(expanded(file).exists(), f"data.file: there is no file {file}")
+    require(expanded(file).exists(), f"data.file: there is no file {file}; give yours with --set data.file=FILE")
     require(not images or expanded(images).is_dir(), f"data.images: there is no folder {images}")

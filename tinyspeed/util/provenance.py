@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .errors import UserError
-from .files import write_atomically
+from .files import hashed, write_atomically
 
 PACKAGES = ("tinyspeed", "torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy")
 
@@ -30,6 +30,14 @@ def describe(device: torch.device | str = "cpu", **more) -> dict:
         "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else cpu_name(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "versions": versions, **more,
     }  # fmt: skip
+
+
+def program() -> dict[str, str]:
+    """What decides what this program computes: the versions of packages, and a hash of each of our own files."""
+    root = Path(__file__).resolve().parents[2]
+    sources = sorted(file for package in ("tinyspeed", "scale") for file in (root / package).rglob("*.py"))
+    versions = {package: version(package) for package in ("torch", "transformers", "tokenizers", "numpy")}
+    return versions | {str(file.relative_to(root)): hashed(file) for file in sources}
 
 
 def write(path: Path, **more) -> None:
@@ -49,7 +57,7 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return os.fsdecode(subprocess.check_output(["git", *words], cwd=root, stderr=subprocess.DEVNULL)).strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:

@@ -114,7 +114,9 @@ def commands(sandbox: Sandbox) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-OUTPUTS = (r"cwd", r"cwd/\.?(out|adapter)(\.tmp)?(/.*)?", r"cwd/\.?(look|tower|bench)\.(png|json)(\.tmp)?")
+OUTPUTS = (
+    r"cwd", r"cwd/\.?(out|adapter)(\.tmp(\.lock)?)?(/.*)?", r"cwd/\.?(look|tower|bench)\.(png|json)(\.tmp(\.lock)?)?",
+)  # fmt: skip
 SCALE = ["scale", "mine.toml", "--set=run.name=scaled", "--set=data.feature_cache_gb=0"]
 
 

@@ -202,7 +202,8 @@ def _run_process(words: list[str], home: Path, disk: SmallDisk, rank: int, fault
 
 def unlike(found: dict[str, Path], wanted: dict[str, bytes]) -> list[str]:
     """Files that only one side has, or that differ in something else than times."""
-    wrong = [f"{name} is {'missing' if name in wanted else 'new'}" for name in found.keys() ^ wanted.keys()]
+    names = {name for name in found.keys() ^ wanted.keys() if not name.endswith(".tmp.lock")}  # empty, and harmless
+    wrong = [f"{name} is {'missing' if name in wanted else 'new'}" for name in names]
     for name in found.keys() & wanted.keys():
         mine, whole = (content_of(name, content) for content in (found[name].read_bytes(), wanted[name]))
         if name.endswith("metrics.jsonl"):

@@ -230,7 +230,7 @@ def cached(at: Step):
     tensors = load_file(file)
     at.into(tensors["features"])
     save_file(tensors, file)
-    return rf"the features of {re.escape(str(picture))} in {re.escape(str(file))} .*not finite.*: delete the file"
+    return rf"the features of {re.escape(str(picture))} in {re.escape(str(file))} were deleted or damaged.*--resume"
 
 
 BEFORE = {f.__name__: f for f in (weight, moment, schedule, difficulty, loss_scale, cached)}

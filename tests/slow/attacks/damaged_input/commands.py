@@ -59,9 +59,9 @@ class Part:
                     code = left.code
             lines = [line for line in said.getvalue().replace("\r", "\n").split("\n") if line.startswith("tinyspeed: ")]
             assert code in (0, 2), f"exit code {code}"
-            assert len(lines) == (code == 2 and "usage: " not in said.getvalue()), f"{code}, and printed {lines}"
+            assert len(lines) == (code == 2), f"{code}, and printed {lines}"
             if code == 2:
-                raise UserError(lines[0] if lines else "usage")
+                raise UserError(lines[0])
 
         opens = (*opens, matplotlib.get_cachedir(), matplotlib.get_configdir())
         return Case(kind, act, opens=opens, programs=("git",), note=f"{note}: {words!r:.200}", seconds=60)
@@ -106,6 +106,5 @@ class Part:
         shutil.rmtree(out, ignore_errors=True)
         resume = ["train", str(folder / "recipe.toml"), "--resume"]
         words = draw.choice((resume, ["export", str(folder), str(out)], ["eval", str(folder)]))
-        cache, temporary = runs.home / "cache", out.with_name(".out.tmp")
-        opens = (folder, cache, out, temporary, run_folders.LINKED, recipe.BUILT_IN)
+        opens = (folder, runs.home / "cache", *(self.home / name for name in run_folders.OUT), recipe.BUILT_IN)
         return self.command(f"{words[0]} of a damaged run", words, opens, note)

@@ -5,6 +5,7 @@ each pickle would leave a folder behind. If nothing essential is damaged, the an
 """
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -36,7 +37,8 @@ TEMPLATES = (
     "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}",
     "{{ messages }}", "x", "{{ lipsum() }}", "{% set a = range(10 ** 9) %}{{ a | list }}", "{% generation %}",
     "{{ undefined.x.y }}", "{{ messages[0]['content'][0]['text'] }}",
-    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ 9 ** (9 ** 9) }}", "{{ 'a' * 5000000000 }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
 )  # fmt: skip
 
 
@@ -90,7 +92,7 @@ class Part:
         return f"{file.name}: {what}", False
 
     def missing(self, draw: random.Random, folder: Path) -> tuple[str, bool]:
-        file, what = draw.choice(sorted(folder.iterdir())), draw.choice(("gone", "folder", "empty", "loop"))
+        file, what = draw.choice(sorted(folder.iterdir())), draw.choice(("gone", "folder", "empty", "loop", "pipe"))
         file.unlink()
         if what == "folder":
             file.mkdir()
@@ -98,6 +100,8 @@ class Part:
             file.touch()
         elif what == "loop":
             file.symlink_to(file.name)
+        elif what == "pipe":
+            os.mkfifo(file)
         return f"{file.name} is {what}", False
 
     def weights(self, draw: random.Random, folder: Path) -> tuple[str, bool]:

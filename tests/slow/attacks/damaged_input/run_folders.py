@@ -35,7 +35,8 @@ SETTINGS = (
     "regate.refresh=1",
 )  # fmt: skip
 STEPS = ("step-00000004", "step-00000008", "step-00000012")  # a stopped run has the first two
-LINKED = "/etc/passwd"  # links are the user's own and may be followed; this one leads to another file than was written
+LINKED = "/etc/passwd"
+OUT = ("out", ".out.tmp", ".out.tmp.lock")
 ODD = (None, True, -1, 0, 3, 10**30, 0.5, float("nan"), "", "x", "../state.json", "/etc/passwd", [], {}, [[]], {"a": 1})
 
 
@@ -88,7 +89,7 @@ class Part:
         return Case(
             f"{self.how}, then {use.__name__}",
             lambda: use(made, folder),
-            opens=(folder, *(self.home / name for name in ("cache", "out", ".out.tmp", "wanted")), LINKED),
+            opens=(folder, *(self.home / name for name in ("cache", "wanted", *OUT))),
             programs=("git",),  # for the commit in record.json
             note=f"{note}, {'done' if done else 'stopped'}",
             seconds=60,

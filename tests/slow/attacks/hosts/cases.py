@@ -27,7 +27,7 @@ PROGRAM = Path(__file__).with_name("program.py")
 TIMEOUT, PATIENCE = 15, 20  # seconds
 DIGITS = (
     *COMMON, *SYSTEMS["all of it"], "digits.pictures=16", "train.steps=9", f"scale.timeout={TIMEOUT}",
-    "scale.check_every=4",
+    "scale.check_every=4", "run.save_minutes=1000000",
 )  # fmt: skip
 CHAT = ("data.kind=chat", "align.steps=0", "digits.pictures=1000000")
 # A torchrun that starts program.py where it is asked for `-m scale`.
@@ -220,14 +220,15 @@ def late(attack: Attack, count: int, victim: str) -> None:
         attack.finish(net, made, agents)
 
 
-def vanish(attack: Attack, count: int, victim: str, moment: str, *, processes: bool = False) -> None:
+def vanish(
+    attack: Attack, count: int, victim: str, moment: str, *, processes: bool = False, head: str = "alpha"
+) -> None:
     """A host loses its power, or all its processes (then the kernel closes their connections), and comes back. With
-    restarts torchrun lets it in again, unless it was the host where all meet: then all are started again."""
+    restarts torchrun lets it in again, unless it was the one where the torchruns meet: then all are started again."""
     with attack.hosts(count) as net:
-        made, how = attack.digits(), {"MOMENT": moment, "RELEASE": attack.home, "restarts": 3}
-        agents = attack.start(net, made, victim, **how)
-        del how["MOMENT"]
-        agents |= attack.start(net, made, *({*net.names} - {victim}), **how)
+        made, how = attack.digits(), {"RELEASE": attack.home, "HEAD": f"{head}:29500", "restarts": 3}
+        others = [name for name in net.names if name != victim]
+        agents = attack.start(net, made, victim, MOMENT=moment, **how) | attack.start(net, made, *others, **how)
         attack.stop_at(net, moment, victim, agents)
         if processes:
             net[victim].kill_all()
@@ -235,15 +236,12 @@ def vanish(attack: Attack, count: int, victim: str, moment: str, *, processes: b
             net[victim].power_off()
             net[victim].power_on()
         gone = "alpha, where rank 0 should be" if victim == "alpha" else on(victim)
-        others = [name for name in net.names if name != victim]
-        until(lambda: f"no answer from {gone}" in str(attack.said(made)), "somebody says who is gone")
-        if victim == "alpha":
+        until(lambda: f"no answer from {gone}" in str(attack.said(made)), f"somebody says that {victim} is gone")
+        if victim == head:
             attack.all_end(net, made)
-            for name in others:
-                attack.require_said(made, name, f"no answer from {gone}; {on(name)} was")
-            agents = attack.start(net, made, restarts=3)
+            agents = attack.start(net, made, **how)
         else:
-            agents |= attack.start(net, made, victim, restarts=3)
+            agents |= attack.start(net, made, victim, **how)
         attack.finish(net, made, agents)
 
 
@@ -289,7 +287,7 @@ def other_package(attack: Attack) -> None:
         shutil.copytree(ROOT / room, tree / room, ignore=shutil.ignore_patterns("__pycache__"))
     file = tree / "tinyspeed" / "scheduler.py"
     file.write_text(file.read_text() + "\n# one more line\n")
-    _refused(attack, attack.digits(), "package|code|tinyspeed/scheduler.py", PYTHONPATH=f"{tree}:{ROOT / 'tests'}")
+    _refused(attack, attack.digits(), "tinyspeed/scheduler.py", PYTHONPATH=f"{tree}:{ROOT / 'tests'}")
 
 
 def other_data(attack: Attack) -> None:
@@ -299,7 +297,7 @@ def other_data(attack: Attack) -> None:
     file = attack.home / "other.json"
     file.write_text(text.replace("small, 5.", "smell, 5.", 1))
     assert file.read_text() != text
-    _refused(attack, made, "data", add=("--set", f"data.file={file}"))
+    _refused(attack, made, "data.file", add=("--set", f"data.file={file}"))
 
 
 def other_base(attack: Attack) -> None:
@@ -311,7 +309,7 @@ def other_base(attack: Attack) -> None:
     content = bytearray(file.read_bytes())
     content[-4000] ^= 0x10
     file.write_bytes(content)
-    _refused(attack, made, "model", add=("--set", f"model.path={other}"))
+    _refused(attack, made, "model.safetensors", add=("--set", f"model.path={other}"))
 
 
 def _chat(attack: Attack, *changes: str) -> Recipe:
@@ -330,7 +328,7 @@ def _refused(attack: Attack, made: Recipe, what: str, add: tuple = (), **environ
         lines = [line for every in attack.said(made).values() for line in every]
         if not all(codes) or len(lines) != 1:
             raise Failed("silent", f"is not refused in one line: {codes} {lines}")
-        if not re.search(rf"rank \d on \w+: .*(do not agree about|do not have the same) .*({what})", lines[0]):
+        if not re.search(rf"rank \d on \w+: rank 1 on beta and rank 0 do not have the same {what}:", lines[0]):
             raise Failed("silent", f"is refused for another reason: {lines[0]}")
         if any(made.folder.rglob("step-*")):
             raise Failed("lost", "a run that was refused has begun")
