@@ -111,8 +111,7 @@ class Ranks:
                 self._leave(f"no answer from {gone}" if gone else self.lost or behind)
 
     def _leave(self, problem: str) -> NoReturn:
-        said = f"tinyspeed: {problem}; {self.name} was {self.where}"
-        print("\n" * self.is_main + said, file=sys.stderr, flush=True)  # below the progress bar
+        print("\n" * self.is_main + f"tinyspeed: {problem}; {self.name} was {self.where}", file=sys.stderr, flush=True)
         time.sleep(6 * CHECK_EVERY)  # so that the others can say where they were
         os._exit(LOST)
 
@@ -194,11 +193,10 @@ def join() -> Iterator[Ranks]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     try:
-        store = rendezvous(_store(rank, size), rank, size)
+        ranks = Ranks(rank, size, device, rendezvous(_store(rank, size), rank, size), local)
     except dist.DistError as error:
         said = f"rank {rank} on {platform.node()} cannot reach {os.environ['MASTER_ADDR']}, where rank 0 should be"
         raise UserError(f"{said}: {str(error).splitlines()[0]}; is that host up, and the port free?") from error
-    ranks = Ranks(rank, size, device, store, local)
     ranks.watch()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
