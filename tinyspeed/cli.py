@@ -373,7 +373,7 @@ def _export(a) -> int:
 
 def _look(a) -> int:
     out = Path(a.out or f"{Path(a.image).stem}-kept.png")
-    free = a.out or not out.exists() or b"Matplotlib" in out.read_bytes()  # which all our drawings name
+    free = a.out or not out.exists() or b"Matplotlib" in files.read(out)  # which all our drawings name
     require(bool(free), f"{out} exists already, and is not one of our drawings: choose another file with --out")
     from .evaluation.look import look
 

@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import tracemalloc
+import weakref
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from support.album import album
 from support.waiting import HANGS
 
 from tinyspeed import UserError
-from tinyspeed.data import conversations, loader, record_files
+from tinyspeed.data import conversations, images, loader, record_files
 from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import collate
 from tinyspeed.recipe import DataSection
@@ -108,34 +110,83 @@ def test_workers_make_the_same_batches_in_the_same_order(folder):
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_picture_damaged_in_the_middle_is_named_when_it_is_decoded(folder, tmp_path):
-    copy = rewrite(folder, tmp_path, lambda records: None)
-    file = copy / "images" / "p1-0.png"
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_lengths_are_those_of_the_example_for_pictures_of_any_size(family, data, tmp_path_factory):
+    """Also of JPEGs beyond the limit, of which a part of the size is decoded. And the model makes as many features."""
+    home = tmp_path_factory.mktemp("sizes")
+    sides = st.integers(8, 150)
+    sizes = data.draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=3))
+    for k, (width, height) in enumerate(sizes):
+        exif = Image.Exif()
+        exif[0x0112] = data.draw(st.sampled_from([1, 6]))
+        Image.effect_noise((width, height), 50).save(home / f"{k}.jpg", exif=exif)
+    turns = [{"from": "human", "value": "<image>" * len(sizes)}, {"from": "gpt", "value": "Yes."}]
+    record = {"images": [f"{k}.jpg" for k in range(len(sizes))], "conversations": turns}
+    (home / "train.json").write_text(json.dumps([record]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "MOST_PIXELS", 75 * 75)
+        made = source(home, family, images=str(home))
+        (text, visual, answers), example = made.lengths(0), made.example(0)
+    assert (example.input_ids == tiny.IMAGE).sum() == sum(visual) == len(example.input_ids) - text
+    assert (example.labels[1:] != IGNORE).sum() == answers
+    assert len(example.pixel_values) == len(sizes)
+    shown = [(1, 1)] * len(sizes) if family == "llava" else example.image_sizes.tolist()
+    assert [sum(tiny.image_rows(family, size)) for size in shown] == visual
+
+
+def test_one_decoded_picture_of_a_record_is_in_memory_at_a_time(folder, family, monkeypatch):
+    made, decoded, original = source(folder, family), [], images.decode
+
+    def decode(*arguments):
+        assert not any(picture() for picture in decoded)
+        picture = original(*arguments)
+        decoded.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(images, "decode", decode)
+    assert len(made.example(2).pixel_values) == len(decoded) == 2
+
+
+def damage(file):
+    """In the middle, so that header and end are sound."""
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    if file.suffix == ".jpg":
+        del content[len(content) // 2 : len(content) // 2 + 99]
+        Image.open(BytesIO(content)).load()  # Pillow finds no fault in it
+    else:
+        content[len(content) // 2] ^= 0xFF
     file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(("record", "name"), [(1, "p1-0.png"), (4, "p4-0.jpg"), (2, "p2-1.jpg")])
+def test_a_picture_damaged_in_the_middle_is_named_when_it_is_decoded(folder, tmp_path, record, name):
+    copy = rewrite(folder, tmp_path, lambda records: None)
+    damage(copy / "images" / name)
     made = source(copy)
     for workers in (0, 1):
-        with pytest.raises(UserError, match=r"record 2 \(id r1\).*p1-0\.png") as caught:
-            list(loader.batches(made, [[0], [1]], 2, workers=workers))
+        with pytest.raises(UserError, match=rf"record {record + 1} \(id r{record}\).*{name}") as caught:
+            list(loader.batches(made, [[0], [record]], 2, workers=workers))
         assert "Traceback" not in str(caught.value)
         assert not multiprocessing.active_children(), "nobody waits for workers at exit, whoever keeps the error"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_with_skip_bad_nothing_is_learned_of_a_picture_damaged_in_the_middle(folder, tmp_path, capfd, workers):
+@pytest.mark.parametrize(("record", "name"), [(1, "p1-0.png"), (4, "p4-0.jpg"), (2, "p2-1.jpg")])
+def test_with_skip_bad_nothing_is_learned_of_a_picture_damaged_in_the_middle(
+    folder, tmp_path, capfd, workers, record, name
+):
     copy = rewrite(folder, tmp_path, lambda records: None)
-    file = copy / "images" / "p1-0.png"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    file.write_bytes(bytes(content))
+    damage(copy / "images" / name)
     made, whole = source(copy, skip_bad=True), source(folder)
-    batch, sound = (next(loader.batches(m, [[1, 2]], tiny.PAD, workers=workers)) for m in (made, whole))
+    batch, sound = (next(loader.batches(m, [[record, 5]], tiny.PAD, workers=workers)) for m in (made, whole))
     assert torch.equal(batch["input_ids"], sound["input_ids"])
     assert (batch["labels"][0] == IGNORE).all()
     assert torch.equal(batch["labels"][1], sound["labels"][1])
+    assert batch["pixel_values"].shape == sound["pixel_values"].shape
     assert not torch.equal(batch["pixel_values"][0], sound["pixel_values"][0])
-    assert "left out: train.json: record 2 (id r1)" in capfd.readouterr().err
+    assert f"left out: train.json: record {record + 1} (id r{record})" in capfd.readouterr().err
 
 
 def test_workers_leave_signals_to_the_main_process(monkeypatch):

@@ -70,6 +70,11 @@ def both(path):
     return tuple(None if isinstance(made, str) else made for made in got)
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("scratch") / "x"
+
+
 # Names
 
 
@@ -293,6 +298,168 @@ def test_whatever_pillow_raises_is_reported(tmp_path, monkeypatch, error):
     assert (str(error) or type(error).__name__) in refused(images.decode, tmp_path / "x")
 
 
+# Damaged data
+
+
+@pytest.mark.parametrize("how", [{"compress_level": 0}, {"compress_level": 9}], ids=str)
+def test_any_damaged_byte_in_the_data_of_a_png_is_found(tmp_path, how):
+    """Pillow's decoder skips the checksums, and with the last line it stops before zlib has compared its own."""
+    png = encoded(photo(12, 9), "PNG", **how)
+    for at in range(png.index(b"IDAT") - 4, png.index(b"IEND") - 4):
+        (tmp_path / "x").write_bytes(png[:at] + bytes([png[at] ^ 1 << at % 8]) + png[at + 1 :])
+        assert isinstance(outcomes(tmp_path / "x")[1], str), at
+
+
+def photo(width, height, seed=0):
+    """Soft shapes and some noise, so that its blocks have data of many lengths."""
+    rng = np.random.default_rng(seed)
+    shapes = Image.fromarray(rng.integers(0, 256, (height // 9 + 2, width // 9 + 2, 3), dtype=np.uint8))
+    pixels = np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    return Image.fromarray((pixels + rng.integers(-9, 10, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def data_of(jpeg):
+    """Where the data of the first scan begin and end, by the definition: a marker is no 0, no restart, no filling."""
+    at = 2
+    while jpeg[at + 1] != 0xDA:
+        at += 2 + struct.unpack(">H", jpeg[at + 2 : at + 4])[0]
+    begin = at + 2 + struct.unpack(">H", jpeg[at + 2 : at + 4])[0]
+    end = begin
+    while jpeg[end] != 0xFF or jpeg[end + 1] in (0, 0xFF, *range(0xD0, 0xD8)):
+        end += 1
+    return begin, end
+
+
+def refusal(path, jpeg):
+    """Why a JPEG is not decoded; "" if it is."""
+    path.write_bytes(jpeg)
+    size, picture = outcomes(path)
+    assert lawful(size, picture)
+    assert not isinstance(size, str), "the header and the end are sound"
+    return picture if isinstance(picture, str) else ""
+
+
+@given(
+    sides=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    kind=st.sampled_from(["JPEG", "MPO"]),
+    how=st.fixed_dictionaries(
+        {"quality": st.integers(1, 100), "subsampling": st.integers(0, 2)},
+        optional={
+            "optimize": st.just(True), "progressive": st.just(True), "restart_marker_blocks": st.integers(1, 9),
+        },
+    ),
+)  # fmt: skip
+def test_a_sound_jpeg_has_pillows_own_pixels(scratch, sides, mode, kind, how):
+    jpeg = encoded(photo(*sides).convert(mode), kind, **how)
+    scratch.write_bytes(jpeg)
+    assert both(scratch)[1].tobytes() == Image.open(BytesIO(jpeg)).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("between", [b"\xff" * 50, b"\0", b"\xab" * 7], ids=["ff", "0", "ab"])
+def test_a_few_bytes_between_the_data_of_a_jpeg_and_its_end_are_allowed(tmp_path, between):
+    """As some cameras write them. A marker may have any number of 0xFF before it."""
+    for side in range(4, 60):  # the last block ends anywhere in the last byte
+        jpeg = encoded(photo(side, side), "JPEG")
+        end = data_of(jpeg)[1]
+        assert not refusal(tmp_path / "x", jpeg[:end] + between + jpeg[end:])
+
+
+def test_a_jpeg_that_has_a_scan_for_each_colour_is_read(tmp_path):
+    """As a scan of one colour's own JPEG, with a header that names three."""
+    planes = [encoded(plane, "JPEG") for plane in photo(30, 20).convert("YCbCr").split()]
+    jpeg = planes[0][: planes[0].index(b"\xff\xda")]
+    one, three = b"\0\x0b\x08\0\x14\0\x1e\1\1\x11\0", b"\0\x11\x08\0\x14\0\x1e\3\1\x11\0\2\x11\0\3\x11\0"
+    assert one in jpeg
+    jpeg = jpeg.replace(one, three)
+    for number, plane in enumerate(planes, 1):
+        begin, end = data_of(plane)
+        jpeg += b"\xff\xda\0\x08\1" + bytes([number]) + b"\0\0\x3f\0" + plane[begin:end]
+    assert not refusal(tmp_path / "x", jpeg + b"\xff\xd9")
+    found = np.asarray(both(tmp_path / "x")[1]).astype(int)
+    assert np.abs(found - np.asarray(photo(30, 20))).mean() < 12
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_jpeg_with_more_or_less_data_than_its_blocks_have_is_refused(tmp_path, kind, subsampling):
+    """Without error Pillow shows grey, or a shifted picture. Data in which a part is doubled or missing are such."""
+    jpeg = encoded(photo(200, 150), kind, subsampling=subsampling)
+    begin, end = data_of(jpeg)
+    for share in (0.2, 0.5, 0.8):
+        at = begin + int(share * (end - begin))
+        for damaged in (jpeg[:at] + jpeg[at + 200 :], jpeg[:at] + jpeg[at - 200 :]):
+            Image.open(BytesIO(damaged)).load()
+            assert refusal(tmp_path / "x", damaged)
+
+
+def test_nearly_every_jpeg_with_200_damaged_bytes_is_refused(tmp_path):
+    jpeg = encoded(photo(200, 150), "JPEG")
+    begin, end = data_of(jpeg)
+    rng, found, silent = np.random.default_rng(0), 0, 0
+    for _ in range(60):
+        at = rng.integers(begin, end - 200)
+        damaged = jpeg[:at] + rng.bytes(200) + jpeg[at + 200 :]
+        found += bool(refusal(tmp_path / "x", damaged))
+        try:
+            Image.open(BytesIO(damaged)).load()
+            silent += 1
+        except OSError:
+            pass
+    assert silent > 20, "of which Pillow says nothing"
+    assert found >= 54
+
+
+def test_a_marker_amid_the_data_is_refused(tmp_path):
+    jpeg = encoded(photo(60, 40), "JPEG")
+    at = sum(data_of(jpeg)) // 2
+    for marker in (b"\xff\xd9", b"\xff\xe3\0\4\0\0"):
+        assert refusal(tmp_path / "x", jpeg[:at] + marker + jpeg[at:])
+
+
+@pytest.mark.parametrize("row", [1, 4, 7])
+def test_a_jpeg_that_lacks_a_part_with_a_restart_marker_is_refused(tmp_path, row):
+    """The decoder finds its way again after the next one, and the data end where they should."""
+    jpeg = encoded(photo(200, 150), "JPEG", restart_marker_rows=1)
+    begin, end = data_of(jpeg)
+    marks = [begin + at for at in range(end - begin) if jpeg[begin + at] == 0xFF and jpeg[begin + at + 1] != 0]
+    assert len(marks) == 9, "ten rows of blocks"
+    damaged = jpeg[: marks[row] - 50] + jpeg[marks[row] + 50 :]
+    Image.open(BytesIO(damaged)).load()
+    assert "damaged" in refusal(tmp_path / "x", damaged)
+
+
+# Large JPEGs
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_beyond_the_limit_has_half_its_sides(tmp_path, monkeypatch, orientation, progressive):
+    """Its pixels are the means of four, which is what half of each side's frequencies are, nearly."""
+    picture, exif = photo(121, 90), Image.Exif()
+    exif[0x0112] = orientation
+    saved(tmp_path / "x", picture, "JPEG", quality=95, exif=exif, progressive=progressive)
+    whole = np.asarray(both(tmp_path / "x")[1]).astype(int)
+    monkeypatch.setattr(images, "MOST_PIXELS", 121 * 90 - 1)
+    size, half = both(tmp_path / "x")
+    assert size == ((61, 45) if orientation == 1 else (45, 61))
+    even = np.pad(whole, [(0, n % 2) for n in whole.shape[:2]] + [(0, 0)], mode="edge")
+    means = even.reshape(size[1], 2, size[0], 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(half) - means).mean() < 4  # of 255
+    monkeypatch.setattr(images, "MOST_PIXELS", 121 * 90)
+    assert (np.asarray(both(tmp_path / "x")[1]) == whole).all()
+    monkeypatch.setattr(images, "MOST_PIXELS", 61 * 45 - 1)
+    assert "make it smaller" in refused(images.size, tmp_path / "x")
+
+
+def test_a_phones_108_megapixels_are_taken(tmp_path):
+    jpeg = encoded(photo(40, 30), "JPEG")
+    header = b"\xff\xc0\0\x11\x08" + struct.pack(">HH", 30, 40)
+    assert header in jpeg
+    (tmp_path / "x").write_bytes(jpeg.replace(header, header[:5] + struct.pack(">HH", 9000, 12_000)))
+    assert images.size(tmp_path / "x", WHERE) == (6000, 4500)
+
+
 # Files that are not what they should be
 
 
@@ -431,11 +598,6 @@ def test_a_large_photo_cut_short_is_refused_by_its_header(tmp_path):
     for end in (len(noise) // 4, len(noise) - 2):
         (tmp_path / "x").write_bytes(noise[:end])
         assert "cut short" in refused(images.size, tmp_path / "x")
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    return tmp_path_factory.mktemp("scratch") / "x"
 
 
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))

@@ -68,7 +68,11 @@ def test_a_signal_finishes_the_step_and_saves(number, step, base, uninterrupted,
     assert not unlike(made, uninterrupted)
 
 
-@pytest.mark.parametrize("usual", [signal.SIG_DFL, signal.SIG_IGN], ids=["terminal", "nohup"])
+def closed(number, frame):
+    raise ConnectionAbortedError("the terminal is closed")
+
+
+@pytest.mark.parametrize("usual", [closed, signal.SIG_IGN], ids=["terminal", "nohup"])
 def test_a_closed_terminal_asks_to_stop_and_one_that_nohup_ignores_does_not(usual, capfd):
     before = signal.signal(signal.SIGHUP, usual)
     try:
@@ -77,7 +81,7 @@ def test_a_closed_terminal_asks_to_stop_and_one_that_nohup_ignores_does_not(usua
         assert signal.getsignal(signal.SIGHUP) == usual
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert stop == [signal.SIGHUP] * (usual == signal.SIG_DFL)
+    assert stop == [signal.SIGHUP] * (usual == closed)
     assert ("SIGHUP: this step, then saving" in capfd.readouterr().err) == bool(stop)
 
 

@@ -14,7 +14,8 @@ a picture. Visual tokens are counted by the processor itself for a picture of th
 
 A mistake in a record is an error that names file and record; with `data.skip_bad` such records are left out, counted
 and listed. Only a picture that is damaged in the middle, between a sound header and a sound end, is found as late as
-when it is decoded; then `skip_bad` names it, and nothing is learned from its record.
+when it is decoded; then `skip_bad` names it, and nothing is learned from its record. Not in every format is it found
+(`images.py`).
 """
 
 import re
@@ -23,7 +24,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from reprlib import repr as short
 
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..models import loading
@@ -130,16 +132,19 @@ class Conversations:
                 looked, image_sizes = zip(*map(self.features.read, files), strict=True)
                 image_sizes = None if image_sizes[0] is None else torch.cat(image_sizes)
                 return Example(ids, labels, None, image_sizes, torch.cat(looked))
-            try:
-                pictures = [images.decode(file, record.where) for file in files]
+            prepare = partial(self.processor.image_processor, return_tensors="pt")
+            try:  # one after the other, so that no two decoded pictures are in memory
+                batches = [prepare(images.decode(file, record.where)) for file in files]
             except UserError as error:
                 if not self.data.skip_bad:
                     raise
                 # It already has its place in the batch, so black pictures stand in, and no label is left.
                 print(f"left out: {error}", file=sys.stderr)
-                pictures, labels = [Image.new("RGB", size) for size in sizes], torch.full_like(labels, IGNORE)
-        batch = self.processor.image_processor(pictures, return_tensors="pt")
-        return Example(ids, labels, batch["pixel_values"], batch.get("image_sizes"))
+                batches = [prepare(Image.new("RGB", size)) for size in sizes]
+                labels = torch.full_like(labels, IGNORE)
+        pixels = pad_sequence([batch["pixel_values"][0] for batch in batches], batch_first=True)
+        image_sizes = torch.cat([batch["image_sizes"] for batch in batches]) if "image_sizes" in batches[0] else None
+        return Example(ids, labels, pixels, image_sizes)
 
     @contextmanager
     def _record(self, number: int) -> Iterator[Record]:

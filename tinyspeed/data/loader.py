@@ -67,10 +67,10 @@ def _patiently(loader: DataLoader) -> Iterator:
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
-        workers = {one.pid: Path(f"/proc/{one.pid}/status") for one in multiprocessing.active_children()}
-        told = {pid: re.findall(r"State:\s*(.*)", file.read_text()) for pid, file in workers.items() if file.is_file()}
-        states = ", ".join(f"{pid} is {state[0]}" for pid, state in told.items())
-        what = f"no batch for {PATIENCE:.0f} s, from the processes that decode pictures: {states}"
+        status = [file for one in multiprocessing.active_children() for file in Path("/proc").glob(f"{one.pid}/status")]
+        told = {file.parent.name: re.search(r"State:\s*(.*)", files.read(file).decode()) for file in status}
+        states = [f"{pid} is {found[1]}" for pid, found in told.items()]
+        what = f"no batch for {PATIENCE:.0f} s, from the processes that decode pictures: {', '.join(states)}"
         print(f"{what}. Waiting on; `kill -CONT PID` wakes one that is stopped", file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..util import UserError, finite, paths
-from .loading import local_folder
+from .loading import explaining, local_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -59,7 +59,7 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     for file in paths.weight_files(folder):
-        with safe_open(file, framework="pt") as opened:
+        with explaining(f"cannot read the model {base}"), safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
             metadata = opened.metadata()
         for name, old in tensors.items():

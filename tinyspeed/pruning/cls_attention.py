@@ -12,7 +12,7 @@ from .registry import register
 
 IMPORTANT = 0.5  # VisPruner's share of tokens that are kept for their attention; with 1 it would be FasterVLM
 ROUND = 8  # how many tokens VisPruner drops at a time
-DIGITS = 9  # of VisPruner's cosines
+DIGITS = 12  # of VisPruner's cosines: more would part equal tokens, and with 9 some of 2,880 that differ would tie
 
 
 @register("cls_topk", needs=("cls_attention",), pairs=0)

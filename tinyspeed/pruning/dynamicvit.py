@@ -25,8 +25,9 @@ class DynamicViT(nn.Module):
     removed token has no gradient, so the noise has to try other tokens. (The original draws for each token whether it
     stays. Here the K best stay, so their number is exact. All images of a step share one draw.) A teacher has no noise.
 
-    What else differs: there is one predictor in front of the LLM instead of three between the blocks of a ViT, and not
-    the authors' distillation, because slow steps have one of their own.
+    What else differs: norm divides a token by its length (root mean square) where the original has a LayerNorm. There
+    is one predictor in front of the LLM instead of three between the blocks of a ViT, and not the authors'
+    distillation, because slow steps have one of their own.
     """
 
     def __init__(self, width: int, most: int):

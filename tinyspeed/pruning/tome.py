@@ -21,9 +21,10 @@ def tome(
 
     What differs from the paper: there, every block of the tower merges, by keys, and attention takes the clusters'
     sizes into account. In front of the LLM there is one place to merge, one metric (the features) and no such
-    attention. And tokens go back into raster order between the rounds, so A and B always alternate in the image. For
-    the original in LLaVA, others report 88 % of the accuracy with a third of the tokens and 70 % with a ninth, far
-    below selection.
+    attention. Of an odd number t of tokens, a round merges up to ceil(t / 2) here and floor(t / 2) in the official
+    code. And tokens go back into raster order between the rounds, so A and B always alternate in the image. For the
+    original in LLaVA, others report 88 % of the accuracy with a third of the tokens and 70 % with a ninth, far below
+    selection.
 
     Cost: DivPrune's product, once. Products of sums are sums of products, so the rounds work on that (N, N) matrix and
     do not need the wide features again.

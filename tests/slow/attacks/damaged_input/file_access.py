@@ -42,7 +42,7 @@ _seen: list[str] = []
 @contextmanager
 def allowing(allowed: Iterable[str | Path], programs: tuple[str, ...] = ()) -> Iterator[list[str]]:
     """Yields the list of what else was touched. These files and folders, everything in the folders and these programs
-    are allowed. The folder of an allowed file may be opened, as flushing it does, but not listed."""
+    are allowed. The folder of an allowed file may be made, and opened, as flushing it does, but not listed."""
     global _allowed, _parents, _programs
     _seen.clear()
     _programs = programs
@@ -83,7 +83,7 @@ def _hook(event: str, arguments: tuple) -> None:
             path = os.path.realpath(os.fsdecode(arguments[0]))
         except ValueError:  # not a path, so nothing will be opened
             return
-        if event == "open" and path in _parents:
+        if event in ("open", "os.mkdir") and path in _parents:
             return
         if not any(path == one or path.startswith(one + os.sep) for one in _allowed):
             _seen.append(f"{event} {path!r:.300}")

@@ -1,7 +1,7 @@
 """Pictures that are cut, damaged, of a false size or not pictures at all, and file names that lead elsewhere.
 
 A sound picture is compared with the pixels that were put in, turned as EXIF's definition says; a damaged one with what
-Pillow itself reads; one that was cut with the whole one.
+Pillow itself reads, if it is no JPEG; one that was cut with the whole one.
 """
 
 import io
@@ -115,7 +115,7 @@ class Part:
         for _ in range(draw.choice((1, 1, 2, 4))):
             content, what = mutations.mutate_bytes(draw, content)
             note += "; " + what
-        return self.made("damaged", content, both, note)
+        return self.made("damaged", content, lambda path: both(path, oracle=_exact(kind)), note)
 
     def false_size(self, draw: random.Random) -> Case:
         """A header with another size, and the right checksum for it."""
@@ -127,7 +127,9 @@ class Part:
         )  # fmt: skip
         width, height = draw.choice(sides), draw.choice(sides)
         content = with_size(kind, self.files[kind], width, height)
-        return self.made("false size", content, both, f"{kind} says {width} x {height}")
+        return self.made(
+            "false size", content, lambda path: both(path, oracle=_exact(kind)), f"{kind} says {width} x {height}"
+        )
 
     def decompression_bomb(self, draw: random.Random) -> Case:
         size = draw.choice((1 << 20, 1 << 25, 1 << 27))
@@ -200,6 +202,11 @@ class Part:
         if kind not in self.wholes:
             self.wholes[kind] = reading(io.BytesIO(self.files[kind]))
         return self.wholes[kind]
+
+
+def _exact(kind: str) -> bool:
+    """Whether a damaged file has the pixels that Pillow reads. A JPEG may lack a block, which is then filled."""
+    return kind.split()[0] not in ("JPEG", "MPO")
 
 
 def both(path: Path, oracle: bool = True) -> np.ndarray:
