@@ -56,6 +56,7 @@ def test_output_goes_on_silently_when_its_reader_ends_in_the_middle(monkeypatch)
     stream = cli.SafeStream(unread(), needed=True)
     for n in range(3):
         print(n, file=stream, flush=True)
+    assert os.fstat(stream.fileno()).st_rdev == os.stat(os.devnull).st_rdev
     stream.close()
 
 
