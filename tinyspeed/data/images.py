@@ -7,8 +7,9 @@ A picture is what transformers' `load_image` makes of it: its first frame, turne
 Pillow. Two things differ: 16-bit grey, which that conversion clips to white, is scaled to 8 bits; and a JPEG of more
 than `MOST_PIXELS`, which a phone may take, is decoded at half its sides, so that memory never holds all of it.
 
-Damage in the middle of a file is found in every PNG by checksums, and in most JPEGs (`_load_jpeg`). A progressive JPEG,
-a GIF, WEBP, TIFF, BMP or PPM may decode to wrong pixels without an error, since nothing in it says what is right.
+Damage in the middle of a file is found in every PNG by checksums and, if it is large, in most JPEGs (`_load_jpeg`). A
+progressive JPEG, a GIF, WEBP, TIFF, BMP or PPM may decode to wrong pixels without an error, since nothing in it says
+what is right.
 """
 
 import os
@@ -151,9 +152,9 @@ def _load_jpeg(image: Image.Image) -> None:
     After a restart marker blocks are counted anew, but these are numbered, so that one which is lost is missed.
     A progressive JPEG has several scans, and markers between them that the decoder needs, so it is only decoded.
 
-    Of photos with one wrong byte this finds 29 % (the others still have as many blocks), with 20 60 %, with 200 95 %,
-    and with 4,096 that are lost or zero 99 %; Pillow alone finds 0, 5, 45 and 0 %. With restart markers in each line
-    of blocks a byte spoils one line at most, and this finds 1, 5, 64 and 98 %.
+    Tried on four photos of 336 to 1,280 pixels, about 190 damages of each kind: with one wrong byte this finds 29 %
+    (the others still have as many blocks), with 20 wrong bytes 60 %, with 200 wrong bytes 95 %, and with 4,096 that are
+    lost or zero 98 to 100 %. Pillow alone finds 0, 5, 45 and 0 %.
     """
     image.fp.seek(0)
     jpeg, at, kinds = image.fp.read(), 2, b""
