@@ -145,8 +145,11 @@ def measure(made: Recipe, leak: str | None = None) -> list[dict]:
     lines = (made.folder / "metrics.jsonl").read_text().splitlines()
     for number, sample in enumerate(samples):
         since = lines[number * every : (number + 1) * every]
-        # By mode: the line of a slow step is longer, and `adaptive` changes how many there are.
-        sample["log"] = {mode: [len(line) for line in since if json.loads(line)["mode"] == mode] for mode in MODES}
+        # By mode: the line of a slow step is longer, and `adaptive` changes how many there are. Without the speed-up,
+        # which early steps do not have.
+        told = map(json.loads, since)
+        of = [(one["mode"], len(line) - len(json.dumps(one["speedup"]))) for line, one in zip(since, told, strict=True)]
+        sample["log"] = {mode: [length for its, length in of if its == mode] for mode in MODES}
     return samples
 
 
