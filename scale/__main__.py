@@ -6,7 +6,6 @@ python -m scale plan RECIPE.toml --gpus 8,64,512 --gpu h100                     
 
 import argparse
 import os
-import platform
 import sys
 import traceback
 
@@ -61,12 +60,12 @@ def _run(a: argparse.Namespace, here) -> int | None:
         if here.is_main:
             print(table(["stage", "mode", "samples", "tokens", f"GiB, of rank 0 of {here.size}", "seconds"], rows))
     except (UserError, OSError, UnicodeEncodeError) as error:
-        where = f"rank {here.rank} on {platform.node()}: " if here.size > 1 else ""
+        where = f"{here.name}: " if here.size > 1 else ""
         here.abort(ranks.MISTAKE, f"tinyspeed: {where}{cli.message_of(error)}")
     except Exception as error:
         if ranks.means_lost_rank(error):
-            here.abort(ranks.LOST, f"tinyspeed: rank {here.rank} has lost another one, {here.where}")
-        here.abort(ranks.FAULT, f"rank {here.rank}, {here.where}:\n{traceback.format_exc()}")
+            raise  # which `join` deals with
+        here.abort(ranks.FAULT, f"{here.name}, {here.where}:\n{traceback.format_exc()}")
     except KeyboardInterrupt:  # the second one, or one before the first step
         os._exit(130)
 

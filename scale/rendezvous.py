@@ -35,9 +35,9 @@ def _collect(store: dist.Store, name: str, size: int, deadline: float) -> str:
     missing = set(range(1, size))
     while missing:
         for rank in sorted(missing):
-            if token := _read(store, f"request/{rank}"):
+            if token := read(store, f"request/{rank}"):
                 store.set(f"reply/{rank}", f"{token} {name}")
-            if _read(store, f"confirmed/{rank}") == name:
+            if read(store, f"confirmed/{rank}") == name:
                 missing.discard(rank)
         _pause(deadline, f"ranks {sorted(missing)} of {size} have not come")
     store.set(f"start/{name}", "")
@@ -49,7 +49,7 @@ def _request(store: dist.Store, token: str, rank: int, deadline: float) -> str:
     store.set(f"request/{rank}", token)
     name = ""
     while not (name and store.check([f"start/{name}"])):
-        replied_to, _, given = _read(store, f"reply/{rank}").partition(" ")
+        replied_to, _, given = read(store, f"reply/{rank}").partition(" ")
         if replied_to == token and given != name:
             name = given
             store.set(f"confirmed/{rank}", name)
@@ -57,7 +57,7 @@ def _request(store: dist.Store, token: str, rank: int, deadline: float) -> str:
     return name
 
 
-def _read(store: dist.Store, key: str) -> str:
+def read(store: dist.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 

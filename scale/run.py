@@ -75,6 +75,7 @@ def dry_run(recipe: Recipe, ranks: Ranks) -> list[dict]:
 
 
 def prepare(recipe: Recipe, ranks: Ranks) -> DeviceMesh:
+    ranks.timeout = recipe.scale.timeout
     if recipe.run.device == "cpu":
         ranks.device = torch.device("cpu")
     build.place(recipe)  # refuses a device or a precision that is not there
@@ -88,18 +89,18 @@ def prepare(recipe: Recipe, ranks: Ranks) -> DeviceMesh:
 
 def require_same_recipe(recipe: Recipe, ranks: Ranks) -> None:
     """Refuses ranks that were started with different recipes; only places of files may differ between nodes."""
-    first, *others = ranks.gather([recipe])
-    for rank, other in enumerate(others, 1):
+    (_, first), *others = ranks.gather([(ranks.name, recipe)])
+    for name, other in others:
         if differ := run_folder.differences(first, other, free=PLACES):
-            raise UserError(f"rank {rank} was started with another recipe than rank 0: {', '.join(differ)}")
+            raise UserError(f"{name} was started with another recipe than rank 0: {', '.join(differ)}")
 
 
 def require_same_files(ranks: Ranks, mine: dict) -> None:
     """Refuses ranks whose own files differ, wherever each of them has its copy."""
-    first, *others = ranks.gather([mine])
-    for rank, other in enumerate(others, 1):
+    (_, first), *others = ranks.gather([(ranks.name, mine)])
+    for rank, other in others:
         if differ := sorted(name for name in {**first, **other} if first.get(name) != other.get(name)):
-            what = f"rank {rank} and rank 0 do not have the same {', '.join(differ)}"
+            what = f"{rank} and rank 0 do not have the same {', '.join(differ)}"
             raise UserError(f"{what}: the same data, base model and program must be on all machines")
 
 
@@ -145,7 +146,6 @@ def _stages(recipe: Recipe, ranks: Ranks, mesh: DeviceMesh, source: Source, stop
         if state:
             print(f"going on after step {state['step']} of {folder}", file=sys.stderr)
     torch.manual_seed(recipe.run.seed + ranks.rank)  # for dropout, which must differ between ranks
-    ranks.timeout = recipe.scale.timeout
     totals = Totals(**state["totals"]) if state else Totals(base=build.base_files(recipe))
     for number in range(state["stage"] if state else 0, len(recipe.stages())):
         (name, stage), checkpoints = recipe.stages()[number], folder / "checkpoints"

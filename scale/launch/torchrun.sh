@@ -22,6 +22,7 @@ NNODES=${NNODES:-1}
 if ((NNODES > 1)); then
     : "${HEAD:?set HEAD=HOST:PORT, one of the nodes and a free port, the same on every node}"
     meet=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="${RUN_ID:-tinyspeed}")
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a node that comes back waits for an address that nobody tells it
 else
     meet=(--standalone) # on a free port, so that several runs on one node do not meet
 fi

@@ -86,6 +86,7 @@ def test_every_node_is_told_where_all_meet(call):
         "max-restarts": "0",
     }  # fmt: skip
     assert environment["OMP_NUM_THREADS"] == "9", "what the user has set stays"
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1", "so that a node can come back"
 
 
 @pytest.mark.parametrize(

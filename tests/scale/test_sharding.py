@@ -139,12 +139,12 @@ hashes = st.dictionaries(st.sampled_from("abcd"), st.sampled_from("01"))
 @given(every=st.lists(hashes, min_size=1, max_size=4))
 def test_the_first_rank_with_other_files_is_named_with_all_of_them(every):
     here = ranks.Ranks(0, len(every), torch.device("cpu"), None)
-    here.gather = lambda mine: every
+    here.gather = lambda mine: [(f"rank {rank} on node{rank}", of) for rank, of in enumerate(every)]
     others = [rank for rank, of in enumerate(every) if of != every[0]]
     if not others:
         run.require_same_files(here, every[0])
         return
     differ = sorted(name for name, _ in set(every[0].items()) ^ set(every[others[0]].items()))
-    said = f"^rank {others[0]} and rank 0 do not have the same {', '.join(dict.fromkeys(differ))}: "
+    said = f"^rank {others[0]} on node{others[0]} and rank 0 do not have the same {', '.join(dict.fromkeys(differ))}: "
     with pytest.raises(UserError, match=said):
         run.require_same_files(here, every[0])

@@ -72,7 +72,8 @@ def test_every_rank_is_told_of_what_is_wrong_on_one(ranks):
     assert found["stops"] == [[[True, False], [signal.SIGTERM]]] * 2, "a signal to one rank stops all"
     assert found["late"] == [[False, True]] * 2, "if a checkpoint is late on one rank, all save after the same step"
     assert found["alive"] == [0, 0], "no rank holds a whole layer once it is sharded"
-    assert found["recipes"] == ["rank 1 was started with another recipe than rank 0: train.lr"] * 2
+    other = f"rank 1 on {platform.node()} was started with another recipe than rank 0: train.lr"
+    assert found["recipes"] == [other] * 2
     assert found["goes on"] == [[[False, False], []]] * 2
     assert found["divide"] == ["scale.shard = 3 does not divide the 2 ranks"] * 2
 
@@ -87,7 +88,8 @@ def test_a_rank_with_other_files_is_named(ranks):
     }  # fmt: skip
     assert found.keys() == wanted.keys()
     for name, what in wanted.items():
-        assert all(told.startswith(f"rank 1 and rank 0 do not have the same {what}: ") for told in found[name]), name
+        said = f"rank 1 on {platform.node()} and rank 0 do not have the same {what}: "
+        assert all(told.startswith(said) for told in found[name]), name
 
 
 def test_a_run_whose_ranks_have_other_data_ends_before_the_first_step(home, tmp_path):
@@ -97,7 +99,9 @@ def test_a_run_whose_ranks_have_other_data_ends_before_the_first_step(home, tmp_
     agent = torchrun(tmp_path, "--no-python", "sh", "-c", set_other, "sh", recipe_file(made))
     assert agent.wait(HANGS) == 1
     assert log(tmp_path).count("tinyspeed: ") == 1
-    assert re.search(r"tinyspeed: rank \d on .*: rank 1 and rank 0 do not have the same data\.file: ", log(tmp_path))
+    assert re.search(
+        r"tinyspeed: rank \d on .*: rank 1 on .* and rank 0 do not have the same data\.file: ", log(tmp_path)
+    )
     assert not checkpoint.newest(made.folder / "checkpoints")
     assert not steps_done(made)
 
@@ -161,12 +165,13 @@ def test_a_rank_that_hangs_ends_the_run_and_the_step_is_named(home, tmp_path):
     os.kill(hangs, signal.SIGSTOP)
     (tmp_path / "late").touch()
     try:
-        until(lambda: "no progress" in log(tmp_path), "the other one complains", agent)
+        until(lambda: "no answer" in log(tmp_path), "the other one complains", agent)
     finally:
         os.kill(hangs, signal.SIGCONT)
     assert agent.wait(HANGS) != 0
-    assert re.search(r"rank 0 has made no progress for 600 s, .* of step 3", log(tmp_path))
-    assert re.search(r"and rank 1 was .* of step 3", log(tmp_path))
+    here = re.escape(platform.node())
+    assert re.search(rf"no answer from rank 1 on {here}; rank 0 on {here} was .* of step 3", log(tmp_path))
+    assert re.search(rf"and rank 1 on {here} was .* of step 3", log(tmp_path))
 
 
 def test_a_folder_that_one_rank_cannot_see_is_told_once_and_at_once(home, tmp_path):

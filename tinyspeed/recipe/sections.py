@@ -229,7 +229,7 @@ class ScaleSection:
     offload: bool = False  # Keep each rank's slice of the weights in CPU memory.
     window: int = 1  # So many batches are drawn together and sorted by length before they are cut; 1 = no sorting.
     check_every: int = 50  # Steps between checks that all ranks are about to do the same.
-    timeout: float = 600.0  # Seconds without progress after which a rank says so and all ranks stop.
+    timeout: float = 600.0  # Seconds without progress, or without a sign of another rank, after which all ranks stop.
 
     def __post_init__(self):
         require_range(self, "scale.", shard=(0, LARGEST), window=(1, 10_000))
