@@ -148,6 +148,7 @@ def _parser() -> Parser:
             made.add_argument("recipe", nargs="?", default="digits", help="a recipe (default: the built-in digits)")
         elif takes == "model":
             made.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model's folder or a hub id")
+            made.add_argument("--system", metavar="TEXT", help="a system message (default: a run's own, or none)")
         if takes in ("recipe", "digits"):
             made.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change a value")
         return made
@@ -274,7 +275,7 @@ def _ask(a) -> int:
     from .evaluation import ask
     from .training.trained_model import open_model
 
-    with open_model(a.model) as (model, processor, _):
+    with open_model(a.model, system=a.system) as (model, processor, _):
         how = {"max_new_tokens": a.max_new_tokens, "streamer": ask.to_stdout(processor)}
         ask.answer(model, processor, pictures, question, **how)
     return 0
@@ -326,13 +327,13 @@ def _benchmark(a) -> int:
     from .evaluation import ask, benchmarks
     from .training.trained_model import open_model
 
-    with open_model(a.model) as (model, processor, name):
-        chat = Chat(processor)
+    with open_model(a.model, system=a.system) as (model, processor, name):
+        chat, prompts = Chat(processor), []
         for question in questions:  # all of them before the first is asked, so that none is refused after hours
             with located(f"{a.task} question {question.id}"):
-                chat.prompt(question.text, bool(question.image))
+                prompts.append(chat.prompt(question.text, bool(question.image)))
         asked = lambda pictures, text: ask.answer(model, processor, pictures, text)
-        predictions = benchmarks.run(a.task, questions, Path(a.images), asked, out, model=name)
+        predictions = benchmarks.run(a.task, questions, Path(a.images), asked, out, model=name, prompts=prompts)
     if any(question.truth is None for question in questions):
         file = out.with_suffix(".submission.json")
         files.write_atomically(file, json.dumps(benchmarks.submission(questions, predictions)))

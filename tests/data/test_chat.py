@@ -293,8 +293,8 @@ def test_a_special_token_that_is_empty_ends_no_turn():
         assert np.array_equal(got, wanted)
 
 
-def system(text: str, template: str = "chat") -> DataSection:
-    return DataSection(kind="chat", file="train.json", template=template, system=text)
+def system(text: str, template: str = "chat") -> str:
+    return DataSection(kind="chat", file="train.json", template=template, system=text).system_message
 
 
 @pytest.mark.parametrize("code", ["{{ 1 }}", "\n\n{{ 1 }}\n\n", "  {% if 1 %}\n a{% endif %}"])

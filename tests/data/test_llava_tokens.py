@@ -17,7 +17,6 @@ from transformers import LlamaTokenizer
 from tinyspeed.data.chat import Chat, with_system
 from tinyspeed.data.record_formats import IMAGE, Turn
 from tinyspeed.models import assembling, loading
-from tinyspeed.recipe import DataSection
 from tinyspeed.rows import IGNORE
 
 SYSTEM = "A chat. It is kind."
@@ -122,7 +121,7 @@ def test_captions_have_llavas_tokens(processor, legacy):
 
 @pytest.mark.parametrize("processor", [assembling.TEMPLATE, tiny.CHAT_TEMPLATE], ids=["parts", "hub"], indirect=True)
 def test_conversations_have_llavas_tokens(processor, legacy):
-    talk = Chat(with_system(processor, DataSection(kind="chat", file="train.json", system=SYSTEM)))
+    talk = Chat(with_system(processor, SYSTEM))
 
     @given(rounds=st.lists(st.tuples(said, said), min_size=1, max_size=3), pictures=st.integers(0, 2))
     def law(rounds, pictures):

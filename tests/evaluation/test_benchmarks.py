@@ -429,7 +429,7 @@ def test_wrong_names_are_errors(tmp_path):
     with pytest.raises(UserError, match="unknown benchmark"):
         score("mme", [], {})
     with pytest.raises(UserError, match="unknown benchmark"):
-        run("mme", [], tmp_path, lambda *_: "", tmp_path / "out", model="m")
+        run("mme", [], tmp_path, lambda *_: "", tmp_path / "out", model="m", prompts=[])
     with pytest.raises(UserError, match="pope has no second file"):
         read("pope", tmp_path, tmp_path / "x")
     with pytest.raises(UserError, match="cannot read"):
@@ -451,8 +451,9 @@ def answers(asked):
     return ask
 
 
-def go(out, questions=QUESTIONS, task="gqa", model="m", asked=None):
-    return run(task, questions, Path("."), answers([] if asked is None else asked), out, model=model, bar=False)
+def go(out, questions=QUESTIONS, task="gqa", model="m", asked=None, template="USER: {} ASSISTANT:"):
+    prompts, ask = [template.format(q.text) for q in questions], answers([] if asked is None else asked)
+    return run(task, questions, Path("."), ask, out, model=model, prompts=prompts, bar=False)
 
 
 def test_a_run_asks_each_question_once_and_keeps_what_was_said(tmp_path):
@@ -490,7 +491,8 @@ def ask(pictures, text):
         os.kill(os.getpid(), signal.SIGKILL)
     said.append(text)
     return f"it's «{len(text)}»\\n{text[-2]}"
-run("gqa", questions, Path("."), ask, Path(sys.argv[1]), model="m", bar=False)
+prompts = [f"USER: {q.text} ASSISTANT:" for q in questions]
+run("gqa", questions, Path("."), ask, Path(sys.argv[1]), model="m", prompts=prompts, bar=False)
 """
 
 
@@ -515,7 +517,8 @@ def test_another_evaluations_file_is_refused_and_untouched(tmp_path):
         ({"task": "pope"}, "was made with task = gqa, not pope"),
         ({"model": "n"}, "was made with model = m, not n"),
         ({"questions": QUESTIONS[:3]}, "was made with questions = 4, not 3"),
-        ({"questions": reworded}, "other questions, or the same ones with other words"),
+        ({"questions": reworded}, "other questions, or the same ones in other words"),
+        ({"template": "A chat. USER: {} ASSISTANT:"}, "the same ones in other words, another chat template"),
     ]:
         with pytest.raises(UserError, match=rf"{differs}.*: choose another file \(--out\)") as caught:
             go(out, **other)
@@ -543,6 +546,19 @@ def test_a_damaged_file_is_refused(tmp_path):
             go(out)
 
 
+def test_two_evaluations_do_not_share_a_file(tmp_path):
+    out, link = tmp_path / "out.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(out)
+
+    def ask(pictures, text):
+        with pytest.raises(UserError, match=r"another process is writing .*; choose another name"):
+            go(link)
+        return "no"
+
+    run("gqa", QUESTIONS, Path("."), ask, out, model="m", prompts=[""] * 4, bar=False)
+    assert out.read_bytes().count(b"\n") == 5
+
+
 @pytest.fixture
 def pictures(tmp_path):
     folder = tmp_path / "pictures"
@@ -555,7 +571,7 @@ def pictures(tmp_path):
 def test_a_question_comes_with_its_picture(tmp_path, pictures):
     questions = [Question("1", "red.png", "?", ""), Question("2", None, "?", ""), Question("3", "grey.png", "?", "")]
     ask = lambda given, text: str([(image.mode, image.size, image.getpixel((0, 0))) for image in given])
-    assert run("gqa", questions, pictures, ask, tmp_path / "out", model="m", bar=False) == {
+    assert run("gqa", questions, pictures, ask, tmp_path / "out", model="m", prompts=["?"] * 3, bar=False) == {
         "1": "[('RGB', (5, 4), (255, 0, 0))]",
         "2": "[]",
         "3": "[('RGB', (5, 4), (90, 90, 90))]",
@@ -567,4 +583,4 @@ def test_every_picture_is_looked_for_before_anything_is_asked(tmp_path, pictures
     Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
     questions = [Question("1", "red.png", "?", ""), Question("2", name, "?", "")]
     with pytest.raises(UserError, match="gqa question 2"):
-        run("gqa", questions, pictures, pytest.fail, tmp_path / "out", model="m", bar=False)
+        run("gqa", questions, pictures, pytest.fail, tmp_path / "out", model="m", prompts=["?"] * 2, bar=False)

@@ -212,14 +212,18 @@ def test_a_run_is_asked_with_the_system_message_that_it_was_trained_with(home, t
     trained = ids[: int((labels >= 0).nonzero()[0])].tolist()
     assert text in source.chat.tokenizer.decode(trained)
 
-    record, seen = source.records[0], []
+    record = source.records[0]
     _, question = record.turns[0].parts
     picture = Image.open(home / "images" / record.images[0]).convert("RGB")
-    with trained_model.open_model(str(made.folder)) as (model, processor, _):
-        look = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0].tolist()))
-        with look:
-            ask.answer(model, processor, [picture], question, max_new_tokens=1)
-    assert seen == [trained]
+    asked = {}
+    for path, system in [(made.folder, None), (home / "llava", text), (made.folder, ""), (home / "llava", None)]:
+        seen = asked[path.name, system] = []
+        with trained_model.open_model(str(path), system=system) as (model, processor, _):
+            embed, look = model.get_input_embeddings(), lambda _, inputs, seen=seen: seen.extend(inputs[0].tolist())
+            with embed.register_forward_pre_hook(look):
+                ask.answer(model, processor, [picture], question, max_new_tokens=1)
+    assert asked["run", None] == asked["llava", text] == [trained]
+    assert asked["run", ""] == asked["llava", None] != [trained]
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
     trained_model.export(made, tmp_path / "adapter", adapter_only=True)
     for folder in (made.folder / "model", tmp_path / "adapter"):

@@ -39,7 +39,8 @@ SPECIAL = {"pipe": os.mkfifo, "socket": bind, "device": lambda path: path.symlin
 
 def predictions(path: Path) -> None:
     asked = [Question("1", None, "What?", "yes")]
-    benchmarks.run("pope", asked, path.parent, lambda pictures, text: "no", path, model="m", bar=False)
+    ask = lambda pictures, text: "no"
+    benchmarks.run("pope", asked, path.parent, ask, path, model="m", prompts=["What?"], bar=False)
 
 
 def appended(path: Path) -> None:

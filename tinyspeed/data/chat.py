@@ -29,24 +29,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..models.loading import space_behind_picture
-from ..recipe import DataSection
 from ..rows import IGNORE
 from ..util import UserError, counted, require
 from .record_formats import IMAGE, Turn
 
 
-def with_system(processor, data: DataSection):
-    """The processor, with a chat template that puts `data.system` before conversations that have no system message."""
-    if not data.system or (data.kind, data.template) != ("chat", "chat"):
+def with_system(processor, text: str):
+    """The processor, with a chat template that puts this text before conversations that have no system message."""
+    if not text:
         return processor
     chat = Chat(copy.copy(processor))
-    chat._refuse_control_tokens(data.system)
+    chat._refuse_control_tokens(text)
     # Jinja reads strings as Python writes them in ASCII, and drops this line break instead of the template's own first.
-    added = f"[{{'role': 'system', 'content': [{{'type': 'text', 'text': {data.system!a}}}]}}]"
+    added = f"[{{'role': 'system', 'content': [{{'type': 'text', 'text': {text!a}}}]}}]"
     lacks = "messages and messages[0]['role'] != 'system'"
     begin = f"{{% if {lacks} %}}{{% set messages = {added} + messages %}}{{% endif %}}\n"
     chat.processor.chat_template = begin + processor.chat_template
-    chat._check(chat._template([_message(Turn("user", ("?",)))]), [Turn("system", (data.system,))])
+    chat._check(chat._template([_message(Turn("user", ("?",)))]), [Turn("system", (text,))])
     return chat.processor
 
 

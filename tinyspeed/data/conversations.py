@@ -62,7 +62,7 @@ class Conversations:
         """If processes share the check, `mine` is this one's share of its parts, `gather` returns that of all, and
         `agree` refuses processes whose own files are not the same."""
         paths.require_conversations(data.file, data.images)
-        self.data, self.processor = data, with_system(processor, data)
+        self.data, self.processor = data, with_system(processor, data.system_message)
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
         self.chat = Chat(self.processor, data.template)
         self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures

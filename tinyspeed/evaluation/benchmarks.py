@@ -142,38 +142,49 @@ def run(
     out: Path,
     *,
     model: str,
+    prompts: list[str],
     bar: bool = True,
 ) -> dict[str, str]:
     """Asks a model every question. Each answer is at once written to `out`, a line each, so that a killed run goes on
-    from there. The first line says what was asked of which model, and a file with another first line is refused."""
+    from there. The first line says what was asked of which model, in which `prompts` (of which `ask` gets only the
+    question), and a file with another first line is refused, as is one that another process writes."""
     require_known("benchmark", task, READERS)
-    predictions = _resume(out, _header(task, questions, model), questions)
-    rest = questions[len(predictions) :]
-    # All pictures are looked for before the first question is asked, so that none is found missing after hours.
-    paths = [q.image and images.inside(image_folder, q.image, f"{task} question {q.id}") for q in rest]
-    progress = tqdm(total=len(questions), initial=len(predictions), desc=task, unit="question", disable=not bar)
-    with files.appending(out) as log, progress:
-        for question, path in zip(rest, paths, strict=True):
-            with located(where := f"{task} question {question.id}"):
-                pictures = [images.decode(path, where)] if path else []
-                prediction = ask(pictures, question.text)
-            log(_line({"id": question.id, "prompt": question.text, "prediction": prediction}))
-            predictions[question.id] = prediction
-            progress.update()
+    header = _header(task, questions, prompts, model)
+    require(not files.special(out), f"{out} is not a file")
+    with files.errors_about(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = files.locked(Path(os.path.realpath(out)), f"another process is writing {out}; choose another name")
+    with lock:
+        predictions = _resume(out, header, questions)
+        rest = questions[len(predictions) :]
+        # All pictures are looked for before the first question is asked, so that none is found missing after hours.
+        paths = [q.image and images.inside(image_folder, q.image, f"{task} question {q.id}") for q in rest]
+        progress = tqdm(total=len(questions), initial=len(predictions), desc=task, unit="question", disable=not bar)
+        with files.appending(out) as log, progress:
+            if not out.stat().st_size:
+                log(header)
+            for question, path in zip(rest, paths, strict=True):
+                with located(where := f"{task} question {question.id}"):
+                    pictures = [images.decode(path, where)] if path else []
+                    prediction = ask(pictures, question.text)
+                log(_line({"id": question.id, "prompt": question.text, "prediction": prediction}))
+                predictions[question.id] = prediction
+                progress.update()
     return predictions
 
 
-def _header(task: str, questions: list[Question], model: str) -> bytes:
-    asked = json.dumps([(q.id, q.image, q.text) for q in questions])
+def _header(task: str, questions: list[Question], prompts: list[str], model: str) -> bytes:
+    asked = json.dumps([(q.id, q.image, prompt) for q, prompt in zip(questions, prompts, strict=True)])
     digest = hashlib.sha256(asked.encode()).hexdigest()
     return _line({"task": task, "model": model, "questions": len(questions), "digest": digest})
 
 
 def _resume(out: Path, header: bytes, questions: list[Question]) -> dict[str, str]:
     """Returns what was predicted already, and cuts off half a line at the end of `out`."""
-    held = files.read(out) if out.exists() else b""
-    if header.startswith(held):  # it is empty, or has half a header
-        files.write_atomically(out, header)
+    held = files.read(out)
+    if header != held and header.startswith(held):  # it is empty, or has half a header
+        with files.errors_about(out):
+            os.truncate(out, 0)
         return {}
     if not held.startswith(header):
         what = _difference(held.split(b"\n")[0], json.loads(header))
@@ -199,7 +210,7 @@ def _difference(header: bytes, wanted: dict) -> str:
     except (ValueError, KeyError, TypeError, StopIteration):
         return "does not begin as predictions do"
     if key == "digest":
-        return "answers other questions, or the same ones with other words or pictures"
+        return "answers other questions, or the same ones in other words, another chat template or about other pictures"
     return f"was made with {key} = {held[key]}, not {wanted[key]}"
 
 

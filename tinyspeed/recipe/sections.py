@@ -105,6 +105,11 @@ class DataSection:
         require(self.kind == "chat" or not self.file, 'data.file is given: set data.kind = "chat" too')
         require(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
 
+    @property
+    def system_message(self) -> str:
+        """What is written into the chat template; captions and digits do without."""
+        return self.system if (self.kind, self.template) == ("chat", "chat") else ""
+
 
 @dataclass(frozen=True)
 class DigitsSection:

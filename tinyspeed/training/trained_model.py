@@ -70,12 +70,16 @@ def load_trained(recipe: Recipe) -> DualSpeed:
 
 
 @contextmanager
-def open_model(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, ProcessorMixin, str]]:
-    """The model of a run, or of any folder or hub id, with its processor and a name for it, ready to answer."""
+def open_model(
+    path: str, device: str = "auto", system: str | None = None
+) -> Iterator[tuple[nn.Module, ProcessorMixin, str]]:
+    """The model of a run, or of any folder or hub id, with its processor and a name for it, ready to answer. `system`
+    is put before every question, instead of the system message that a run was trained with."""
     if paths.is_run(path):
         recipe = of_run(path)
         model, name = load_trained(recipe).model, recipe.model.precision
-        processor = with_system(loading.load_processor(build.base_folder(recipe)), recipe.data)
+        processor = loading.load_processor(build.base_folder(recipe))
+        system = recipe.data.system_message if system is None else system
         called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
     else:
         name, processor, called = "auto", loading.load_processor(path), path
@@ -83,7 +87,7 @@ def open_model(path: str, device: str = "auto") -> Iterator[tuple[nn.Module, Pro
         model = loading.load_model(path, precision.resolve(name, where), device=where)
     # A run's model has fp32 weights beside bf16 ones.
     with precision.autocast(precision.resolve(name, model.device), model.device):
-        yield model.eval(), processor, called
+        yield model.eval(), with_system(processor, system or ""), called
 
 
 def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
@@ -102,7 +106,7 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
             save_adapter(saved, lora.lora_config(**asdict(recipe.lora)), named, temporary)
         else:
             merge(saved, recipe.lora.scale, base, temporary)
-        with_system(loading.load_processor(base), recipe.data).save_pretrained(temporary)
+        with_system(loading.load_processor(base), recipe.data.system_message).save_pretrained(temporary)
         _make_readable(temporary)
 
 
