@@ -11,7 +11,7 @@ import traceback
 
 from tinyspeed import cli  # light: no torch yet
 from tinyspeed.training import stopping
-from tinyspeed.util import UserError
+from tinyspeed.util import UserError, errors
 
 
 @cli.safe_streams()
@@ -65,6 +65,8 @@ def _run(a: argparse.Namespace, here) -> int | None:
     except Exception as error:
         if ranks.means_lost_rank(error):
             raise  # which `join` deals with
+        if errors.no_memory(error):
+            here.abort(ranks.MISTAKE, f"tinyspeed: {here.name}: {errors.memory_ran_out(error, here.where)}")
         here.abort(ranks.FAULT, f"{here.name}, {here.where}:\n{traceback.format_exc()}")
     except KeyboardInterrupt:  # the second one, or one before the first step
         os._exit(130)

@@ -25,7 +25,7 @@ from tinyspeed.recipe import Recipe
 from tinyspeed.training import answer_gate, build, checkpoint, report, run_folder, stopping, trained_model
 from tinyspeed.training import train as core
 from tinyspeed.training.loop import Totals
-from tinyspeed.util import counted, provenance
+from tinyspeed.util import counted, files, paths, provenance
 
 from .loop import ShardedStage
 from .ranks import Ranks
@@ -113,7 +113,10 @@ def read_source(recipe: Recipe, ranks: Ranks) -> Source:
         build.base_files(recipe)  # ranks with the same `run.cache` then find the hashes of large files
     ranks.barrier()
     base = build.base_model(recipe, ranks.device)
-    require_same_files(ranks, provenance.program() | build.base_files(recipe))
+    mine = provenance.program() | build.base_files(recipe)
+    if recipe.dualspeed.isolator_from:
+        mine["dualspeed.isolator_from"] = files.hashed(paths.require_isolator(recipe.dualspeed.isolator_from))
+    require_same_files(ranks, mine)
     if recipe.data.kind == "digits":
         source = digits.from_recipe(recipe)
         digits_model.require_fitting(loading.load_config(base), base, source.canvas)

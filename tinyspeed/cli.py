@@ -43,9 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             if not errors.no_memory(error):
                 raise
-            said = next(iter(str(error).splitlines()), "")
-            what = f"memory ran out during `tinyspeed {(argv or sys.argv[1:])[0]}` ({said or 'of this machine'})"
-            print(f"tinyspeed: {what}; `tinyspeed estimate` says what a recipe needs", file=sys.stderr)
+            where = f"during `tinyspeed {(argv or sys.argv[1:])[0]}`"
+            print(f"tinyspeed: {errors.memory_ran_out(error, where)}", file=sys.stderr)
             return 2
 
 
@@ -91,7 +90,8 @@ class SafeStream:
             act(*given)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EBADF):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # Python tries again at exit
+                with open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), self._stream.fileno())  # Python tries again at exit
             elif self._needed:
                 raise
 

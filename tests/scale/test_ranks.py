@@ -2,6 +2,7 @@
 
 import platform
 import threading
+from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.waiting import HANGS
 
-from scale import ranks
+from scale import __main__, ranks, run
 
 CPU = torch.device("cpu")
 
@@ -129,3 +130,18 @@ def test_a_store_behind_a_dead_link_keeps_no_rank(monkeypatch, capsys, error):
     me.watcher.join()
     said = f"no answer from node1, where rank 0 should be; rank 1 on {platform.node()} was starting"
     assert capsys.readouterr().err == f"tinyspeed: {said}\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nmore")])
+def test_a_rank_whose_memory_runs_out_says_so_in_one_line(monkeypatch, capsys, error):
+    def loads(recipe, here):
+        here.progress("loading the model")
+        raise error
+
+    monkeypatch.setattr(run, "train", loads)
+    monkeypatch.setattr(ranks, "CHECK_EVERY", 0)
+    with pytest.raises(Left, match=str(ranks.MISTAKE)):
+        __main__._run(Namespace(recipe="digits", set=[], dry_run=False), all_ranks(2, dist.HashStore())[1])
+    said = capsys.readouterr().err
+    assert said.startswith(f"tinyspeed: rank 1 on {platform.node()}: memory ran out loading the model (")
+    assert said.count("\n") == 1

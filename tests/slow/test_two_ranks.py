@@ -84,7 +84,7 @@ def test_a_rank_with_other_files_is_named(ranks):
     wanted = {
         "a letter": "data.file", "the order": "data.file", "fewer": "data.file",
         "a picture": "pictures in data.images", "a weight": "model.safetensors", "the tokenizer": "tokenizer.json",
-        "another program": "scale/loop.py",
+        "another program": "scale/loop.py", "an isolator": "dualspeed.isolator_from",
     }  # fmt: skip
     assert found.keys() == wanted.keys()
     for name, what in wanted.items():

@@ -25,7 +25,7 @@ from tinyspeed.data import loader
 from tinyspeed.scheduler import Plan
 from tinyspeed.training import build
 from tinyspeed.training.loop import StageRun, Totals
-from tinyspeed.util import provenance
+from tinyspeed.util import paths, provenance
 
 PLANS = {
     mode: Plan(mode, keep=0.3, distill=float(mode == "slow"), measure=mode != "fast")
@@ -221,9 +221,11 @@ def other_files(here: ranks.Ranks, home: Path) -> dict:
     def changed(name: str, change) -> None:
         folder = mine / name
         shutil.copytree(home, folder)
+        (folder / paths.ISOLATOR).write_bytes(b"an isolator")
         if here.rank == 1:
             change(folder)
         places = (f"data.file={folder}/train.json", f"data.images={folder}/images", f"model.path={folder}/llava")
+        places += (f"dualspeed.isolator_from={folder}",)
         made = settings(home, home.parent / f"run{here.rank}", "run", "lora.rank=4", *places)
         found[name] = here.gather([told(lambda: run.read_source(made, here))])
 
@@ -253,6 +255,7 @@ def other_files(here: ranks.Ranks, home: Path) -> dict:
     changed("fewer", edit(lambda records: records[:-1]))
     changed("a picture", flip("images/p1-0.png", 400))
     changed("a weight", flip("llava/model.safetensors", -2))
+    changed("an isolator", lambda folder: (folder / paths.ISOLATOR).write_bytes(b"another one"))
     changed("the tokenizer", lambda folder: (folder / "llava" / "tokenizer.json").open("a").write("\n"))
     program = mine / "program"
     for package in ("tinyspeed", "scale"):

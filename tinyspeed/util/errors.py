@@ -70,6 +70,11 @@ def no_memory(error: BaseException) -> bool:
     return named or "DefaultCPUAllocator" in str(error)
 
 
+def memory_ran_out(error: BaseException, where: str) -> str:
+    said = next(iter(str(error).splitlines()), "") or "of this machine"
+    return f"memory ran out {where} ({said}); `tinyspeed estimate` says what a recipe needs"
+
+
 def require(good: bool, what: str) -> None:
     if not good:
         raise UserError(what)
