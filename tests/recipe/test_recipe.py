@@ -170,6 +170,12 @@ def test_a_wrong_name_of_a_recipe(name, says):
         recipe.read(name)
 
 
+def test_a_runs_folder_in_place_of_a_recipe(tmp_path):
+    (tmp_path / "recipe.toml").write_text("")
+    with pytest.raises(UserError, match=rf"{tmp_path} is a run, and its recipe is {tmp_path}/recipe\.toml"):
+        recipe.read(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

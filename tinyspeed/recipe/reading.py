@@ -24,6 +24,7 @@ SYNONYMS = {  # what transformers, peft and LLaVA's own scripts call our keys
 
 def read(path: str, changes: list[str] = ()) -> Recipe:
     """The recipe in a TOML file (or a built-in one, by name), with `section.key=value` changes."""
+    require(not paths.is_run(path), f"{path} is a run, and its recipe is {path}/recipe.toml: give that file")
     tables, file = tables_of(path, BUILT_IN, "recipe file")
     for change in changes:
         section, key, value = setting("--set", change)
