@@ -34,7 +34,7 @@ options: $(READY)
 
 # The attacks of tests/slow/attacks in their long form, three hours or more; `make test-slow` has the short ones.
 # make torture ONLY="killed_runs full_disk" COUNT=50 SEED=1 runs some of them, so many cases each, with other draws.
-attacks := killed_runs full_disk not_finite damaged_input foreign_code hosts long_run repeatability
+attacks := killed_runs full_disk not_finite damaged_input foreign_code hosts long_run repeatability surroundings
 TORTURE ?= runs/torture
 
 torture: $(READY)

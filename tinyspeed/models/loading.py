@@ -94,11 +94,13 @@ def load_weights(kind: type, path: str | Path, **how) -> nn.Module:
 
 def _require_layers(folder: Path) -> None:
     """Refuses a configuration with more layers than there are weights for, since all would be built first."""
-    files = paths.weight_files(folder)
-    if all(file.is_file() for file in files):  # otherwise this is a hub id, or loading will say what is missing
+    weights = paths.weight_files(folder)
+    if all(file.is_file() for file in weights):  # otherwise this is a hub id, or loading will say what is missing
+        for file in weights:  # of one that may not be read, safetensors would say that it is not there
+            open(file, "rb", opener=files.regular).close()
         said = (folder / "config.json").read_text(encoding="utf-8")
         asked = max(map(int, re.findall(r'"num_hidden_layers": *(\d+)', said)), default=0)
-        names = "\n".join(name for file in files for name in safe_open(file, "pt").keys())  # noqa: SIM118 (not a dict)
+        names = "\n".join(name for file in weights for name in safe_open(file, "pt").keys())  # noqa: SIM118 (not a dict)
         there = 1 + max(map(int, re.findall(r"\.(\d+)\.", names)), default=0)
         what = f"config.json has num_hidden_layers = {asked:,}, and there are weights of {counted(there, 'layer')}"
         require(asked <= there, f"{folder}/{what}: copy it again")
