@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -208,6 +209,7 @@ def join() -> Iterator[Ranks]:
     except Exception as error:
         if means_lost_rank(error):
             ranks.lost = f"a connection to another rank is lost: {error}"
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a torchrun that has lost its own connection as well
             ranks.watcher.join()  # the thread finds out which rank that is, and ends this process
         raise
     ranks.done.set()

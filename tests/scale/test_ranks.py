@@ -1,6 +1,7 @@
 """Ranks that are gone are named, also by those that wait for them patiently, and a store that is gone keeps nobody."""
 
 import platform
+import signal
 import threading
 from argparse import Namespace
 from contextlib import nullcontext
@@ -145,3 +146,22 @@ def test_a_rank_whose_memory_runs_out_says_so_in_one_line(monkeypatch, capsys, e
     said = capsys.readouterr().err
     assert said.startswith(f"tinyspeed: rank 1 on {platform.node()}: memory ran out loading the model (")
     assert said.count("\n") == 1
+
+
+def test_a_torchrun_that_ends_too_does_not_silence_a_rank_that_is_about_to_say_who_is_gone(monkeypatch):
+    met = []
+
+    class Watcher:
+        def join(self) -> None:
+            met.append(signal.getsignal(signal.SIGTERM))
+            raise Left
+
+    monkeypatch.setattr(ranks.Ranks, "watch", lambda self: setattr(self, "watcher", Watcher()))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Left), ranks.join():
+            raise dist.DistNetworkError("Connection closed by peer")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        dist.destroy_process_group()
+    assert met == [signal.SIG_IGN]
