@@ -90,7 +90,7 @@ class SafeStream:
             act(*given)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EBADF):
-                with open(os.devnull, "wb") as nowhere:
+                with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), self._stream.fileno())  # Python tries again at exit
             elif self._needed:
                 raise
