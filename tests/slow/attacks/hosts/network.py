@@ -81,7 +81,10 @@ class Switch(threading.Thread):
         waiting, order = [], itertools.count()  # (when, order, file, frame)
         while True:
             until = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-            ready, _, _ = select.select([self.woken, *self.ports], [], [], until)
+            try:
+                ready, _, _ = select.select([self.woken, *self.ports], [], [], until)
+            except OSError:  # a host has lost its power since its port was put on the list
+                continue
             if self.woken in ready and not os.read(self.woken, 1):
                 return
             for file in ready:
