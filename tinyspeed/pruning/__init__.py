@@ -185,7 +185,7 @@ def _in_range(features: Tensor) -> Tensor:
     exact, and no plugin's choice depends on the scale."""
     exponent = torch.frexp(_largest(features).float()).exponent.clamp(-126, 126)
     exponent = exponent.where((exponent.abs() > 30).any(), 0)
-    return torch.ldexp(features.float(), -exponent[:, None, None])
+    return features.to(torch.float32, copy=True).ldexp_(-exponent[:, None, None])
 
 
 def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: list[int]) -> list[int]:
