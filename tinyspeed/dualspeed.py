@@ -194,11 +194,11 @@ class DualSpeed(DropIn):
         recorded: dict[str, list[Tensor]],
     ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:  # fmt: skip
         """Returns the table after the words and the rows of a fast forward, and a learned plugin's loss."""
-        kept = counts = ids.new_zeros(0)
-        visual, loss, total = [], None, self.chooser.zero_loss()
+        kept, chosen, visual, loss = ids.new_zeros(0, dtype=torch.bool), None, [], None
+        total = self.chooser.zero_loss()
         if images:
-            kept, counts, *visual, loss = self.chooser(images, shown, keep, recorded, self.step)
-        run = rows.prune(full, kept, counts, len(self.isolator), ids.numel(), self.positions)
+            kept, chosen, *visual, loss = self.chooser(images, shown, keep, recorded, self.step)
+        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions, chosen)
         if loss is not None:  # each image counts as often as its sample has answers, as in the cross-entropy
             total = total + (loss * to_device(rows.answers_per_image(run, len(loss)), loss.device)).sum()
         return [*visual, self.isolator.weight], run, total

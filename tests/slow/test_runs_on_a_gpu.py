@@ -64,9 +64,13 @@ def test_features_from_the_cache(home, tmp_path, monkeypatch):
     here, there, waits = gpu_runs.on_both(monkeypatch, home, tmp_path, "cache", *FP32, *cache)
     alike(here, there, rel=1e-3)
     assert [sum(found.values()) for _, found in waits] == [1] * len(waits), waits
-    again = runs.settings(home, tmp_path, "made-there", *FP32, *cache[:1], f"run.cache={tmp_path / 'it'}", "run.device=cuda")
+    again = runs.settings(
+        home, tmp_path, "made-there", *FP32, *cache[:1], f"run.cache={tmp_path / 'it'}", "run.device=cuda"
+    )
     gpu_runs.train_there(monkeypatch, again)
-    names = [sorted(file.name for file in (tmp_path / of / "features").rglob("*.safetensors")) for of in ("cache", "it")]
+    names = [
+        sorted(file.name for file in (tmp_path / of / "features").rglob("*.safetensors")) for of in ("cache", "it")
+    ]
     assert names[0] == names[1] != []
 
 
@@ -87,7 +91,10 @@ def test_a_trained_model_answers_there(home, tmp_path, monkeypatch):
     picture = images.decode(next((home / "images").iterdir()), "here")
     said = []
     for device in ("cpu", "cuda"):
-        with pretend_cuda.device(), trained_model.open_model(str(made.folder / "model"), device) as (model, processor, _):
+        with (
+            pretend_cuda.device(),
+            trained_model.open_model(str(made.folder / "model"), device) as (model, processor, _),
+        ):
             assert model.device.type == device
             said.append(ask.answer(model, processor, [picture], "What is it?", max_new_tokens=8))
     assert said[0] == said[1]
