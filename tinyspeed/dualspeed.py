@@ -108,10 +108,11 @@ class DualSpeed(DropIn):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = False,
     ) -> ModelOutput:
-        """Takes the batch of a Hugging Face processor as it is. Without a plan it uses the schedule's for `self.step`,
-        or, in eval mode, runs the plain model. The loss is divided by `num_items_in_batch` answer tokens, or by the
-        number in this batch. `answers`, bool and shaped like labels, says which answer tokens stay. It goes with a plan
-        whose `answer_keep` is below 1, and comes from a `regate.Memory`."""
+        """Takes the batch of a Hugging Face processor as it is. Its integers may stay on the CPU, which plans the step.
+        Without a plan it uses the schedule's for `self.step`, or, in eval mode, runs the plain model. The loss is
+        divided by `num_items_in_batch` answer tokens, or by the number in this batch. `answers`, bool and shaped like
+        labels, says which answer tokens stay. It goes with a plan whose `answer_keep` is below 1, and comes from a
+        `regate.Memory`."""
         given = {  # by name in the signature, because Trainer looks there for the columns to keep
             "pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos,
             "image_sizes_videos": image_sizes_videos, "batch_num_images": batch_num_images,
@@ -127,7 +128,7 @@ class DualSpeed(DropIn):
         together = (plan.answer_keep < 1) == (answers is not None)
         require(together, "answer_keep below 1 and `answers=` (from a regate.Memory) go together")
         self.forwards += 1
-        # The CPU computes the rows and all sizes. Whole numbers that are there already cost no wait for the device.
+        # The CPU plans the step. Integers that are on a GPU are copied back, which waits for it once.
         input_ids, labels = input_ids.cpu(), labels.cpu()
         attention_mask, answers = (None if t is None else t.cpu() for t in (attention_mask, answers))
         visual = {name: t if t.is_floating_point() else t.cpu() for name, t in visual.items()}

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(bool(pretend_cuda.unavailable()), reason=pretend
 
 
 @given(gpu_cases.cases())
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_a_step_is_what_it_is_on_a_cpu_and_waits_for_nothing(case):
     assert not gpu_cases.unlike(case)
 
