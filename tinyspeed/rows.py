@@ -23,6 +23,10 @@ rows have the position of their image's first row. `compact` numbers the rows th
 the rotary distance between a question and an image token is the same in fast and full mode. With `compact` it is not,
 and that is most of what the two modes disagree about.
 
+The CPU computes the rows, so that no step waits for a GPU. It knows how many features of each image a plugin keeps, and
+the table has these side by side. Which ones they are matters only for `original` positions, so those alone are looked
+up on the device.
+
 Layouts: `padded` is (B, S') with padding on the right. `packed` is (1, R), all samples end to end, and `cu_seqlens`
 says where each begins. Attention is causal within a sample in both. So a padded batch needs no mask: padding comes
 last, and no real row looks ahead.
@@ -39,6 +43,7 @@ from torch import Tensor
 from .pruning import keep_count
 from .scheduler import Plan
 from .util import UserError, require, require_known
+from .util.sending import to_device
 
 IGNORE = -100
 POSITIONS = ("compact", "original")
@@ -51,7 +56,7 @@ class Rows:
 
     source: Tensor  # (R,) index into the table
     target: Tensor  # (R,) token to predict, or IGNORE
-    position: Tensor  # (R,) rotary position
+    position: Tensor  # (R,) rotary position; on the device if it depends on what a plugin chose
     sample: Tensor  # (R,) which sample of the batch
     image: Tensor  # (R,) which image of the table, -1 for text
     samples: int
@@ -79,7 +84,6 @@ def full(
     the number of placeholders.
     """
     batch, width = input_ids.shape
-    device = input_ids.device
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     real = mask.flatten().nonzero()[:, 0]
     token = input_ids.flatten()[real]
@@ -93,8 +97,8 @@ def full(
         given = f"its {len(sizes)} {kind}(s) give {sizes.sum()} feature rows"
         what = f"the batch holds {len(visual)} {kind} placeholder tokens, but {given}"
         require(len(visual) == int(sizes.sum()), f"{what}; was the text truncated, or made by another processor?")
-        source[visual] = torch.arange(row, row + len(visual), device=device)
-        image[visual] = torch.arange(number, number + len(sizes)).repeat_interleave(sizes).to(device)
+        source[visual] = torch.arange(row, row + len(visual))
+        image[visual] = torch.arange(number, number + len(sizes)).repeat_interleave(sizes)
         row, number = row + len(visual), number + len(sizes)
     target = torch.full_like(labels, IGNORE)
     target[:, :-1] = labels[:, 1:].masked_fill(~mask[:, 1:], IGNORE)
@@ -119,10 +123,12 @@ def skip_answers(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> R
     return _take(rows, left, positions)
 
 
-def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str) -> Rows:
+def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str, chosen: Tensor | None = None) -> Rows:
     """The rows of a fast step, as indices into a smaller table: [ `words` embeddings | kept features | isolator ].
 
-    `kept` (V,) says which features stay. All text rows stay. `isolator` rows come in front of each image's rows.
+    `kept` (V,) says which features stay. All text rows stay. `isolator` rows come in front of each image's rows. If
+    only the device knows which features stay, `kept` says how many of each image do, any of them, and `chosen` (K,)
+    has, on the device, those that do, in ascending order.
     """
     first, last = _ends(rows.image)
     in_table = torch.cat([kept.new_ones(words), kept])
@@ -130,14 +136,22 @@ def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str) -
 
     # How often each row is written: once if it stays, and an image's first row once more for each isolator row.
     times = stays.long() + first * isolator
-    origin = torch.arange(len(rows), device=times.device).repeat_interleave(times)
-    nth = torch.arange(len(origin), device=times.device) - (times.cumsum(0) - times)[origin]
+    origin = torch.arange(len(rows)).repeat_interleave(times)
+    nth = torch.arange(len(origin)) - (times.cumsum(0) - times)[origin]
     isolating = first[origin] & (nth < isolator)
     run = _take(rows, origin, positions)
     source = torch.where(isolating, words + kept.sum() + nth, rank[run.source])
     target = run.target.masked_fill(run.image >= 0, IGNORE)
     target[_ends(run.image)[1]] = rows.target[last]
-    return replace(run, source=source, target=target)
+    position = run.position
+    if chosen is not None and len(chosen) and positions == "original":
+        visual, feature = rows.image >= 0, (source - words).clamp(0, len(chosen) - 1)
+        place = torch.zeros(len(kept), dtype=torch.long)  # of each feature in its sample
+        place.scatter_(0, rows.source[visual] - words, rows.position[visual])
+        sent = (to_device(x, chosen.device) for x in (place, feature, (run.image >= 0) & ~isolating, position))
+        place, feature, is_feature, position = sent
+        position = place[chosen][feature].where(is_feature, position)
+    return replace(run, source=source, target=target, position=position)
 
 
 def _ends(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +169,7 @@ def _take(rows: Rows, index: Tensor, positions: str) -> Rows:
     position, sample = rows.position[index], rows.sample[index]
     if positions == "compact":
         lengths = torch.bincount(sample, minlength=rows.samples)
-        position = torch.arange(len(sample), device=sample.device) - (lengths.cumsum(0) - lengths)[sample]
+        position = torch.arange(len(sample)) - (lengths.cumsum(0) - lengths)[sample]
     return Rows(rows.source[index], rows.target[index], position, sample, rows.image[index], rows.samples)
 
 
@@ -170,36 +184,40 @@ def answers_per_image(rows: Rows, images: int) -> Tensor:
     """(images,): the number of answer tokens in the sample of each image."""
     answers = torch.bincount(rows.sample[rows.target != IGNORE], minlength=rows.samples)
     visual = rows.image >= 0
-    sample = torch.zeros(images, dtype=torch.long, device=answers.device)
+    sample = torch.zeros(images, dtype=torch.long)
     return answers[sample.scatter_(0, rows.image[visual], rows.sample[visual])]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each row is in the tensors that the LLM sees."""
+    """Where each row is in the tensors that the LLM sees. Of the tensors, `slot` alone is on the CPU."""
 
     index: Tensor  # (slots,) what to gather from the table
     position: Tensor  # (1 or B, slots per line)
     slot: Tensor  # (R,) the place of each row in the flattened (slots,)
     cu_seqlens: Tensor | None  # (B + 1,) int32, packed only
     longest: int  # rows of the longest sample
+    borders: list[int] | None  # cu_seqlens on the CPU
 
 
-def lay_out(rows: Rows, layout: str) -> Layout:
-    """Arranges rows as (B, longest), padded on the right, or as (1, R), packed."""
+def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layout:
+    """Arranges rows as (B, longest), padded on the right, or as (1, R), packed; by default, on the CPU."""
     require_known("layout", layout, LAYOUTS[1:])
+    send = lambda of: to_device(of, device or of.device)
     lengths = rows.lengths
     longest = int(lengths.max())
     starts = lengths.cumsum(0) - lengths
+    slot = torch.arange(len(rows))
     if layout == "packed":
-        slot = torch.arange(len(rows), device=lengths.device)
         cu_seqlens = torch.cat([starts, lengths.sum()[None]]).int()
-        return Layout(rows.source, rows.position[None], slot, cu_seqlens, longest)
-    slot = torch.arange(len(rows), device=lengths.device) - starts[rows.sample] + rows.sample * longest
+        borders = cu_seqlens.tolist()
+        return Layout(send(rows.source), send(rows.position)[None], slot, send(cu_seqlens), longest, borders)
+    slot += rows.sample * longest - starts[rows.sample]
     # Padding gathers row 0 of the table at position 0. Nothing reads the result, so its gradient is zero.
-    index = torch.zeros(rows.samples * longest, dtype=torch.long, device=lengths.device).scatter_(0, slot, rows.source)
-    position = torch.zeros_like(index).scatter_(0, slot, rows.position).view(rows.samples, longest)
-    return Layout(index, position, slot, None, longest)
+    index = torch.zeros(rows.samples * longest, dtype=torch.long).scatter_(0, slot, rows.source)
+    index, position = send(index), send(rows.position)
+    position = torch.zeros_like(index).scatter_(0, to_device(slot, index.device), position)
+    return Layout(index, position.view(rows.samples, longest), slot, None, longest, None)
 
 
 def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:
