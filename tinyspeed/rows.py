@@ -55,6 +55,7 @@ class Rows:
     sample: Tensor  # (R,) which sample of the batch
     image: Tensor  # (R,) which image of the table, -1 for text
     samples: int
+    weight: Tensor | None = None  # (R,) what attention adds to the scores of this row as a key; None: 0 for all
 
     def __len__(self) -> int:
         return len(self.source)
@@ -119,10 +120,11 @@ def skip_answers(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> R
     return _take(rows, left, positions)
 
 
-def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str) -> Rows:
+def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str, weight: Tensor | None = None) -> Rows:
     """The rows of a fast step, as indices into a smaller table: [ `words` embeddings | kept features | isolator ].
 
-    `kept` (V,) says which features stay. All text rows stay. `isolator` rows come in front of each image's rows.
+    `kept` (V,) says which features stay, and `weight` has a number for each of those (see `Rows`). All text rows stay.
+    `isolator` rows come in front of each image's rows.
     """
     first, last = _ends(rows.image)
     in_table = torch.cat([kept.new_ones(words), kept])
@@ -137,7 +139,9 @@ def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str) -
     source = torch.where(isolating, words + kept.sum() + nth, rank[run.source])
     target = run.target.masked_fill(run.image >= 0, IGNORE)
     target[_ends(run.image)[1]] = rows.target[last]
-    return replace(run, source=source, target=target)
+    if weight is not None:
+        weight = torch.cat([weight.new_zeros(words), weight, weight.new_zeros(isolator)])[source]
+    return replace(run, source=source, target=target, weight=weight)
 
 
 def _ends(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,6 +187,7 @@ class Layout:
     slot: Tensor  # (R,) the place of each row in the flattened (slots,)
     cu_seqlens: Tensor | None  # (B + 1,) int32, packed only
     longest: int  # rows of the longest sample
+    weight: Tensor | None  # as `position`, of each row's `Rows.weight`
 
 
 def lay_out(rows: Rows, layout: str) -> Layout:
@@ -194,12 +199,16 @@ def lay_out(rows: Rows, layout: str) -> Layout:
     if layout == "packed":
         slot = torch.arange(len(rows), device=lengths.device)
         cu_seqlens = torch.cat([starts, lengths.sum()[None]]).int()
-        return Layout(rows.source, rows.position[None], slot, cu_seqlens, longest)
+        weight = None if rows.weight is None else rows.weight[None]
+        return Layout(rows.source, rows.position[None], slot, cu_seqlens, longest, weight)
     slot = torch.arange(len(rows), device=lengths.device) - starts[rows.sample] + rows.sample * longest
     # Padding gathers row 0 of the table at position 0. Nothing reads the result, so its gradient is zero.
     index = torch.zeros(rows.samples * longest, dtype=torch.long, device=lengths.device).scatter_(0, slot, rows.source)
     position = torch.zeros_like(index).scatter_(0, slot, rows.position).view(rows.samples, longest)
-    return Layout(index, position, slot, None, longest)
+    weight = rows.weight
+    if weight is not None:
+        weight = weight.new_zeros(index.shape).scatter_(0, slot, weight).view_as(position)
+    return Layout(index, position, slot, None, longest, weight)
 
 
 def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:

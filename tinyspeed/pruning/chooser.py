@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import pruning
-from ..util import UserError, require
+from ..util import UserError, require, require_known
 from . import signals as tower_signals
 
 if TYPE_CHECKING:  # the models import the pruning room, and not the other way round
@@ -35,10 +35,11 @@ if TYPE_CHECKING:  # the models import the pruning room, and not the other way r
 class Chooser(nn.Module):
     """The plugin `name`, with its parameters if it has any, for the images of one model."""
 
-    def __init__(self, vlm: "Family", name: str, keep: float, seed: int):
+    def __init__(self, vlm: "Family", name: str, keep: float, seed: int, weights: str = "none"):
         super().__init__()
         tower_signals.require_signals(vlm, name)
-        self.vlm, self.name, self.seed, self.plugin = vlm, name, seed, pruning.entry(name)
+        require_known("kind of weights", weights, pruning.WEIGHTS)
+        self.vlm, self.name, self.seed, self.plugin, self.weights = vlm, name, seed, pruning.entry(name), weights
         self.learned = pruning.make(name, vlm.hidden_size, pruning.keep_count(keep, vlm.most_rows), seed)
 
     def switch(self, name: str) -> None:
@@ -56,11 +57,11 @@ class Chooser(nn.Module):
         return projector and not tower and self.vlm.rowwise and self.plugin.merges != "features"
 
     def forward(
-        self, images: list[Tensor], keep: float, signals: Mapping[str, list[Tensor]], step: int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, images: list[Tensor], keep: float, signals: Mapping[str, list[Tensor]], step: int | None, weigh: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Chooses among the feature rows (rows, width) of one image or more. Returns which of all their rows stay, bool
-        (V,), what stands in the places of those, and a learned plugin's loss of each image. `keep` is a share of an
-        image's patches: newline rows never stay."""
+        (V,), what stands in the places of those, how many rows each stands for (None unless they `weigh`), and a
+        learned plugin's loss of each image. `keep` is a share of an image's patches: newline rows never stay."""
         if step is None and self.training and self.plugin.draws:
             raise UserError(f"the plugin {self.name!r} draws anew in each step: which is it? Set model.step")
         pad = functools.partial(pad_sequence, batch_first=True)
@@ -68,7 +69,7 @@ class Chooser(nn.Module):
         beside = {name: pad(signals[name]) for name in self.plugin.needs}
         choice = pruning.choose(
             self.name, features, keep=keep, mask=mask, signals=beside, square=self.vlm.square,
-            seed=self.seed + (step or 0), module=self.learned,
+            seed=self.seed + (step or 0), module=self.learned, weights=self.weights if weigh else "none",
         )  # fmt: skip
         count, width = mask.shape
         kept = torch.zeros(count, width + 1, dtype=torch.bool, device=mask.device)
@@ -84,7 +85,8 @@ class Chooser(nn.Module):
             rows = self.vlm.projector(torch.cat(signals["tower"])[kept])
         else:
             rows = torch.cat(images)[kept]
-        return kept, rows.to(features.dtype), choice.loss
+        sizes = None if choice.sizes is None else choice.sizes[choice.index >= 0]
+        return kept, rows.to(features.dtype), sizes, choice.loss
 
     def zero_loss(self) -> Tensor | float:
         """Returns the sum of 0 times every parameter."""
