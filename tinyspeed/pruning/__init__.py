@@ -30,9 +30,21 @@ from torch import Tensor, nn
 from ..util import NotFinite, UserError, require, require_known
 from . import cls_attention, coverage, divprune, dpp, dynamicvit, pool, random_and_grid, tokenlearner, tome, visionzip  # noqa: F401
 from .registry import Entry, entry, names, register, works_with
-from .weights import WEIGHTS, sizes
+from .weights import WEIGHTS, cells, sizes
 
-__all__ = ["Kept", "choose", "entry", "keep_count", "make", "names", "register", "select", "works_with"]
+__all__ = [
+    "WEIGHTS",
+    "Kept",
+    "cells",
+    "choose",
+    "entry",
+    "keep_count",
+    "make",
+    "names",
+    "register",
+    "select",
+    "works_with",
+]
 
 
 @dataclass(frozen=True)
