@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -12,6 +13,7 @@ from .base import Family
 
 class LlavaNext(Family):
     square = False
+    _how_packed = "vision_feature_select_strategy"  # a setting that transformers' packing asks for
 
     @property
     def newline(self) -> nn.Parameter:
@@ -39,11 +41,17 @@ class LlavaNext(Family):
     def pack(self, values: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
         return self._packed(values, image_sizes, values.new_zeros(values.shape[-1]))
 
-    def _packed(self, values: Tensor, image_sizes: Tensor, newline: Tensor) -> list[Tensor]:
+    def _crops(self, visual: dict[str, Tensor]) -> list[int]:
+        """The number of crops of each image."""
         shape = (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
-        crops = values.split([image_size_to_num_patches(size, *shape) for size in image_sizes])
-        strategy = self.config.vision_feature_select_strategy
-        return self.model.model.pack_image_features(crops, image_sizes, strategy, image_newline=newline)[0]
+        return [image_size_to_num_patches(size, *shape) for size in visual["image_sizes"]]
+
+    def _packed(
+        self, values: Tensor, image_sizes: Tensor, newline: Tensor, crops: list[int] | None = None
+    ) -> list[Tensor]:
+        crops = values.split(crops or self._crops({"image_sizes": image_sizes}))
+        how = {self._how_packed: getattr(self.config, self._how_packed), "image_newline": newline}
+        return self.model.model.pack_image_features(crops, image_sizes, **how)[0]
 
     @contextmanager
     def _newline_for(self, plan_mode: str) -> Iterator[None]:
@@ -59,7 +67,11 @@ class LlavaNext(Family):
         newline = [] if plan_mode == "fast" else [self.newline[None]]  # a batch of videos may have no newline
         return super().zero_gradient_rows(features, plan_mode) + newline
 
-    def prunable(self, features: Tensor) -> Tensor:
-        """Newline rows are structure. They are copies of the newline, so comparing finds them wherever they were put,
-        and nothing else: a projected patch has other numbers."""
-        return (features != self.newline.to(features.dtype)).any(-1)
+    def shown(self, visual: dict[str, Tensor], lengths: dict[str, list[int]]) -> list[Tensor]:
+        """Newline rows are structure. Packing zeros of one channel with a newline of one shows where they are put."""
+        masks = super().shown(visual, lengths)
+        if lengths["image"]:
+            crops, sizes = self._crops(visual), visual["image_sizes"]
+            packed = self._packed(torch.zeros(sum(crops), super().most_rows, 1), sizes, torch.ones(1), crops)
+            masks[: len(packed)] = [image[:, 0] == 0 for image in packed]
+        return masks
