@@ -30,6 +30,7 @@ device is there. Nothing of this has a public interface, so `unavailable()` says
 
 import ctypes
 import itertools
+import os
 import sys
 import threading
 import weakref
@@ -94,6 +95,15 @@ class Pretend(torch.Tensor):
 
     def tolist(self):
         return self.cpu().tolist()
+
+    @property
+    def data(self):
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor):
+        torch.Tensor.data.__set__(self, value)
+        self.inner = value.inner
 
 
 _current: list["Device"] = []
@@ -379,7 +389,17 @@ def _packed_backward(gpu, grad, q, k, v, out, lse, cu, cu_k, most_q, most_k, is_
     return grads
 
 
+def _dropout(gpu, x, p, train):
+    """Draws what a CPU would draw, and keeps a byte of it for each number."""
+    x = x.inner
+    if x.is_meta or not train or not 0 < p < 1:
+        return aten.native_dropout(x, p, train)
+    noise = torch.empty_like(x).bernoulli_(1 - p)
+    return x * (noise / (1 - p)), noise.bool()
+
+
 KERNELS = {
+    aten.native_dropout.default: _dropout,
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention.default: _efficient,
@@ -463,7 +483,7 @@ def unavailable() -> str:
     if torch.cuda.is_available():
         return "a real GPU is here"
     try:
-        with device():
+        with _device(Device(data=True)):
             x = torch.ones(2, device="cuda", requires_grad=True)
             (x * 2).sum().backward()
             return "" if x.grad.tolist() == [2.0, 2.0] else "backward went wrong"
@@ -471,29 +491,38 @@ def unavailable() -> str:
         return f"this torch has another inside: {error}"
 
 
-def _params4bit_to(original):
-    def to(self, *args, **kwargs):
-        """bitsandbytes would make a subclass of a tensor that is one already. Its state is enough for its layers."""
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        if device is None or device.type != "cuda" or not self.bnb_quantized:
-            return original(self, *args, **kwargs)
-        gpu, state = the_device(), self.quant_state
-        moved = torch.nn.Parameter(gpu.put(self.detach().as_subclass(Tensor)), requires_grad=False)
-        for of in (state, state.state2):
-            for name, value in list(vars(of).items()) if of is not None else ():
-                if isinstance(value, Tensor) and not isinstance(value, Pretend):
-                    setattr(of, name, gpu.put(value))
-        for name, value in vars(self).items():
-            setattr(moved, name, value)
-        return moved
-
-    return to
+def _params4bit_to(self, *args, **kwargs):
+    """`Params4bit.to`, which would make a subclass of a tensor that is one already. Its state is enough for layers."""
+    device = torch._C._nn._parse_to(*args, **kwargs)[0]
+    plain = self.data.as_subclass(Tensor)
+    if not self.bnb_quantized and device is not None and device.type != "meta":
+        self._quantize(CPU)
+        plain = self.data.as_subclass(Tensor)
+    gpu = the_device()
+    moved = torch.nn.Parameter(gpu.put(plain), requires_grad=False)
+    vars(moved).update({name: value for name, value in vars(self).items() if name != "data"})
+    state = moved.quant_state
+    for of in filter(None, (state, state.state2)):
+        for name, value in list(vars(of).items()):
+            if isinstance(value, Tensor) and not isinstance(value, Pretend):
+                setattr(of, name, gpu.put(value))
+    return moved
 
 
 @contextmanager
 def device(data: bool = True) -> Iterator[Device]:
     """A GPU for as long as this lasts. Tensors on it cannot be used after it."""
+    import bitsandbytes  # imported later, it would look for the driver
+
     gpu = Device(data)
+    of, new = bitsandbytes.nn.Params4bit, bitsandbytes.nn.Params4bit.__new__
+    made = lambda cls, data=None, *args, **how: new(cls, data.inner if isinstance(data, Pretend) else data, *args, **how)
+    with _device(gpu), mock.patch.object(of, "to", _params4bit_to), mock.patch.object(of, "__new__", made):
+        yield gpu
+
+
+@contextmanager
+def _device(gpu: Device) -> Iterator[None]:
     state = torch.zeros(16, dtype=torch.uint8)
     answers = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "is_initialized": lambda: True,
@@ -511,12 +540,10 @@ def device(data: bool = True) -> Iterator[Device]:
     }  # fmt: skip
     only_lift, before = torch._C._only_lift_cpu_tensors(), len(_current)
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # modes are a thread's own
         stack.enter_context(_in_place_of_a_driver())
         stack.enter_context(mock.patch.multiple(torch.cuda, **answers))
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention))
-        if "bitsandbytes" in sys.modules:
-            of = sys.modules["bitsandbytes"].nn.Params4bit
-            stack.enter_context(mock.patch.object(of, "to", _params4bit_to(of.to)))
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")` is a copy to the GPU
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_lift)
         swaps = torch.__future__.get_swap_module_params_on_conversion()
@@ -525,4 +552,4 @@ def device(data: bool = True) -> Iterator[Device]:
         _current.append(gpu)
         stack.callback(lambda: _current.__delitem__(slice(before, None)))
         stack.enter_context(_Factories(gpu))
-        yield gpu
+        yield
