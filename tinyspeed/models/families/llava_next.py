@@ -8,21 +8,26 @@ from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from ...util import UserError
+from ...util.sending import to_device
 from .base import Family
 
 
 class LlavaNext(Family):
     square = False
-    _how_packed = "vision_feature_select_strategy"  # a setting that transformers' packing asks for
 
     @property
     def newline(self) -> nn.Parameter:
         return self.model.model.image_newline
 
     @property
+    def _patches(self) -> int:
+        """The number of feature rows of a crop."""
+        return super().most_rows
+
+    @property
     def most_rows(self) -> int:
         pixels = max(high * wide for high, wide in self.config.image_grid_pinpoints)
-        return super().most_rows * (1 + pixels // self.config.vision_config.image_size**2)
+        return self._patches * (1 + pixels // self.config.vision_config.image_size**2)
 
     def connector(self) -> list[nn.Parameter]:
         return [*super().connector(), self.newline]
@@ -30,28 +35,45 @@ class LlavaNext(Family):
     def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str, **more) -> list[Tensor]:
         if image_sizes is None:
             raise UserError(f"a {self.config.model_type!r} model needs image_sizes: pass the processor's whole batch")
-        with self._newline_for(plan_mode):
+        with self._newline_for(plan_mode), self._packing():
             out = self.model.get_image_features(pixel_values=pixel_values, image_sizes=image_sizes, **more)
         return list(out.pooler_output)
 
     def project(self, tower_features: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
         with self._newline_for(plan_mode):
-            return self._packed(self.projector(tower_features), image_sizes, self.newline)
+            return self._packed([self.projector(tower_features)], image_sizes, self.newline)
 
     def pack(self, values: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
-        return self._packed(values, image_sizes, values.new_zeros(values.shape[-1]))
+        return self._packed([values], image_sizes, values.new_zeros(values.shape[-1]))
 
-    def _crops(self, visual: dict[str, Tensor]) -> list[int]:
-        """The number of crops of each image."""
+    def _packed(self, crops: list[Tensor], image_sizes: Tensor, newline: Tensor) -> list[Tensor]:
+        """Packs values (crops, patches, C) as transformers does, with one gather. Its own packing copies each image
+        several times, and waits for the device."""
+        table = torch.cat([newline[None].to(crops[0]), *(crop.flatten(0, 1) for crop in crops)])
+        places = self._places(image_sizes)
+        rows = table.index_select(0, to_device(torch.cat(places), table.device))
+        return list(rows.split([len(place) for place in places]))
+
+    def _places(self, image_sizes: Tensor) -> list[Tensor]:
+        """For each row of each image, on the CPU: 0 for a newline, or 1 + its place among the patches of all crops.
+        Transformers' own packing of these numbers says so."""
         shape = (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
-        return [image_size_to_num_patches(size, *shape) for size in visual["image_sizes"]]
+        crops, patches = [image_size_to_num_patches(size, *shape) for size in image_sizes], self._patches
+        numbers = torch.arange(1, sum(crops) * patches + 1).view(-1, patches, 1).split(crops)
+        how = (self.config.vision_feature_select_strategy, torch.zeros(1, dtype=torch.long))
+        inner = self.model.model
+        packed = type(inner).pack_image_features(inner, numbers, image_sizes, *how)[0]  # not `_packing`'s
+        return [image[:, 0] for image in packed]
 
-    def _packed(
-        self, values: Tensor, image_sizes: Tensor, newline: Tensor, crops: list[int] | None = None
-    ) -> list[Tensor]:
-        crops = values.split(crops or self._crops({"image_sizes": image_sizes}))
-        how = {self._how_packed: getattr(self.config, self._how_packed), "image_newline": newline}
-        return self.model.model.pack_image_features(crops, image_sizes, **how)[0]
+    @contextmanager
+    def _packing(self) -> Iterator[None]:
+        """Transformers' `get_image_features` calls `_packed` inside."""
+        inner = self.model.model
+        inner.pack_image_features = lambda crops, sizes, *more, **how: (self._packed(crops, sizes, self.newline), None)
+        try:
+            yield
+        finally:
+            del inner.pack_image_features
 
     @contextmanager
     def _newline_for(self, plan_mode: str) -> Iterator[None]:
@@ -68,10 +90,5 @@ class LlavaNext(Family):
         return super().zero_gradient_rows(features, plan_mode) + newline
 
     def shown(self, visual: dict[str, Tensor], lengths: dict[str, list[int]]) -> list[Tensor]:
-        """Newline rows are structure. Packing zeros of one channel with a newline of one shows where they are put."""
-        masks = super().shown(visual, lengths)
-        if lengths["image"]:
-            crops, sizes = self._crops(visual), visual["image_sizes"]
-            packed = self._packed(torch.zeros(sum(crops), super().most_rows, 1), sizes, torch.ones(1), crops)
-            masks[: len(packed)] = [image[:, 0] == 0 for image in packed]
-        return masks
+        images = [place > 0 for place in self._places(visual["image_sizes"])] if lengths["image"] else []
+        return [*images, *super().shown(visual, lengths)[len(images) :]]

@@ -5,8 +5,11 @@ stay frozen.) LLaVA-OneVision scales large images down, does not cut one of seve
 ends such images and videos with a newline. It does so in functions of its own.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .llava_next import LlavaNext
 
@@ -26,15 +29,20 @@ class LlavaNextVideo(LlavaNext):
 
 
 class LlavaOnevision(LlavaNextVideo):
-    _how_packed = "vision_aspect_ratio"
-
-    def _crops(self, visual: dict[str, Tensor]) -> list[int]:
-        crops = super()._crops(visual)
-        images = visual.get("batch_num_images", torch.ones(len(crops), dtype=torch.long))  # of each sample
-        return [n if alone else 1 for n, alone in zip(crops, (images == 1).repeat_interleave(images), strict=True)]
+    def _packing(self) -> AbstractContextManager:
+        return nullcontext()  # transformers' own, since large images are interpolated
 
     def shown(self, visual: dict[str, Tensor], lengths: dict[str, list[int]]) -> list[Tensor]:
-        masks = super().shown(visual, lengths)
-        for video in masks[len(lengths["image"]) :]:
-            video[-1] = False
-        return masks
+        """Packing zeros of one channel with a newline of one shows where the newlines are."""
+        shape = (self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        sizes, images = visual.get("image_sizes", ()), []
+        alone = [True] * len(sizes)
+        if "batch_num_images" in visual:  # of each sample that has any
+            alone = [n == 1 for n in visual["batch_num_images"].tolist() for _ in range(n)]
+        crops = [image_size_to_num_patches(size, *shape) if one else 1 for size, one in zip(sizes, alone, strict=True)]
+        if crops:
+            zeros = torch.zeros(sum(crops), self._patches, 1).split(crops)
+            how = {"image_newline": torch.ones(1), "vision_aspect_ratio": self.config.vision_aspect_ratio}
+            images = [image[:, 0] == 0 for image in self.model.model.pack_image_features(zeros, sizes, **how)[0]]
+        videos = [torch.arange(n) < n - 1 for n in lengths["video"]]
+        return [*images, *videos]
