@@ -93,6 +93,11 @@ class Pretend(torch.Tensor):
         memo[id(self)] = copy
         return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
+    def detach(self):
+        made = torch.Tensor.detach(self)  # and what bitsandbytes has noted about its weights
+        vars(made).update({name: value for name, value in vars(self).items() if name not in ("inner", "_is_param")})
+        return made
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -212,8 +217,10 @@ class Device:
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if any(t.is_meta for t in tensors):  # a shape comes of it, whatever the rest is
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-        elif not self.data and not tensors and _makes_floats(kwargs):
-            kwargs = {**kwargs, "device": "meta"}
+        elif not self.data and "device" in kwargs:  # made of nothing
+            made = func(*args, **{**kwargs, "device": "meta"})
+            if made.is_floating_point():
+                return made
         return func(*args, **kwargs)
 
     def _materialised(self, x: Tensor) -> Tensor:
@@ -275,11 +282,6 @@ class _Factories(TorchDispatchMode):
         if any(isinstance(x, Pretend) for x in flat):
             return self.gpu.run(func, args, kwargs)
         return func(*args, **kwargs)
-
-
-def _makes_floats(how: dict) -> bool:
-    dtype = how.get("dtype")
-    return dtype is None or dtype.is_floating_point
 
 
 @cache
@@ -483,8 +485,8 @@ def unavailable() -> str:
     if torch.cuda.is_available():
         return "a real GPU is here"
     try:
-        with _device(Device(data=True)):
-            x = torch.ones(2, device="cuda", requires_grad=True)
+        with _device(gpu := Device(data=True)):
+            x = gpu.put(torch.ones(2)).requires_grad_()  # without a factory: torch remembers to have seen a driver
             (x * 2).sum().backward()
             return "" if x.grad.tolist() == [2.0, 2.0] else "backward went wrong"
     except (OSError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
