@@ -194,13 +194,14 @@ def answers_per_image(rows: Rows, images: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each row is in the tensors that the LLM sees. All but `slot` is on the device."""
+    """Where each row is in the tensors that the LLM sees. Of the tensors, `slot` alone is on the CPU."""
 
     index: Tensor  # (slots,) what to gather from the table
     position: Tensor  # (1 or B, slots per line)
     slot: Tensor  # (R,) the place of each row in the flattened (slots,)
     cu_seqlens: Tensor | None  # (B + 1,) int32, packed only
     longest: int  # rows of the longest sample
+    borders: list[int] | None  # cu_seqlens on the CPU
 
 
 def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layout:
@@ -213,13 +214,14 @@ def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layo
     slot = torch.arange(len(rows))
     if layout == "packed":
         cu_seqlens = torch.cat([starts, lengths.sum()[None]]).int()
-        return Layout(send(rows.source), send(rows.position)[None], slot, send(cu_seqlens), longest)
+        borders = cu_seqlens.tolist()
+        return Layout(send(rows.source), send(rows.position)[None], slot, send(cu_seqlens), longest, borders)
     slot += rows.sample * longest - starts[rows.sample]
     # Padding gathers row 0 of the table at position 0. Nothing reads the result, so its gradient is zero.
     index = torch.zeros(rows.samples * longest, dtype=torch.long).scatter_(0, slot, rows.source)
     index, position = send(index), send(rows.position)
     position = torch.zeros_like(index).scatter_(0, to_device(slot, index.device), position)
-    return Layout(index, position.view(rows.samples, longest), slot, None, longest)
+    return Layout(index, position.view(rows.samples, longest), slot, None, longest, None)
 
 
 def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:
