@@ -43,7 +43,7 @@ def there(tensor):
     ],
 )
 def test_tensors_of_two_devices_are_refused(gpu, mix):
-    with pytest.raises(pretend_cuda.Mixed, match="test_pretend_cuda.py.* on cuda:0 and on the CPU"):
+    with pytest.raises(pretend_cuda.Mixed, match=r"test_pretend_cuda.py.* on cuda:0 and on the CPU"):
         mix(there(HERE))
 
 

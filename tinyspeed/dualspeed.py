@@ -165,9 +165,10 @@ class DualSpeed(DropIn):
         total = len(target) if num_items_in_batch is None else num_items_in_batch
         metrics |= {"rows_kept": len(run), "rows_taught": rows_taught, "rows_full": rows_full, "influence": influence}
         metrics["features"] = norms  # of each image's features, to name the image if the loss is not finite
-        out = Output(loss=(loss + plugin_loss) / total, metrics=metrics)
-        if norms:  # no plugin on a GPU says that features are not finite, and it may have pruned those
-            out.loss = out.loss + 0.0 * torch.stack(norms).sum()
+        loss = (loss + plugin_loss) / total
+        if norms:  # on a GPU no plugin says that features are not finite, and it may have pruned those
+            loss = loss + 0.0 * torch.stack(norms).sum()
+        out = Output(loss=loss, metrics=metrics)
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out

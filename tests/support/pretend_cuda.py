@@ -42,10 +42,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.attention.varlen  # noqa: F401 (it registers operations)
+import torch.nn.attention.varlen  # registers operations
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -127,7 +127,6 @@ class Device:
         self.data = data
         self.waits: Counter[str] = Counter()
         self.alive = self.peak = 0
-        self.at_peak: Counter[tuple] = Counter()
         self._held: dict[int, tuple[int, tuple]] = {}  # of each storage: bytes and what it is
         self._pinned: weakref.WeakSet = weakref.WeakSet()
         self._lock = threading.RLock()
@@ -178,7 +177,7 @@ class Device:
 
     def run(self, func, args, kwargs):
         """Does an operation of which a tensor, or the result, is on the GPU."""
-        flat, spec = tree_flatten((args, kwargs))
+        flat = tree_leaves((args, kwargs))
         here = [x for x in flat if isinstance(x, Pretend)]
         if func in COPIES:
             return self._copy(func, *args, **kwargs)
@@ -200,7 +199,7 @@ class Device:
             if masks := [i for i in indices if i.dtype in (torch.bool, torch.uint8)]:
                 self.wait(f"{func} with a mask")
                 places = {id(m): self._materialised(m).inner.nonzero().unbind(1) for m in masks}
-                args = (args[0], [p for i in args[1] for p in (places[id(i)] if id(i) in places else [i])], *args[2:])
+                args = (args[0], [p for i in args[1] for p in places.get(id(i), [i])], *args[2:])
         if own := KERNELS.get(func):
             out = own(self, *args, **kwargs)
         else:
@@ -214,7 +213,7 @@ class Device:
         return tree_map_only(Tensor, lambda t: t if isinstance(t, Pretend) else self._wrap(t, func), out)
 
     def _compute(self, func, args, kwargs):
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(t.is_meta for t in tensors):  # a shape comes of it, whatever the rest is
             args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         elif not self.data and "device" in kwargs:  # made of nothing
@@ -278,7 +277,7 @@ class _Factories(TorchDispatchMode):
         device = kwargs.get("device")
         if any(t is Pretend for t in types) or (device is not None and torch.device(device).type == "cuda"):
             return self.gpu.run(func, args, kwargs)
-        flat = tree_flatten((args, kwargs))[0]
+        flat = tree_leaves((args, kwargs))
         if any(isinstance(x, Pretend) for x in flat):
             return self.gpu.run(func, args, kwargs)
         return func(*args, **kwargs)
@@ -358,7 +357,9 @@ def _efficient(gpu, q, k, v, bias, keeps_lse, dropout=0.0, is_causal=False, *, s
     return out, room, *_seeds()
 
 
-def _efficient_backward(gpu, grad, q, k, v, bias, out, lse, seed, offset, dropout, mask, is_causal=False, *, scale=None):
+def _efficient_backward(
+    gpu, grad, q, k, v, bias, out, lse, seed, offset, dropout, mask, is_causal=False, *, scale=None
+):
     grad, q, k, v, bias, out, lse = _bare(grad, q, k, v, bias, out, lse)
     lse = lse[:, :, : q.shape[2]]
     return *_fused_backward(grad, q, k, v, out, lse, _causal(is_causal, bias, scale)), None
@@ -386,7 +387,9 @@ def _packed_backward(gpu, grad, q, k, v, out, lse, cu, cu_k, most_q, most_k, is_
     grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for a, b in _samples(cu) if not q.is_meta else ():
         part = [x[a:b].transpose(0, 1)[None] for x in (grad, q, k, v, out)]
-        for to, of in zip(grads, _fused_backward(*part, lse[None, :, a:b], _causal(is_causal, None, scale)), strict=True):
+        for to, of in zip(
+            grads, _fused_backward(*part, lse[None, :, a:b], _causal(is_causal, None, scale)), strict=True
+        ):
             to[a:b] = of[0].transpose(0, 1)
     return grads
 
@@ -518,7 +521,9 @@ def device(data: bool = True) -> Iterator[Device]:
 
     gpu = Device(data)
     of, new = bitsandbytes.nn.Params4bit, bitsandbytes.nn.Params4bit.__new__
-    made = lambda cls, data=None, *args, **how: new(cls, data.inner if isinstance(data, Pretend) else data, *args, **how)
+    made = lambda cls, data=None, *args, **how: new(
+        cls, data.inner if isinstance(data, Pretend) else data, *args, **how
+    )
     with _device(gpu), mock.patch.object(of, "to", _params4bit_to), mock.patch.object(of, "__new__", made):
         yield gpu
 

@@ -95,7 +95,7 @@ def choose(
     beside = _signals_for(name, signals or {}, (batch, n), checked=candidates is None or features.device.type == "cpu")
     if candidates is None:
         candidates = [n] * batch if mask is None else mask.sum(1).tolist()
-    counts = _counts(keep, count, candidates)
+    counts = _counts(keep, count, [*candidates])
     if mask is None and len(set(counts)) > 1:
         raise UserError("images with different counts need a mask: the lines of their index have different lengths")
     most, counts_ = max(counts), to_device(torch.tensor(counts), features.device)
@@ -149,9 +149,7 @@ def _initialised(found: Entry, width: int, most: int, seed: int) -> nn.Module:
         return found.plugin(width, most)
 
 
-def _signals_for(
-    name: str, signals: Mapping[str, Tensor], shape: tuple[int, int], checked: bool
-) -> dict[str, Tensor]:
+def _signals_for(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int], checked: bool) -> dict[str, Tensor]:
     """The signals that plugin `name` declared, in fp32."""
     found = entry(name)
     if missing := [signal for signal in found.needs if signal not in signals]:
