@@ -98,6 +98,12 @@ class Pretend(torch.Tensor):
         vars(made).update({name: value for name, value in vars(self).items() if name not in ("inner", "_is_param")})
         return made
 
+    def untyped_storage(self):
+        return self.inner.untyped_storage()
+
+    def data_ptr(self):
+        return self.inner.data_ptr()
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -403,7 +409,16 @@ def _dropout(gpu, x, p, train):
     return x * (noise / (1 - p)), noise.bool()
 
 
+def _addmm_in(gpu, x, a, b, dtype, *, beta=1, alpha=1, out):
+    """A product of halves into a whole number, which cuBLAS has and a CPU has not."""
+    x, a, b = (t if t.is_meta else t.to(dtype) for t in _bare(x, a, b))
+    if not x.is_meta:
+        out.inner.copy_(torch.addmm(x, a, b, beta=beta, alpha=alpha))
+    return out
+
+
 KERNELS = {
+    aten.addmm.dtype_out: _addmm_in,
     aten.native_dropout.default: _dropout,
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -550,6 +565,7 @@ def _device(gpu: Device) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # modes are a thread's own
         stack.enter_context(_in_place_of_a_driver())
         stack.enter_context(mock.patch.multiple(torch.cuda, **answers))
+        stack.enter_context(mock.patch("torch.accelerator.synchronize", answers["synchronize"]))
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention))
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")` is a copy to the GPU
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_lift)
