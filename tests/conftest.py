@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import published_models, tiny
+from support import pretend_cuda, published_models, tiny
 from support.album import album
 
 from tinyspeed.models import published
@@ -14,6 +14,9 @@ from tinyspeed.models import published
 # More threads do not help with tiny tensors, and on a busy machine they wait for each other. Processes inherit this.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Autograd asks what devices there are at the first backward of a process, and a pretend one must be there by then.
+pretend_cuda.unavailable()
 
 # No test has a deadline. `ci` draws the same examples every time, so that a failure can be repeated; `long` draws many
 # more (HYPOTHESIS_PROFILE=long make test).

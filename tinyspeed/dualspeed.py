@@ -34,6 +34,7 @@ from .pruning import signals
 from .pruning.chooser import Chooser
 from .scheduler import DualSpeedSchedule, Plan, Schedule
 from .util import UserError, finite, require, require_known
+from .util.sending import to_device
 
 
 @dataclass
@@ -130,6 +131,10 @@ class DualSpeed(DropIn):
         together = (plan.answer_keep < 1) == (answers is not None)
         require(together, "answer_keep below 1 and `answers=` (from a regate.Memory) go together")
         self.forwards += 1
+        # The CPU computes the rows and all sizes. Whole numbers that are there already cost no wait for the device.
+        input_ids, labels = input_ids.cpu(), labels.cpu()
+        attention_mask, answers = (None if t is None else t.cpu() for t in (attention_mask, answers))
+        visual = {name: t if t.is_floating_point() else t.cpu() for name, t in visual.items()}
 
         # Encode: features of all images, and all rows of the batch.
         features, recorded, zero_gradient_rows = self._encode(visual, plan)
@@ -139,7 +144,7 @@ class DualSpeed(DropIn):
         rows_full = len(full)
         if answers is not None:
             full = rows.skip_answers(full, labels, answers, self.positions)
-        images = [*itertools.chain(*features.values())]
+        images, shown = [*itertools.chain(*features.values())], self.vlm.shown(visual, lengths)
         norms = finite.norms(images)
 
         # Select: what the teacher and the student see.
@@ -148,10 +153,10 @@ class DualSpeed(DropIn):
         if plan.taught:
             self.views.use("fast")
             with torch.no_grad(), without_dropout(self.vlm.language_model), without_dropout(self.chooser):
-                pruned, kept, _ = self._prune(input_ids, full, images, plan, recorded)
+                pruned, kept, _ = self._prune(input_ids, full, images, shown, plan, recorded)
                 teacher, rows_taught = self._run_llm(input_ids, pruned, kept, plan)[0], len(kept)
         elif plan.mode == "fast":
-            table, run, plugin_loss = self._prune(input_ids, full, images, plan, recorded)
+            table, run, plugin_loss = self._prune(input_ids, full, images, shown, plan, recorded)
         del features, images, recorded  # a fast step keeps a tenth of them
 
         # Gather the rows and run the LLM on them. This view must stay in use until the backward is over.
@@ -164,7 +169,10 @@ class DualSpeed(DropIn):
         total = len(target) if num_items_in_batch is None else num_items_in_batch
         metrics |= {"rows_kept": len(run), "rows_taught": rows_taught, "rows_full": rows_full, "influence": influence}
         metrics["features"] = norms  # of each image's features, to name the image if the loss is not finite
-        out = Output(loss=(loss + plugin_loss) / total, metrics=metrics)
+        loss = (loss + plugin_loss) / total
+        if norms:  # on a GPU no plugin says that features are not finite, and it may have pruned those
+            loss = loss + 0.0 * torch.stack(norms).sum()
+        out = Output(loss=loss, metrics=metrics)
         if return_logits:
             out.logits, out.targets = self.vlm.head(hidden), target
         return out
@@ -186,19 +194,19 @@ class DualSpeed(DropIn):
         return features, recorded, self.vlm.zero_gradient_rows(features, plan.mode)
 
     def _prune(
-        self, ids: Tensor, full: rows.Rows, images: list[Tensor], plan: Plan, recorded: dict[str, list[Tensor]]
-    ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:
+        self, ids: Tensor, full: rows.Rows, images: list[Tensor], shown: list[Tensor], plan: Plan,
+        recorded: dict[str, list[Tensor]],
+    ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:  # fmt: skip
         """Returns the table after the words and the rows of a fast forward, and a learned plugin's loss."""
-        kept, visual, sizes, loss = ids.new_zeros(0, dtype=torch.bool), [], None, None
+        kept = counts = ids.new_zeros(0)
+        visual, weight, loss, total = [], None, None, self.chooser.zero_loss()
         if images:
-            kept, *visual, sizes, loss = self.chooser(
-                images, plan.keep, recorded, self.step, plan.weigh and self.power > 0
-            )
-        weight = None if sizes is None else self.power * sizes.log()
-        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions, weight)
-        total = self.chooser.zero_loss()
+            how = {"step": self.step, "weigh": plan.weigh and self.power > 0}
+            kept, counts, *visual, stand_for, loss = self.chooser(images, shown, plan.keep, recorded, **how)
+            weight = None if stand_for is None else self.power * stand_for.log()
+        run = rows.prune(full, kept, counts, len(self.isolator), ids.numel(), self.positions, weight)
         if loss is not None:  # each image counts as often as its sample has answers, as in the cross-entropy
-            total = total + (loss * rows.answers_per_image(run, len(loss))).sum()
+            total = total + (loss * to_device(rows.answers_per_image(run, len(loss)), loss.device)).sum()
         return [*visual, self.isolator.weight], run, total
 
     def _run_llm(self, ids: Tensor, visual: list[Tensor], run: rows.Rows, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,17 +214,18 @@ class DualSpeed(DropIn):
         changed them if the plan asks for it."""
         embeddings, layout = self._gather(ids, visual, run)
         answers = (run.target != rows.IGNORE).nonzero()[:, 0]
-        slots = layout.slot[answers]
+        slots, target = (to_device(of[answers], embeddings.device) for of in (layout.slot, run.target))
         with sts.measuring_influence(self.vlm.language_model.layers if plan.measure else (), slots) as found:
             hidden = self.vlm.hidden(embeddings, layout, plan.layers)
         influence = torch.stack(found) if found else hidden.new_zeros(0, dtype=torch.float32)
-        return hidden.index_select(0, slots), run.target[answers], influence
+        return hidden.index_select(0, slots), target, influence
 
     def _gather(self, ids: Tensor, visual: list[Tensor], run: rows.Rows) -> tuple[Tensor, rows.Layout]:
         """Gathers the rows in their layout. The rest of the table is freed before the LLM runs."""
         index, run = rows.used_words(run, ids.numel())
-        words = self.get_input_embeddings()(ids.flatten()[index])
-        layout = rows.lay_out(run, attention.choose_layout(words, run) if self.layout == "auto" else self.layout)
+        words = self.get_input_embeddings()(to_device(ids.flatten()[index], self.device))
+        kind = attention.choose_layout(words, run) if self.layout == "auto" else self.layout
+        layout = rows.lay_out(run, kind, words.device)
         table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
         return table.index_select(0, layout.index), layout
 

@@ -23,6 +23,10 @@ rows have the position of their image's first row. `compact` numbers the rows th
 the rotary distance between a question and an image token is the same in fast and full mode. With `compact` it is not,
 and that is most of what the two modes disagree about.
 
+Rows are lists of whole numbers that the CPU computes, so that no size of a step waits for the device. It knows how many
+features of each image stay, and puts the kept ones side by side in the table. Only their `original` positions depend on
+which ones the plugin chose, so these alone are looked up on the device.
+
 Layouts: `padded` is (B, S') with padding on the right. `packed` is (1, R), all samples end to end, and `cu_seqlens`
 says where each begins. Attention is causal within a sample in both. So a padded batch needs no mask: padding comes
 last, and no real row looks ahead.
@@ -39,6 +43,7 @@ from torch import Tensor
 from .pruning import keep_count
 from .scheduler import Plan
 from .util import UserError, require, require_known
+from .util.sending import to_device
 
 IGNORE = -100
 POSITIONS = ("compact", "original")
@@ -51,11 +56,11 @@ class Rows:
 
     source: Tensor  # (R,) index into the table
     target: Tensor  # (R,) token to predict, or IGNORE
-    position: Tensor  # (R,) rotary position
+    position: Tensor  # (R,) rotary position; on the device if it depends on what a plugin chose
     sample: Tensor  # (R,) which sample of the batch
     image: Tensor  # (R,) which image of the table, -1 for text
     samples: int
-    weight: Tensor | None = None  # (R,) what attention adds to the scores of this row as a key; None: 0 for all
+    weight: Tensor | None = None  # (R,), on the device: what attention adds to this row's scores as a key; None: 0
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,7 +85,6 @@ def full(
     the number of placeholders.
     """
     batch, width = input_ids.shape
-    device = input_ids.device
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     real = mask.flatten().nonzero()[:, 0]
     token = input_ids.flatten()[real]
@@ -94,8 +98,8 @@ def full(
         given = f"its {len(sizes)} {kind}(s) give {sizes.sum()} feature rows"
         what = f"the batch holds {len(visual)} {kind} placeholder tokens, but {given}"
         require(len(visual) == int(sizes.sum()), f"{what}; was the text truncated, or made by another processor?")
-        source[visual] = torch.arange(row, row + len(visual), device=device)
-        image[visual] = torch.arange(number, number + len(sizes)).repeat_interleave(sizes).to(device)
+        source[visual] = torch.arange(row, row + len(visual))
+        image[visual] = torch.arange(number, number + len(sizes)).repeat_interleave(sizes)
         row, number = row + len(visual), number + len(sizes)
     target = torch.full_like(labels, IGNORE)
     target[:, :-1] = labels[:, 1:].masked_fill(~mask[:, 1:], IGNORE)
@@ -120,28 +124,44 @@ def skip_answers(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> R
     return _take(rows, left, positions)
 
 
-def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str, weight: Tensor | None = None) -> Rows:
+def prune(
+    rows: Rows, kept: Tensor, counts: Tensor, isolator: int, words: int, positions: str, weight: Tensor | None = None
+) -> Rows:
     """The rows of a fast step, as indices into a smaller table: [ `words` embeddings | kept features | isolator ].
 
-    `kept` (V,) says which features stay, and `weight` has a number for each of those (see `Rows`). All text rows stay.
-    `isolator` rows come in front of each image's rows.
+    `kept` (K,), on the device, has the features that stay, in ascending order, and `counts` (images,) how many of each
+    image. All text rows stay. `isolator` rows come in front of each image's rows. `weight` (K,): see `Rows`.
     """
     first, last = _ends(rows.image)
-    in_table = torch.cat([kept.new_ones(words), kept])
-    stays, rank = in_table[rows.source], in_table.cumsum(0) - 1
+    visual = rows.image >= 0
+    feature, image = rows.source[visual] - words, rows.image[visual]
+    sizes = torch.bincount(image, minlength=len(counts))
+    nth_of_image = feature - (sizes.cumsum(0) - sizes)[image]
+    # So many rows of an image stay; which ones, only the device knows, so here the first ones stand for them.
+    stays = ~visual
+    stays[visual] = nth_of_image < counts[image]
+    rank = rows.source.clone()  # of a row that stays, in the smaller table
+    rank[visual] = words + (counts.cumsum(0) - counts)[image] + nth_of_image
 
     # How often each row is written: once if it stays, and an image's first row once more for each isolator row.
     times = stays.long() + first * isolator
-    origin = torch.arange(len(rows), device=times.device).repeat_interleave(times)
-    nth = torch.arange(len(origin), device=times.device) - (times.cumsum(0) - times)[origin]
+    origin = torch.arange(len(rows)).repeat_interleave(times)
+    nth = torch.arange(len(origin)) - (times.cumsum(0) - times)[origin]
     isolating = first[origin] & (nth < isolator)
     run = _take(rows, origin, positions)
-    source = torch.where(isolating, words + kept.sum() + nth, rank[run.source])
+    source = torch.where(isolating, words + len(kept) + nth, rank[origin])
     target = run.target.masked_fill(run.image >= 0, IGNORE)
     target[_ends(run.image)[1]] = rows.target[last]
+    position = run.position
+    if positions == "original" and len(kept):
+        send = lambda of: to_device(of, kept.device)
+        place = torch.zeros_like(feature).scatter_(0, feature, rows.position[visual])
+        chosen, is_chosen = (source - words).clamp(0, len(kept) - 1), (run.image >= 0) & ~isolating
+        position = send(place)[kept][send(chosen)].where(send(is_chosen), send(position))
     if weight is not None:
-        weight = torch.cat([weight.new_zeros(words), weight, weight.new_zeros(isolator)])[source]
-    return replace(run, source=source, target=target, weight=weight)
+        weight = torch.cat([weight.new_zeros(words), weight, weight.new_zeros(isolator)])
+        weight = weight.index_select(0, to_device(source, weight.device))
+    return replace(run, source=source, target=target, position=position, weight=weight)
 
 
 def _ends(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +179,7 @@ def _take(rows: Rows, index: Tensor, positions: str) -> Rows:
     position, sample = rows.position[index], rows.sample[index]
     if positions == "compact":
         lengths = torch.bincount(sample, minlength=rows.samples)
-        position = torch.arange(len(sample), device=sample.device) - (lengths.cumsum(0) - lengths)[sample]
+        position = torch.arange(len(sample)) - (lengths.cumsum(0) - lengths)[sample]
     return Rows(rows.source[index], rows.target[index], position, sample, rows.image[index], rows.samples)
 
 
@@ -174,41 +194,43 @@ def answers_per_image(rows: Rows, images: int) -> Tensor:
     """(images,): the number of answer tokens in the sample of each image."""
     answers = torch.bincount(rows.sample[rows.target != IGNORE], minlength=rows.samples)
     visual = rows.image >= 0
-    sample = torch.zeros(images, dtype=torch.long, device=answers.device)
+    sample = torch.zeros(images, dtype=torch.long)
     return answers[sample.scatter_(0, rows.image[visual], rows.sample[visual])]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each row is in the tensors that the LLM sees."""
+    """Where each row is in the tensors that the LLM sees. Of the tensors, `slot` alone is on the CPU."""
 
     index: Tensor  # (slots,) what to gather from the table
     position: Tensor  # (1 or B, slots per line)
     slot: Tensor  # (R,) the place of each row in the flattened (slots,)
     cu_seqlens: Tensor | None  # (B + 1,) int32, packed only
     longest: int  # rows of the longest sample
-    weight: Tensor | None  # as `position`, of each row's `Rows.weight`
+    borders: list[int] | None  # cu_seqlens on the CPU
+    weight: Tensor | None = None  # as `position`, of each row's `Rows.weight`
 
 
-def lay_out(rows: Rows, layout: str) -> Layout:
-    """Arranges rows as (B, longest), padded on the right, or as (1, R), packed."""
+def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layout:
+    """Arranges rows as (B, longest), padded on the right, or as (1, R), packed; by default, on the CPU."""
     require_known("layout", layout, LAYOUTS[1:])
+    send = lambda of: to_device(of, device or of.device)
     lengths = rows.lengths
     longest = int(lengths.max())
     starts = lengths.cumsum(0) - lengths
+    slot = torch.arange(len(rows))
     if layout == "packed":
-        slot = torch.arange(len(rows), device=lengths.device)
         cu_seqlens = torch.cat([starts, lengths.sum()[None]]).int()
+        borders = cu_seqlens.tolist()
         weight = None if rows.weight is None else rows.weight[None]
-        return Layout(rows.source, rows.position[None], slot, cu_seqlens, longest, weight)
-    slot = torch.arange(len(rows), device=lengths.device) - starts[rows.sample] + rows.sample * longest
+        return Layout(send(rows.source), send(rows.position)[None], slot, send(cu_seqlens), longest, borders, weight)
+    slot += rows.sample * longest - starts[rows.sample]
     # Padding gathers row 0 of the table at position 0. Nothing reads the result, so its gradient is zero.
-    index = torch.zeros(rows.samples * longest, dtype=torch.long, device=lengths.device).scatter_(0, slot, rows.source)
-    position = torch.zeros_like(index).scatter_(0, slot, rows.position).view(rows.samples, longest)
-    weight = rows.weight
-    if weight is not None:
-        weight = weight.new_zeros(index.shape).scatter_(0, slot, weight).view_as(position)
-    return Layout(index, position, slot, None, longest, weight)
+    index = torch.zeros(rows.samples * longest, dtype=torch.long).scatter_(0, slot, rows.source)
+    index, there = send(index), to_device(slot, device or slot.device)
+    spread = lambda of: of.new_zeros(len(index)).scatter_(0, there, of).view(rows.samples, longest)
+    weight = None if rows.weight is None else spread(rows.weight)
+    return Layout(index, spread(send(rows.position)), slot, None, longest, None, weight)
 
 
 def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:

@@ -532,7 +532,7 @@ def test_the_packed_kernel_gets_queries_keys_and_values_in_autocasts_precision(a
     shape = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32}
     query, key, value = (torch.randn(1, heads, 5, 8, **shape) for heads in (4, 2, 2))
     borders = torch.tensor([0, 3, 5], dtype=torch.int32)
-    layout = rows.Layout(torch.arange(5), torch.arange(5)[None], torch.arange(5), borders, longest=3, weight=None)
+    layout = rows.Layout(torch.arange(5), torch.arange(5)[None], torch.arange(5), borders, 3, borders.tolist())
     module = nn.Module()
     module.num_key_value_groups = 2
     want, _ = attention.rows_attention(module, query, key, value, None, rows=layout)

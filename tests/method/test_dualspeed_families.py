@@ -144,10 +144,11 @@ def test_structural_rows_are_those_that_change_with_the_newline(family, how):
     visual = {name: value for name, value in batch.items() if "image" in name or "pixel" in name}
     with torch.no_grad(), precision.autocast(how, torch.device("cpu")):
         before = [image for images in adapter.features(visual, "full").values() for image in images]
-        prunable = [adapter.prunable(image) for image in before]
+        lengths = {kind: [len(image) for image in of] for kind, of in adapter.features(visual, "full").items()}
+        shown = adapter.shown(visual, lengths)
         adapter.newline.add_(1)
         after = [image for images in adapter.features(visual, "full").values() for image in images]
-    for mask, a, b in zip(prunable, before, after, strict=True):
+    for mask, a, b in zip(shown, before, after, strict=True):
         assert torch.equal(mask, (a == b).all(-1))
 
 
@@ -155,9 +156,12 @@ def test_onevision_reads_the_batch_of_its_image_processor():
     adapter = families.family(tiny.model("llava_onevision"))
     process = LlavaOnevisionImageProcessor(size={"height": 24, "width": 24}, image_grid_pinpoints=tiny.PINPOINTS)
     image = Image.linear_gradient("L").resize((70, 50)).convert("RGB")
-    images = adapter.features(process([[image], [image, image]], return_tensors="pt"), "fast")["image"]
+    batch = process([[image], [image, image]], return_tensors="pt")
+    lengths = [len(image) for image in adapter.features(batch, "fast")["image"]]
+    shown = adapter.shown(batch, {"image": lengths, "video": []})
     rows = [tiny.image_rows("llava_onevision", (50, 70), cropped) for cropped in (True, False, False)]
-    assert [(int(adapter.prunable(image).sum()), len(image)) for image in images] == [(n, n + m) for n, m in rows]
+    found = [(int(mask.sum()), n) for mask, n in zip(shown, lengths, strict=True)]
+    assert found == [(n, n + m) for n, m in rows]
 
 
 def test_onevision_takes_each_image_for_the_only_one_of_its_sample_unless_told():

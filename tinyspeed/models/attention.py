@@ -78,7 +78,7 @@ def rows_attention(
     # Without the CUDA kernel, one call for each sample: on a CPU far faster than one call with a block mask.
     parts = [
         sdpa_attention_forward(module, *(x[:, :, a:b] for x in (query, key, value)), None, **how)[0]
-        for a, b in itertools.pairwise(rows.cu_seqlens.tolist())
+        for a, b in itertools.pairwise(rows.borders)
         if b > a
     ]
     return torch.cat(parts, dim=1), None

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..util import NotFinite, UserError, require, require_known
+from ..util.sending import to_device
 from . import cls_attention, coverage, divprune, dpp, dynamicvit, pool, random_and_grid, tokenlearner, tome, visionzip  # noqa: F401
 from .registry import Entry, entry, names, register, works_with
 from .weights import WEIGHTS, cells, sizes
@@ -78,6 +79,7 @@ def choose(
     keep: float | None = None,
     count: int | Sequence[int] | None = None,
     mask: Tensor | None = None,
+    candidates: Sequence[int] | None = None,
     seed: int = 0,
     signals: Mapping[str, Tensor] | None = None,
     square: bool = True,
@@ -91,6 +93,9 @@ def choose(
     are what some plugins need beside the features; a plugin ignores those that it did not declare. `square`: m * m
     tokens are one picture, m by m, and not several in one list. `module`: the learned plugin, by default a new one.
     `weights`: what the tokens that stay stand for (`weights.py`).
+
+    `candidates`: how many tokens of each image the mask allows. A caller who knows need not wait for a GPU, and has to
+    find out otherwise whether features or signals there are NaN or infinite.
     """
     found = entry(name)
     features = features.detach()
@@ -98,16 +103,19 @@ def choose(
     fits = features.dim() == 3 and features.is_floating_point() and 0 not in shape
     require(fits, f"features must be a float tensor (images, tokens, width), got {shape}")
     require_known("kind of weights", weights, WEIGHTS)
-    features = _require_finite(features.float())
+    if candidates is None or features.device.type == "cpu":
+        _require_finite(features)
+    features = _in_range(features)
     batch, n, width = shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
         raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
-    beside = _signals_for(name, signals or {}, (batch, n))
-    candidates = [n] * batch if mask is None else mask.sum(1).tolist()
-    counts = _counts(keep, count, candidates)
+    beside = _signals_for(name, signals or {}, (batch, n), checked=candidates is None or features.device.type == "cpu")
+    if candidates is None:
+        candidates = [n] * batch if mask is None else mask.sum(1).tolist()
+    counts = _counts(keep, count, [*candidates])
     if mask is None and len(set(counts)) > 1:
         raise UserError("images with different counts need a mask: the lines of their index have different lengths")
-    most, counts_ = max(counts), torch.tensor(counts, device=features.device)
+    most, counts_ = max(counts), to_device(torch.tensor(counts), features.device)
     beyond = torch.arange(most, device=features.device) >= counts_[:, None]
     valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
     first = valid.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # the first candidates of each image
@@ -128,7 +136,7 @@ def choose(
         if weight is not None:
             require(bool(found.merges), f'the plugin {name!r} returns weights: register it with merges="features"')
             if any(keeps_all):  # the others are merged; these keep every token as it is
-                stays = torch.tensor(keeps_all, device=index.device)[:, None]
+                stays = to_device(torch.tensor(keeps_all), index.device)[:, None]
                 index = index.where(~stays, first)
                 themselves = torch.zeros_like(weight).scatter_(2, first[:, :, None], 1.0)
                 weight = weight.where(~stays[:, :, None], themselves)
@@ -164,7 +172,7 @@ def _initialised(found: Entry, width: int, most: int, seed: int) -> nn.Module:
         return found.plugin(width, most)
 
 
-def _signals_for(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Tensor]:
+def _signals_for(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int], checked: bool) -> dict[str, Tensor]:
     """The signals that plugin `name` declared, in fp32."""
     found = entry(name)
     if missing := [signal for signal in found.needs if signal not in signals]:
@@ -176,23 +184,31 @@ def _signals_for(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int
             values = signals[signal].detach().float()
             fits = values.shape[:2] == shape and values.dim() <= 3
             require(fits, f"{signal} must be {shape} as the features are, got {tuple(values.shape)}")
-            beside[signal] = _require_finite(values.reshape(*shape, -1)).view_as(values)
+            flat = values.reshape(*shape, -1)
+            if checked:
+                _require_finite(flat)
+            beside[signal] = _in_range(flat).view_as(values)
     return beside
 
 
-def _require_finite(features: Tensor) -> Tensor:
-    """Refuses NaN and infinite features. An image whose squares would leave the range of fp32 is scaled by a power of
-    two. That is exact, and no plugin's choice depends on the scale."""
-    largest = torch.maximum(features.amax((1, 2)), -features.amin((1, 2)))  # NaN wins in both
-    sizes = largest.tolist()
-    for image, size in enumerate(sizes):
+def _largest(features: Tensor) -> Tensor:
+    """(B,): the largest absolute value of each image, or NaN."""
+    return torch.maximum(features.amax((1, 2)), -features.amin((1, 2)))  # NaN wins in both
+
+
+def _require_finite(features: Tensor) -> None:
+    for image, size in enumerate(_largest(features).tolist()):
         if not math.isfinite(size):
             said = "the image features hold NaN or infinite values: the vision tower or projector has diverged"
             raise NotFinite(said, image)
-    exponents = [math.frexp(size)[1] for size in sizes]
-    if all(-30 <= e <= 30 for e in exponents):
-        return features
-    return torch.ldexp(features, -torch.tensor(exponents, device=features.device).clamp(-126, 126)[:, None, None])
+
+
+def _in_range(features: Tensor) -> Tensor:
+    """The features in fp32. If squares of some would leave its range, each image is scaled by a power of two. That is
+    exact, and no plugin's choice depends on the scale."""
+    exponent = torch.frexp(_largest(features).float()).exponent.clamp(-126, 126)
+    exponent = exponent.where((exponent.abs() > 30).any(), 0)
+    return torch.ldexp(features.float(), -exponent[:, None, None])
 
 
 def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: list[int]) -> list[int]:

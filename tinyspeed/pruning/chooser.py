@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import pruning
 from ..util import UserError, require, require_known
+from ..util.sending import to_device
 from . import signals as tower_signals
 
 if TYPE_CHECKING:  # the models import the pruning room, and not the other way round
@@ -57,36 +58,40 @@ class Chooser(nn.Module):
         return projector and not tower and self.vlm.rowwise and self.plugin.merges != "features"
 
     def forward(
-        self, images: list[Tensor], keep: float, signals: Mapping[str, list[Tensor]], step: int | None, weigh: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Chooses among the feature rows (rows, width) of one image or more. Returns which of all their rows stay, bool
-        (V,), what stands in the places of those, how many rows each stands for (None unless they `weigh`), and a
-        learned plugin's loss of each image. `keep` is a share of an image's patches: newline rows never stay."""
+        self, images: list[Tensor], shown: list[Tensor], keep: float, signals: Mapping[str, list[Tensor]],
+        step: int | None, weigh: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Chooses among the feature rows (rows, width) of one image or more. `keep` is a share of an image's patches:
+        rows that are not `shown`, as newlines, never stay. Returns which of all rows stay (K,), ascending; on the CPU,
+        how many of each image; what stands in their places; how many rows each stands for, or None unless they `weigh`;
+        and a learned plugin's loss of each image."""
         if step is None and self.training and self.plugin.draws:
             raise UserError(f"the plugin {self.name!r} draws anew in each step: which is it? Set model.step")
         pad = functools.partial(pad_sequence, batch_first=True)
-        features, mask = pad(images), pad([self.vlm.prunable(image) for image in images])
+        features, candidates = pad(images), [int(mask.sum()) for mask in shown]
+        send = lambda of: to_device(of, features.device)
         beside = {name: pad(signals[name]) for name in self.plugin.needs}
         choice = pruning.choose(
-            self.name, features, keep=keep, mask=mask, signals=beside, square=self.vlm.square,
-            seed=self.seed + (step or 0), module=self.learned, weights=self.weights if weigh else "none",
+            self.name, features, keep=keep, mask=send(pad(shown)), candidates=candidates, signals=beside,
+            square=self.vlm.square, seed=self.seed + (step or 0), module=self.learned,
+            weights=self.weights if weigh else "none",
         )  # fmt: skip
-        count, width = mask.shape
-        kept = torch.zeros(count, width + 1, dtype=torch.bool, device=mask.device)
-        kept.scatter_(1, choice.index.where(choice.index >= 0, width), True)
-        lengths = torch.tensor([len(image) for image in images], device=mask.device)
-        kept = kept[:, :-1][torch.arange(width, device=mask.device) < lengths[:, None]]
+        counts = torch.tensor([pruning.keep_count(keep, n) for n in candidates])
+        sizes = torch.tensor([len(image) for image in images])
+        filled = send((torch.arange(int(counts.max())) < counts[:, None]).flatten().nonzero()[:, 0])
+        places = choice.index + send((sizes.cumsum(0) - sizes)[:, None])  # among the rows of all images
+        kept = places.flatten().index_select(0, filled).clamp_(0, int(sizes.sum()) - 1)  # NaN may choose anything
         if choice.weight is not None:
             merged = features if self.plugin.merges == "features" else beside["tower"]
-            rows = (choice.weight.to(merged.dtype) @ merged)[choice.index >= 0]  # in the order of the kept rows
+            rows = (choice.weight.to(merged.dtype) @ merged).flatten(0, 1).index_select(0, filled)
             if self.plugin.merges == "tower":
                 rows = self.vlm.projector(rows)
         elif torch.is_grad_enabled() and self.projects_twice:
-            rows = self.vlm.projector(torch.cat(signals["tower"])[kept])
+            rows = self.vlm.projector(torch.cat(signals["tower"]).index_select(0, kept))
         else:
-            rows = torch.cat(images)[kept]
-        sizes = None if choice.sizes is None else choice.sizes[choice.index >= 0]
-        return kept, rows.to(features.dtype), sizes, choice.loss
+            rows = torch.cat(images).index_select(0, kept)
+        stand_for = None if choice.sizes is None else choice.sizes.flatten().index_select(0, filled)
+        return kept, counts, rows.to(features.dtype), stand_for, choice.loss
 
     def zero_loss(self) -> Tensor | float:
         """Returns the sum of 0 times every parameter."""

@@ -7,6 +7,7 @@ Both need the attention of [CLS] in the tower layer whose output the projector r
 import torch
 from torch import Tensor
 
+from ..util.sending import to_device
 from .cosine import cosines
 from .registry import register
 
@@ -27,8 +28,9 @@ def cls_topk(features: Tensor, *, most: int, valid: Tensor, cls_attention: Tenso
 
 @register("vispruner", needs=("cls_attention", "tower"), pairs=10)
 def vispruner(
-    features: Tensor, *, most: int, valid: Tensor, counts: Tensor, cls_attention: Tensor, tower: Tensor, **_
-) -> Tensor:
+    features: Tensor, *, most: int, valid: Tensor, sizes: list[tuple[int, int]], cls_attention: Tensor, tower: Tensor,
+    **_,
+) -> Tensor:  # fmt: skip
     """VisPruner (ICCV 2025): int(K / 2) tokens by the attention of [CLS], and of the others those that differ most.
 
     The others, in order of attention, are thinned out in rounds until K - int(K / 2) are left. A round splits them into
@@ -44,14 +46,16 @@ def vispruner(
     similarity = cosines(tower.double()).round_(decimals=DIGITS)
     order, n = ranked(cls_attention, valid), valid.shape[1]
     columns, batch = torch.arange(n, device=valid.device), torch.arange(len(valid), device=valid.device)[:, None, None]
-    important = (IMPORTANT * counts).long()[:, None]
+    left, wanted = torch.tensor(sizes).T  # on the CPU: the shapes of all rounds are then known without waiting
+    most_attended = (IMPORTANT * wanted).long()
+    left, wanted = left - most_attended, wanted - most_attended
+    important = to_device(most_attended[:, None], valid.device)
     rest = order.gather(1, (columns + important) % n)
-    left, wanted = torch.cat([valid.sum(1, keepdim=True) - important, counts[:, None] - important], dim=1).cpu().T
-    while (left > wanted).any():  # on the CPU: the shapes of all rounds are then known without waiting for a GPU
+    while (left > wanted).any():
         longest, evens, odds = int(left.max()), (left + 1) // 2, left // 2
         dropped = (left - wanted).clamp(max=ROUND).minimum(evens)
         left = left - dropped
-        evens, odds, dropped = (count[:, None].to(rest.device, non_blocking=True) for count in (evens, odds, dropped))
+        evens, odds, dropped = (to_device(count[:, None], rest.device) for count in (evens, odds, dropped))
         even, odd = rest[:, :longest:2], rest[:, 1:longest:2]
         likeness = similarity[batch, even[:, :, None], odd[:, None, :]]
         likeness = likeness.masked_fill_((columns[: odd.shape[1]] >= odds)[:, None, :], -2).amax(2)

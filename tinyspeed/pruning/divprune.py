@@ -64,8 +64,7 @@ def divprune_centred(features: Tensor, *, most: int, valid: Tensor, **_) -> Tens
 def _loneliest(similarity: Tensor, valid: Tensor) -> Tensor:
     """(B,): the token whose nearest neighbour is farthest. Sets the similarity of a token to itself, and of tokens that
     may not be kept, to -inf."""
-    if not valid.all():
-        similarity.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), -INF)
+    similarity.masked_fill_(~valid[:, :, None], -INF).masked_fill_(~valid[:, None, :], -INF)
     similarity.diagonal(dim1=1, dim2=2).fill_(-INF)
     # Two tokens that are each other's nearest must tie, but the two halves of a product may be rounded differently.
     nearest = torch.maximum(similarity.amax(2), similarity.amax(1))

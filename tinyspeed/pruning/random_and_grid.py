@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..util.sending import to_device
 from .registry import register
 
 
@@ -52,7 +53,7 @@ class Cells:
         line = -(-(i + 1) * lines // k) - 1  # its cells are line * k // lines .. (line + 1) * k // lines - 1
         first = line * k // lines
         columns, height, width = (line + 1) * k // lines - first, side.where(picture, 1), side.where(picture, n)
-        moved = lambda *axis: Axis(*(x.to(device, non_blocking=True) for x in axis))
+        moved = lambda *axis: Axis(*(to_device(x, device) for x in axis))
         self.down, self.across = moved(line, lines, height), moved(i - first, columns, width)
         self.width = self.across.n
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..util.sending import to_device
 from .registry import register
 
 DIGITS = 5  # of its cosines, so that equal tokens tie, and pairs that are nearly as similar
@@ -36,7 +37,7 @@ def tome(
     gram = features @ features.mT  # x_i x_j; from the first round on, of clusters' sums
     while (left > wanted).any():
         merges, longest = (left - wanted).minimum((left + 1) // 2), int(left.max())
-        here = torch.arange(longest, device=valid.device) < left[:, None].to(valid.device, non_blocking=True)
+        here = torch.arange(longest, device=valid.device) < to_device(left[:, None], valid.device)
         left = left - merges
         norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # tokens may cancel out: about 0
         norm = norm.masked_fill(norm == 0, 1)
@@ -44,7 +45,7 @@ def tome(
         likeness = likeness.round(decimals=DIGITS)
         best, match = likeness.masked_fill_(~here[:, None, 1::2], -2).max(2)
         rank = best.masked_fill(~here[:, ::2], -3).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        gone = rank < merges[:, None].to(rank.device, non_blocking=True)
+        gone = rank < to_device(merges[:, None], rank.device)
         joins = torch.zeros_like(likeness).scatter_(2, match[:, :, None], gone[:, :, None].to(likeness.dtype))
         gram[:, 1::2] += joins.mT @ gram[:, ::2]
         gram[:, :, 1::2] += gram[:, :, ::2] @ joins

@@ -77,14 +77,14 @@ class Gate:
     def ran(self, losses: Tensor) -> None:
         """Records the losses of the micro-batch that was marked last. A rank may also run an empty one."""
         if len(losses):
-            self.done.append((self.marked, losses))
+            self.done.append((self.marked, losses.to("cpu", non_blocking=True)))  # there when the step's numbers are
 
     def losses(self) -> Tensor:
         """The sums of this process's losses of each token, and how often each sample ran. Processes add them up."""
         found = {i: torch.zeros(int(stays.sum()) + 1) for i, stays in self.stays.items()}
         for samples, losses in self.done:
             sizes = [len(found[i]) - 1 for i in samples]
-            for i, mine in zip(samples, losses.cpu().split(sizes), strict=True):
+            for i, mine in zip(samples, losses.split(sizes), strict=True):
                 found[i][:-1] += mine
                 found[i][-1] += 1
         return torch.cat([*found.values()])

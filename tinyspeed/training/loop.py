@@ -33,6 +33,7 @@ from ..recipe.schedules import schedule_of
 from ..rows import plan_rows
 from ..scheduler import Plan
 from ..util import NotFinite, UserError, counted, errors, files, finite, malloc, provenance, require
+from ..util.sending import to_device
 from . import checkpoint, diagnosis, metrics, optimizer
 from .answer_gate import Gate
 from .batching import Order, cut
@@ -226,7 +227,8 @@ class StageRun:
     def _micro_batch(self, batch: dict[str, Tensor], rows: list[int], plan: Plan, answers: int) -> Output:
         """Forward and backward."""
         device = self.model.device
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        # Only pixels: of whole numbers, the forward's plan is made on the CPU.
+        batch = {name: to_device(t, device) if t.is_floating_point() else t for name, t in batch.items()}
         self.model.vlm.recompute(self.laid_out(rows) > self.rows_that_fit)
         with precision.autocast(self.precision, device):
             out = self.model(**batch, plan=plan, num_items_in_batch=answers)

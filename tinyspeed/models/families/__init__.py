@@ -10,13 +10,13 @@ from ...util import require
 from .base import Family
 from .llava import Llava
 from .llava_next import LlavaNext
-from .llava_next_video import LlavaNextVideo
+from .llava_next_video import LlavaNextVideo, LlavaOnevision
 
 FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "llava_next_video": LlavaNextVideo,
-    "llava_onevision": LlavaNextVideo,
+    "llava_onevision": LlavaOnevision,
 }
 
 

@@ -101,9 +101,10 @@ class Family:
         width = self.config.vision_config.hidden_size * (len(layer) if isinstance(layer, list | tuple) else 1)
         return [self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]]
 
-    def prunable(self, features: Tensor) -> Tensor:
-        """Which feature rows of an image show the picture; the others mark its structure."""
-        return torch.ones(len(features), dtype=torch.bool, device=features.device)
+    def shown(self, visual: dict[str, Tensor], lengths: dict[str, list[int]]) -> list[Tensor]:
+        """Which feature rows of each image show the picture; the others mark its structure. Known on the CPU, from
+        `lengths`, the number of rows of each image by kind, and the sizes in a processor's batch."""
+        return [torch.ones(n, dtype=torch.bool) for of in lengths.values() for n in of]
 
     def hidden(self, embeddings: Tensor, layout: Layout, layers: tuple[int, ...] | None) -> Tensor:
         """Returns the last hidden states (slots, hidden) of rows in this layout, after the LLM layers of the plan."""
