@@ -112,10 +112,11 @@ class DualSpeed(DropIn):
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = False,
     ) -> ModelOutput:
-        """Takes the batch of a Hugging Face processor as it is. Without a plan it uses the schedule's for `self.step`,
-        or, in eval mode, runs the plain model. The loss is divided by `num_items_in_batch` answer tokens, or by the
-        number in this batch. `answers`, bool and shaped like labels, says which answer tokens stay. It goes with a plan
-        whose `answer_keep` is below 1, and comes from a `regate.Memory`."""
+        """Takes the batch of a Hugging Face processor as it is. Its integers may stay on the CPU, which plans the step.
+        Without a plan it uses the schedule's for `self.step`, or, in eval mode, runs the plain model. The loss is
+        divided by `num_items_in_batch` answer tokens, or by the number in this batch. `answers`, bool and shaped like
+        labels, says which answer tokens stay. It goes with a plan whose `answer_keep` is below 1, and comes from a
+        `regate.Memory`."""
         given = {  # by name in the signature, because Trainer looks there for the columns to keep
             "pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos,
             "image_sizes_videos": image_sizes_videos, "batch_num_images": batch_num_images,
@@ -131,7 +132,7 @@ class DualSpeed(DropIn):
         together = (plan.answer_keep < 1) == (answers is not None)
         require(together, "answer_keep below 1 and `answers=` (from a regate.Memory) go together")
         self.forwards += 1
-        # The CPU computes the rows and all sizes. Whole numbers that are there already cost no wait for the device.
+        # The CPU plans the step. Integers that are on a GPU are copied back, which waits for it once.
         input_ids, labels = input_ids.cpu(), labels.cpu()
         attention_mask, answers = (None if t is None else t.cpu() for t in (attention_mask, answers))
         visual = {name: t if t.is_floating_point() else t.cpu() for name, t in visual.items()}
@@ -198,13 +199,13 @@ class DualSpeed(DropIn):
         recorded: dict[str, list[Tensor]],
     ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:  # fmt: skip
         """Returns the table after the words and the rows of a fast forward, and a learned plugin's loss."""
-        kept = counts = ids.new_zeros(0)
-        visual, weight, loss, total = [], None, None, self.chooser.zero_loss()
+        kept, chosen, visual, weight, loss = ids.new_zeros(0, dtype=torch.bool), None, [], None, None
+        total = self.chooser.zero_loss()
         if images:
             how = {"step": self.step, "weigh": plan.weigh and self.power > 0}
-            kept, counts, *visual, stand_for, loss = self.chooser(images, shown, plan.keep, recorded, **how)
+            kept, chosen, *visual, stand_for, loss = self.chooser(images, shown, plan.keep, recorded, **how)
             weight = None if stand_for is None else self.power * stand_for.log()
-        run = rows.prune(full, kept, counts, len(self.isolator), ids.numel(), self.positions, weight)
+        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions, chosen, weight)
         if loss is not None:  # each image counts as often as its sample has answers, as in the cross-entropy
             total = total + (loss * to_device(rows.answers_per_image(run, len(loss)), loss.device)).sum()
         return [*visual, self.isolator.weight], run, total

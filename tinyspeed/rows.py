@@ -23,9 +23,9 @@ rows have the position of their image's first row. `compact` numbers the rows th
 the rotary distance between a question and an image token is the same in fast and full mode. With `compact` it is not,
 and that is most of what the two modes disagree about.
 
-Rows are lists of whole numbers that the CPU computes, so that no size of a step waits for the device. It knows how many
-features of each image stay, and puts the kept ones side by side in the table. Only their `original` positions depend on
-which ones the plugin chose, so these alone are looked up on the device.
+The CPU computes the rows, so that no step waits for a GPU. It knows how many features of each image a plugin keeps, and
+the table has these side by side. Which ones they are matters only for `original` positions, so those alone are looked
+up on the device.
 
 Layouts: `padded` is (B, S') with padding on the right. `packed` is (1, R), all samples end to end, and `cu_seqlens`
 says where each begins. Attention is causal within a sample in both. So a padded batch needs no mask: padding comes
@@ -125,23 +125,18 @@ def skip_answers(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> R
 
 
 def prune(
-    rows: Rows, kept: Tensor, counts: Tensor, isolator: int, words: int, positions: str, weight: Tensor | None = None
-) -> Rows:
+    rows: Rows, kept: Tensor, isolator: int, words: int, positions: str, chosen: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Rows:  # fmt: skip
     """The rows of a fast step, as indices into a smaller table: [ `words` embeddings | kept features | isolator ].
 
-    `kept` (K,), on the device, has the features that stay, in ascending order, and `counts` (images,) how many of each
-    image. All text rows stay. `isolator` rows come in front of each image's rows. `weight` (K,): see `Rows`.
+    `kept` (V,) says which features stay. All text rows stay. `isolator` rows come in front of each image's rows. If
+    only the device knows which features stay, `kept` says how many of each image do, any of them, and `chosen` (K,)
+    has, on the device, those that do, in ascending order. `weight` (K,), there too: see `Rows`.
     """
     first, last = _ends(rows.image)
-    visual = rows.image >= 0
-    feature, image = rows.source[visual] - words, rows.image[visual]
-    sizes = torch.bincount(image, minlength=len(counts))
-    nth_of_image = feature - (sizes.cumsum(0) - sizes)[image]
-    # So many rows of an image stay; which ones, only the device knows, so here the first ones stand for them.
-    stays = ~visual
-    stays[visual] = nth_of_image < counts[image]
-    rank = rows.source.clone()  # of a row that stays, in the smaller table
-    rank[visual] = words + (counts.cumsum(0) - counts)[image] + nth_of_image
+    in_table = torch.cat([kept.new_ones(words), kept])
+    stays, rank = in_table[rows.source], in_table.cumsum(0) - 1
 
     # How often each row is written: once if it stays, and an image's first row once more for each isolator row.
     times = stays.long() + first * isolator
@@ -149,15 +144,17 @@ def prune(
     nth = torch.arange(len(origin)) - (times.cumsum(0) - times)[origin]
     isolating = first[origin] & (nth < isolator)
     run = _take(rows, origin, positions)
-    source = torch.where(isolating, words + len(kept) + nth, rank[origin])
+    source = torch.where(isolating, words + kept.sum() + nth, rank[run.source])
     target = run.target.masked_fill(run.image >= 0, IGNORE)
     target[_ends(run.image)[1]] = rows.target[last]
     position = run.position
-    if positions == "original" and len(kept):
-        send = lambda of: to_device(of, kept.device)
-        place = torch.zeros_like(feature).scatter_(0, feature, rows.position[visual])
-        chosen, is_chosen = (source - words).clamp(0, len(kept) - 1), (run.image >= 0) & ~isolating
-        position = send(place)[kept][send(chosen)].where(send(is_chosen), send(position))
+    if chosen is not None and len(chosen) and positions == "original":
+        visual, feature = rows.image >= 0, (source - words).clamp(0, len(chosen) - 1)
+        place = torch.zeros(len(kept), dtype=torch.long)  # of each feature in its sample
+        place.scatter_(0, rows.source[visual] - words, rows.position[visual])
+        sent = (to_device(x, chosen.device) for x in (place, feature, (run.image >= 0) & ~isolating, position))
+        place, feature, is_feature, position = sent
+        position = place[chosen][feature].where(is_feature, position)
     if weight is not None:
         weight = torch.cat([weight.new_zeros(words), weight, weight.new_zeros(isolator)])
         weight = weight.index_select(0, to_device(source, weight.device))

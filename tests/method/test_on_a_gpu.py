@@ -13,9 +13,21 @@ pytestmark = pytest.mark.skipif(bool(pretend_cuda.unavailable()), reason=pretend
 
 
 @given(gpu_cases.cases())
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_a_step_is_what_it_is_on_a_cpu_and_waits_for_nothing(case):
     assert not gpu_cases.unlike(case)
+
+
+@pytest.mark.parametrize("plugin", ["divprune", "dpp", "tome", "vispruner", "grid", "dynamicvit"])
+def test_nan_in_a_pruned_feature_is_in_the_loss(monkeypatch, plugin):
+    """On a GPU no plugin looks for it, as it would wait. Whatever it then chooses, nothing fails on the device."""
+    case = Case(plugin=plugin)
+    batch = gpu_cases.batch_of(case)
+    batch["pixel_values"][-1] = torch.nan
+    monkeypatch.setattr(gpu_cases, "batch_of", lambda case: batch)
+    done = gpu_cases.on_gpu(case)
+    assert done.loss.isnan()
+    assert not done.waits
 
 
 # Planted mistakes

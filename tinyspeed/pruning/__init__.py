@@ -34,18 +34,8 @@ from .registry import Entry, entry, names, register, works_with
 from .weights import WEIGHTS, cells, sizes
 
 __all__ = [
-    "WEIGHTS",
-    "Kept",
-    "cells",
-    "choose",
-    "entry",
-    "keep_count",
-    "make",
-    "names",
-    "register",
-    "select",
-    "works_with",
-]
+    "WEIGHTS", "Kept", "cells", "choose", "entry", "keep_count", "make", "names", "register", "select", "works_with",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,13 +93,12 @@ def choose(
     fits = features.dim() == 3 and features.is_floating_point() and 0 not in shape
     require(fits, f"features must be a float tensor (images, tokens, width), got {shape}")
     require_known("kind of weights", weights, WEIGHTS)
-    if candidates is None or features.device.type == "cpu":
-        _require_finite(features)
-    features = _in_range(features)
+    checked = candidates is None or features.device.type == "cpu"
+    features = _in_range(features, checked)
     batch, n, width = shape
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, n)):
         raise UserError(f"mask must be bool, ({batch}, {n}) as the features are; got {mask.dtype}, {tuple(mask.shape)}")
-    beside = _signals_for(name, signals or {}, (batch, n), checked=candidates is None or features.device.type == "cpu")
+    beside = _signals_for(name, signals or {}, (batch, n), checked)
     if candidates is None:
         candidates = [n] * batch if mask is None else mask.sum(1).tolist()
     counts = _counts(keep, count, [*candidates])
@@ -184,31 +173,21 @@ def _signals_for(name: str, signals: Mapping[str, Tensor], shape: tuple[int, int
             values = signals[signal].detach().float()
             fits = values.shape[:2] == shape and values.dim() <= 3
             require(fits, f"{signal} must be {shape} as the features are, got {tuple(values.shape)}")
-            flat = values.reshape(*shape, -1)
-            if checked:
-                _require_finite(flat)
-            beside[signal] = _in_range(flat).view_as(values)
+            beside[signal] = _in_range(values.reshape(*shape, -1), checked).view_as(values)
     return beside
 
 
-def _largest(features: Tensor) -> Tensor:
-    """(B,): the largest absolute value of each image, or NaN."""
-    return torch.maximum(features.amax((1, 2)), -features.amin((1, 2)))  # NaN wins in both
-
-
-def _require_finite(features: Tensor) -> None:
-    for image, size in enumerate(_largest(features).tolist()):
+def _in_range(features: Tensor, checked: bool) -> Tensor:
+    """The features in fp32. If squares of some would leave its range, each image is scaled by a power of two. That is
+    exact, and no plugin's choice depends on the scale. If `checked`, NaN and infinite features are refused."""
+    largest = torch.maximum(features.amax((1, 2)), -features.amin((1, 2))).float()  # NaN wins in both
+    for image, size in enumerate(largest.tolist() if checked else ()):
         if not math.isfinite(size):
             said = "the image features hold NaN or infinite values: the vision tower or projector has diverged"
             raise NotFinite(said, image)
-
-
-def _in_range(features: Tensor) -> Tensor:
-    """The features in fp32. If squares of some would leave its range, each image is scaled by a power of two. That is
-    exact, and no plugin's choice depends on the scale."""
-    exponent = torch.frexp(_largest(features).float()).exponent.clamp(-126, 126)
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
     exponent = exponent.where((exponent.abs() > 30).any(), 0)
-    return torch.ldexp(features.float(), -exponent[:, None, None])
+    return features.to(torch.float32, copy=True).ldexp_(-exponent[:, None, None])
 
 
 def _counts(keep: float | None, count: int | Sequence[int] | None, candidates: list[int]) -> list[int]:

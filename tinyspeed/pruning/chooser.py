@@ -62,9 +62,9 @@ class Chooser(nn.Module):
         step: int | None, weigh: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Chooses among the feature rows (rows, width) of one image or more. `keep` is a share of an image's patches:
-        rows that are not `shown`, as newlines, never stay. Returns which of all rows stay (K,), ascending; on the CPU,
-        how many of each image; what stands in their places; how many rows each stands for, or None unless they `weigh`;
-        and a learned plugin's loss of each image."""
+        rows that are not `shown`, as newlines, never stay. Returns how many rows of each image stay and, on the device,
+        which (`rows.prune`); what stands in their places; how many rows each stands for, if they `weigh` and that is
+        not 1; and a learned plugin's loss of each image."""
         if step is None and self.training and self.plugin.draws:
             raise UserError(f"the plugin {self.name!r} draws anew in each step: which is it? Set model.step")
         pad = functools.partial(pad_sequence, batch_first=True)
@@ -76,22 +76,23 @@ class Chooser(nn.Module):
             square=self.vlm.square, seed=self.seed + (step or 0), module=self.learned,
             weights=self.weights if weigh else "none",
         )  # fmt: skip
-        counts = torch.tensor([pruning.keep_count(keep, n) for n in candidates])
-        sizes = torch.tensor([len(image) for image in images])
-        filled = send((torch.arange(int(counts.max())) < counts[:, None]).flatten().nonzero()[:, 0])
-        places = choice.index + send((sizes.cumsum(0) - sizes)[:, None])  # among the rows of all images
-        kept = places.flatten().index_select(0, filled).clamp_(0, int(sizes.sum()) - 1)  # NaN may choose anything
+        sizes, counts = [len(image) for image in images], [pruning.keep_count(keep, n) for n in candidates]
+        kept = torch.cat([torch.arange(n) < count for n, count in zip(sizes, counts, strict=True)])
+        filled = send((torch.arange(max(counts)) < torch.tensor(counts)[:, None]).flatten().nonzero()[:, 0])
+        starts = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
+        chosen = (choice.index + send(starts)[:, None]).flatten().index_select(0, filled)
+        chosen = chosen.clamp(0, len(kept) - 1)  # NaN may choose anything
         if choice.weight is not None:
             merged = features if self.plugin.merges == "features" else beside["tower"]
             rows = (choice.weight.to(merged.dtype) @ merged).flatten(0, 1).index_select(0, filled)
             if self.plugin.merges == "tower":
                 rows = self.vlm.projector(rows)
         elif torch.is_grad_enabled() and self.projects_twice:
-            rows = self.vlm.projector(torch.cat(signals["tower"]).index_select(0, kept))
+            rows = self.vlm.projector(torch.cat(signals["tower"]).index_select(0, chosen))
         else:
-            rows = torch.cat(images).index_select(0, kept)
+            rows = torch.cat(images).index_select(0, chosen)
         stand_for = None if choice.sizes is None else choice.sizes.flatten().index_select(0, filled)
-        return kept, counts, rows.to(features.dtype), stand_for, choice.loss
+        return kept, chosen, rows.to(features.dtype), stand_for, choice.loss
 
     def zero_loss(self) -> Tensor | float:
         """Returns the sum of 0 times every parameter."""
