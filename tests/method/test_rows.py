@@ -130,9 +130,7 @@ def full(batch: Batch) -> rows.Rows:
 
 
 def prune(batch: Batch, kept: Tensor, isolator: int, positions: str) -> rows.Rows:
-    images = kept.split([*itertools.chain(*batch.lengths.values())])
-    counts = torch.tensor([int(image.sum()) for image in images], dtype=torch.long)
-    return rows.prune(full(batch), kept.nonzero()[:, 0], counts, isolator, batch.input_ids.numel(), positions)
+    return rows.prune(full(batch), kept, isolator, batch.input_ids.numel(), positions)
 
 
 isolators = st.integers(0, 4)
@@ -261,6 +259,6 @@ def test_unknown_positions_and_layouts_are_refused_with_the_nearest_known_one():
     ids = torch.ones(1, 2, dtype=torch.long)
     some = rows.full(ids, None, ids, {"image": IMAGE}, {"image": []})
     with pytest.raises(UserError, match="did you mean 'original'"):
-        rows.prune(some, *[torch.zeros(0, dtype=torch.long)] * 2, 0, 2, "orignal")
+        rows.prune(some, torch.zeros(0, dtype=torch.bool), 0, 2, "orignal")
     with pytest.raises(UserError, match="did you mean 'packed'"):
         rows.lay_out(some, "pack")
