@@ -195,6 +195,7 @@ def _parser() -> Parser:
     made.add_argument("--plugin", action="append", metavar="NAME", help="may be repeated (default: all untrained ones)")
     made.add_argument("--keep", type=float, default=0.1, help="share of the tokens to keep (default: 0.1)")
     made.add_argument("--tower", help="a LLaVA or CLIP folder, or hub id, whose features the plugins see")
+    made.add_argument("--cells", action="store_true", help="show in each pruned place the kept token most like it")
     made.add_argument("--seed", type=int, default=0, help="seed of the plugins that choose at random")
     made.add_argument("--out", help="file of the drawing, overwritten (default: IMAGE-kept.png, over drawings only)")
 
@@ -378,7 +379,7 @@ def _look(a) -> int:
     require(bool(free), f"{out} exists already, and is not one of our drawings: choose another file with --out")
     from .evaluation.look import look
 
-    kept = look(a.image, out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed)
+    kept = look(a.image, out, plugins=a.plugin, keep=a.keep, tower=a.tower, seed=a.seed, cells=a.cells)
     shown = ", ".join(f"{name} keeps {len(rows)}" for name, rows in kept.items())
     print(f"{out if out.suffix else f'{out}.png'}: {shown}")
     return 0

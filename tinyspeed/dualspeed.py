@@ -52,7 +52,8 @@ class DualSpeed(DropIn):
 
     `plugin` and `keep`: which image tokens fast steps see, and what share of them. `slow`: the share of slow steps.
     `isolator`: the length of the mode isolator, 0 for none. `views`: each mode trains a LoRA of its own (`add_lora`).
-    `distill` and `temperature`: alpha and T. `positions`: "compact" or "original". `layout`: "padded", "packed", or
+    `distill` and `temperature`: alpha and T. `positions`: "compact" or "original". `weights` and `power`: whether
+    a kept token weighs as many as it stands for (`pruning/weights.py`). `layout`: "padded", "packed", or
     "auto" (`attention.choose_layout`). `schedule`: used instead of the default one. `chunk`: how many answer tokens
     have logits at a time.
     """
@@ -69,6 +70,8 @@ class DualSpeed(DropIn):
         distill: float = 1.0,
         temperature: float = 1.0,
         positions: str = "original",
+        weights: str = "none",
+        power: float = 1.0,
         layout: str = "auto",
         schedule: Schedule | None = None,
         chunk: int = CHUNK,
@@ -78,16 +81,17 @@ class DualSpeed(DropIn):
         require_known("positions", positions, rows.POSITIONS)
         require_known("layout", layout, rows.LAYOUTS)
         require(0 < temperature < math.inf, f"temperature = {temperature}: must be above 0")
+        require(0 <= power <= 1, f"power = {power}: must be between 0 and 1")
         require(chunk >= 1, f"chunk = {chunk}: must be at least 1")
         self.model = model
         self.vlm = family(model)
-        self.chooser = Chooser(self.vlm, plugin, keep, seed)
+        self.chooser = Chooser(self.vlm, plugin, keep, seed, weights)
         self.isolator = PromptIsolator(isolator, self.vlm.hidden_size, seed=seed)
         for module in (self.isolator, self.chooser):  # fp32 also in a bf16 model, as LoRA is: bf16 loses small updates
             module.to(next(self.get_input_embeddings().parameters()).device)
         self.views = Views(model, self.vlm.language_model, views)
         self.positions, self.layout = positions, layout
-        self.temperature, self.chunk, self.seed = temperature, chunk, seed
+        self.temperature, self.chunk, self.seed, self.power = temperature, chunk, seed, power
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
         self.step: int | None = None  # the optimizer step, set by the training loop
         self.forwards = 0  # training forwards so far; by them the Trainer callback knows that this module is in use
@@ -150,10 +154,10 @@ class DualSpeed(DropIn):
         if plan.taught:
             self.views.use("fast")
             with torch.no_grad(), without_dropout(self.vlm.language_model), without_dropout(self.chooser):
-                pruned, kept, _ = self._prune(input_ids, full, images, shown, plan.keep, recorded)
+                pruned, kept, _ = self._prune(input_ids, full, images, shown, plan, recorded)
                 teacher, rows_taught = self._run_llm(input_ids, pruned, kept, plan)[0], len(kept)
         elif plan.mode == "fast":
-            table, run, plugin_loss = self._prune(input_ids, full, images, shown, plan.keep, recorded)
+            table, run, plugin_loss = self._prune(input_ids, full, images, shown, plan, recorded)
         del features, images, recorded  # a fast step keeps a tenth of them
 
         # Gather the rows and run the LLM on them. This view must stay in use until the backward is over.
@@ -191,15 +195,17 @@ class DualSpeed(DropIn):
         return features, recorded, self.vlm.zero_gradient_rows(features, plan.mode)
 
     def _prune(
-        self, ids: Tensor, full: rows.Rows, images: list[Tensor], shown: list[Tensor], keep: float,
+        self, ids: Tensor, full: rows.Rows, images: list[Tensor], shown: list[Tensor], plan: Plan,
         recorded: dict[str, list[Tensor]],
     ) -> tuple[list[Tensor], rows.Rows, Tensor | float]:  # fmt: skip
         """Returns the table after the words and the rows of a fast forward, and a learned plugin's loss."""
-        kept, chosen, visual, loss = ids.new_zeros(0, dtype=torch.bool), None, [], None
+        kept, chosen, visual, weight, loss = ids.new_zeros(0, dtype=torch.bool), None, [], None, None
         total = self.chooser.zero_loss()
         if images:
-            kept, chosen, *visual, loss = self.chooser(images, shown, keep, recorded, self.step)
-        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions, chosen)
+            how = {"step": self.step, "weigh": plan.weigh and self.power > 0}
+            kept, chosen, *visual, stand_for, loss = self.chooser(images, shown, plan.keep, recorded, **how)
+            weight = None if stand_for is None else self.power * stand_for.log()
+        run = rows.prune(full, kept, len(self.isolator), ids.numel(), self.positions, chosen, weight)
         if loss is not None:  # each image counts as often as its sample has answers, as in the cross-entropy
             total = total + (loss * to_device(rows.answers_per_image(run, len(loss)), loss.device)).sum()
         return [*visual, self.isolator.weight], run, total

@@ -60,6 +60,7 @@ class Rows:
     sample: Tensor  # (R,) which sample of the batch
     image: Tensor  # (R,) which image of the table, -1 for text
     samples: int
+    weight: Tensor | None = None  # (R,), on the device: what attention adds to this row's scores as a key; None: 0
 
     def __len__(self) -> int:
         return len(self.source)
@@ -123,12 +124,15 @@ def skip_answers(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> R
     return _take(rows, left, positions)
 
 
-def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str, chosen: Tensor | None = None) -> Rows:
+def prune(
+    rows: Rows, kept: Tensor, isolator: int, words: int, positions: str, chosen: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Rows:  # fmt: skip
     """The rows of a fast step, as indices into a smaller table: [ `words` embeddings | kept features | isolator ].
 
     `kept` (V,) says which features stay. All text rows stay. `isolator` rows come in front of each image's rows. If
     only the device knows which features stay, `kept` says how many of each image do, any of them, and `chosen` (K,)
-    has, on the device, those that do, in ascending order.
+    has, on the device, those that do, in ascending order. `weight` (K,), there too: see `Rows`.
     """
     first, last = _ends(rows.image)
     in_table = torch.cat([kept.new_ones(words), kept])
@@ -151,7 +155,10 @@ def prune(rows: Rows, kept: Tensor, isolator: int, words: int, positions: str, c
         sent = (to_device(x, chosen.device) for x in (place, feature, (run.image >= 0) & ~isolating, position))
         place, feature, is_feature, position = sent
         position = place[chosen][feature].where(is_feature, position)
-    return replace(run, source=source, target=target, position=position)
+    if weight is not None:
+        weight = torch.cat([weight.new_zeros(words), weight, weight.new_zeros(isolator)])
+        weight = weight.index_select(0, to_device(source, weight.device))
+    return replace(run, source=source, target=target, position=position, weight=weight)
 
 
 def _ends(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,6 +205,7 @@ class Layout:
     cu_seqlens: Tensor | None  # (B + 1,) int32, packed only
     longest: int  # rows of the longest sample
     borders: list[int] | None  # cu_seqlens on the CPU
+    weight: Tensor | None = None  # as `position`, of each row's `Rows.weight`
 
 
 def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layout:
@@ -211,13 +219,15 @@ def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layo
     if layout == "packed":
         cu_seqlens = torch.cat([starts, lengths.sum()[None]]).int()
         borders = cu_seqlens.tolist()
-        return Layout(send(rows.source), send(rows.position)[None], slot, send(cu_seqlens), longest, borders)
+        weight = None if rows.weight is None else rows.weight[None]
+        return Layout(send(rows.source), send(rows.position)[None], slot, send(cu_seqlens), longest, borders, weight)
     slot += rows.sample * longest - starts[rows.sample]
     # Padding gathers row 0 of the table at position 0. Nothing reads the result, so its gradient is zero.
     index = torch.zeros(rows.samples * longest, dtype=torch.long).scatter_(0, slot, rows.source)
-    index, position = send(index), send(rows.position)
-    position = torch.zeros_like(index).scatter_(0, to_device(slot, index.device), position)
-    return Layout(index, position.view(rows.samples, longest), slot, None, longest, None)
+    index, there = send(index), to_device(slot, device or slot.device)
+    spread = lambda of: of.new_zeros(len(index)).scatter_(0, there, of).view(rows.samples, longest)
+    weight = None if rows.weight is None else spread(rows.weight)
+    return Layout(index, spread(send(rows.position)), slot, None, longest, None, weight)
 
 
 def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:

@@ -16,7 +16,7 @@ This file knows nothing of tensors or models.
 import copy
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .util import require, require_known
 
@@ -38,6 +38,7 @@ class Plan:
     distill: float = 0.0  # weight of KL(teacher || student), in slow plans only
     layers: tuple[int, ...] | None = None  # the LLM layers that run; None means all
     answer_keep: float = 1.0  # share of the answer tokens
+    weigh: bool = True  # whether kept tokens may weigh as many as they stand for
     measure: bool = False  # whether the step measures how much each layer changes the answer tokens
 
     def __post_init__(self):
@@ -147,8 +148,19 @@ class PeriodicSchedule(DualSpeedSchedule):
         return int((step + 1) * self.slow + 1e-9) > int(step * self.slow + 1e-9)
 
 
+class LateWeights(Stateful):
+    """A part of `Combined`: before step `after`, kept tokens have no weights."""
+
+    def __init__(self, after: int):
+        self.after = after
+
+    def change(self, plan: Plan, step: int) -> Plan:
+        return replace(plan, weigh=step >= self.after)
+
+
 class Combined(Schedule):
-    """A schedule with parts that let its steps leave out more, such as layers (`sts.py`) or answers (`regate.py`).
+    """A schedule with parts that let its steps leave out more, such as layers (`sts.py`) or answers (`regate.py`),
+    or that change them in other ways.
 
     Each part in turn changes the plan, `part.change(plan, step)`, and is as pure as a schedule. It has `observe`,
     `state_dict` and `load_state_dict` as well.

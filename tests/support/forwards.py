@@ -51,8 +51,12 @@ def backward(model: nn.Module, batch: dict, **how) -> tuple[Tensor, dict[str, Te
     return loss.detach(), tiny.gradients(model)
 
 
-def fast_by_hand(hf: nn.Module, batch: dict, isolator: Tensor, positions: str) -> tuple[Tensor, Tensor]:
-    """(logits, targets) at the answer rows of a fast step: one sample at a time, through transformers' own LLM."""
+def fast_by_hand(
+    hf: nn.Module, batch: dict, isolator: Tensor, positions: str, weights: list[list[float]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(logits, targets) at the answer rows of a fast step: one sample at a time, through transformers' own LLM.
+    `weights` are added to the scores of each image's kept rows, in a mask."""
+    weights = iter([w for image in weights or () for w in image])
     rows_of = {}  # of each kind of placeholder: its feature rows, whether they stay, and whether they begin an image
     for placeholder, images in ((tiny.IMAGE, features_of(hf, batch)), (tiny.VIDEO, videos_of(hf, batch))):
         every = zip(images, kept_of(hf, images), strict=True)
@@ -60,7 +64,7 @@ def fast_by_hand(hf: nn.Module, batch: dict, isolator: Tensor, positions: str) -
     logits, targets = [], []
     for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         ids, labels = ids[mask.bool()].tolist(), labels[mask.bool()].tolist()
-        rows, places, answers = [], [], []
+        rows, places, answers, heavy = [], [], [], {}
         for i, token in enumerate(ids):
             if token in rows_of:
                 row, stays, begins = next(rows_of[token])
@@ -68,6 +72,7 @@ def fast_by_hand(hf: nn.Module, batch: dict, isolator: Tensor, positions: str) -
                     rows += list(isolator)
                     places += [i] * len(isolator)
                 if stays:
+                    heavy[len(rows)] = next(weights, 0.0)
                     rows.append(row)
                     places.append(i)
             else:
@@ -78,6 +83,7 @@ def fast_by_hand(hf: nn.Module, batch: dict, isolator: Tensor, positions: str) -
         how = {"inputs_embeds": torch.stack(rows)[None], "use_cache": False}
         if positions == "original":  # an explicit mask, or transformers takes the gaps for borders of documents
             causal = torch.full((len(rows), len(rows)), torch.finfo(torch.float32).min).triu(1)
+            causal[:, list(heavy)] += torch.tensor(list(heavy.values()))
             how |= {"position_ids": torch.tensor([places]), "attention_mask": causal[None, None]}
         hidden = hf.model.language_model(**how).last_hidden_state
         logits.append(hf.lm_head(hidden[0, [row for row, _ in answers]]))

@@ -27,6 +27,8 @@ SMALL_GPU = {  # ways to fit a small GPU
         "data.workers=2",
         "train.checkpointing=on",
         "train.row_budget=120",
+        "dualspeed.weights=cells",
+        "dualspeed.weights_after=1",
     ),
     "fp16": ("model.precision=fp16", "lora.rank=4", "train.optimizer=adamw8bit", "model.quantise=nf4"),
     # Ten records, five a step: killed at the end of an epoch, and again in the middle of the next.

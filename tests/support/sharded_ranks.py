@@ -60,6 +60,8 @@ CASES = {
     "llava_next glances idle": ("dualspeed.plugin=tokenlearner", "lora.rank=4", "train.batch=3", "train.row_budget=1"),
     "llava_next dynamic lora": ("dualspeed.plugin=dynamicvit", "lora.rank=4"),
     "llava bf16 glances": ("model.precision=bf16", "dualspeed.plugin=tokenlearner"),
+    "llava weighted": ("dualspeed.weights=cells", "train.row_budget=60"),
+    "llava bf16 weighted": ("dualspeed.weights=cells", "model.precision=bf16", "lora.rank=4"),
     "llava_next merging": ("dualspeed.plugin=tome",),
     "llava_next skipping idle": ("lora.rank=4", "train.batch=3", "train.row_budget=1"),
 }

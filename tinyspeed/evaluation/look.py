@@ -4,7 +4,8 @@
 
 Accuracy says how good a plugin is, and a look at what it keeps says why. Every panel shows the picture as the model
 gets it, resized and cropped, with the kept cells bright and the others dimmed. If a plugin merges tokens, a cell shows
-the mixture of cells that stands for it in the merged tokens.
+the mixture of cells that stands for it in the merged tokens. With `cells`, a cell that is pruned shows the kept one
+that is most like it: that is what `dualspeed.weights = "cells"` counts.
 
 What the plugins see depends on `tower`:
 - a LLaVA (folder or hub id): its projected features, as in training. Of LLaVA-NeXT only the base view, where a cell is
@@ -44,6 +45,7 @@ def look(
     keep: float = 0.1,
     tower: str | None = None,
     seed: int = 0,
+    cells: bool = False,
 ) -> dict[str, list[int]]:
     """Draws to `out` which cells of `image` each plugin keeps, and returns them, numbered in raster order.
     Default for `plugins`: all that need no training and whose signals the tower gives."""
@@ -68,7 +70,10 @@ def look(
     names = _untrained(given) if plugins is None else names
     found = {name: pruning.choose(name, features[None], **how) for name in names}
     source = "plain colour patches (no model)" if tower is None else f"features of {Path(tower).name or tower}"
-    save(_draw(f"{_short(Path(image).name, 30)}: {_short(source, 45)}", shown, rows, columns, found), out)
+    nearest = {}
+    if cells:
+        nearest = {name: pruning.cells(features[None].float(), kept.index)[0] for name, kept in found.items()}
+    save(_draw(f"{_short(Path(image).name, 30)}: {_short(source, 45)}", shown, rows, columns, found, nearest), out)
     return {name: kept.index[0].tolist() for name, kept in found.items()}
 
 
@@ -83,13 +88,19 @@ def _short(text: str, most: int) -> str:
 # The drawing
 
 
-def _draw(title: str, shown: np.ndarray, rows: int, columns: int, found: dict[str, pruning.Kept]):
+def _draw(
+    title: str, shown: np.ndarray, rows: int, columns: int, found: dict[str, pruning.Kept], nearest: dict[str, Tensor]
+):
     panels = [("as the plugins see it", shown, [])]
     for name, kept in found.items():
         cells = kept.index[0].tolist()
         label = f"{name} {len(cells)} of {rows * columns}"
         if kept.weight is None:
-            panels.append((label, shade(shown, cells, rows, columns), cells))
+            if nearest:
+                pixels = stand_in(shown, kept.index[0][nearest[name]], rows, columns)
+            else:
+                pixels = shade(shown, cells, rows, columns)
+            panels.append((label, pixels, cells))
         else:
             panels.append((label, melt(shown, kept.weight[0].numpy(), rows, columns), []))
     across = math.ceil(math.sqrt(len(panels))) if len(panels) > 4 else len(panels)
@@ -130,6 +141,13 @@ def melt(picture: np.ndarray, weight: np.ndarray, rows: int, columns: int) -> np
     held = weight.sum(0)[:, None]
     shown = np.where(held > 0, (weight.T @ mixed) / np.maximum(held, 1e-9), DIM * cells)
     return shown.reshape(rows, columns, high, wide, 3).swapaxes(1, 2).reshape(picture.shape)
+
+
+def stand_in(picture: np.ndarray, by: Tensor, rows: int, columns: int) -> np.ndarray:
+    """Returns `picture` (H, W, 3) with the cell by[i] in the place of each cell i."""
+    high, wide = picture.shape[0] // rows, picture.shape[1] // columns
+    cells = picture.reshape(rows, high, columns, wide, 3).swapaxes(1, 2).reshape(rows * columns, high, wide, 3)
+    return cells[by.numpy()].reshape(rows, columns, high, wide, 3).swapaxes(1, 2).reshape(picture.shape)
 
 
 def _outline(ax, kept: Sequence[int], rows: int, columns: int, shape: tuple[int, ...]) -> None:

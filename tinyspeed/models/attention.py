@@ -7,12 +7,20 @@ through its layers (and through activation checkpointing) and arrives here. With
 Transformers would otherwise guess the packing from position ids: it reads any step other than +1 as a new document, and
 `original` positions make such a step at every pruned row. It would also build masks, (R, R) for a packed batch, which
 forbid the fast kernels.
+
+Rows with a weight w (`pruning/weights.py`) need no mask either. The weight is one more column of the product,
+
+    q' = [q | 1 1],  k' = [k | hi lo],  hi + lo = w / scale    so    scale q' k' = scale q k + w
+
+in two parts, since half precision would round it, filled up to the widths that kernels take. `v` gets zeros.
 """
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -49,6 +57,13 @@ def rows_attention(
     and returns (B, rows, heads, width)."""
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+    if rows.weight is not None:
+        width, scaling = query.shape[-1], scaling or query.shape[-1] ** -0.5
+        weighted = weigh(query, key, value, rows.weight / scaling)
+        out, _ = rows_attention(
+            module, *weighted, None, dropout=dropout, scaling=scaling, rows=replace(rows, weight=None)
+        )
+        return out[..., :width], None
     how = {"dropout": dropout, "scaling": scaling, "is_causal": True}
     if rows.cu_seqlens is None:
         return sdpa_attention_forward(module, query, key, value, None, **how)
@@ -67,6 +82,18 @@ def rows_attention(
         if b > a
     ]
     return torch.cat(parts, dim=1), None
+
+
+def weigh(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Widens what attention takes, so that `weight` (1 or B, rows) is added to each product with a key."""
+    high = weight.bfloat16().to(weight.dtype)  # which no precision rounds
+    columns = torch.stack([high, weight - high], -1)[:, None].to(key.dtype)
+    more = 2 + -(query.shape[-1] + 2) % 8
+    columns = pad(columns, (0, more - 2)).expand(*key.shape[:3], more)
+    ones = pad(query.new_ones(1, 1, 1, 2), (0, more - 2)).expand(*query.shape[:3], more)
+    return torch.cat([query, ones], -1), torch.cat([key, columns], -1), pad(value, (0, more))
 
 
 AttentionInterface.register(NAME, rows_attention)

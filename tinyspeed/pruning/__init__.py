@@ -27,12 +27,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..util import NotFinite, UserError, require
+from ..util import NotFinite, UserError, require, require_known
 from ..util.sending import to_device
 from . import cls_attention, coverage, divprune, dpp, dynamicvit, pool, random_and_grid, tokenlearner, tome, visionzip  # noqa: F401
 from .registry import Entry, entry, names, register, works_with
+from .weights import WEIGHTS, cells, sizes
 
-__all__ = ["Kept", "choose", "entry", "keep_count", "make", "names", "register", "select", "works_with"]
+__all__ = [
+    "WEIGHTS", "Kept", "cells", "choose", "entry", "keep_count", "make", "names", "register", "select", "works_with",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Kept:
     counts: Tensor  # (B,)
     weight: Tensor | None = None  # (B, K, N): token k is weight[k] @ features; None: token index[k] as it is
     loss: Tensor | None = None  # (B,) a learned plugin's own loss, to be added to the step's
+    sizes: Tensor | None = None  # (B, K): how many tokens each stands for; None: 1
 
 
 def keep_count(keep: float, n: int) -> int:
@@ -70,6 +74,7 @@ def choose(
     signals: Mapping[str, Tensor] | None = None,
     square: bool = True,
     module: nn.Module | None = None,
+    weights: str = "none",
 ) -> Kept:
     """What plugin `name` makes of each image.
 
@@ -77,6 +82,7 @@ def choose(
     `mask` (B, N) says which tokens may be kept. `seed` is for plugins that draw. `signals`, each (B, N) or (B, N, C),
     are what some plugins need beside the features; a plugin ignores those that it did not declare. `square`: m * m
     tokens are one picture, m by m, and not several in one list. `module`: the learned plugin, by default a new one.
+    `weights`: what the tokens that stay stand for (`weights.py`).
 
     `candidates`: how many tokens of each image the mask allows. A caller who knows need not wait for a GPU, and has to
     find out otherwise whether features or signals there are NaN or infinite.
@@ -86,6 +92,7 @@ def choose(
     shape = tuple(features.shape)
     fits = features.dim() == 3 and features.is_floating_point() and 0 not in shape
     require(fits, f"features must be a float tensor (images, tokens, width), got {shape}")
+    require_known("kind of weights", weights, WEIGHTS)
     checked = candidates is None or features.device.type == "cpu"
     features = _in_range(features, checked)
     batch, n, width = shape
@@ -114,7 +121,7 @@ def choose(
     with torch.autocast(features.device.type, enabled=False), torch.set_grad_enabled(graph):
         how = {"sizes": [*zip(candidates, counts, strict=True)], "square": square, "seed": seed, **beside}
         made = plugin(features, most=most, valid=valid, counts=counts_, **how)
-        index, weight, loss = (made, None, None) if isinstance(made, Tensor) else made
+        index, weight, loss, *own = (made, None, None) if isinstance(made, Tensor) else made
         if weight is not None:
             require(bool(found.merges), f'the plugin {name!r} returns weights: register it with merges="features"')
             if any(keeps_all):  # the others are merged; these keep every token as it is
@@ -126,7 +133,13 @@ def choose(
         index = index.masked_fill(beyond, -1)  # ... and -1 cannot be gathered by mistake
         if weight is not None:
             weight = weight.gather(1, order[:, :, None].expand_as(weight)).masked_fill(beyond[:, :, None], 0)
-    return Kept(index, counts_, weight, loss)
+        if weights == "none":
+            return Kept(index, counts_, weight, loss)
+        if own and weights == "cells":
+            stands_for = own[0].detach().gather(1, order).masked_fill(beyond, 0)
+        else:
+            stands_for = sizes(weights, features, valid, index, None if weight is None else weight.detach())
+    return Kept(index, counts_, weight, loss, stands_for)
 
 
 def _in_fp32(module: nn.Module, features: Tensor, **how):

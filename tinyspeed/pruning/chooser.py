@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import pruning
-from ..util import UserError, require
+from ..util import UserError, require, require_known
 from ..util.sending import to_device
 from . import signals as tower_signals
 
@@ -36,10 +36,11 @@ if TYPE_CHECKING:  # the models import the pruning room, and not the other way r
 class Chooser(nn.Module):
     """The plugin `name`, with its parameters if it has any, for the images of one model."""
 
-    def __init__(self, vlm: "Family", name: str, keep: float, seed: int):
+    def __init__(self, vlm: "Family", name: str, keep: float, seed: int, weights: str = "none"):
         super().__init__()
         tower_signals.require_signals(vlm, name)
-        self.vlm, self.name, self.seed, self.plugin = vlm, name, seed, pruning.entry(name)
+        require_known("kind of weights", weights, pruning.WEIGHTS)
+        self.vlm, self.name, self.seed, self.plugin, self.weights = vlm, name, seed, pruning.entry(name), weights
         self.learned = pruning.make(name, vlm.hidden_size, pruning.keep_count(keep, vlm.most_rows), seed)
 
     def switch(self, name: str) -> None:
@@ -58,11 +59,12 @@ class Chooser(nn.Module):
 
     def forward(
         self, images: list[Tensor], shown: list[Tensor], keep: float, signals: Mapping[str, list[Tensor]],
-        step: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        step: int | None, weigh: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Chooses among the feature rows (rows, width) of one image or more. `keep` is a share of an image's patches:
         rows that are not `shown`, as newlines, never stay. Returns how many rows of each image stay and, on the device,
-        which (`rows.prune`); what stands in their places; and a learned plugin's loss of each image."""
+        which (`rows.prune`); what stands in their places; how many rows each stands for, if they `weigh` and that is
+        not 1; and a learned plugin's loss of each image."""
         if step is None and self.training and self.plugin.draws:
             raise UserError(f"the plugin {self.name!r} draws anew in each step: which is it? Set model.step")
         pad = functools.partial(pad_sequence, batch_first=True)
@@ -72,6 +74,7 @@ class Chooser(nn.Module):
         choice = pruning.choose(
             self.name, features, keep=keep, mask=send(pad(shown)), candidates=candidates, signals=beside,
             square=self.vlm.square, seed=self.seed + (step or 0), module=self.learned,
+            weights=self.weights if weigh else "none",
         )  # fmt: skip
         sizes, counts = [len(image) for image in images], [pruning.keep_count(keep, n) for n in candidates]
         kept = torch.cat([torch.arange(n) < count for n, count in zip(sizes, counts, strict=True)])
@@ -88,7 +91,8 @@ class Chooser(nn.Module):
             rows = self.vlm.projector(torch.cat(signals["tower"]).index_select(0, chosen))
         else:
             rows = torch.cat(images).index_select(0, chosen)
-        return kept, chosen, rows.to(features.dtype), choice.loss
+        stand_for = None if choice.sizes is None else choice.sizes.flatten().index_select(0, filled)
+        return kept, chosen, rows.to(features.dtype), stand_for, choice.loss
 
     def zero_loss(self) -> Tensor | float:
         """Returns the sum of 0 times every parameter."""

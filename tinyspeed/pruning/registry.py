@@ -28,7 +28,8 @@ from ..util import UserError, require, require_known
 # (candidates, count) of each image as Python numbers; square, whether m * m rows are a picture; seed; and its signals.
 # It returns index (B, most): the first counts[b] columns are the picks of image b, in any order; the rest is ignored.
 # Or it returns (index, weight, loss): weight (B, most, N) or None has a line for each column of index, and loss (B,) or
-# None is a learned plugin's own.
+# None is a learned plugin's own. Or (index, weight, loss, sizes): sizes (B, most) says how many tokens each pick stands
+# for, see `weights.py`.
 Plugin = TypeVar("Plugin", bound=Callable)
 
 

@@ -4,7 +4,15 @@ answers stay (ReGATE). DualSpeed prunes in both stages; STS compresses rows whil
 
 from ..adaptive import AdaptiveSchedule
 from ..regate import Cycle
-from ..scheduler import Combined, DualSpeedSchedule, FastSchedule, FullSchedule, PeriodicSchedule, Schedule
+from ..scheduler import (
+    Combined,
+    DualSpeedSchedule,
+    FastSchedule,
+    FullSchedule,
+    LateWeights,
+    PeriodicSchedule,
+    Schedule,
+)
 from ..sts import LayerSkipper
 from . import Recipe
 
@@ -35,4 +43,6 @@ def schedule_of(recipe: Recipe, stage: str, depth: int) -> Schedule:
     schedule, skipper = rows_schedule(recipe, stage), skipper_of(recipe, stage, depth)
     gates = stage == "train" and recipe.regate.keep < 1
     parts = [*([skipper] if skipper else []), *([Cycle(recipe.regate)] if gates else [])]
+    if stage == "train" and recipe.dualspeed.weights_after:
+        parts.append(LateWeights(recipe.dualspeed.weights_after))
     return Combined(schedule, *parts) if parts else schedule

@@ -151,6 +151,9 @@ class DualSpeedSection:
     distill: float = 1.0  # Weight of slow steps' distillation loss; 0 = none, which saves the teacher's forward.
     temperature: float = 1.0  # Temperature of the distillation loss; above 1 it softens teacher and student alike.
     positions: str = "original"  # "original": kept tokens keep their places; "compact": they close up, as published.
+    weights: str = "none"  # What a kept token weighs in attention: "uniform", or "cells": the tokens nearest to it.
+    power: float = 1.0  # That number to this power; 0 = no weights.
+    weights_after: int = 0  # Steps without weights at the beginning.
     layout: str = "auto"  # Samples "padded" to one length, "packed" end to end, or "auto": whichever is cheaper.
 
     def __post_init__(self):
@@ -162,12 +165,14 @@ class DualSpeedSection:
             AdaptiveSchedule(self.slow, self.keep, self.distill)  # refuses what it cannot follow
         # Far outside of this range fp32 cannot hold the scaled logits, or cannot tell them apart.
         require_range(self, "dualspeed.", isolator=(0, 4096), temperature=(0.01, 100))
+        require_range(self, "dualspeed.", power=(0, 1), weights_after=(0, LARGEST))
         defaults = type(self)
-        if (self.plugin, self.positions, self.layout) != (defaults.plugin, defaults.positions, defaults.layout):
+        if any(getattr(self, key) != getattr(defaults, key) for key in ("plugin", "positions", "weights", "layout")):
             from .. import pruning, rows  # here, for they import torch: other mistakes are named without it
 
             require_known("dualspeed.plugin", self.plugin, pruning.names())
             require_known("dualspeed.positions", self.positions, rows.POSITIONS)
+            require_known("dualspeed.weights", self.weights, pruning.WEIGHTS)
             require_known("dualspeed.layout", self.layout, rows.LAYOUTS)
 
 

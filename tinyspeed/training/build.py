@@ -112,7 +112,8 @@ def wrap(recipe: Recipe, plain: nn.Module) -> DualSpeed:
     if recipe.lora.rank:
         plain = lora.add_lora(plain, **asdict(recipe.lora), seed=recipe.run.seed, views=recipe.dualspeed.views)
     settings, schedule = recipe.dualspeed, schedule_of(recipe, "train", plain.config.text_config.num_hidden_layers)
-    how = {name: getattr(settings, name) for name in ("isolator", "views", "temperature", "positions", "layout")}
+    names = ("isolator", "views", "temperature", "positions", "weights", "power", "layout")
+    how = {name: getattr(settings, name) for name in names}
     keep = max(settings.keep, recipe.sts.compress)  # the larger stage's: a learned plugin serves both
     model = DualSpeed(plain, plugin=settings.plugin, keep=keep, schedule=schedule, seed=recipe.run.seed, **how)
     if settings.isolator_from:

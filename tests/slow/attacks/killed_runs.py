@@ -48,7 +48,7 @@ SYSTEMS = {
     "adaptive": ("dualspeed.schedule=adaptive",),
     "sts": LAYERS,
     "regate": ANSWERS,
-    "all of it": ("dualspeed.schedule=adaptive", *LAYERS, *ANSWERS),
+    "all of it": ("dualspeed.schedule=adaptive", "dualspeed.weights=cells", *LAYERS, *ANSWERS),
     "pictures": (),  # PICTURES
 }
 PICTURES = (
