@@ -21,6 +21,7 @@ def walk() -> list[Case]:
             POSITIONS, gpu_cases.LAYOUTS, (*gpu_cases.TUNING, "lora", "qlora"),
             (*gpu_cases.SYSTEMS, "sts", "views", "none"),
             ("fp32",) * 7 + ("bf16",) * 4, (False,) * 11 + (True,) * 2,
+            pruning.WEIGHTS + pruning.WEIGHTS[:1] * 14,
         )
     ]  # fmt: skip
     modes = [*itertools.product(pruning.names(), ("fast", "slow")), *[("divprune", "full")] * 7]

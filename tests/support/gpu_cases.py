@@ -38,6 +38,7 @@ class Case:
     system: str = "none"
     precision: str = "fp32"
     sent: bool = False  # whether the whole batch is on the GPU, as Trainer sends it
+    weights: str = "none"
 
     @property
     def possible(self) -> bool:
@@ -68,6 +69,7 @@ def cases() -> st.SearchStrategy[Case]:
     return st.builds(
         Case, choose(EVERY), choose(pruning.names()), choose(MODES), choose(POSITIONS), choose(LAYOUTS),
         choose(TUNING), choose(SYSTEMS), choose(["fp32", "fp32", "bf16"]), st.booleans(),
+        choose(pruning.WEIGHTS),
     ).filter(lambda case: case.possible)  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def model_of(case: Case) -> DualSpeed:
                 if "lora_B" in name:
                     p.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
     how = {"plugin": case.plugin, "positions": case.positions, "layout": case.layout, "views": case.system == "views"}
-    model = DualSpeed(net, keep=0.3, isolator=2, **how)
+    model = DualSpeed(net, keep=0.3, isolator=2, weights=case.weights, **how)
     stages.set_trainable(model.model, "train")
     model.step = 3
     return model.train()
