@@ -427,6 +427,10 @@ KERNELS = {
     torch.ops.torch_attn._varlen_attn.default: _packed,
     torch.ops.torch_attn._varlen_attn_backward.default: _packed_backward,
 }
+# CUDA has a kernel for it. Without one, torch makes it of five operations, whose results are alive together. This one
+# says that there is a kernel, and is never called: `Pretend` comes first.
+_kernels = torch.library.Library("aten", "IMPL")
+_kernels.impl("silu_backward", lambda *given: None, "CUDA")
 
 _plain_attention = torch.nn.functional.scaled_dot_product_attention
 

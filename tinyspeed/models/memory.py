@@ -15,7 +15,8 @@ which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers take 4.8 GiB. That is why
 
 Where CPU and GPU differ, the formulas follow the GPU: packed attention repeats grouped keys, masks are bytes, norms of
 the tower return fp32. RESERVE and MARGIN stand for the CUDA context and the gaps between the allocator's blocks. The
-tests compare the formulas with what autograd saves in real steps, and with what is alive at their peak.
+tests compare the formulas with what autograd saves in real steps, with what is alive at their peak, and with replays of
+every recipe in its true size (`tutorials/guide/memory.md`).
 """
 
 import bisect

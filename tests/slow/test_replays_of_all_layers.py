@@ -1,0 +1,55 @@
+"""Replays of true shapes: a few layers tell of all, the published numbers are those of today's code, and the formula of
+FLOPs agrees. That the memory formulas agree with the published numbers is in tests/docs/test_replays.py."""
+
+import json
+
+import pytest
+import replays
+from support import pretend_cuda
+from support.replay import cut, deeper, replay, steps
+
+from tinyspeed.bench import estimate, step
+from tinyspeed.models import published
+from tinyspeed.models.memory import Settings, Shape
+
+pytestmark = pytest.mark.skipif(bool(pretend_cuda.unavailable()), reason=pretend_cuda.unavailable() or "available")
+STEPS = json.loads((replays.RESULTS / "replays-memory.json").read_text(encoding="utf-8"))["recipes"]
+
+
+def replayed(name, stage, mode, layers):
+    chosen, case, config = replays.case_of(name)
+    (found,) = [f for f in STEPS if (f["recipe"], f["stage"], f["mode"]) == (name, stage, mode)]
+    how = {name: found[name] for name in ("samples", "recompute")}
+    return replay(chosen, stage, mode, cut(config, layers), case.samples[0], **how)
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        ("llava-1.5-7b-stage1", "align", "fast"),
+        ("llava-1.5-7b-lora-24gb", "train", "slow"),  # recomputes
+        ("llava-1.5-7b-stage2-lora", "train", "slow"),
+        ("llava-next-7b-qlora-12gb", "train", "fast"),  # most is alive before the LLM runs
+        ("llava-1.5-7b-stage2", "train", "fast"),
+    ],
+)
+def test_two_and_three_layers_tell_of_thirty_two(of):
+    """And are what was published."""
+    two, three, whole = (replayed(*of, layers) for layers in (*replays.DEPTHS, 32))
+    assert deeper(two, three, 32).peak == pytest.approx(whole.peak, rel=0.0001)
+    (found,) = [f for f in STEPS if (f["recipe"], f["stage"], f["mode"]) == of]
+    assert whole.peak == pytest.approx(found["peak"], rel=0.001)
+
+
+@pytest.mark.parametrize("family", ["1.5", "next"])
+def test_flops_are_those_that_are_estimated(family):
+    """By the formulas that `estimate`, the planner and the promises use."""
+    config, samples = cut(published.config_of("7b", family), 2), step.samples_of("128", 4, family)
+    done = steps("7b", family, 2, 4, "128")
+    s = Settings("bf16", rank=64)
+    for mode in ("full", "fast", "slow"):
+        counted = sum(operation.flops * n for operation, n in done[mode].items())
+        said = sum(estimate.flops(Shape(config), s, mode, sample, False) for sample in samples)
+        assert said == pytest.approx(counted, rel=0.03), mode
+    counted = sum(operation.flops * n for operation, n in done["hf"].items())
+    assert counted > 1.2 * sum(operation.flops * n for operation, n in done["full"].items())  # recomputes
