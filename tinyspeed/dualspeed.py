@@ -18,7 +18,7 @@ tenth of the steps, slow ones take a quarter to a third of the time, so a run is
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,8 @@ class DualSpeed(DropIn):
         pixel_values_videos: Tensor | None = None,
         image_sizes_videos: Tensor | None = None,
         batch_num_images: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         tower_features: Tensor | None = None,
         labels: Tensor | None = None,
         answers: Tensor | None = None,
@@ -120,7 +122,7 @@ class DualSpeed(DropIn):
         given = {  # by name in the signature, because Trainer looks there for the columns to keep
             "pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos,
             "image_sizes_videos": image_sizes_videos, "batch_num_images": batch_num_images,
-            "tower_features": tower_features,
+            "image_grid_thw": image_grid_thw, "mm_token_type_ids": mm_token_type_ids, "tower_features": tower_features,
         }  # fmt: skip
         visual = {name: value for name, value in given.items() if value is not None}
         if not self.training and plan is None:
@@ -141,7 +143,8 @@ class DualSpeed(DropIn):
         features, recorded, zero_gradient_rows = self._encode(visual, plan)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
-        full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
+        places = self.vlm.positions(input_ids, attention_mask, visual)
+        full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths, places)
         rows_full = len(full)
         if answers is not None:
             full = rows.skip_answers(full, labels, answers, self.positions)
@@ -227,7 +230,13 @@ class DualSpeed(DropIn):
         words = self.get_input_embeddings()(to_device(ids.flatten()[index], self.device))
         kind = attention.choose_layout(words, run) if self.layout == "auto" else self.layout
         layout = rows.lay_out(run, kind, words.device)
-        table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
+        width = self.vlm.hidden_size
+        table = torch.cat([words, *(part[:, :width].to(words.dtype) for part in visual)])
+        if most := max(part.shape[1] for part in visual) - width:  # what deeper layers add; nothing to the isolator
+            beyond = [nn.functional.pad(part[:, width:], (0, width + most - part.shape[1])) for part in visual]
+            where = (run.source >= len(index)).nonzero()[:, 0]
+            slots, these = (to_device(of[where], words.device) for of in (layout.slot, run.source - len(index)))
+            layout = replace(layout, deep=(slots, torch.cat(beyond).index_select(0, these)))
         return table.index_select(0, layout.index), layout
 
     def _loss(self, hidden: Tensor, target: Tensor, teacher: Tensor | None, plan: Plan) -> tuple[Tensor, dict]:
