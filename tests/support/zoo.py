@@ -29,11 +29,11 @@ from tinyspeed.rows import IGNORE
 
 IMAGE, VIDEO, START, END, BREAK = range(VOCAB, VOCAB + 5)  # behind the text
 WORDS = VOCAB + 5
-TEXTS = dict(
-    vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, bos_token_id=BOS, pad_token_id=PAD,
-    tie_word_embeddings=False,
-)  # fmt: skip
+TEXTS = {
+    "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096, "bos_token_id": BOS,
+    "pad_token_id": PAD, "tie_word_embeddings": False,
+}  # fmt: skip
 
 
 class Qwen2:
