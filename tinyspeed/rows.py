@@ -27,7 +27,7 @@ and that is most of what the two modes disagree about. A position is one number,
 
 The CPU computes the rows, so that no step waits for a GPU. It knows how many features of each image a plugin keeps, and
 the table has these side by side. Which ones they are matters only for `original` positions, so those alone are looked
-up on the device.
+up on the device; and for images with text between their rows, for which the CPU waits.
 
 Layouts: `padded` is (B, S') with padding on the right. `packed` is (1, R), all samples end to end, and `cu_seqlens`
 says where each begins. Attention is causal within a sample in both. So a padded batch needs no mask: padding comes
@@ -135,13 +135,16 @@ def prune(
 
     `kept` (V,) says which features stay. All text rows stay. `isolator` rows come in front of each image's rows. If
     only the device knows which features stay, `kept` says how many of each image do, any of them, and `chosen` (K,)
-    has, on the device, those that do, in ascending order. `weight` (K,), there too: see `Rows`.
+    has, on the device, those that do, in ascending order. `weight` (K,), there too: see `Rows`. Where text stands amid
+    an image's rows, the order of the rows depends on which stay, so the CPU has to wait for `chosen`.
     """
     visual = (rows.image >= 0).nonzero()[:, 0]
     number = rows.image[visual]
     begins = torch.ones_like(number, dtype=torch.bool)
     begins[1:] = number[1:] != number[:-1]
     first = torch.zeros(len(rows), dtype=torch.bool).index_fill_(0, visual[begins], True)  # of each image
+    if chosen is not None and (visual.diff() > 1)[~begins[1:]].any():
+        kept, chosen = torch.zeros_like(kept).index_fill_(0, chosen.cpu(), True), None
     in_table = torch.cat([kept.new_ones(words), kept])
     stays, rank = in_table[rows.source], in_table.cumsum(0) - 1
 

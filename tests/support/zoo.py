@@ -14,6 +14,12 @@ from support import tiny
 from support.tiny import BOS, IMG, PAD, TEXT, VOCAB
 from torch import Tensor, nn
 from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -22,6 +28,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from tinyspeed import pruning
@@ -57,22 +65,24 @@ class Qwen2:
         grid = torch.tensor([[1, high, wide]])
         return [START, *[IMAGE] * (high * wide // 4), END], {"pixel_values": pixels, "image_grid_thw": grid}
 
-    def collated(self, pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: torch.cat([picture[name] for picture in pictures]) for name in pictures[0]}
+    def collated(self, pictures: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """The tensors of a batch, of the pictures of each sample."""
+        every = [picture for its in pictures for picture in its]
+        return {name: torch.cat([picture[name] for picture in every]) for name in every[0]}
 
     def whole(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with what the processor adds and a training loop may leave out."""
         return {**batch, "mm_token_type_ids": (batch["input_ids"] == IMAGE).int()}
 
-    def features(self, hf: nn.Module, batch: dict) -> list[list[Tensor]]:
-        """Of each image: its features, and those for the LLM's first layers."""
-        out = hf.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
-        return [list(parts) for parts in zip(out.pooler_output, *getattr(out, "deepstack_features", []), strict=True)]
+    def features(self, hf: nn.Module, picture: dict[str, Tensor]) -> list[Tensor]:
+        """A picture's features, and those for the LLM's first layers."""
+        out = hf.get_image_features(**picture)
+        return [torch.cat([*part]) for part in (out.pooler_output, *getattr(out, "deepstack_features", []))]
 
-    def places(self, ids: list[int], grids: list[list[int]]) -> list[list[int]]:
-        """The (time, height, width) of each token."""
-        places, at, grids = [], 0, list(grids)
-        i = 0
+    def places(self, ids: list[int], pictures: list[dict[str, Tensor]]) -> list:
+        """The (time, height, width) of each token, or its number alone."""
+        grids = [grid for picture in pictures for grid in picture["image_grid_thw"].tolist()]
+        places, at, i = [], 0, 0
         while i < len(ids):
             if ids[i] != IMAGE:
                 places.append([at] * 3)
@@ -106,7 +116,105 @@ class Qwen3Moe(Qwen3):
     text = {**Qwen2.text, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
-KINDS = {"qwen2_vl": Qwen2(), "qwen2_5_vl": Qwen25(), "qwen3_vl": Qwen3(), "qwen3_vl_moe": Qwen3Moe()}
+class Intern(Qwen2):
+    """Pictures of one to three crops, each of four rows, in one run."""
+
+    config, model = InternVLConfig, InternVLForConditionalGeneration
+    vision = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+        "image_size": [16, 16], "patch_size": [4, 4],
+    }  # fmt: skip
+    tower, projectors = "vision_tower", ("multi_modal_projector",)
+    ids: dict = {"image_token_id": IMAGE}
+    text = {"model_type": "qwen2"}
+
+    def made(self, layers: int = 3, **more):
+        text = {**TEXTS, **self.text, "num_hidden_layers": layers, **more}
+        return self.config(text_config=text, vision_config=self.vision, **self.ids)
+
+    def picture(self, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        crops = int(torch.randint(1, 4, (), generator=generator))
+        pixels = torch.randn(crops, 3, 16, 16, generator=generator)
+        return [START, *[IMAGE] * (4 * crops), END], {"pixel_values": pixels}
+
+    def whole(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
+    def places(self, ids: list[int], pictures: list[dict[str, Tensor]]) -> list:
+        return [*range(len(ids))]
+
+
+class Smol(Intern):
+    """Pictures of a run for each of two crops, or of none, and a run for the whole."""
+
+    config, model = SmolVLMConfig, SmolVLMForConditionalGeneration
+    vision = {**Intern.vision, "image_size": 16, "patch_size": 4}
+    tower, projectors = "vision_model", ("connector",)
+    text = {"model_type": "llama"}
+    ids = {"image_token_id": IMAGE, "scale_factor": 2}
+
+    def picture(self, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        crops = 2 * int(torch.randint(2, (), generator=generator))
+        pixels = torch.randn(1, crops + 1, 3, 16, 16, generator=generator)
+        mask = torch.ones(1, crops + 1, 16, 16, dtype=torch.long)
+        mask[:, :-1, :, 12:] = 0  # the crops are narrower than the tower's picture
+        ids = [token for crop in range(crops) for token in (START, TEXT + crop, *[IMAGE] * 4)]
+        return [*ids, START, END, *[IMAGE] * 4, START], {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+    def collated(self, pictures: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        names = next(picture for its in pictures for picture in its)
+        most = max(sum(picture["pixel_values"].shape[1] for picture in its) for its in pictures)
+        batch = {}
+        for name, like in names.items():
+            batch[name] = like.new_zeros(len(pictures), most, *like.shape[2:])
+            for line, its in zip(batch[name], pictures, strict=True):
+                for crop, of in zip(line, (crop for picture in its for crop in picture[name][0]), strict=False):
+                    crop.copy_(of)
+        return batch
+
+
+class Idefics(Smol):
+    config, model = Idefics3Config, Idefics3ForConditionalGeneration
+
+
+class Mistral(Intern):
+    """Pictures of lines of rows with a break behind each, the last of which is an end."""
+
+    config, model = Mistral3Config, Mistral3ForConditionalGeneration
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
+        "intermediate_size": 32, "image_size": 32, "patch_size": 4,
+    }  # fmt: skip
+    ids = {"image_token_index": IMAGE, "spatial_merge_size": 2}
+    text = {"model_type": "mistral", "sliding_window": None}
+
+    def picture(self, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        lines, wide = (int(n) for n in torch.randint(1, 5, (2,), generator=generator))
+        pixels, size = (
+            torch.randn(1, 3, 8 * lines, 8 * wide, generator=generator),
+            torch.tensor([[8 * lines, 8 * wide]]),
+        )
+        return [*([IMAGE] * wide + [BREAK]) * lines][:-1] + [END], {"pixel_values": pixels, "image_sizes": size}
+
+    def collated(self, pictures: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
+        every = [picture for its in pictures for picture in its]
+        sizes = torch.cat([picture["image_sizes"] for picture in every])
+        pixels = torch.zeros(len(every), 3, *sizes.amax(0).tolist())
+        for one, (high, wide), picture in zip(pixels, sizes.tolist(), every, strict=True):
+            one[:, :high, :wide] = picture["pixel_values"][0]
+        return {"pixel_values": pixels, "image_sizes": sizes}
+
+
+class Windowed(Mistral):
+    """An LLM whose rows see no more than the last nine."""
+
+    text = {"model_type": "mistral", "sliding_window": 9}
+
+
+KINDS = {
+    "qwen2_vl": Qwen2(), "qwen2_5_vl": Qwen25(), "qwen3_vl": Qwen3(), "qwen3_vl_moe": Qwen3Moe(), "internvl": Intern(),
+    "smolvlm": Smol(), "idefics3": Idefics(), "mistral3": Mistral(), "mistral3, windowed": Windowed(),
+}  # fmt: skip
 
 
 def model(family: str, *, seed: int = 0, **how) -> nn.Module:
@@ -130,8 +238,12 @@ def model(family: str, *, seed: int = 0, **how) -> nn.Module:
 def twin(net: nn.Module) -> nn.Module:
     """An independent copy of a model that runs transformers' own SDPA: the oracle."""
     net = copy.deepcopy(net)
-    net.model.language_model.set_attn_implementation("sdpa")
+    llm_of(net).set_attn_implementation("sdpa")
     return net
+
+
+def llm_of(net: nn.Module) -> nn.Module:
+    return net.model.get_submodule("text_model" if hasattr(net.model, "text_model") else "language_model")
 
 
 def sample(family: str, outline: Sequence[int | str], seed: int) -> dict:
@@ -166,8 +278,8 @@ def collate(family: str, data: list[dict], padding: str = "right") -> dict[str, 
         "attention_mask": torch.tensor([pad([1] * len(s["ids"]), 0) for s in data]),
         "labels": torch.tensor([pad(s["labels"], IGNORE) for s in data]),
     }
-    pictures = [picture for s in data for picture in s["pictures"]]
-    return {**batch, **KINDS[family].collated(pictures)} if pictures else batch
+    pictures = [s["pictures"] for s in data]
+    return {**batch, **KINDS[family].collated(pictures)} if any(pictures) else batch
 
 
 def batch(family: str, seed: int = 0, padding: str = "right", outlines=tiny.OUTLINES) -> dict[str, Tensor]:
@@ -185,10 +297,9 @@ def fast_by_hand(
     kind, logits, targets = KINDS[family], [], []
     for its in data:
         ids, labels, pictures = its["ids"], its["labels"], its["pictures"]
-        images = kind.features(hf, kind.collated(pictures)) if pictures else []
+        images = [kind.features(hf, picture) for picture in pictures]
         kept, flat = kept_of(images, keep), [(n, i) for n, image in enumerate(images) for i in range(len(image[0]))]
-        grids = [grid for picture in pictures for grid in picture.get("image_grid_thw", torch.zeros(0)).tolist()]
-        spots = kind.places(ids, grids)
+        spots = kind.places(ids, pictures)
         rows, places, deep, answers = [], [], [], []
         for i, token in enumerate(ids):
             if token == IMAGE:
@@ -205,16 +316,21 @@ def fast_by_hand(
                 places.append(spots[i])
             if i + 1 < len(ids) and labels[i + 1] != IGNORE:
                 answers.append((len(rows) - 1, labels[i + 1]))  # the last row so far predicts token i + 1
-        causal = torch.full((len(rows), len(rows)), torch.finfo(torch.float32).min).triu(1)[None, None]
+        least, window = torch.finfo(torch.float32).min, getattr(llm_of(hf).config, "sliding_window", None)
+        causal = torch.full((len(rows), len(rows)), least).triu(1)
+        if window:
+            causal += torch.full_like(causal, least).tril(-window)
+        causal = causal.clamp(min=least)[None, None]
         how = {"inputs_embeds": torch.stack(rows)[None], "use_cache": False, "attention_mask": causal}
         if positions == "original":
-            how["position_ids"] = torch.tensor(places).movedim(-1, 0).unflatten(-1, (1, -1))
+            spots = torch.tensor(places)
+            how["position_ids"] = spots.movedim(-1, 0)[:, None] if spots.dim() == 2 else spots[None]
         if deep and deep[0][1]:
             mask = torch.zeros(1, len(rows), dtype=torch.bool)
             mask[0, [row for row, _ in deep]] = True
             layers = [torch.stack([parts[n] for _, parts in deep]) for n in range(len(deep[0][1]))]
             how |= {"visual_pos_masks": mask, "deepstack_visual_embeds": layers}
-        hidden = hf.model.language_model(**how).last_hidden_state
+        hidden = llm_of(hf)(**how).last_hidden_state
         logits.append(hf.lm_head(hidden[0, [row for row, _ in answers]]))
         targets += [target for _, target in answers]
     return torch.cat(logits), torch.tensor(targets)

@@ -7,9 +7,11 @@ from torch import nn
 
 from ...util import require
 from .base import Family
+from .internvl import InternVL, SmolVLM
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo, LlavaOnevision
+from .mistral3 import Mistral3
 from .qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
 FAMILIES: dict[str, type[Family]] = {
@@ -17,6 +19,10 @@ FAMILIES: dict[str, type[Family]] = {
     "llava_next": LlavaNext,
     "llava_next_video": LlavaNextVideo,
     "llava_onevision": LlavaOnevision,
+    "internvl": InternVL,
+    "smolvlm": SmolVLM,
+    "idefics3": SmolVLM,
+    "mistral3": Mistral3,
     "qwen2_vl": Qwen2VL,
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,

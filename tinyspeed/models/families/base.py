@@ -70,13 +70,15 @@ class Family:
         trained = {id(parameter) for parameter in self.connector()}
         return [parameter for parameter in self.tower.parameters() if id(parameter) not in trained]
 
-    def features(self, visual: dict[str, Tensor], plan_mode: str) -> dict[str, list[Tensor]]:
+    def features(
+        self, visual: dict[str, Tensor], plan_mode: str, input_ids: Tensor | None = None
+    ) -> dict[str, list[Tensor]]:
         """The projected features of the images and videos in a processor's batch."""
         features = {kind: [] for kind in self.placeholders}
         if "tower_features" in visual:
             features["image"] = self.project(visual["tower_features"], visual.get("image_sizes"), plan_mode)
         elif len(visual.get("pixel_values", ())):
-            features["image"] = self.encode(visual, plan_mode)
+            features["image"] = self.grouped(self.encode(visual, plan_mode), input_ids)
         if len(visual.get("pixel_values_videos", ())):
             require("video" in features, f"a {self.config.model_type!r} model takes no videos, but the batch has some")
             features["video"] = self.encode_videos(visual, plan_mode)
@@ -85,6 +87,10 @@ class Family:
     def encode(self, visual: dict[str, Tensor], plan_mode: str) -> list[Tensor]:
         """Returns the projected features of each image as a (rows, hidden) tensor."""
         return list(self.model.get_image_features(pixel_values=visual["pixel_values"]).pooler_output)
+
+    def grouped(self, features: list[Tensor], input_ids: Tensor | None) -> list[Tensor]:
+        """Joins what `encode` returned to one tensor for each image, if it did not."""
+        return features
 
     @property
     def feature_source(self) -> tuple:
@@ -115,9 +121,16 @@ class Family:
         if any(features.values()):
             return []
         like = self.model.get_input_embeddings().weight  # not the projector's: a 4-bit one stores bytes
+        return [self._projected_zeros(like)]
+
+    def _projected_zeros(self, like: Tensor) -> Tensor:
+        """A row or more (rows, hidden) that the projectors make of zeros."""
+        return self.projector(torch.zeros(*self._zeros(), dtype=like.dtype, device=like.device))[0]
+
+    def _zeros(self) -> tuple[int, ...]:
+        """The shape of the least that the projector reads."""
         layer = self.config.vision_feature_layer
-        width = self.config.vision_config.hidden_size * (len(layer) if isinstance(layer, list | tuple) else 1)
-        return [self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]]
+        return 1, 1, self.config.vision_config.hidden_size * (len(layer) if isinstance(layer, list | tuple) else 1)
 
     def shown(self, visual: dict[str, Tensor], lengths: dict[str, list[int]]) -> list[Tensor]:
         """Which feature rows of each image show the picture; the others mark its structure. Known on the CPU, from

@@ -49,13 +49,10 @@ class Qwen2VL(Family):
         """The features of each image, with what deeper layers add behind them."""
         return list(out.pooler_output)
 
-    def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
-        if any(features.values()):
-            return []
-        like = self.model.get_input_embeddings().weight
+    def _projected_zeros(self, like: Tensor) -> Tensor:
         patches = self.tower.spatial_merge_size**2
         zeros = torch.zeros(patches, self.projector.hidden_size // patches, dtype=like.dtype, device=like.device)
-        return [torch.cat([merger(zeros) for merger in self.projectors], dim=1)]
+        return torch.cat([merger(zeros) for merger in self.projectors], dim=1)
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, visual: dict[str, Tensor]) -> Tensor | None:
         if "image_grid_thw" not in visual:  # text alone is numbered 0, 1, 2 ... three times
