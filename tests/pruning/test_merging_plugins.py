@@ -422,7 +422,7 @@ def test_visionzip_merges_before_the_projector(family):
 
     try:
         other = DualSpeed(copy.deepcopy(net), plugin="ready", keep=0.9, seed=SEED).train()
-        other.vlm.features, other.vlm.rowwise = lambda visual, mode: {"image": images}, False
+        other.vlm.features, other.vlm.rowwise = lambda *given: {"image": images}, False
         wanted = other(**batch, plan=Plan("fast", keep=0.9))
     finally:
         del pruning.registry.PLUGINS["ready"]
