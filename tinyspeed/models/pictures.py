@@ -34,6 +34,12 @@ def image_token(processor) -> str:
     return getattr(processor.tokenizer, "image_token", processor.image_token)
 
 
+def runs(text: str, token: str) -> tuple[str, list[int]]:
+    """The text with a single one of these tokens in the place of each run of them, and the lengths of the runs."""
+    found = re.compile(f"(?:{re.escape(token)})+")
+    return found.sub(lambda run: token, text), [len(run) // len(token) for run in found.findall(text)]
+
+
 class Pictures:
     """A processor's texts and tensors for pictures."""
 
@@ -62,17 +68,6 @@ class Pictures:
     def rows(self, text: str) -> int:
         """How many features a picture with this text has."""
         return text.count(self.token)
-
-    def runs(self, text: str) -> tuple[str, list[int]]:
-        """The text with a single token for each run of them, and the lengths of the runs."""
-        lengths: list[int] = []
-        every = re.compile(f"(?:{re.escape(self.token)})+")
-
-        def one(run: re.Match) -> str:
-            lengths.append(len(run[0]) // len(self.token))
-            return self.token
-
-        return every.sub(one, text), lengths
 
     def _of_blank(self, width: int, height: int) -> str:
         unresized = nullcontext()
