@@ -195,7 +195,8 @@ class Chat:
 def _message(turn: Turn) -> dict:
     """A turn as templates expect it. The content is a list, since some templates drop a plain string silently."""
     # The line breaks are for templates that move pictures to the front: the words around one would run together.
-    first = next((part for part in turn.parts if part is not IMAGE), None)
-    texts = (part if part is first or part is IMAGE else f"\n{part}" for part in turn.parts)
-    content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in texts]
+    content: list[dict] = []
+    for part in turn.parts:
+        again = any(item["type"] == "text" for item in content)
+        content.append({"type": "image"} if part is IMAGE else {"type": "text", "text": "\n" * again + part})
     return {"role": turn.role, "content": content}
