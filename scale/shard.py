@@ -46,7 +46,7 @@ def shard(
         if model.config.tie_word_embeddings:  # receiving has cut the tie
             model.vlm.model.tie_weights()
     empty = {p for p in model.parameters() if p.numel() == 0}  # an isolator without rows
-    fully_shard(model, ignored_params={*model.vlm.tower.parameters(), *empty}, **how)
+    fully_shard(model, ignored_params={*model.vlm.frozen_tower(), *empty}, **how)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -18,7 +18,7 @@ tenth of the steps, slow ones take a quarter to a third of the time, so a run is
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,9 @@ class DualSpeed(DropIn):
         pixel_values_videos: Tensor | None = None,
         image_sizes_videos: Tensor | None = None,
         batch_num_images: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
         tower_features: Tensor | None = None,
         labels: Tensor | None = None,
         answers: Tensor | None = None,
@@ -120,7 +123,8 @@ class DualSpeed(DropIn):
         given = {  # by name in the signature, because Trainer looks there for the columns to keep
             "pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos,
             "image_sizes_videos": image_sizes_videos, "batch_num_images": batch_num_images,
-            "tower_features": tower_features,
+            "image_grid_thw": image_grid_thw, "pixel_attention_mask": pixel_attention_mask,
+            "mm_token_type_ids": mm_token_type_ids, "tower_features": tower_features,
         }  # fmt: skip
         visual = {name: value for name, value in given.items() if value is not None}
         if not self.training and plan is None:
@@ -135,13 +139,14 @@ class DualSpeed(DropIn):
         # The CPU plans the step. Integers that are on a GPU are copied back, which waits for it once.
         input_ids, labels = input_ids.cpu(), labels.cpu()
         attention_mask, answers = (None if t is None else t.cpu() for t in (attention_mask, answers))
-        visual = {name: t if t.is_floating_point() else t.cpu() for name, t in visual.items()}
+        visual = {name: t if "pixel" in name or t.is_floating_point() else t.cpu() for name, t in visual.items()}
 
         # Encode: features of all images, and all rows of the batch.
-        features, recorded, zero_gradient_rows = self._encode(visual, plan)
+        features, recorded, zero_gradient_rows = self._encode(visual, plan, input_ids)
         lengths = {kind: [len(image) for image in of] for kind, of in features.items()}
         learned = labels if answers is None else labels.masked_fill(~answers, rows.IGNORE)
-        full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths)
+        places = self.vlm.positions(input_ids, attention_mask, visual)
+        full = rows.full(input_ids, attention_mask, learned, self.vlm.placeholders, lengths, places)
         rows_full = len(full)
         if answers is not None:
             full = rows.skip_answers(full, labels, answers, self.positions)
@@ -184,14 +189,16 @@ class DualSpeed(DropIn):
             raise UserError(said)
         return self.schedule.plan(self.step)
 
-    def _encode(self, visual: dict[str, Tensor], plan: Plan) -> tuple[dict[str, list[Tensor]], dict, list[Tensor]]:
+    def _encode(
+        self, visual: dict[str, Tensor], plan: Plan, input_ids: Tensor
+    ) -> tuple[dict[str, list[Tensor]], dict, list[Tensor]]:
         """Returns the features of all images by kind, the signals that the plugin needs, and rows that no step reads.
         They are made with parameters that the batch does not use, whose gradients are then zero and not None."""
         twice = plan.mode == "fast" and self.chooser.projects_twice
         needs = {*self.chooser.plugin.needs, *["tower"] * twice} if plan.mode == "fast" or plan.taught else set()
         graph = torch.is_grad_enabled() and not twice
         with signals.recording(self.vlm, visual, needs) as recorded, torch.set_grad_enabled(graph):
-            features = self.vlm.features(visual, plan.mode)
+            features = self.vlm.features(visual, plan.mode, input_ids)
         return features, recorded, self.vlm.zero_gradient_rows(features, plan.mode)
 
     def _prune(
@@ -227,7 +234,13 @@ class DualSpeed(DropIn):
         words = self.get_input_embeddings()(to_device(ids.flatten()[index], self.device))
         kind = attention.choose_layout(words, run) if self.layout == "auto" else self.layout
         layout = rows.lay_out(run, kind, words.device)
-        table = torch.cat([words, *(part.to(words.dtype) for part in visual)])
+        width = self.vlm.hidden_size
+        table = torch.cat([words, *(part[:, :width].to(words.dtype) for part in visual)])
+        if most := max(part.shape[1] for part in visual) - width:  # what deeper layers add; nothing to the isolator
+            beyond = [nn.functional.pad(part[:, width:], (0, width + most - part.shape[1])) for part in visual]
+            where = (run.source >= len(index)).nonzero()[:, 0]
+            slots, these = (to_device(of[where], words.device) for of in (layout.slot, run.source - len(index)))
+            layout = replace(layout, deep=(slots, torch.cat(beyond).index_select(0, these)))
         return table.index_select(0, layout.index), layout
 
     def _loss(self, hidden: Tensor, target: Tensor, teacher: Tensor | None, plan: Plan) -> tuple[Tensor, dict]:

@@ -14,18 +14,20 @@ index in an order that varies.)
 
 A whole video counts as one image, with placeholders of its own kind. The table has all images before all videos and the
 text may mix them, so an image's number says where its features are in the table, and not which image of the text it is.
+Text may stand amid an image's rows (line breaks, the names of tiles); the isolator comes in front of the first of them.
 
 Targets are shifted before any row is dropped, so pruning cannot misalign labels. One row needs care: the last row of an
-image may predict the first answer token (a caption right behind it). Its target moves to the image's last kept row.
+image may predict the first answer token (a caption right behind it). Its target moves to the last row before it that
+stays.
 
 Positions: with `original`, kept rows and the text after them keep their positions in the full sequence, and isolator
 rows have the position of their image's first row. `compact` numbers the rows that are left 0, 1, 2 ... With `original`
 the rotary distance between a question and an image token is the same in fast and full mode. With `compact` it is not,
-and that is most of what the two modes disagree about.
+and that is most of what the two modes disagree about. A position is one number, or three (time, height, width).
 
 The CPU computes the rows, so that no step waits for a GPU. It knows how many features of each image a plugin keeps, and
 the table has these side by side. Which ones they are matters only for `original` positions, so those alone are looked
-up on the device.
+up on the device; and for images with text between their rows, for which the CPU waits.
 
 Layouts: `padded` is (B, S') with padding on the right. `packed` is (1, R), all samples end to end, and `cu_seqlens`
 says where each begins. Attention is causal within a sample in both. So a padded batch needs no mask: padding comes
@@ -56,7 +58,7 @@ class Rows:
 
     source: Tensor  # (R,) index into the table
     target: Tensor  # (R,) token to predict, or IGNORE
-    position: Tensor  # (R,) rotary position; on the device if it depends on what a plugin chose
+    position: Tensor  # (R,) or (R, 3) rotary position; on the device if it depends on what a plugin chose
     sample: Tensor  # (R,) which sample of the batch
     image: Tensor  # (R,) which image of the table, -1 for text
     samples: int
@@ -77,12 +79,13 @@ def full(
     labels: Tensor,
     placeholders: dict[str, int],
     lengths: dict[str, list[int]],
+    positions: Tensor | None = None,
 ) -> Rows:
     """All rows of a batch (B, S) without its padding, which may be on either side.
 
     `placeholders` has the placeholder token of each kind of image, `lengths` the number of feature rows of each image,
     by kind and in order. Two images may stand side by side, so the lengths say where one ends, and their sum must be
-    the number of placeholders.
+    the number of placeholders. Without `positions` (B, S) or (B, S, 3), each sample is numbered 0, 1, 2 ...
     """
     batch, width = input_ids.shape
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -103,8 +106,8 @@ def full(
         row, number = row + len(visual), number + len(sizes)
     target = torch.full_like(labels, IGNORE)
     target[:, :-1] = labels[:, 1:].masked_fill(~mask[:, 1:], IGNORE)
-    position = (mask.long().cumsum(1) - 1).flatten()[real]
-    return Rows(source, target.flatten()[real], position, real // width, image, batch)
+    positions = mask.long().cumsum(1) - 1 if positions is None else positions
+    return Rows(source, target.flatten()[real], positions.flatten(0, 1)[real], real // width, image, batch)
 
 
 def skip_answers(rows: Rows, labels: Tensor, stays: Tensor, positions: str) -> Rows:
@@ -132,9 +135,16 @@ def prune(
 
     `kept` (V,) says which features stay. All text rows stay. `isolator` rows come in front of each image's rows. If
     only the device knows which features stay, `kept` says how many of each image do, any of them, and `chosen` (K,)
-    has, on the device, those that do, in ascending order. `weight` (K,), there too: see `Rows`.
+    has, on the device, those that do, in ascending order. `weight` (K,), there too: see `Rows`. Where text stands amid
+    an image's rows, the order of the rows depends on which stay, so the CPU has to wait for `chosen`.
     """
-    first, last = _ends(rows.image)
+    visual = (rows.image >= 0).nonzero()[:, 0]
+    number = rows.image[visual]
+    begins = torch.ones_like(number, dtype=torch.bool)
+    begins[1:] = number[1:] != number[:-1]
+    first = torch.zeros(len(rows), dtype=torch.bool).index_fill_(0, visual[begins], True)  # of each image
+    if chosen is not None and (visual.diff() > 1)[~begins[1:]].any():
+        kept, chosen = torch.zeros_like(kept).index_fill_(0, chosen.cpu(), True), None
     in_table = torch.cat([kept.new_ones(words), kept])
     stays, rank = in_table[rows.source], in_table.cumsum(0) - 1
 
@@ -146,28 +156,20 @@ def prune(
     run = _take(rows, origin, positions)
     source = torch.where(isolating, words + kept.sum() + nth, rank[run.source])
     target = run.target.masked_fill(run.image >= 0, IGNORE)
-    target[_ends(run.image)[1]] = rows.target[last]
+    shown = visual[rows.target[visual] != IGNORE]  # an image's last row, if an answer follows
+    target[times.cumsum(0)[shown] - 1] = rows.target[shown]
     position = run.position
     if chosen is not None and len(chosen) and positions == "original":
-        visual, feature = rows.image >= 0, (source - words).clamp(0, len(chosen) - 1)
-        place = torch.zeros(len(kept), dtype=torch.long)  # of each feature in its sample
-        place.scatter_(0, rows.source[visual] - words, rows.position[visual])
+        feature = (source - words).clamp(0, len(chosen) - 1)
+        place = position.new_zeros(len(kept), *position.shape[1:])  # of each feature in its sample
+        place[rows.source[visual] - words] = rows.position[visual]
         sent = (to_device(x, chosen.device) for x in (place, feature, (run.image >= 0) & ~isolating, position))
         place, feature, is_feature, position = sent
-        position = place[chosen][feature].where(is_feature, position)
+        position = place[chosen][feature].where(is_feature.view(-1, *[1] * (position.dim() - 1)), position)
     if weight is not None:
         weight = torch.cat([weight.new_zeros(words), weight, weight.new_zeros(isolator)])
         weight = weight.index_select(0, to_device(source, weight.device))
     return replace(run, source=source, target=target, position=position, weight=weight)
-
-
-def _ends(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows are the first and which are the last of their image."""
-    changes = image[1:] != image[:-1]
-    first, last = image >= 0, image >= 0
-    first[1:] &= changes
-    last[:-1] &= changes
-    return first, last
 
 
 def _take(rows: Rows, index: Tensor, positions: str) -> Rows:
@@ -200,12 +202,13 @@ class Layout:
     """Where each row is in the tensors that the LLM sees. Of the tensors, `slot` alone is on the CPU."""
 
     index: Tensor  # (slots,) what to gather from the table
-    position: Tensor  # (1 or B, slots per line)
+    position: Tensor  # (1 or B, slots per line) or (1 or B, slots per line, 3)
     slot: Tensor  # (R,) the place of each row in the flattened (slots,)
     cu_seqlens: Tensor | None  # (B + 1,) int32, packed only
     longest: int  # rows of the longest sample
     borders: list[int] | None  # cu_seqlens on the CPU
-    weight: Tensor | None = None  # as `position`, of each row's `Rows.weight`
+    weight: Tensor | None = None  # (1 or B, slots per line), of each row's `Rows.weight`
+    deep: tuple[Tensor, Tensor] | None = None  # slots, and for each what is added to it behind the first layers
 
 
 def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layout:
@@ -225,7 +228,8 @@ def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layo
     # Padding gathers row 0 of the table at position 0. Nothing reads the result, so its gradient is zero.
     index = torch.zeros(rows.samples * longest, dtype=torch.long).scatter_(0, slot, rows.source)
     index, there = send(index), to_device(slot, device or slot.device)
-    spread = lambda of: of.new_zeros(len(index)).scatter_(0, there, of).view(rows.samples, longest)
+    shape = (rows.samples, longest)
+    spread = lambda of: of.new_zeros(len(index), *of.shape[1:]).index_copy_(0, there, of).unflatten(0, shape)
     weight = None if rows.weight is None else spread(rows.weight)
     return Layout(index, spread(send(rows.position)), slot, None, longest, None, weight)
 

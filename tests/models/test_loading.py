@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from tinyspeed import DualSpeed, UserError
-from tinyspeed.models import assembling, export, loading, lora, precision, published, stages
+from tinyspeed.models import assembling, export, families, loading, lora, precision, published, stages
 from tinyspeed.scheduler import Plan
 
 KINDS = ("fp32", "bf16", "fp16")
@@ -67,7 +67,8 @@ def test_only_the_llms_linear_layers_are_in_4_bits(base, name):
 
 
 def test_a_skip_list_that_does_nothing_is_noticed(base, monkeypatch):
-    monkeypatch.setattr(loading, "UNQUANTISED", ("vision_tower", "multi_modal_projector", "lm_head"))
+    wrong = ["vision_tower", "multi_modal_projector", "lm_head"]
+    monkeypatch.setattr(families.Family, "unquantised", classmethod(lambda cls: wrong))
     with pytest.raises(UserError, match=r"did the wrong thing to model\.(vision_tower|multi_modal_projector)"):
         loading.load_model(base, quantise="nf4")
 

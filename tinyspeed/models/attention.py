@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..rows import Layout, Rows
+from ..util import require
 
 NAME = "tinyspeed"  # the name of this attention implementation in transformers
 
@@ -51,22 +52,26 @@ def _dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def rows_attention(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, rows: Layout | None = None, **kw
-):
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window: int | None = None,
+    rows: Layout | None = None, **kw,
+):  # fmt: skip
     """Attention among the rows of a `Layout`, or transformers' SDPA when there is none. Takes (B, heads, rows, width)
-    and returns (B, rows, heads, width)."""
+    and returns (B, rows, heads, width). With a `sliding_window` a row sees itself and so many before it, less one."""
     if rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
+        how = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kw}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    unknown = [name for name in ("softcap", "s_aux") if kw.get(name) is not None]
+    require(not unknown, f"this LLM's attention has {' and '.join(unknown)}, which tinyspeed cannot compute yet")
     if rows.weight is not None:
         width, scaling = query.shape[-1], scaling or query.shape[-1] ** -0.5
         weighted = weigh(query, key, value, rows.weight / scaling)
         out, _ = rows_attention(
-            module, *weighted, None, dropout=dropout, scaling=scaling, rows=replace(rows, weight=None)
+            module, *weighted, None, dropout, scaling, sliding_window, rows=replace(rows, weight=None)
         )
         return out[..., :width], None
-    how = {"dropout": dropout, "scaling": scaling, "is_causal": True}
+    how = {"dropout": dropout, "scaling": scaling}
     if rows.cu_seqlens is None:
-        return sdpa_attention_forward(module, query, key, value, None, **how)
+        return _causal(module, query, key, value, sliding_window, how), None
     if has_packed_kernel(query) and dropout == 0.0:
         # Autocast does not cover this kernel, and rotary embeddings have turned its queries and keys into fp32.
         q, k, v = (x[0].transpose(0, 1).to(_dtype(x)) for x in (query, key, value))
@@ -74,14 +79,25 @@ def rows_attention(
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         cu, longest = rows.cu_seqlens, rows.longest
-        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
+        before = sliding_window - 1 if sliding_window else -1
+        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(before, 0))[None], None
     # Without the CUDA kernel, one call for each sample: on a CPU far faster than one call with a block mask.
     parts = [
-        sdpa_attention_forward(module, *(x[:, :, a:b] for x in (query, key, value)), None, **how)[0]
+        _causal(module, *(x[:, :, a:b] for x in (query, key, value)), sliding_window, how)
         for a, b in itertools.pairwise(rows.borders)
         if b > a
     ]
     return torch.cat(parts, dim=1), None
+
+
+def _causal(
+    module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict
+) -> torch.Tensor:
+    """SDPA in which each row of a sample sees those before it, all of them or the last of a window."""
+    n, mask = query.shape[2], None
+    if window and window < n:
+        mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+    return sdpa_attention_forward(module, query, key, value, mask, is_causal=mask is None, **how)[0]
 
 
 def weigh(

@@ -41,7 +41,6 @@ from .without_torchvision import loading_pictures_alone
 
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 5, 1 << 28, 10**5  # what a chat template may take (`_try_template`)
 ANSWERS = 5.0  # seconds in which the hub must answer
-UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 # The files beside the weights that training depends on: configuration, tokenizer, processor, chat template.
 BESIDE = (
     "config.json", paths.INDEX, "*token*.json", "*processor*.json", "*template*", "*.model", "vocab.*", "merges.txt",
@@ -71,7 +70,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[precision],
             bnb_4bit_quant_storage=storage,
-            llm_int8_skip_modules=list(UNQUANTISED),
+            llm_int8_skip_modules=FAMILIES[load_config(path).model_type].unquantised(),
         )
     model = load_weights(AutoModelForImageTextToText, where, **how)
     if quantise != "none":

@@ -17,7 +17,8 @@ def set_trainable(model: nn.Module, stage: str) -> None:
     vlm = family(model)
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     # A peft adapter cannot carry NeXT's newline, a parameter without a module: beside adapters it stays frozen.
-    trained = list(vlm.projector.parameters()) if adapters else vlm.connector()
+    modules = [parameter for module in vlm.projectors for parameter in module.parameters()]
+    trained = modules if adapters else vlm.connector()
     if stage == "train":
         trained += adapters or [*vlm.language_model.parameters(), *vlm.model.get_output_embeddings().parameters()]
     for parameter in trained:

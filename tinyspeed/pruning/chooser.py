@@ -68,7 +68,8 @@ class Chooser(nn.Module):
         if step is None and self.training and self.plugin.draws:
             raise UserError(f"the plugin {self.name!r} draws anew in each step: which is it? Set model.step")
         pad = functools.partial(pad_sequence, batch_first=True)
-        features, candidates = pad(images), [int(mask.sum()) for mask in shown]
+        wide, candidates = pad(images), [int(mask.sum()) for mask in shown]
+        features = wide[..., : self.vlm.hidden_size]  # see `families/base.py` for what may stand behind them
         send = lambda of: to_device(of, features.device)
         beside = {name: pad(signals[name]) for name in self.plugin.needs}
         choice = pruning.choose(
@@ -83,7 +84,7 @@ class Chooser(nn.Module):
         chosen = (choice.index + send(starts)[:, None]).flatten().index_select(0, filled)
         chosen = chosen.clamp(0, len(kept) - 1)  # NaN may choose anything
         if choice.weight is not None:
-            merged = features if self.plugin.merges == "features" else beside["tower"]
+            merged = wide if self.plugin.merges == "features" else beside["tower"]
             rows = (choice.weight.to(merged.dtype) @ merged).flatten(0, 1).index_select(0, filled)
             if self.plugin.merges == "tower":
                 rows = self.vlm.projector(rows)

@@ -48,10 +48,10 @@ def signals_of_model(vlm: "Family") -> tuple[str, ...]:
 
 def _why_no_attention(vlm: "Family") -> str:
     """The reason why this model has no signals of attention; "" if it has them."""
-    layer, strategy = vlm.feature_source
     kind = vlm.config.vision_config.model_type
     if kind != "clip_vision_model":
         return f"a {kind!r} tower has no [CLS] whose attention is known here"
+    layer, strategy = vlm.feature_source
     if not isinstance(layer, int) or _block(vlm) < 0:
         return f"the projector reads layers {layer}, not the output of one block"
     return "" if strategy == "default" else "the projector reads [CLS] as a row of the picture"

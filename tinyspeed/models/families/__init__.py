@@ -1,22 +1,32 @@
 """The model families that tinyspeed can train: a file each, and the registry.
 
-A new family is a small subclass of `Family` in a file of its own and a line in `FAMILIES`. One whose positions are not
-a single number per row (Qwen-VL) overrides `hidden`.
+A new family is a small subclass of `Family` in a file of its own and a line in `FAMILIES`.
 """
 
 from torch import nn
 
 from ...util import require
 from .base import Family
+from .internvl import InternVL, SmolVLM
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo, LlavaOnevision
+from .mistral3 import Mistral3
+from .qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
 FAMILIES: dict[str, type[Family]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "llava_next_video": LlavaNextVideo,
     "llava_onevision": LlavaOnevision,
+    "internvl": InternVL,
+    "smolvlm": SmolVLM,
+    "idefics3": SmolVLM,
+    "mistral3": Mistral3,
+    "qwen2_vl": Qwen2VL,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
+    "qwen3_vl_moe": Qwen3VL,
 }
 
 

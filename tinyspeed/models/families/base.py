@@ -1,13 +1,16 @@
 """What a training step needs to know about a model class: the base of all families, as LLaVA-1.5 needs it.
 
 A `Family` is a thin adapter over a Hugging Face vision-language model whose processor marks images and videos with
-placeholder ids. What DualSpeed needs of it above all: features of the images, which feature rows may be pruned, hidden
-states of a list of rows, and logits.
+placeholder ids. What DualSpeed needs of it above all: features of the images, which feature rows may be pruned, the
+positions of the tokens, hidden states of a list of rows, and logits.
+
+Features may be wider than the LLM: what stands behind the first `hidden_size` columns is added to the row's hidden
+state behind the LLM's first layers (Qwen3-VL's deepstack). So whatever picks or merges rows does it to both.
 
 The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,18 +26,25 @@ if TYPE_CHECKING:
 
 
 class Family:
+    tower_name, projector_name, language_name = "vision_tower", "multi_modal_projector", "language_model"
     square = True  # the rows of an image form one square picture
     rowwise = True  # the projector makes each feature from a single row of its input
+    first_layers = 0  # how many layers of the LLM may not be skipped, because features are added behind them
 
     def __init__(self, model: nn.Module):
         # peft wraps the model; its base is the same modules with adapters in place.
         self.model: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: PreTrainedConfig = self.model.config
         self.hidden_size: int = self.config.text_config.hidden_size
-        self.tower: PreTrainedModel = self.model.model.vision_tower
-        self.projector: nn.Module = self.model.model.multi_modal_projector
-        self.language_model: PreTrainedModel = self.model.model.language_model
+        self.tower: PreTrainedModel = self.model.model.get_submodule(self.tower_name)
+        self.projector: nn.Module = self.model.model.get_submodule(self.projector_name)
+        self.language_model: PreTrainedModel = self.model.model.get_submodule(self.language_name)
         self.language_model.set_attn_implementation(attention.NAME)
+
+    @classmethod
+    def unquantised(cls) -> list[str]:
+        """The modules that stay as they are when the LLM's layers are quantised."""
+        return [f"model.{cls.tower_name}", f"model.{cls.projector_name}", "lm_head"]
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -46,27 +56,41 @@ class Family:
         """The number of feature rows of the largest image."""
         return (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
 
+    @property
+    def projectors(self) -> list[nn.Module]:
+        """The modules between tower and LLM."""
+        return [self.projector]
+
     def connector(self) -> list[nn.Parameter]:
         """The parameters between tower and LLM: stage 1 trains these and the isolator."""
-        return list(self.projector.parameters())
+        return [parameter for module in self.projectors for parameter in module.parameters()]
 
-    def features(self, visual: dict[str, Tensor], plan_mode: str) -> dict[str, list[Tensor]]:
+    def frozen_tower(self) -> list[nn.Parameter]:
+        """The tower's parameters, less those of a projector that is part of its module."""
+        trained = {id(parameter) for parameter in self.connector()}
+        return [parameter for parameter in self.tower.parameters() if id(parameter) not in trained]
+
+    def features(
+        self, visual: dict[str, Tensor], plan_mode: str, input_ids: Tensor | None = None
+    ) -> dict[str, list[Tensor]]:
         """The projected features of the images and videos in a processor's batch."""
         features = {kind: [] for kind in self.placeholders}
-        sizes = visual.get("image_sizes")
         if "tower_features" in visual:
-            features["image"] = self.project(visual["tower_features"], sizes, plan_mode)
+            features["image"] = self.project(visual["tower_features"], visual.get("image_sizes"), plan_mode)
         elif len(visual.get("pixel_values", ())):
-            more = {name: visual[name] for name in ("batch_num_images",) if name in visual}
-            features["image"] = self.encode(visual["pixel_values"], sizes, plan_mode, **more)
+            features["image"] = self.grouped(self.encode(visual, plan_mode), input_ids)
         if len(visual.get("pixel_values_videos", ())):
             require("video" in features, f"a {self.config.model_type!r} model takes no videos, but the batch has some")
-            features["video"] = self.encode_videos(visual["pixel_values_videos"], plan_mode)
+            features["video"] = self.encode_videos(visual, plan_mode)
         return features
 
-    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str, **more) -> list[Tensor]:
+    def encode(self, visual: dict[str, Tensor], plan_mode: str) -> list[Tensor]:
         """Returns the projected features of each image as a (rows, hidden) tensor."""
-        return list(self.model.get_image_features(pixel_values=pixel_values).pooler_output)
+        return list(self.model.get_image_features(pixel_values=visual["pixel_values"]).pooler_output)
+
+    def grouped(self, features: list[Tensor], input_ids: Tensor | None) -> list[Tensor]:
+        """Joins what `encode` returned to one tensor for each image, if it did not."""
+        return features
 
     @property
     def feature_source(self) -> tuple:
@@ -78,7 +102,7 @@ class Family:
         read = []
         hook = self.projector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
         try:
-            self.encode(pixel_values, image_sizes, "fast")
+            self.encode({"pixel_values": pixel_values, "image_sizes": image_sizes}, "fast")
         finally:
             hook.remove()
         return read[0]
@@ -97,25 +121,38 @@ class Family:
         if any(features.values()):
             return []
         like = self.model.get_input_embeddings().weight  # not the projector's: a 4-bit one stores bytes
+        return [self._projected_zeros(like)]
+
+    def _projected_zeros(self, like: Tensor) -> Tensor:
+        """A row or more (rows, hidden) that the projectors make of zeros."""
+        return self.projector(torch.zeros(*self._zeros(), dtype=like.dtype, device=like.device))[0]
+
+    def _zeros(self) -> tuple[int, ...]:
+        """The shape of the least that the projector reads."""
         layer = self.config.vision_feature_layer
-        width = self.config.vision_config.hidden_size * (len(layer) if isinstance(layer, list | tuple) else 1)
-        return [self.projector(torch.zeros(1, 1, width, dtype=like.dtype, device=like.device))[0]]
+        return 1, 1, self.config.vision_config.hidden_size * (len(layer) if isinstance(layer, list | tuple) else 1)
 
     def shown(self, visual: dict[str, Tensor], lengths: dict[str, list[int]]) -> list[Tensor]:
         """Which feature rows of each image show the picture; the others mark its structure. Known on the CPU, from
         `lengths`, the number of rows of each image by kind, and the sizes in a processor's batch."""
         return [torch.ones(n, dtype=torch.bool) for of in lengths.values() for n in of]
 
-    def hidden(self, embeddings: Tensor, layout: Layout, layers: tuple[int, ...] | None) -> Tensor:
+    def positions(self, input_ids: Tensor, attention_mask: Tensor | None, visual: dict[str, Tensor]) -> Tensor | None:
+        """The positions (B, S, 3) of a batch's tokens, on the CPU; None if they are numbered 0, 1, 2 ..."""
+        return None
+
+    def hidden(self, embeddings: Tensor, layout: Layout, layers: tuple[int, ...] | None, **more) -> Tensor:
         """Returns the last hidden states (slots, hidden) of rows in this layout, after the LLM layers of the plan."""
+        position = layout.position
         with self._only_layers(layers):
             # With any 4-D mask transformers does not make one of its own; `rows_attention` ignores it.
             out = self.language_model(
-                inputs_embeds=embeddings.view(*layout.position.shape, -1),
+                inputs_embeds=embeddings.view(*position.shape[:2], -1),
                 attention_mask=embeddings.new_ones(1, 1, 1, 1, dtype=torch.bool),
-                position_ids=layout.position,
+                position_ids=position.movedim(2, 0) if position.dim() == 3 else position,
                 use_cache=False,
                 rows=layout,
+                **more,
             )
         return out.last_hidden_state.flatten(0, 1)
 
@@ -126,11 +163,23 @@ class Family:
         if layers is not None:
             if layers[-1] >= len(every):
                 raise UserError(f"the plan runs layer {layers[-1]}, and the LLM has layers 0 to {len(every) - 1}")
+            self.require_skippable({*range(len(every))} - {*layers})
             self.language_model.layers = nn.ModuleList(every[i] for i in layers)
         try:
             yield
         finally:
             self.language_model.layers = every
+
+    def require_skippable(self, layers: Collection[int]) -> None:
+        """Refuses to skip one of these layers if others would then do another layer's work."""
+        kinds = {*(getattr(self.config.text_config, "layer_types", None) or ())}
+        what = (
+            f"the layers of a {self.config.model_type!r} model's LLM are of several kinds ({', '.join(sorted(kinds))})"
+        )
+        require(len(kinds) < 2 or not layers, f"{what}, and such layers cannot be skipped: set sts.skip = 0")
+        what = f"the first {self.first_layers} layers of the LLM take in what the tower's earlier layers see"
+        safe = min(layers, default=self.first_layers) >= self.first_layers
+        require(safe, f"{what}: set sts.protect_first = {self.first_layers}, or sts.skip = 0")
 
     def recompute(self, on: bool) -> None:
         """Sets whether the next forwards recompute the LLM's activations; checkpointing must have been enabled."""

@@ -32,12 +32,13 @@ class LlavaNext(Family):
     def connector(self) -> list[nn.Parameter]:
         return [*super().connector(), self.newline]
 
-    def encode(self, pixel_values: Tensor, image_sizes: Tensor | None, plan_mode: str, **more) -> list[Tensor]:
-        if image_sizes is None:
+    def encode(self, visual: dict[str, Tensor], plan_mode: str) -> list[Tensor]:
+        given = {name: visual.get(name) for name in ("pixel_values", "image_sizes")}
+        if given["image_sizes"] is None:
             raise UserError(f"a {self.config.model_type!r} model needs image_sizes: pass the processor's whole batch")
+        more = {name: visual[name] for name in ("batch_num_images",) if name in visual}
         with self._newline_for(plan_mode), self._packing():
-            out = self.model.get_image_features(pixel_values=pixel_values, image_sizes=image_sizes, **more)
-        return list(out.pooler_output)
+            return list(self.model.get_image_features(**given, **more).pooler_output)
 
     def project(self, tower_features: Tensor, image_sizes: Tensor | None, plan_mode: str) -> list[Tensor]:
         with self._newline_for(plan_mode):

@@ -21,10 +21,10 @@ class LlavaNextVideo(LlavaNext):
     def placeholders(self) -> dict[str, int]:
         return {**super().placeholders, "video": self.config.video_token_id}
 
-    def encode_videos(self, pixel_values_videos: Tensor, plan_mode: str) -> list[Tensor]:
+    def encode_videos(self, visual: dict[str, Tensor], plan_mode: str) -> list[Tensor]:
         """Returns the projected features of each video as a (rows, hidden) tensor."""
         with self._newline_for(plan_mode):
-            out = self.model.get_video_features(pixel_values_videos=pixel_values_videos)
+            out = self.model.get_video_features(pixel_values_videos=visual["pixel_values_videos"])
         return [video.reshape(-1, self.hidden_size) for video in out.pooler_output]
 
 
