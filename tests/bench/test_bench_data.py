@@ -24,7 +24,7 @@ def test_an_album_is_what_such_a_model_reads(tmp_path, family, rows):
     assert visual == [rows]
     assert len(example.input_ids) == text + rows
     assert answers > 30
-    assert example.pixel_values.shape[-2:] == (336, 336)
+    assert example.visual["pixel_values"].shape[-2:] == (336, 336)
     file = next(Path(tmp_path).glob("*.jpg"))
     assert Image.open(file).size == (640, 480)
     assert 50_000 < file.stat().st_size < 300_000, "as a photo of that size"

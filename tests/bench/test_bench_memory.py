@@ -116,10 +116,10 @@ def test_the_example_is_as_long_as_it_says(name):
     assert (int(pictured.sum()), int((~pictured).sum())) == (rows, text)
     assert int((example.labels[1:] != IGNORE).sum()) == answers
     assert not (example.labels[pictured] != IGNORE).any()
-    assert example.pixel_values.shape[-3:] == (3, 336, 336)
+    assert example.visual["pixel_values"].shape[-3:] == (3, 336, 336)
     if name == "next-7b":
-        assert example.pixel_values.shape[:2] == (1, 5), "a grid of two by two, and the whole"
-        assert random_examples.visual_rows(config, *example.image_sizes[0].tolist()) == rows
+        assert example.visual["pixel_values"].shape[:2] == (1, 5), "a grid of two by two, and the whole"
+        assert random_examples.visual_rows(config, *example.visual["image_sizes"][0].tolist()) == rows
 
 
 # The measuring

@@ -94,7 +94,7 @@ def learned(talk: Chat, ids, labels) -> list[str]:
 def test_what_is_learned_is_the_answers_and_the_ends_of_their_turns(template, turns):
     talk = CHATS[template]
     images = sum(part is IMAGE for turn in turns for part in turn.parts)
-    ids, labels = talk.encode(turns, [3] * images)
+    ids, labels, _ = talk.encode(turns, ["<image>" * 3] * images)
     end = "<|im_end|>" if template in IM else "</s>"
     lead = "" if template in IM else " "  # the prompt ends with "ASSISTANT:", so the model says the space
     assert learned(talk, ids, labels) == [lead + turn.parts[0] + end for turn in turns if turn.role == "assistant"]
@@ -115,8 +115,8 @@ def test_what_is_learned_is_the_answers_and_the_ends_of_their_turns(template, tu
 def test_each_picture_gets_its_own_number_of_placeholders(turns, rows):
     talk = CHATS["hub"]
     images = sum(part is IMAGE for turn in turns for part in turn.parts)
-    ids, labels = talk.encode(turns, rows[:images])
-    plain, plain_labels = talk.encode(turns, [1] * images)
+    ids, labels, _ = talk.encode(turns, ["<image>" * n for n in rows[:images]])
+    plain, plain_labels, _ = talk.encode(turns, ["<image>"] * images)
     assert len(ids) == len(labels) == len(plain) + sum(rows[:images]) - images
     assert (labels != IGNORE).sum() == (plain_labels != IGNORE).sum()
 
@@ -135,7 +135,7 @@ def test_ids_are_those_of_transformers_own_processor(family):
     text, _ = talk.render(turns)
     assert text == "USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: <image>\nAnd this? ASSISTANT: Two.</s>"
     theirs = processor(images=pictures, text=text, return_tensors="np")
-    assert np.array_equal(talk.encode(turns, rows)[0], theirs["input_ids"][0])
+    assert np.array_equal(talk.encode(turns, ["<image>" * n for n in rows])[0], theirs["input_ids"][0])
 
 
 def test_labels_are_those_of_the_templates_own_assistant_mask_and_the_ends():
@@ -146,7 +146,7 @@ def test_labels_are_those_of_the_templates_own_assistant_mask_and_the_ends():
         messages, chat_template=tiny.CHAT_TEMPLATE, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     masked = np.array(made["input_ids"])[np.array(made["assistant_masks"]) == 1]
-    ids, labels = talk.encode(turns, [])
+    ids, labels, _ = talk.encode(turns, [])
     ours = ids[(labels != IGNORE) & (ids != tiny.EOS)]  # theirs has the space behind each answer, ours the one before
     assert processor.tokenizer.decode(ours).split() == processor.tokenizer.decode(masked).split()
 
@@ -170,7 +170,7 @@ def test_a_word_that_carries_the_space_before_it_is_learned_and_the_prompt_is_no
     processor.tokenizer = sentencepiece()
     talk = Chat(processor)
     turns = [Turn("user", (IMAGE, "What is it?")), Turn("assistant", ("A cat.",))]
-    ids, labels = talk.encode(turns, [2])
+    ids, labels, _ = talk.encode(turns, ["<image>" * 2])
     pieces = talk.tokenizer.convert_ids_to_tokens(ids)
     assert [p for p, label in zip(pieces, labels, strict=True) if label != IGNORE] == ["▁A", "▁cat.", "</s>"]
     prompt = processor.apply_chat_template(
@@ -189,7 +189,7 @@ def test_a_space_that_is_a_token_of_its_own_is_learned_with_the_answer(said):
     processor.tokenizer = sentencepiece()
     processor.tokenizer.add_tokens([said])
     talk = Chat(processor)
-    ids, labels = talk.encode([Turn("user", ("What is it?",)), Turn("assistant", (said,))], [])
+    ids, labels, _ = talk.encode([Turn("user", ("What is it?",)), Turn("assistant", (said,))], [])
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}], add_generation_prompt=True
     )
@@ -217,7 +217,7 @@ def test_control_tokens_in_a_text_are_refused():
 def test_a_control_token_in_a_caption_is_refused():
     with pytest.raises(UserError, match="control token"):
         Chat(tiny.processor("llava"), "plain").encode(
-            [Turn("user", (IMAGE,)), Turn("assistant", ("an </s> end",))], [9]
+            [Turn("user", (IMAGE,)), Turn("assistant", ("an </s> end",))], ["<image>" * 9]
         )
 
 
@@ -252,7 +252,7 @@ def test_a_template_that_fails_as_programs_do_is_one_too(code):
 def test_plain_is_picture_and_caption():
     talk = chat(template="hub")
     talk.plain = True
-    ids, labels = talk.encode([Turn("user", (IMAGE, "Describe it.")), Turn("assistant", ("A cat.",))], [4])
+    ids, labels, _ = talk.encode([Turn("user", (IMAGE, "Describe it.")), Turn("assistant", ("A cat.",))], ["<image>" * 4])
     assert ids[:5].tolist() == [tiny.BOS, *[tiny.IMAGE] * 4]
     assert learned(talk, ids, labels) == ["A cat.\n"]
     for bad in (
@@ -260,14 +260,14 @@ def test_plain_is_picture_and_caption():
         [Turn("user", (IMAGE,)), Turn("assistant", ("a",))] * 2,
     ):
         with pytest.raises(UserError, match="one question with a picture"):
-            talk.encode(bad, [4] * 2)
+            talk.encode(bad, ["<image>" * 4] * 2)
 
 
 def test_labels_are_those_that_a_loop_over_answers_gives():
     talk, turns = CHATS["hub"], []
     for number in range(300):
         turns += [Turn("user", (f"Question {number}?",)), Turn("assistant", (f"{number}" * (1 + number % 3),))]
-    ids, labels = talk.encode(turns, [])
+    ids, labels, _ = talk.encode(turns, [])
     text, spans = talk.render(turns)
     first, last = np.array(talk.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]).T
     wanted = np.full_like(ids, IGNORE)
@@ -281,7 +281,7 @@ def test_labels_are_those_that_a_loop_over_answers_gives():
 def test_a_text_of_marks_only_is_a_text():
     """What stands for an answer while a template is rendered is in no text, however it was made."""
     turns = [Turn("user", ("\ue000" * 9 + "0\ue001",)), Turn("assistant", ("\ue0000\ue001\ue000" * 3,))]
-    ids, labels = CHATS["hub"].encode(turns, [])
+    ids, labels, _ = CHATS["hub"].encode(turns, [])
     assert learned(CHATS["hub"], ids, labels) == [" " + turns[1].parts[0] + "</s>"]
 
 
@@ -328,8 +328,8 @@ def test_asking_is_what_training_was(template, text, question, pictures):
     processor = with_system(before.processor, system(text))
     talk = Chat(processor)
     turns = [Turn("user", (*[IMAGE] * pictures, question)), Turn("assistant", ("A cat.",))]
-    ids, labels = talk.encode(turns, [3] * pictures)
-    wanted = before.encode([Turn("system", (text,)), *turns], [3] * pictures)
+    ids, labels, _ = talk.encode(turns, ["<image>" * 3] * pictures)
+    wanted = before.encode([Turn("system", (text,)), *turns], ["<image>" * 3] * pictures)
     assert np.array_equal(ids, wanted[0])
     assert np.array_equal(labels, wanted[1])
 
@@ -403,7 +403,7 @@ TURNS = [Turn("user", (IMAGE, "What is this?")), Turn("assistant", ("A cat.",))]
 )
 def test_a_template_that_loses_something_is_refused(template, says):
     with pytest.raises(UserError, match=says):
-        chat(template).encode(TURNS, [2])
+        chat(template).encode(TURNS, ["<image>" * 2])
 
 
 def test_no_template_and_no_fast_tokenizer_are_said():
@@ -423,4 +423,4 @@ def test_no_template_and_no_fast_tokenizer_are_said():
 
 def test_a_placeholder_written_in_a_text_is_not_taken_for_a_picture():
     with pytest.raises(UserError, match="2 placeholders"):
-        CHATS["hub"].encode([Turn("user", (IMAGE, "what is <image>?")), Turn("assistant", ("a",))], [2])
+        CHATS["hub"].encode([Turn("user", (IMAGE, "what is <image>?")), Turn("assistant", ("a",))], ["<image>" * 2])

@@ -69,7 +69,7 @@ def test_lengths_known_beforehand_are_those_of_the_example(folder, family):
         assert len(example.input_ids) == text + sum(visual)
         assert int((example.input_ids == tiny.IMAGE).sum()) == sum(visual)
         assert int((example.labels[1:] != IGNORE).sum()) == answers > 0
-        assert (example.pixel_values is None) == (not visual)
+        assert (not example.visual) == (not visual)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -81,9 +81,9 @@ def test_an_example_is_what_transformers_own_processor_makes(folder, family):
         theirs = processor(images=pictures or None, text=made.chat.render(record.turns)[0], return_tensors="pt")
         assert torch.equal(example.input_ids, theirs["input_ids"][0])
         if pictures:
-            assert torch.equal(example.pixel_values, theirs["pixel_values"])
+            assert torch.equal(example.visual["pixel_values"], theirs["pixel_values"])
         if family == "llava_next" and pictures:
-            assert torch.equal(example.image_sizes, theirs["image_sizes"])
+            assert torch.equal(example.visual["image_sizes"], theirs["image_sizes"])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -131,8 +131,8 @@ def test_lengths_are_those_of_the_example_for_pictures_of_any_size(family, data,
         (text, visual, answers), example = made.lengths(0), made.example(0)
     assert (example.input_ids == tiny.IMAGE).sum() == sum(visual) == len(example.input_ids) - text
     assert (example.labels[1:] != IGNORE).sum() == answers
-    assert len(example.pixel_values) == len(sizes)
-    shown = [(1, 1)] * len(sizes) if family == "llava" else example.image_sizes.tolist()
+    assert len(example.visual["pixel_values"]) == len(sizes)
+    shown = [(1, 1)] * len(sizes) if family == "llava" else example.visual["image_sizes"].tolist()
     assert [sum(tiny.image_rows(family, size)) for size in shown] == visual
 
 
@@ -146,7 +146,7 @@ def test_one_decoded_picture_of_a_record_is_in_memory_at_a_time(folder, family, 
         return picture
 
     monkeypatch.setattr(images, "decode", decode)
-    assert len(made.example(2).pixel_values) == len(decoded) == 2
+    assert len(made.example(2).visual["pixel_values"]) == len(decoded) == 2
 
 
 def damage(file):
@@ -385,7 +385,7 @@ def test_a_picture_on_its_side_is_counted_and_cut_as_it_is_seen(folder, tmp_path
     upright.save(copy / "images" / "p1-0.png")
     plain = source(copy, "llava_next")
     assert turned.lengths(1) == plain.lengths(1)
-    assert torch.equal(turned.example(1).pixel_values, plain.example(1).pixel_values)
+    assert torch.equal(turned.example(1).visual["pixel_values"], plain.example(1).visual["pixel_values"])
 
 
 def test_large_files_are_checked_in_worker_processes_with_the_same_outcome(folder, tmp_path, monkeypatch):

@@ -116,7 +116,7 @@ def test_lengths_are_those_of_the_example(i, turns, split, canvas):
     assert len(example.input_ids) == text + sum(images)
     assert (example.input_ids == canvas.ids["<image>"]).sum() == sum(images) == canvas.side**2
     assert (example.labels != IGNORE).sum() == 2 * turns == answers
-    assert torch.equal(source.example(i).pixel_values, example.pixel_values)
+    assert torch.equal(source.example(i).visual["pixel_values"], example.visual["pixel_values"])
 
 
 @pytest.mark.parametrize("canvas", [digits.DEFAULT, digits.Canvas(6, 3)], ids=["default", "3 x 3 regions"])
@@ -135,7 +135,7 @@ def test_the_saved_processor_makes_the_same_example(canvas):
         batch = processor(images=Image.fromarray(pixels).convert("RGB"), text=text, return_tensors="pt")
         assert torch.equal(batch["input_ids"][0], example.input_ids)
         # The processor rescales by 1/255 and normalises, in that order: equal up to fp32 rounding.
-        torch.testing.assert_close(batch["pixel_values"], example.pixel_values, atol=1e-6, rtol=0)
+        torch.testing.assert_close(batch["pixel_values"], example.visual["pixel_values"], atol=1e-6, rtol=0)
     # Without a look at the picture, as a file of conversations is measured: the demo's model can be fine-tuned on one.
     counted = processor._get_num_multimodal_tokens(image_sizes=[pixels.shape]).num_image_tokens
     assert counted == [canvas.cells]

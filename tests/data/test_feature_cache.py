@@ -117,7 +117,7 @@ def test_an_interruption_loses_one_file_at_most(home, tmp_path, monkeypatch):
     store = kept(tmp_path, made, net)
     whole = kept(tmp_path / "whole", made, net)
     for picture in made.pictures():
-        assert torch.equal(store.read(picture)[0], whole.read(picture)[0])
+        assert torch.equal(store.read(picture)["tower_features"], whole.read(picture)["tower_features"])
 
 
 def test_an_interruption_while_a_file_is_written_leaves_no_half_of_it_behind(home, tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_an_interruption_while_a_file_is_written_leaves_no_half_of_it_behind(hom
             kept(tmp_path, made, net)
     assert not files(tmp_path)
     store = kept(tmp_path, made, net)
-    assert all(store.read(picture)[0].isfinite().all() for picture in made.pictures())
+    assert all(store.read(picture)["tower_features"].isfinite().all() for picture in made.pictures())
 
 
 def test_a_damaged_file_is_named(home, tmp_path):

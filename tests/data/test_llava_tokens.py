@@ -102,7 +102,7 @@ said = st.text(st.sampled_from("Car  is AS.x4?!é猫\n'"), min_size=1, max_size=
 
 def same(talk: Chat, turns: list[Turn], wanted: tuple[list[str], list[bool]]) -> None:
     pictures = sum(part is IMAGE for turn in turns for part in turn.parts)
-    ids, labels = talk.encode(turns, [1] * pictures)
+    ids, labels, _ = talk.encode(turns, ["<image>"] * pictures)
     assert talk.tokenizer.convert_ids_to_tokens(ids) == wanted[0]
     assert [bool(label != IGNORE) for label in labels] == wanted[1]
     assert (labels[labels != IGNORE] == ids[labels != IGNORE]).all()

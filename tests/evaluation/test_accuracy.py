@@ -30,7 +30,7 @@ class Asked:
         ids = torch.cat([made.input_ids[:PROMPT], answer])
         labels = torch.full_like(ids, IGNORE)
         labels[PROMPT:] = answer
-        return Example(ids, labels, made.pixel_values)
+        return Example(ids, labels, made.visual)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def model():
 
 def generated(model, i, length):
     example = digits.Digits(99, 1, "eval").example(i)
-    prompt = {"input_ids": example.input_ids[None, :PROMPT], "pixel_values": example.pixel_values}
+    prompt = {"input_ids": example.input_ids[None, :PROMPT], "pixel_values": example.visual["pixel_values"]}
     model.model.eval()
     out = model.model.generate(**prompt, max_new_tokens=length, min_new_tokens=length, do_sample=False)
     return out[0, PROMPT:]

@@ -80,12 +80,13 @@ def _features_from_disk(run: StageRun) -> AbstractContextManager:
 
     def example(i: int) -> Example:
         made = original(i)
-        if made.pixel_values is None:
+        if not made.visual:
             return made
-        sizes, pixels = made.image_sizes, made.pixel_values.to(run.model.device)
+        visual = dict(made.visual)
+        pixels = visual.pop("pixel_values").to(run.model.device)
         with torch.no_grad(), precision.autocast(run.precision, run.model.device):
-            features = vlm.tower_features(pixels, sizes).cpu()
-        return replace(made, pixel_values=None, tower_features=features)
+            features = vlm.tower_features(pixels, visual.get("image_sizes")).cpu()
+        return replace(made, visual={"tower_features": features, **visual})
 
     return patch.object(run.source, "example", example)
 

@@ -52,12 +52,12 @@ class RandomExamples:
         size, side = self.sizes[i], self.config.vision_config.image_size
         if size is None:
             return Example(*self.text(i))
-        crops, sizes = (), None
+        crops, sizes = (), {}
         if self.config.model_type == "llava_next":
             crops = (anyres.image_size_to_num_patches(size, self.config.image_grid_pinpoints, side),)
-            sizes = torch.tensor([size])
+            sizes = {"image_sizes": torch.tensor([size])}
         pixels = torch.randn(1, *crops, 3, side, side, generator=torch.Generator().manual_seed(i))
-        return Example(*self.text(i), pixels, sizes)
+        return Example(*self.text(i), {"pixel_values": pixels, **sizes})
 
 
 Picture = tuple[int, tuple[int, int]]  # its rows; its height and width

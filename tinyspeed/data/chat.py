@@ -25,10 +25,12 @@ import copy
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ..models.loading import space_behind_picture
+from ..models.pictures import image_token, runs
 from ..rows import IGNORE
 from ..util import UserError, counted, require
 from .record_formats import IMAGE, Turn
@@ -49,6 +51,12 @@ def with_system(processor, text: str):
     return chat.processor
 
 
+class Encoded(NamedTuple):
+    ids: np.ndarray
+    labels: np.ndarray
+    pictures_end: int  # the number of tokens up to the end of the last picture
+
+
 class Chat:
     """Renders and tokenizes conversations for a processor's model."""
 
@@ -61,27 +69,43 @@ class Chat:
             raise UserError('the processor has no chat template; copy the model\'s, or set data.template = "plain"')
         self.image = processor.image_token
         self.space = space_behind_picture(processor)
-        self.image_id = self.tokenizer.convert_tokens_to_ids(self.image)
+        self.feature = image_token(processor)
+        self.image_id = self.tokenizer.convert_tokens_to_ids(self.feature)
         # Tokens without a name count too: Llama 3's <|eot_id|> ends every turn, and is neither its bos nor its eos.
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self.special = sorted({*self.tokenizer.all_special_tokens, *added} - {self.image, ""}, key=len, reverse=True)
         self.turn_ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, self.special)) + ")")
 
-    def encode(self, turns: Sequence[Turn], image_rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids, in which each picture's placeholder is repeated once for each of its features, and labels."""
+    def encode(self, turns: Sequence[Turn], pictures: Sequence[str]) -> Encoded:
+        """Ids and labels, with these texts in the places of the pictures (`models/pictures.py`)."""
         text, answers = self.render(turns)
+        text, answers, pictures_end, lengths = self._with_pictures(text, answers, pictures)
         made = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self.begun(text))
         ids, characters = np.array(made["input_ids"], dtype=np.int64), np.array(made["offset_mapping"]).reshape(-1, 2)
         first, last = characters.T
-        begins, ends = np.array(answers).T
+        begins, ends = answers.T
         end = np.append(0, ends)[begins.searchsorted(last)]  # of the last answer that begins before the token's end
         labels = np.where((first < end) & (first < last), ids, IGNORE)
-        pictures = ids == self.image_id
-        found, given = counted(int(pictures.sum()), "placeholder"), counted(len(image_rows), "picture")
-        require(pictures.sum() == len(image_rows), f"{found} {self.image} in the text for {given}")
         times = np.ones_like(ids)
-        times[pictures] = image_rows
-        return ids.repeat(times), labels.repeat(times)
+        times[ids == self.image_id] = lengths
+        before = np.flatnonzero((first < pictures_end) & (first < last))
+        return Encoded(ids.repeat(times), labels.repeat(times), int(times[: before[-1] + 1].sum()) if pictures else 0)
+
+    def _with_pictures(
+        self, text: str, answers: list[tuple[int, int]], pictures: Sequence[str]
+    ) -> tuple[str, np.ndarray, int, list[int]]:
+        """The text with the pictures' in it, the answers' places in that, where the last picture ends, and the lengths
+        of the runs of image tokens, each of which is a single one in the text: tokenizing all would take long."""
+        said = text.split(self.image)
+        found, given = counted(len(said) - 1, "placeholder"), counted(len(pictures), "picture")
+        require(len(said) - 1 == len(pictures), f"{found} {self.image} in the text for {given}")
+        short, lengths = zip(*(runs(picture, self.feature) for picture in pictures), strict=True) if pictures else ((), ())
+        ends = np.cumsum([len(part) + len(self.image) for part in said[:-1]])
+        longer = np.cumsum([0, *(len(picture) - len(self.image) for picture in short)])
+        answers = np.array(answers)
+        answers += longer[ends.searchsorted(answers, side="right")]
+        text = "".join(part for pair in zip(said, [*short, ""], strict=True) for part in pair)
+        return text, answers, int(ends[-1] + longer[-1]) if pictures else 0, [n for of in lengths for n in of]
 
     def begun(self, text: str) -> bool:
         """Whether the template wrote the bos token itself, so that the tokenizer must not add a second one."""
@@ -171,7 +195,8 @@ class Chat:
 def _message(turn: Turn) -> dict:
     """A turn as templates expect it. The content is a list, since some templates drop a plain string silently."""
     # The line breaks are for templates that move pictures to the front: the words around one would run together.
-    first = next((part for part in turn.parts if part is not IMAGE), None)
-    texts = (part if part is first or part is IMAGE else f"\n{part}" for part in turn.parts)
-    content = [{"type": "image"} if part is IMAGE else {"type": "text", "text": part} for part in texts]
+    content: list[dict] = []
+    for part in turn.parts:
+        again = any(item["type"] == "text" for item in content)
+        content.append({"type": "image"} if part is IMAGE else {"type": "text", "text": "\n" * again + part})
     return {"role": turn.role, "content": content}

@@ -24,7 +24,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
 from pathlib import Path
 from reprlib import repr as short
 
@@ -32,16 +31,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..models import loading
+from ..models.pictures import Pictures
 from ..recipe import DataSection, Recipe
 from ..rows import IGNORE
 from ..util import UserError, counted, files, located, paths, require
 from . import images
 from .chat import Chat, with_system
-from .examples import Example, Sample
+from .examples import Example, Sample, of_pictures
 from .loader import at_most, explaining_crashes, in_workers
 from .record_files import RecordFile
 from .record_formats import Record
@@ -64,7 +63,7 @@ class Conversations:
         paths.require_conversations(data.file, data.images)
         self.data, self.processor = data, with_system(processor, data.system_message)
         self.records = RecordFile(data.file, data.images or None, cache=cache, bar=bar)
-        self.chat = Chat(self.processor, data.template)
+        self.chat, self.prepared = Chat(self.processor, data.template), Pictures(self.processor)
         self.features = None  # a `feature_cache.FeatureCache` to read from instead of decoding pictures
         if agree:
             agree({"data.file": files.hashed(self.records.path)})
@@ -119,7 +118,7 @@ class Conversations:
 
     def text(self, i: int) -> tuple[Tensor, Tensor]:
         with self._record(int(self.good[i])) as record:
-            ids, labels, _ = self._tokens(record, self.lengths(i)[1])
+            *_, ids, labels, _ = self._read(record)
         return torch.from_numpy(ids), torch.from_numpy(labels)
 
     def example(self, i: int) -> Example:
@@ -129,22 +128,18 @@ class Conversations:
             if not files:
                 return Example(ids, labels)
             if self.features:
-                looked, image_sizes = zip(*map(self.features.read, files), strict=True)
-                image_sizes = None if image_sizes[0] is None else torch.cat(image_sizes)
-                return Example(ids, labels, None, image_sizes, torch.cat(looked))
-            prepare = partial(self.processor.image_processor, return_tensors="pt")
+                return Example(ids, labels, of_pictures([*map(self.features.read, files)]))
+            prepare = self.prepared.tensors
             try:  # one after the other, so that no two decoded pictures are in memory
-                batches = [prepare(images.decode(file, record.where)) for file in files]
+                made = [prepare(images.decode(file, record.where)) for file in files]
             except UserError as error:
                 if not self.data.skip_bad:
                     raise
                 # It already has its place in the batch, so black pictures stand in, and no label is left.
                 print(f"left out: {error}", file=sys.stderr)
-                batches = [prepare(Image.new("RGB", size)) for size in sizes]
+                made = [prepare(Image.new("RGB", size)) for size in sizes]
                 labels = torch.full_like(labels, IGNORE)
-        pixels = pad_sequence([batch["pixel_values"][0] for batch in batches], batch_first=True)
-        image_sizes = torch.cat([batch["image_sizes"] for batch in batches]) if "image_sizes" in batches[0] else None
-        return Example(ids, labels, pixels, image_sizes)
+        return Example(ids, labels, of_pictures(made))
 
     @contextmanager
     def _record(self, number: int) -> Iterator[Record]:
@@ -157,28 +152,21 @@ class Conversations:
         """All of a record but its pixels: its picture files, their sizes, their visual tokens, and its tokens."""
         files = self._paths(record)
         sizes = [images.size(file, record.where) for file in files]
-        rows = [self._rows(*size) for size in sizes]
-        return files, sizes, rows, *self._tokens(record, rows)
+        texts = [self.prepared.text(*size) for size in sizes]
+        return files, sizes, [*map(self.prepared.rows, texts)], *self._tokens(record, texts)
 
     def _paths(self, record: Record) -> list[Path]:
         return [images.inside(self.records.folder, name, record.where) for name in record.images]
 
-    @lru_cache(maxsize=65536)  # noqa: B019 (lives as long as the run)
-    def _rows(self, width: int, height: int) -> int:
-        try:
-            return self.processor._get_num_multimodal_tokens(image_sizes=[(height, width)]).num_image_tokens[0]
-        except (ZeroDivisionError, ValueError) as error:
-            raise UserError(f"a picture of {width} x {height} pixels is too thin for this model: {error}") from error
-
-    def _tokens(self, record: Record, rows: list[int]) -> Tokens:
-        ids, labels = self.chat.encode(record.turns, rows)
+    def _tokens(self, record: Record, pictures: list[str]) -> Tokens:
+        ids, labels, pictures_end = self.chat.encode(record.turns, pictures)
         most = self.data.max_rows or len(ids)  # `from_recipe` has replaced 0 by the model's context
         if cut := len(ids) > most:
             if self.data.too_long == "error":
                 what = f"it has {len(ids):,} tokens, pictures included, and data.max_rows is {most:,}"
                 mend = "raise that if the model's context allows it, shorten the record"
                 raise UserError(f'{what}: {mend}, or set data.too_long = "cut"')
-            if (ids[most:] == self.chat.image_id).any():
+            if most < pictures_end:
                 raise UserError(f"cutting it to data.max_rows = {most:,} would cut through a picture")
             ids, labels = ids[:most], labels[:most]
         require((labels[1:] != IGNORE).any(), "no token of an answer is left to learn")

@@ -175,7 +175,7 @@ class Digits:
             reply = [known[answer], known["</s>"]]
             ids += prompt + reply
             labels += [IGNORE] * len(prompt) + reply
-        return Example(torch.tensor(ids), torch.tensor(labels), pixel_values(pixels)[None])
+        return Example(torch.tensor(ids), torch.tensor(labels), {"pixel_values": pixel_values(pixels)[None]})
 
 
 def canvas_of(recipe: Recipe) -> Canvas:

@@ -1,13 +1,21 @@
 """An `Example` is one conversation, tokenized, with its pictures; a `Source` has many of them; `collate` makes a batch.
 
-Each picture's placeholder is already repeated once for each of its features. Labels are IGNORE outside of answers.
+The text that stands for a picture is already there, with an image token for each of its features. Labels are IGNORE
+outside of answers.
+
+Families put pictures into a batch in different ways: side by side (LLaVA), patch behind patch (Qwen), tile behind tile
+(InternVL), filled up to the largest (Mistral). All of these are one rule: tensors stand end to end along their first
+dimension, filled up with zeros in all others. SmolVLM and Idefics3 have a line of tiles for each sample instead, also
+for one without pictures.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ..rows import IGNORE
@@ -19,9 +27,10 @@ Sample = tuple[int, list[int], int]  # the lengths of an example: text tokens, v
 class Example:
     input_ids: Tensor  # (S,)
     labels: Tensor  # (S,)
-    pixel_values: Tensor | None = None  # (images, 3, H, W), of LLaVA-NeXT (images, crops, 3, H, W)
-    image_sizes: Tensor | None = None  # (images, 2), of LLaVA-NeXT: height and width before it was cut into crops
-    tower_features: Tensor | None = None  # (images' crops, patches, width), instead of pixels: see feature_cache.py
+    visual: Mapping[str, Tensor] = field(default_factory=dict)  # what the model gets of the pictures, by name
+
+
+LINES = "pixel_attention_mask"  # a batch that has this has a line of tiles for each sample
 
 
 class Source(Protocol):
@@ -50,12 +59,29 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         "attention_mask": pad_sequence([torch.ones_like(e.input_ids) for e in examples], batch_first=True),
         "labels": pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
     }
-    pictures = [picture for e in examples if e.pixel_values is not None for picture in e.pixel_values]
-    if pictures:  # an image with fewer crops than another is filled up with black ones, which the model leaves out
-        alike = len({picture.shape for picture in pictures}) == 1
-        batch["pixel_values"] = torch.stack(pictures) if alike else pad_sequence(pictures, batch_first=True)
-    for name in ("image_sizes", "tower_features"):
-        parts = [getattr(e, name) for e in examples if getattr(e, name) is not None]
-        if parts:
-            batch[name] = torch.cat(parts)
-    return batch
+    visual = [e.visual for e in examples if e.visual]
+    if any(LINES in of for of in visual):
+        none = {name: t[:1, :0] for name, t in visual[0].items()}
+        visual = [e.visual or none for e in examples]
+    return batch | (joined(visual) if visual else {})
+
+
+def of_pictures(pictures: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a sample with these pictures, from those of each alone."""
+    return joined(pictures, dim=int(LINES in pictures[0]))
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]], dim: int = 0) -> dict[str, Tensor]:
+    """The tensors of each name end to end, filled up with zeros to the largest in every other dimension."""
+    return {name: _joined([part[name] for part in parts], dim) for name in parts[0]}
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    largest = [max(sides) for sides in zip(*(t.shape for t in tensors), strict=True)]
+    filled = []
+    for tensor in tensors:
+        missing = [most - side for most, side in zip(largest, tensor.shape, strict=True)]
+        missing[dim] = 0
+        behind = [n for side in reversed(missing) for n in (0, side)]
+        filled.append(functional.pad(tensor, behind) if any(missing) else tensor)
+    return torch.cat(filled, dim)

@@ -53,13 +53,13 @@ class FeatureCache:
         name = hashlib.blake2b(files.read(picture), key=self.key, digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def read(self, picture: Path) -> tuple[Tensor, Tensor | None]:
+    def read(self, picture: Path) -> dict[str, Tensor]:
         """What the projector gets of a picture (crops, patches, width), and its size if the model needs that."""
         tensors = _read(file := self.file(picture))
         if tensors is None:
             what = f"the features of {picture} in {file} were deleted or damaged, by hand or for another run"
             raise UserError(f"{what}: --resume makes them again; with its own run.cache a run keeps them")
-        return tensors["features"], tensors.get("image_sizes")
+        return {"tower_features": tensors.pop("features"), **tensors}
 
     @torch.no_grad()
     def fill(self, pictures: Iterable[Path], vlm: Family, most: float, bar: bool) -> None:

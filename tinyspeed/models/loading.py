@@ -21,7 +21,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -29,14 +28,16 @@ import torch
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from PIL import Image
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file
 
 from ..util import UserError, counted, errors, files, paths, require, require_known
 from . import published
 from .families import FAMILIES, family
+from .pictures import Pictures
 from .precision import DTYPES
+from .without_torchvision import loading_pictures_alone
 
 TEMPLATE_SECONDS, TEMPLATE_MEMORY, TEMPLATE_TEXT = 5, 1 << 28, 10**5  # what a chat template may take (`_try_template`)
 ANSWERS = 5.0  # seconds in which the hub must answer
@@ -227,15 +228,12 @@ def load_processor(path: str):
     """
     config = load_config(path)
     vision = config.vision_config
-    if hasattr(config, "video_token_id") and find_spec("torchvision") is None:  # transformers would not say so
-        raise UserError(f"{path} also takes videos, and its processor needs torchvision for them: install it")
-    settings = {
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),  # CLS
-    }
+    settings = {"num_additional_image_tokens": int(vision.model_type == "clip_vision_model")}  # CLS
+    for of, name in ((vision, "patch_size"), (config, "vision_feature_select_strategy")):
+        settings |= {name: getattr(of, name)} if hasattr(of, name) else {}
     with explaining(f"{path} has no usable processor beside its model"):
-        processor = AutoProcessor.from_pretrained(_reach(_resolve(path)), trust_remote_code=False)
+        with loading_pictures_alone():
+            processor = AutoProcessor.from_pretrained(_reach(_resolve(path)), trust_remote_code=False)
         for name, value in settings.items():
             if (own := getattr(processor, name, value)) != value:
                 print(f"the processor's {name} is {own}, the model's {value}: using that", file=sys.stderr)
@@ -293,17 +291,28 @@ def _try_template(processor) -> None:
 
 def _check_processor(path: str, processor, config) -> None:
     """Refuses a processor whose tokens or pictures do not fit the model."""
-    largest, image = max(processor.tokenizer.get_vocab().values()), processor.image_token
-    image_id, size = processor.tokenizer.convert_tokens_to_ids(image), config.vision_config.image_size
-    pixels = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
+    pictures, largest = Pictures(processor), max(processor.tokenizer.get_vocab().values())
+    image, pixels = pictures.token, pictures.tensors(Image.new("RGB", (30, 20)))["pixel_values"]
+    image_id = processor.tokenizer.convert_tokens_to_ids(image)
+    misfit = f"it makes pictures of {tuple(pixels.shape)}, for a tower of {getattr(config.vision_config, 'image_size', 'any')}"
     for good, problem in (
         (largest < config.text_config.vocab_size, f"its tokenizer has ids up to {largest}, its model has fewer words"),
         (image_id == config.image_token_id, f"its {image} has id {image_id}, its model's {config.image_token_id}"),
         (processor.tokenizer.eos_token not in (None, "", image), "its tokenizer has no end token (eos_token) to learn"),
-        (pixels.shape[-3:] == (3, size, size), f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"),
+        (_fits(pixels, config.vision_config), misfit),
         (bool(pixels.isfinite().all()), "it makes pictures that are not finite"),
     ):
         require(good, f"{path} has the processor of another model, or a damaged one: {problem}")
+
+
+def _fits(pixels: Tensor, vision) -> bool:
+    """Whether a tower can read these pixels. Some towers take pictures of one size, some take any."""
+    if pixels.dim() == 2:  # Qwen's: a row for each patch
+        return pixels.shape[1] == 3 * vision.temporal_patch_size * vision.patch_size**2
+    if vision.model_type == "pixtral":
+        return not any(side % vision.patch_size for side in pixels.shape[-2:])
+    sides = vision.image_size if isinstance(vision.image_size, list | tuple) else (vision.image_size,) * 2
+    return pixels.shape[-3:] == (3, *sides)
 
 
 def _check_quantised(model: nn.Module) -> None:

@@ -102,7 +102,7 @@ class Part:
         if looks:
             for i in range(len(source)):
                 example = source.example(i)
-                pictures = 0 if example.pixel_values is None else len(example.pixel_values)
+                pictures = len(example.visual.get("pixel_values", ()))
                 assert pictures == len(source.lengths(i)[1]), "a picture is lost"
 
     def compare(self, data: DataSection, source: Conversations, i: int, raw: object) -> None:
