@@ -4,7 +4,8 @@ A `Family` is a thin adapter over a Hugging Face vision-language model whose pro
 placeholder ids. What DualSpeed needs of it above all: features of the images, which feature rows may be pruned, hidden
 states of a list of rows, and logits.
 
-The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it.
+The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it, and
+with the layers of `lean.py`.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ...rows import Layout
 from ...util import UserError, require
-from .. import attention
+from .. import attention, lean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -34,7 +35,7 @@ class Family:
         self.tower: PreTrainedModel = self.model.model.vision_tower
         self.projector: nn.Module = self.model.model.multi_modal_projector
         self.language_model: PreTrainedModel = self.model.model.language_model
-        self.language_model.set_attn_implementation(attention.NAME)
+        self.as_ours(True)
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -131,6 +132,11 @@ class Family:
             yield
         finally:
             self.language_model.layers = every
+
+    def as_ours(self, on: bool) -> None:
+        """Sets whether the LLM has our attention, and layers that keep less, or is as transformers has it."""
+        self.language_model.set_attn_implementation(attention.NAME if on else "sdpa")
+        lean.use(self.language_model, on)
 
     def recompute(self, on: bool) -> None:
         """Sets whether the next forwards recompute the LLM's activations; checkpointing must have been enabled."""
