@@ -156,11 +156,15 @@ def _kind(layer: nn.Module) -> tuple[Callable, Callable] | None:
     return None
 
 
+def _half(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
 @cache
 def _lean(kind: type, run: Callable, fits: Callable) -> type:
     def forward(self, x, *args, **kwargs):
-        half = torch.is_autocast_enabled(x.device.type) and not (args or kwargs) and fits(self)
-        return run(self, x) if half else kind.forward(self, x, *args, **kwargs)
+        lean = _half(x) and not (args or kwargs) and fits(self)
+        return run(self, x) if lean else kind.forward(self, x, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "plain": kind})
 
