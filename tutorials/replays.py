@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests python tutorials/replays.py memory       results/replays-memory.json, guide/memory.md
     PYTHONPATH=tests python tutorials/replays.py time         results/replays-time.json, results/performance.md
+    python tutorials/replays.py beside FOLDER                 what `make bench-gpu` has measured, beside what they say
 
 Steps run on the pretend GPU of the tests (`tests/support/replay.py`): what is alive, and which kernels run with how
 many FLOPs and bytes, is counted there and not computed. Models have two and three layers, and are continued to their
@@ -210,6 +211,45 @@ def describe_time(results: dict) -> str:
     return table([*head, "arithmetic", "bandwidth", "launches"], rows)
 
 
+# Beside what a GPU measures
+
+
+def beside(folder: Path) -> str:
+    """Tables of what `make bench-gpu` has left in this folder, beside what replays say; what they lack is a dash."""
+    replayed = {what: json.loads((RESULTS / f"replays-{what}.json").read_text(encoding="utf-8")) for what in PAGES}
+    peaks = {(f["recipe"], f["stage"], f["mode"]): f for f in replayed["memory"]["recipes"]}
+    found: dict[str, list] = {"memory": [], "step": []}
+    for file in sorted(folder.glob("*.json")):
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        for each in measured.get("recipes", ()):
+            for m in each["modes"]:
+                said = peaks.get((each["recipe"], m["stage"], m["mode"]), {})
+                same = [said.get(name) for name in ("samples", "recompute")] == [m["samples"], m["recompute"]]
+                cells = said["peak"] / GIB if same else None, m["measured_gib"]
+                found["memory"].append([each["recipe"], m["stage"], m["mode"], *_compared(*cells)])
+        kind = measured.get("size"), measured.get("family")
+        if measured.get("tune") == "lora" and replayed["time"]["text"] in measured["texts"]:
+            for name, contestant in measured["texts"][replayed["time"]["text"]]["contestants"].items():
+                said = [
+                    f
+                    for f in replayed["time"]["steps"]
+                    if (f["size"], f["family"], f["mode"]) == (*kind, name) and f["gpu"] in measured["device"]
+                ]
+                if said:
+                    ms = 1000 * sum(said[0]["seconds"].values()) / replayed["time"]["samples"]
+                    found["step"].append([file.stem, name, *_compared(ms, contestant["ms_a_sample"])])
+    units = {
+        "memory": ["recipe", "stage", "mode", "GiB replayed"],
+        "step": ["benchmark", "step", "ms a sample, at least"],
+    }
+    return "\n\n".join(table([*units[what], "measured", "off by %"], rows) for what, rows in found.items() if rows)
+
+
+def _compared(said: float | None, measured: float | None) -> list[str | None]:
+    off = None if said is None or measured is None else f"{100 * (said / measured - 1):+.0f}"
+    return [*(None if n is None else f"{n:.2f}" for n in (said, measured)), off]
+
+
 DESCRIBE = {"memory": describe_memory, "time": describe_time}
 
 
@@ -231,4 +271,4 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(beside(Path(sys.argv[2]))) if sys.argv[1] == "beside" else main(sys.argv[1])

@@ -1,5 +1,5 @@
 """Layers that keep less compute what transformers' and peft's own compute: all gradients, against those in float64.
-What they keep is counted in test_memory_replayed.py."""
+What they keep is counted in tests/slow/test_replays_of_all_layers.py."""
 
 import copy
 from unittest import mock

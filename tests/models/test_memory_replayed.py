@@ -8,39 +8,9 @@ from support import pretend_cuda
 from support.replay import cut, replay
 
 from tinyspeed.bench import estimate
-from tinyspeed.models import lean
 from tinyspeed.models.memory import Settings, Shape
 
 pytestmark = pytest.mark.skipif(bool(pretend_cuda.unavailable()), reason=pretend_cuda.unavailable() or "available")
-
-
-def of_a_layer(replays_of_two_and_three):
-    """What is kept for the backward, FLOPs, bytes that are read and written, and kernels."""
-    two, three = (
-        (
-            found.parts["activations"],
-            sum(operation.flops * n for operation, n in found.operations.items()),
-            sum(operation.bytes * n for operation, n in found.operations.items()),
-            found.operations.total(),
-        )
-        for found in replays_of_two_and_three
-    )
-    return [b - a for a, b in zip(two, three, strict=True)]
-
-
-@pytest.mark.parametrize("name", ["llava-1.5-7b-stage2-lora", "llava-1.5-7b-qlora-24gb"])
-def test_lean_layers_keep_two_fifths_without_another_product(monkeypatch, name):
-    """Of LoRA with dropout, in half precision and in 4 bits. They also move fewer bytes, in fewer kernels."""
-    chosen, case, config = replays.case_of(name)
-    how = {"samples": 1, "recompute": False}
-    step = lambda layers: replay(chosen, "train", "full", cut(config, layers), case.samples[0], **how)
-    kept, flops, moved, kernels = of_a_layer(map(step, replays.DEPTHS))
-    monkeypatch.setattr(lean, "use", lambda model, on: None)
-    kept_before, flops_before, moved_before, kernels_before = of_a_layer(map(step, replays.DEPTHS))
-    assert kept < 0.4 * kept_before
-    assert flops == pytest.approx(flops_before)
-    assert moved < moved_before
-    assert kernels < kernels_before
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,24 @@
 """LoRA layers, norms and gated MLPs that keep less for the backward, in half precision.
 
-transformers' and peft's layers keep nearly everything that they compute. Of a row in a layer of LLaVA-1.5-7B with LoRA
-and dropout that is 240 kB, and most of it can be made again from the rest by a few cheap operations without products:
+transformers' and peft's layers keep nearly everything that they compute. With dropout, that is 245 kB of each row in
+each layer of LLaVA-1.5-7B. Most of it can be made again from the rest, by cheap operations without products:
 
     norm        y = w x / sqrt(mean(x^2) + eps)     keeps x in half precision, not in fp32
     MLP         y = silu(gate) up                   keeps gate and up, not silu(gate)
-    LoRA        out + s (m * x) A' B'               keeps x A', not m (drawn from its seed again), nor a copy of x
+    LoRA        out + s (mask x) A' B'              keeps x A'; the mask is drawn from its seed again
 
-What remains is the x of each LoRA layer, and that is the y of a norm or of an MLP. So these y say what they are made
-of (`Source`), and a LoRA layer keeps that, which is kept anyway, instead of y. 95 kB remain.
+A LoRA layer also needs its x, but that is the y of a norm or of an MLP, or attention's output, which attention keeps. So
+a y says what it is made of (`Source`), and a LoRA layer keeps that, which is kept anyway, and not y. 95 kB remain.
 
-What differs: one rounding less, as s B A x is added in a single product. peft also copies x to fp32 first, and autocast
-back again, which changes nothing. The share of a mask that stays, 1 - p, is divided out of s and not of x.
+What differs: there are fewer roundings. s B A x is added in one product; the mask's 1 / (1 - p) is part of s; a norm is
+torch's, one kernel on a GPU. peft also copies x to fp32, and autocast copies it back. That is left out, so a step moves
+a third fewer bytes than before.
 
-The trade-off: a norm or an MLP's y is computed once more for every LoRA layer that read it, and a mask is drawn twice.
-No product is. Without peft's copies a step still moves fewer bytes than before.
+The trade-off: for each LoRA layer that reads it, a y is computed once more, and a mask is drawn twice. No product is
+computed twice.
 
-Where autocast is off, a layer is as transformers and peft have it, and so is a norm whose weight trains. A layer keeps
-its class's name, parameters and methods: peft's merging and saving see nothing of this.
+Where autocast is off, a layer is as transformers and peft have it, and so is an adapter of another kind (DoRA). A layer
+keeps its class's name, parameters and methods, so peft merges and saves it as always.
 """
 
 from collections.abc import Callable

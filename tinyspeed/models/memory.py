@@ -3,14 +3,15 @@
     peak    = weights + gradients + AdamW's moments + the largest phase of a step
     phase   = what autograd keeps for the backward + temporary tensors
 
-In half precision and with a frozen LLM of width H and MLP width I, autograd keeps for each row in each layer
+In half precision and with a frozen LLM of width H and MLP width I, autograd keeps for each row in each layer (`lean.py`
+says how)
 
-    two norms             8 H    their input, in fp32
+    two norms             4 H    their input
     attention             8 H    queries, keys, values and output (of the softmax only a number per head)
-    MLP                   6 I    gate, silu(gate), up
-    LoRA with dropout     3 in   for each of 7 linear layers: the input after dropout, and a mask of one byte
+    MLP                   4 I    gate and up
+    LoRA of rank r       14 r    of 7 linear layers, what comes out of the first matrix
 
-which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers take 4.8 GiB. That is why a long micro-batch is *recomputed*
+which is 95 kB in LLaVA-1.5-7B. 676 rows in 32 layers take 1.9 GiB. That is why a long micro-batch is *recomputed*
 (activation checkpointing): only the input of each layer is kept, and one layer at a time runs again in the backward.
 
 Where CPU and GPU differ, the formulas follow the GPU: packed attention repeats grouped keys, masks are bytes, norms of
