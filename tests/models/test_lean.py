@@ -188,7 +188,10 @@ def test_adapters_of_another_kind_are_pefts(way):
 def test_peft_sees_nothing_of_it():
     net = llm()
     changed = ours(net)
-    assert lean.use(changed, True) is None  # a second time it changes nothing
+    kinds = [type(layer) for layer in changed.modules()]
+    lean.use(changed, True)  # a second time it changes nothing
+    assert [type(layer) for layer in changed.modules()] == kinds
+    assert len(set(kinds)) == len({type(layer) for layer in net.modules()})
     assert changed.state_dict().keys() == net.state_dict().keys()
     assert repr(changed) == repr(net)
     one, other = (of.merge_and_unload().state_dict() for of in (changed, plain(net)))

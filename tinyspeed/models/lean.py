@@ -7,8 +7,8 @@ each layer of LLaVA-1.5-7B. Most of it can be made again from the rest, by cheap
     MLP         y = silu(gate) up                   keeps gate and up, not silu(gate)
     LoRA        out + s (mask x) A' B'              keeps x A'; the mask is drawn from its seed again
 
-A LoRA layer also needs its x, but that is the y of a norm or of an MLP, or attention's output, which attention keeps. So
-a y says what it is made of (`Source`), and a LoRA layer keeps that, which is kept anyway, and not y. 95 kB remain.
+A LoRA layer also needs its x, but that is the y of a norm or of an MLP, or attention's output, which attention keeps.
+So a y says what it is made of (`Source`), and a LoRA layer keeps that, which is kept anyway, and not y. 95 kB remain.
 
 What differs: there are fewer roundings. s B A x is added in one product; the mask's 1 / (1 - p) is part of s; a norm is
 torch's, one kernel on a GPU. peft also copies x to fp32, and autocast copies it back. That is left out, so a step moves
@@ -145,16 +145,19 @@ def _plain_lora(layer) -> bool:
     return not (more or layer.merged or layer.disable_adapters)
 
 
-def _kind(layer: nn.Module) -> tuple[Callable, Callable] | None:
+def _how(layer: nn.Module) -> tuple[Callable, Callable] | None:
     """How a layer runs, and when; None if it is none of those that could keep less."""
     if hasattr(layer, "lora_A"):
         return (_linear, _plain_lora) if isinstance(layer.get_base_layer(), nn.Linear) else None
     if type(layer).__name__.endswith("RMSNorm") and hasattr(layer, "variance_epsilon"):
-        return _norm, lambda layer: True
+        return _norm, _always
     silu = getattr(getattr(layer, "config", None), "hidden_act", "") == "silu"
-    if silu and set(dict(layer.named_children())) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        return _mlp, lambda layer: True
-    return None
+    gates = {name for name, _ in layer.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    return (_mlp, _always) if silu and gates else None
+
+
+def _always(layer) -> bool:
+    return True
 
 
 def _half(x: Tensor) -> bool:
@@ -175,5 +178,5 @@ def use(model: nn.Module, on: bool) -> None:
     for layer in model.modules():
         if not on:
             layer.__class__ = getattr(type(layer), "plain", type(layer))
-        elif not hasattr(type(layer), "plain") and (how := _kind(layer)):
+        elif not hasattr(type(layer), "plain") and (how := _how(layer)):
             layer.__class__ = _lean(type(layer), *how)
