@@ -47,6 +47,7 @@ lint: $(READY)
 	@$(if $(LOWEST),,$(BIN)/mypy --no-error-summary)  # the oldest torch has other annotations
 
 # Everything that is to be measured on a GPU: half an hour to an hour on a large one, step-7b-full needs more than 100 GB.
+# At the end it stands beside what replays on a pretend GPU have predicted.
 # Where torch is there already: make bench-gpu PY=python OUT=results ONLY="step-7b loss"
 PY ?= $(BIN)/python
 OUT ?= runs/bench-gpu
@@ -67,7 +68,7 @@ bench-gpu: $(if $(findstring $(BIN),$(PY)),$(READY))
 	@mkdir -p $(OUT)
 	@failed=0; $(foreach what,$(or $(ONLY),$(gpu)),echo "== $(what)"; $(PY) -m tinyspeed bench $($(what)) --out $(OUT)/$(what).json \
 	    $(if $(filter memory,$(what)),,--device cuda --png $(OUT)/$(what).png) > $(OUT)/$(what).txt || failed=1; \
-	    tail -n 40 $(OUT)/$(what).txt;) exit $$failed
+	    tail -n 40 $(OUT)/$(what).txt;) $(PY) tutorials/replays.py beside $(OUT); exit $$failed
 
 BOUND := torch|transformers|peft|bitsandbytes
 

@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests python tutorials/replays.py memory       results/replays-memory.json, guide/memory.md
     PYTHONPATH=tests python tutorials/replays.py time         results/replays-time.json, results/performance.md
+    python tutorials/replays.py beside FOLDER                 what `make bench-gpu` has measured, beside what they say
 
 Steps run on the pretend GPU of the tests (`tests/support/replay.py`): what is alive, and which kernels run with how
 many FLOPs and bytes, is counted there and not computed. Models have two and three layers, and are continued to their
@@ -41,6 +42,8 @@ GPUS = {
 }  # fmt: skip
 LAUNCH = 5e-6  # seconds
 SHAPES = ("7b", "1.5"), ("13b", "1.5"), ("7b", "next"), ("13b", "next")
+CARDS = {"8": "RTX 3060", "12": "RTX 3060", "16": "RTX 3060", "24": "RTX 4090"}  # by the GB in a recipe's name
+TIMES = 4  # a row budget so many times as large is compared
 SAMPLES, TEXT = 8, "128"
 MODES = "hf", "full", "slow", "fast"
 
@@ -89,10 +92,30 @@ def memory_of(name: str) -> list[dict]:
     return found
 
 
+def budgets_of(name: str) -> list[dict]:
+    """Milliseconds a sample with the recipe's row budget, and with a larger one, which recomputes more."""
+    from support.replay import cut, replay
+
+    chosen, case, config = case_of(name)
+    card, found, now = CARDS[re.search(r"-(\d+)gb", name)[1]], [], chosen.train.row_budget
+    for budget in (now, TIMES * now):
+        tried, modes = chosen.replaced(train={"row_budget": budget}), {}
+        for mode, share in estimate.shares(tried, "train").items():
+            batch = case.worst_batch(tried, "train", mode)
+            how = {"samples": batch.samples, "recompute": batch.recompute}
+            few = (replay(tried, "train", mode, cut(config, n), case.samples[0], **how).operations for n in DEPTHS)
+            ms = 1000 * sum(of_depth(*(seconds(done, card) for done in few), case.shape.layers).values())
+            modes[mode] = {"share": share, **how, "peak": batch.peak, "ms": ms / batch.samples}
+        found.append({"recipe": name, "gpu": card, "budget": budget, "modes": modes})
+    print(f"{name}, row budgets", file=sys.stderr)
+    return found
+
+
 def memory() -> dict:
     from support.replay import replay
 
     name, stage, mode = SHOWN
+    budgets = [one for each in CONSUMER for one in budgets_of(each)]
     found = [one for each in (*CONSUMER, *SCALE) for one in memory_of(each)]
     (shown,) = [f for f in found if (f["recipe"], f["stage"], f["mode"]) == SHOWN]
     chosen, case, config = case_of(name)
@@ -102,7 +125,7 @@ def memory() -> dict:
         {"bytes": n, "count": count, "line": line, "operation": func, "shape": list(shape), "type": str(kind)[6:]}
         for n, count, (line, func, shape, kind) in whole.tensors[:10]
     ]
-    return {"recipes": found, "shown": {"peak": whole.peak, "tensors": tensors}}
+    return {"recipes": found, "shown": {"peak": whole.peak, "tensors": tensors}, "budgets": budgets}
 
 
 def describe_memory(results: dict) -> str:
@@ -122,7 +145,17 @@ def describe_memory(results: dict) -> str:
     name, stage, mode = SHOWN
     said = f"{name}, {stage}, {mode}: {gib(shown['peak'])} GiB when all layers are replayed. The largest activations:"
     head_2 = ["GiB", "tensors", "shape", "type", "operation", "made in"]
-    return f"{table(head, rows)}\n\n{said}\n\n{table(head_2, largest)}"
+    compared = []
+    for f in results["budgets"]:
+        mixed, modes = sum(m["share"] * m["ms"] for m in f["modes"].values()), [f["modes"][m] for m in ("fast", "slow")]
+        each = [cell for m in modes for cell in (m["samples"], "yes" if m["recompute"] else "no", f"{m['ms']:.0f}")]
+        peak = gib(max(m["peak"] for m in modes))
+        compared.append([f["recipe"], f["gpu"], f"{f['budget']:,}", peak, *each, f"{mixed:.0f}"])
+    head_3 = ["recipe", "rates of", "row budget", "GiB"]
+    head_3 += [f"{mode}: {what}" for mode in ("fast", "slow") for what in ("samples", "recompute", "ms")]
+    why = f"Predicted milliseconds a sample with the recipes' row budgets, and with {TIMES} times as many tokens:"
+    tables = f"{table(head, rows)}\n\n{said}\n\n{table(head_2, largest)}"
+    return f"{tables}\n\n{why}\n\n{table([*head_3, 'both'], compared)}"
 
 
 # Time
@@ -139,6 +172,11 @@ def seconds(operations: Counter, gpu: str) -> dict[str, float]:
     return found
 
 
+def of_depth(two: dict[str, float], three: dict[str, float], layers: int) -> dict[str, float]:
+    """These times in a model of so many layers."""
+    return {what: n + (layers - DEPTHS[1]) * (n - two[what]) for what, n in three.items()}
+
+
 def time() -> dict:
     from support.replay import steps
 
@@ -147,8 +185,8 @@ def time() -> dict:
         layers = Shape(published.config_of(size, family)).layers
         two, three = (steps(size, family, n, SAMPLES, TEXT) for n in DEPTHS)
         for mode, gpu in ((mode, gpu) for mode in MODES for gpu in GPUS):
-            (a, b), more = (seconds(of[mode], gpu) for of in (two, three)), layers - DEPTHS[1]
-            whole = {what: n + more * (n - a[what]) for what, n in b.items()}
+            a, b = (seconds(of[mode], gpu) for of in (two, three))
+            whole = of_depth(a, b, layers)
             inside = layers * (sum(b.values()) - sum(a.values()))  # the LLM's layers
             found.append({"size": size, "family": family, "mode": mode, "gpu": gpu, "seconds": whole, "layers": inside})
         print(f"{size}, {family}", file=sys.stderr)
@@ -173,6 +211,45 @@ def describe_time(results: dict) -> str:
     return table([*head, "arithmetic", "bandwidth", "launches"], rows)
 
 
+# Beside what a GPU measures
+
+
+def beside(folder: Path) -> str:
+    """Tables of what `make bench-gpu` has left in this folder, beside what replays say; what they lack is a dash."""
+    replayed = {what: json.loads((RESULTS / f"replays-{what}.json").read_text(encoding="utf-8")) for what in PAGES}
+    peaks = {(f["recipe"], f["stage"], f["mode"]): f for f in replayed["memory"]["recipes"]}
+    found: dict[str, list] = {"memory": [], "step": []}
+    for file in sorted(folder.glob("*.json")):
+        measured = json.loads(file.read_text(encoding="utf-8"))
+        for each in measured.get("recipes", ()):
+            for m in each["modes"]:
+                said = peaks.get((each["recipe"], m["stage"], m["mode"]), {})
+                same = [said.get(name) for name in ("samples", "recompute")] == [m["samples"], m["recompute"]]
+                cells = said["peak"] / GIB if same else None, m["measured_gib"]
+                found["memory"].append([each["recipe"], m["stage"], m["mode"], *_compared(*cells)])
+        kind = measured.get("size"), measured.get("family")
+        if measured.get("tune") == "lora" and replayed["time"]["text"] in measured["texts"]:
+            for name, contestant in measured["texts"][replayed["time"]["text"]]["contestants"].items():
+                said = [
+                    f
+                    for f in replayed["time"]["steps"]
+                    if (f["size"], f["family"], f["mode"]) == (*kind, name) and f["gpu"] in measured["device"]
+                ]
+                if said:
+                    ms = 1000 * sum(said[0]["seconds"].values()) / replayed["time"]["samples"]
+                    found["step"].append([file.stem, name, *_compared(ms, contestant["ms_a_sample"])])
+    units = {
+        "memory": ["recipe", "stage", "mode", "GiB replayed"],
+        "step": ["benchmark", "step", "ms a sample, at least"],
+    }
+    return "\n\n".join(table([*units[what], "measured", "off by %"], rows) for what, rows in found.items() if rows)
+
+
+def _compared(said: float | None, measured: float | None) -> list[str | None]:
+    off = None if said is None or measured is None else f"{100 * (said / measured - 1):+.0f}"
+    return [*(None if n is None else f"{n:.2f}" for n in (said, measured)), off]
+
+
 DESCRIBE = {"memory": describe_memory, "time": describe_time}
 
 
@@ -194,4 +271,4 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(beside(Path(sys.argv[2]))) if sys.argv[1] == "beside" else main(sys.argv[1])

@@ -40,7 +40,7 @@ def recipe(models):
 
 @pytest.mark.parametrize(
     ("name", "rows", "fixed", "peak"),
-    [("1.5-7b", 676, 5.1, 5.9), ("next-7b", 2900, 5.1, 7.2), ("1.5-13b", 676, 8.7, 9.7), ("next-13b", 2900, 8.7, 11.5)],
+    [("1.5-7b", 676, 5.1, 5.4), ("next-7b", 2900, 5.1, 6.4), ("1.5-13b", 676, 8.7, 9.1), ("next-13b", 2900, 8.7, 10.5)],
 )
 def test_qlora_of_real_models_is_what_was_worked_out_by_hand(recipe, name, rows, fixed, peak):
     found = estimate(recipe(name, data_max_rows=rows, train_row_budget=1, train_checkpointing="on"), 24)
@@ -127,7 +127,7 @@ def test_what_helps_most_harmlessly_is_said_first(recipe):
     too_large = recipe(train_row_budget=0, train_batch=128, train_checkpointing="on")
     assert set(estimate(too_large, 12).changes) == {"train.row_budget"}
     off = recipe(train_row_budget=1, train_checkpointing="off")
-    assert estimate(off, 8).changes == {"train.checkpointing": "on"}
+    assert estimate(off, 7).changes == {"train.checkpointing": "on"}
     half = recipe(model_quantise="none")
     assert estimate(half, 12).changes == {"model.quantise": "nf4"}
     assert estimate(recipe(lora_rank=0, model_quantise="none"), 24).changes == {

@@ -48,3 +48,25 @@ def test_a_kernel_takes_as_long_as_its_products_or_its_bytes_and_a_launch():
     )
     found = replays.seconds(kernels, "A100")
     assert found == {"arithmetic": pytest.approx(3), "bandwidth": pytest.approx(4), "launches": 7 * replays.LAUNCH}
+
+
+def test_what_a_gpu_measures_stands_beside_what_was_replayed(tmp_path):
+    """Where it is the same: the micro-batch, or the shape, the text and the GPU."""
+    (name, stage, mode), f = next(iter(STEPS.items()))
+    same = {"stage": stage, "mode": mode, "samples": f["samples"], "recompute": f["recompute"]}
+    modes = [{**same, "measured_gib": 20.0}, {**same, "samples": 1, "measured_gib": 21.0}]
+    (tmp_path / "memory.json").write_text(json.dumps({"device": "", "recipes": [{"recipe": name, "modes": modes}]}))
+    time = RESULTS["time"]
+    contestants = {"fast": {"ms_a_sample": 50.0}, "trl": {"ms_a_sample": 900.0}}
+    step = {"size": "7b", "family": "1.5", "tune": "lora", "device": "NVIDIA H100 80GB HBM3"}
+    texts = {time["text"]: {"contestants": contestants}, "mix": {"contestants": contestants}}
+    (tmp_path / "step-7b.json").write_text(json.dumps({**step, "texts": texts}))
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in replays.beside(tmp_path).splitlines() if line]
+    gib = f["peak"] / replays.GIB
+    assert [name, stage, mode, f"{gib:.2f}", "20.00", f"{100 * (gib / 20 - 1):+.0f}"] in lines
+    assert [name, stage, mode, "", "21.00", ""] in lines
+    wanted = ("7b", "1.5", "fast", "H100")
+    (said,) = [s for s in time["steps"] if (s["size"], s["family"], s["mode"], s["gpu"]) == wanted]
+    ms = 1000 * sum(said["seconds"].values()) / time["samples"]
+    assert ["step-7b", "fast", f"{ms:.2f}", "50.00", f"{100 * (ms / 50 - 1):+.0f}"] in lines
+    assert len(lines) == 7

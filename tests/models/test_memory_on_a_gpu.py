@@ -3,11 +3,11 @@
 import pytest
 import torch
 from support import pretend_cuda
-from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
 from tinyspeed import DualSpeed
-from tinyspeed.models import lora, memory, precision, published, stages
+from tinyspeed.models import lean, lora, memory, precision, published, stages
+from tinyspeed.models.lean import Source
 from tinyspeed.models.memory import MicroBatch, Settings, Shape, Step
 from tinyspeed.scheduler import Plan
 
@@ -57,8 +57,8 @@ def test_the_formulas_know_what_a_step_keeps(mode):
 
 
 def test_a_mask_kept_in_fp32_is_found(monkeypatch):
-    def careless(x, p, training, inplace):
-        return x * ((torch.rand_like(x, dtype=torch.float32) > p) / (1 - p))
+    def careless(x):
+        return Source(lambda x, mask: x, (x, torch.ones_like(x, dtype=torch.float32)))
 
-    monkeypatch.setattr(F, "dropout", careless)
+    monkeypatch.setattr(lean, "source", careless)
     assert kept(LORA, "full", 1)[1] > 1.05 * formula(LORA, "full", 1)[1]

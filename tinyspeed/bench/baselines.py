@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..data import digits_model
 from ..data.examples import collate
-from ..models import attention, precision
+from ..models import precision
 from ..models.families import family
 from ..training.loop import StageRun
 
@@ -31,15 +31,15 @@ def baselines(run: StageRun, micro: int) -> dict[str, Callable[[], float]]:
     samples = range(len(run.source))
     batches = [batch_of(run, samples[first : first + micro]) for first in range(0, len(samples), micro)]
     answers = sum(run.source.lengths(i)[2] for i in samples)
-    model, llm = run.model.model, run.model.vlm.language_model
+    model, vlm = run.model.model, run.model.vlm
 
     def hf(checkpointing: bool) -> float:
-        llm.set_attn_implementation("sdpa")
-        run.model.vlm.recompute(checkpointing)
+        vlm.as_ours(False)
+        vlm.recompute(checkpointing)
         try:
             return _step(run, batches, lambda batch: model(**batch, use_cache=False, num_items_in_batch=answers).loss)
         finally:
-            llm.set_attn_implementation(attention.NAME)
+            vlm.as_ours(True)
 
     found = {"hf": partial(hf, True), "hf, nothing recomputed": partial(hf, False)}
     if find_spec("trl") and run.recipe.model.quantise == "none":  # of a 4-bit model it casts what the others train
@@ -53,7 +53,7 @@ def _trl(run: StageRun, batches: list[dict[str, Tensor]], answers: int) -> Calla
 
     weights = [*run.model.model.parameters(), *run.model.model.buffers()]
     model = copy.deepcopy(run.model.model, {id(weight): weight for weight in weights})
-    family(model).language_model.set_attn_implementation("sdpa")
+    family(model).as_ours(False)
     unused = datasets.Dataset.from_dict({"images": [None], "messages": [[]]})  # SFTTrainer insists on data
     with tempfile.TemporaryDirectory() as folder:
         how = trl.SFTConfig(

@@ -3,14 +3,15 @@
     peak    = weights + gradients + AdamW's moments + the largest phase of a step
     phase   = what autograd keeps for the backward + temporary tensors
 
-In half precision and with a frozen LLM of width H and MLP width I, autograd keeps for each row in each layer
+In half precision and with a frozen LLM of width H and MLP width I, autograd keeps for each row in each layer (`lean.py`
+says how)
 
-    two norms             8 H    their input, in fp32
+    two norms             4 H    their input
     attention             8 H    queries, keys, values and output (of the softmax only a number per head)
-    MLP                   6 I    gate, silu(gate), up
-    LoRA with dropout     3 in   for each of 7 linear layers: the input after dropout, and a mask of one byte
+    MLP                   4 I    gate and up
+    LoRA of rank r       14 r    of 7 linear layers, what comes out of the first matrix
 
-which is 240 kB in LLaVA-1.5-7B. 676 rows in 32 layers take 4.8 GiB. That is why a long micro-batch is *recomputed*
+which is 95 kB in LLaVA-1.5-7B. 676 rows in 32 layers take 1.9 GiB. That is why a long micro-batch is *recomputed*
 (activation checkpointing): only the input of each layer is kept, and one layer at a time runs again in the backward.
 
 Where CPU and GPU differ, the formulas follow the GPU: packed attention repeats grouped keys, masks are bytes, norms of
@@ -122,10 +123,6 @@ class Settings:
     def stream(self) -> int:  # bytes of a number between two layers of the LLM
         return 4 if self.full else self.width
 
-    @property
-    def casts(self) -> bool:  # whether peft casts an adapter's input to fp32 and autocast back; not in 4 bits
-        return self.rank > 0 and self.half and self.quantise == "none"
-
 
 @dataclass(frozen=True)
 class Fixed:
@@ -232,22 +229,25 @@ class Step:
     def row(self) -> int:
         """What autograd keeps for one row in one layer of the LLM."""
         shape, s = self.shape, self.s
-        norms = 2 * 4 * shape.hidden * (2 if s.full else 1)  # a norm that trains also keeps the normalised input
         attention = 4 * shape.queries * s.width + 4 * shape.heads
         inputs = sum(into for _, into in shape.linears)  # of linear layers that train or have adapters
-        masks = inputs if s.rank and s.dropout else 0
-        if s.half and s.full:  # autocast copies each fp32 row once; attention's output is in half precision already
-            inputs -= shape.queries
-        elif not (masks or s.casts):
+        masks = inputs if s.rank and s.dropout and not s.half else 0
+        if s.half:  # autocast copies each fp32 row once; attention's output is in half precision already
+            inputs = (inputs - shape.queries) * s.full
+        elif not masks:
             inputs = 2 * shape.hidden + shape.inner  # one for q, k and v, one for gate and up, one for down
-        inputs = (inputs + len(shape.linears) * s.rank) * s.width * (s.stage == "train")
-        return norms + attention + 3 * shape.inner * s.width + masks + inputs
+        inputs = (inputs + len(shape.linears) * s.rank) * s.width * (s.half or s.stage == "train")
+        return 2 * self._norm + attention + (2 if s.half else 3) * shape.inner * s.width + masks + inputs
+
+    @cached_property
+    def _norm(self) -> int:
+        """What autograd keeps for one row in a norm: in fp32, one that trains also keeps the normalised input."""
+        return self.shape.hidden * (self.s.stream if self.s.half else 4 * (2 if self.s.full else 1))
 
     @cached_property
     def _copies(self) -> int:
         """Autocast's half-precision copies of the fp32 matrices in one layer of the LLM."""
-        matrices = self.shape.adapters(self.s.rank) or (self.shape.linears if self.s.full else [])
-        return 2 * self.s.half * sum(out * into for out, into in matrices)
+        return 2 * (self.s.half and self.s.full) * sum(out * into for out, into in self.shape.linears)
 
     @cached_property
     def projects_twice(self) -> bool:
@@ -278,10 +278,9 @@ class Step:
         """What autograd keeps of the whole forward."""
         shape, s, rows = self.shape, self.s, self.batch.rows
         layer = rows * shape.hidden * s.stream if self.recompute else rows * self.row + self._copies
-        norm = rows * 4 * shape.hidden * (2 if s.full else 1)
         answers = self.batch.answers * shape.hidden * s.stream * (2 if self.batch.mode == "slow" else 1)
         projector = self._projector + 2 * s.half * shape.hidden**2
-        return projector + self._learned + shape.layers * layer + norm + answers
+        return projector + self._learned + shape.layers * layer + rows * self._norm + answers
 
     @cached_property
     def phases(self) -> dict[str, int]:
@@ -298,13 +297,17 @@ class Step:
         loss = (6 if batch.mode == "slow" else 3) * 4 * min(batch.answers, CHUNK) * shape.vocab  # fp32 logits
         loss += 2 * s.half * h * shape.vocab * s.full  # autocast's copy of the head
         mlp = rows * shape.inner * b  # one of gate, silu(gate) and up, or of their gradients
-        # The adapter at the end of a layer: its input (and what dropout left, if nothing keeps it), and both in fp32.
-        width = b * (2 if s.dropout and s.stage == "align" else 1) if s.casts or (s.rank and s.dropout) else 0
-        end = rows * (6 * h * b + shape.inner * (width + 4 * s.casts * (2 if s.dropout else 1)))
-        forward, backward = end + gathered * (s.stream == 2), rows * 2 * h * b + mlp * (2 if s.stage == "train" else 3)
+        # The adapter at the end of a layer: what dropout leaves of its input if nothing keeps that, and a mask.
+        if s.half:
+            end = mlp * (not s.full) + (mlp + rows * shape.inner) * bool(s.rank and s.dropout)
+        else:
+            end = mlp * (2 if s.stage == "align" else 1) * bool(s.rank and s.dropout)
+        end += rows * 6 * h * b
+        forward, backward = end + gathered * (s.stream == 2), rows * 2 * h * b
+        backward += mlp * (5 - s.full if s.half else 2 if s.stage == "train" else 3)
         if self.recompute:
             forward = max(end, 3 * mlp)
-            backward = max(end, backward) + rows * (self.row - 4 * h * (s.stream == 4)) + self._copies
+            backward = max(end, backward) + rows * (self.row - h * s.stream) + self._copies
         # The largest weight: its 16-bit copy, made from 4 bits, or its gradient before it is added to the others.
         weight = h * max(shape.inner, shape.vocab * s.full) * (6 if s.full else 2 * (s.quantise == "nf4"))
         return {

@@ -7,7 +7,8 @@ positions of the tokens, hidden states of a list of rows, and logits.
 Features may be wider than the LLM: what stands behind the first `hidden_size` columns is added to the row's hidden
 state behind the LLM's first layers (Qwen3-VL's deepstack). So whatever picks or merges rows does it to both.
 
-The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it.
+The LLM runs with the attention function of `attention.py`, which is told a step's layout instead of guessing it, and
+with the layers of `lean.py`.
 """
 
 from collections.abc import Collection, Iterator
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ...rows import Layout
 from ...util import UserError, require
-from .. import attention
+from .. import attention, lean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,7 +40,7 @@ class Family:
         self.tower: PreTrainedModel = self.model.model.get_submodule(self.tower_name)
         self.projector: nn.Module = self.model.model.get_submodule(self.projector_name)
         self.language_model: PreTrainedModel = self.model.model.get_submodule(self.language_name)
-        self.language_model.set_attn_implementation(attention.NAME)
+        self.as_ours(True)
 
     @classmethod
     def unquantised(cls) -> list[str]:
@@ -180,6 +181,11 @@ class Family:
         what = f"the first {self.first_layers} layers of the LLM take in what the tower's earlier layers see"
         safe = min(layers, default=self.first_layers) >= self.first_layers
         require(safe, f"{what}: set sts.protect_first = {self.first_layers}, or sts.skip = 0")
+
+    def as_ours(self, on: bool) -> None:
+        """Sets whether the LLM has our attention, and layers that keep less, or is as transformers has it."""
+        self.language_model.set_attn_implementation(attention.NAME if on else "sdpa")
+        lean.use(self.language_model, on)
 
     def recompute(self, on: bool) -> None:
         """Sets whether the next forwards recompute the LLM's activations; checkpointing must have been enabled."""
