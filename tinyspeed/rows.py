@@ -35,7 +35,9 @@ What differs from the official code: it cuts and joins embeddings and labels in 
 positions are `compact`.
 """
 
+import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -206,6 +208,16 @@ class Layout:
     longest: int  # rows of the longest sample
     borders: list[int] | None  # cu_seqlens on the CPU
     weight: Tensor | None = None  # as `position`, of each row's `Rows.weight`
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """What attention adds where it can take that for nothing: for each sample of a packed batch (1, 1, n, n), or for
+        a padded one (B, 1, slots, slots), the weight of each key, and no key that comes later."""
+        parts = itertools.pairwise(self.borders or [0, self.longest])
+        if self.weight is None:
+            return [None for _ in parts]
+        weights = [self.weight[:, None, None, a:b] for a, b in parts]
+        return [w.masked_fill(w.new_ones(w.shape[-1], w.shape[-1]).triu(1).bool(), -torch.inf) for w in weights]
 
 
 def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layout:

@@ -8,11 +8,12 @@ Transformers would otherwise guess the packing from position ids: it reads any s
 `original` positions make such a step at every pruned row. It would also build masks, (R, R) for a packed batch, which
 forbid the fast kernels.
 
-Rows with a weight w (`pruning/weights.py`) need no mask either. The weight is one more column of the product,
+Rows with a weight w (`pruning/weights.py`) need no mask on a GPU either. The weight is one more column of the product,
 
     q' = [q | 1 1],  k' = [k | hi lo],  hi + lo = w / scale    so    scale q' k' = scale q k + w
 
-in two parts, since half precision would round it, filled up to the widths that kernels take. `v` gets zeros.
+in two parts, since half precision would round it, filled up to the widths that kernels take. `v` gets zeros. On a CPU
+the kernel takes a mask at the price of none, and wider heads cost more. So there all layers share one (`rows.Layout`).
 """
 
 import itertools
@@ -57,7 +58,7 @@ def rows_attention(
     and returns (B, rows, heads, width)."""
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kw)
-    if rows.weight is not None:
+    if rows.weight is not None and query.device.type != "cpu":
         width, scaling = query.shape[-1], scaling or query.shape[-1] ** -0.5
         weighted = weigh(query, key, value, rows.weight / scaling)
         out, _ = rows_attention(
@@ -66,7 +67,7 @@ def rows_attention(
         return out[..., :width], None
     how = {"dropout": dropout, "scaling": scaling, "is_causal": True}
     if rows.cu_seqlens is None:
-        return sdpa_attention_forward(module, query, key, value, None, **how)
+        return sdpa_attention_forward(module, query, key, value, rows.masks[0], **how)
     if has_packed_kernel(query) and dropout == 0.0:
         # Autocast does not cover this kernel, and rotary embeddings have turned its queries and keys into fp32.
         q, k, v = (x[0].transpose(0, 1).to(_dtype(x)) for x in (query, key, value))
@@ -77,8 +78,8 @@ def rows_attention(
         return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
     # Without the CUDA kernel, one call for each sample: on a CPU far faster than one call with a block mask.
     parts = [
-        sdpa_attention_forward(module, *(x[:, :, a:b] for x in (query, key, value)), None, **how)[0]
-        for a, b in itertools.pairwise(rows.borders)
+        sdpa_attention_forward(module, *(x[:, :, a:b] for x in (query, key, value)), mask, **how)[0]
+        for (a, b), mask in zip(itertools.pairwise(rows.borders), rows.masks, strict=True)
         if b > a
     ]
     return torch.cat(parts, dim=1), None
