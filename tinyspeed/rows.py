@@ -211,8 +211,8 @@ class Layout:
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
-        """What attention adds where it can take that for nothing: for each sample of a packed batch (1, 1, n, n), or for
-        a padded one (B, 1, slots, slots), the weight of each key, and no key that comes later."""
+        """What attention adds where that costs nothing: for each sample of a packed batch (1, 1, n, n), or for a padded
+        one (B, 1, slots, slots), the weight of each key, and -inf for later ones."""
         parts = itertools.pairwise(self.borders or [0, self.longest])
         if self.weight is None:
             return [None for _ in parts]

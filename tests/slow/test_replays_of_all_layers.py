@@ -1,5 +1,6 @@
-"""Replays of true shapes: a few layers tell of all, the published numbers are those of today's code, and the formulas of
-FLOPs and of weights agree. That the memory formulas agree with the published numbers is in tests/docs/test_replays.py."""
+"""Replays of true shapes: a few layers tell of all, the published numbers are those of today's code, and the formulas
+of FLOPs and of weights agree. That the memory formulas agree with the published numbers is in
+tests/docs/test_replays.py."""
 
 import dataclasses
 import json
