@@ -37,7 +37,9 @@ What differs from the official code: it cuts and joins embeddings and labels in 
 positions are `compact`.
 """
 
+import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -211,6 +213,16 @@ class Layout:
     deep: tuple[Tensor, Tensor] | None = None  # slots, and for each what is added to it behind the first layers
     image: Tensor | None = None  # (B, slots per line), 0 or 1 + the slot's image, if an image's rows see each other
     token: Tensor | None = None  # (1 or B, slots per line), the token of a slot of text, if layers look it up again
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """What attention adds where that costs nothing: for each sample of a packed batch (1, 1, n, n), or for a padded
+        one (B, 1, slots, slots), the weight of each key, and -inf for later ones."""
+        parts = itertools.pairwise(self.borders or [0, self.longest])
+        if self.weight is None:
+            return [None for _ in parts]
+        weights = [self.weight[:, None, None, a:b] for a, b in parts]
+        return [w.masked_fill(w.new_ones(w.shape[-1], w.shape[-1]).triu(1).bool(), -torch.inf) for w in weights]
 
 
 def lay_out(rows: Rows, layout: str, device: torch.device | None = None, images: bool = False) -> Layout:

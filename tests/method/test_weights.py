@@ -48,8 +48,9 @@ copies = st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=5), min_size=
     copies=copies, kv=st.integers(1, 2), groups=st.integers(1, 2), width=st.sampled_from([2, 4, 6, 8]),
     layout=st.sampled_from(["packed", "padded"]), scale=st.sampled_from([None, 0.3]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_a_row_of_weight_log_n_is_n_copies_of_it(copies, kv, groups, width, layout, scale, seed):
-    """Results and gradients, in float64."""
+@pytest.mark.parametrize("form", ["as on a CPU", "as on a GPU"])
+def test_a_row_of_weight_log_n_is_n_copies_of_it(form, copies, kv, groups, width, layout, scale, seed):
+    """Results and gradients, in float64: with the weights in a mask, and in columns of the heads."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [len(counts) for counts in copies]
     total = sum(lengths)
@@ -60,7 +61,12 @@ def test_a_row_of_weight_log_n_is_n_copies_of_it(copies, kv, groups, width, layo
     index = torch.arange(total)
     placed = lay_out(Rows(index, index, index, sample, index, len(copies), weight), layout)
     flat = lambda x: x[0][:, placed.index].unflatten(1, placed.position.shape).transpose(0, 1)
-    made, _ = attention.rows_attention(Module(groups), flat(q), flat(k), flat(v), None, scaling=scale, rows=placed)
+    given, how = (flat(q), flat(k), flat(v)), {"scaling": scale}
+    if form == "as on a GPU":
+        how = {"scaling": scale or width**-0.5}
+        given, placed = attention.weigh(*given, placed.weight / how["scaling"]), replace(placed, weight=None)
+    made, _ = attention.rows_attention(Module(groups), *given, None, **how, rows=placed)
+    made = made[..., :width]
     made = made.flatten(0, 1)[placed.slot].transpose(0, 1)[None]
     want = naive(q, k, v, copies, scale or width**-0.5)
     torch.testing.assert_close(made, want, rtol=1e-9, atol=1e-11)

@@ -9,6 +9,7 @@ import signal
 import statistics
 from pathlib import Path
 
+import ablations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,7 +120,7 @@ def rows_of(runs: list[dict]) -> dict[str, list[str]]:
             arm,
             str(len(mine)),
             *(spread([run[f"accuracy_{tokens}"] for run in mine]) for tokens in ("full", "pruned")),
-            f"{100 * statistics.mean(shares):.0f}%",
+            f"{100 * statistics.mean(shares):.0f}%" if shares else "-",
             f"{statistics.mean(run['slow_steps'] for run in mine):.0f}",
         ]
     return made
@@ -141,3 +142,46 @@ def test_the_tables_of_ablations_are_what_was_measured():
         for file in results.glob("ablations-*.json")
     }
     assert shown == measured, "a result that is shown nowhere, or the other way round"
+
+
+def test_a_table_is_collected_over_several_sittings(tmp_path, monkeypatch, capsys):
+    """Of runs of this sitting, of committed ones, and of an earlier table's until an arm is measured here."""
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(ablations, "RESULTS", results)
+    run = lambda arm, seed, right: {
+        "arm": arm, "seed": seed, "accuracy_full": right, "accuracy_pruned": right / 2, "area": 100 + seed,
+        "slow_steps": seed, "curve": [],
+    }  # fmt: skip
+    shelf = [run("full", 0, 97.0), run("original r=0", 0, 94.0), run("original r=0", 1, 93.0), run("dpp 0.1", 0, 1.0)]
+    (results / "ablations-shelf.json").write_text(json.dumps({"runs": shelf}))
+    mark, end = "<!-- ablations-weights-3.json -->", "<!-- end of ablations-weights-3.json -->"
+    (results / "ablations.md").write_text(f"before\n\n{mark}\n\n{end}\n\nafter\n")
+    sittings = [[run("cells r=0", 0, 96.0)], [run("none r=0", 0, 95.0), run("cells r=0", 2, 90.0)]]
+    for sitting, runs in enumerate(sittings):
+        for one in runs:
+            folder = tmp_path / f"sitting-{sitting}" / f"seed-{one['seed']}" / one["arm"]
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps(one))
+        ablations.main("weights-3", str(tmp_path / f"sitting-{sitting}"))
+    right = {
+        ("full", 0): 97.0, ("none r=0", 0): 95.0, ("none r=0", 1): 93.0, ("cells r=0", 0): 96.0, ("cells r=0", 2): 90.0,
+    }  # fmt: skip
+    held = json.loads((results / "ablations-weights-3.json").read_text())["runs"]
+    assert {(run["arm"], run["seed"]): run["accuracy_full"] for run in held} == right
+    assert not any("curve" in run for run in held if run["arm"] == "cells r=0")
+    page = (results / "ablations.md").read_text()
+    assert page.startswith(f"before\n\n{mark}\n\n| arm")
+    assert page.endswith(f"|\n\n{end}\n\nafter\n")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    assert {line[0]: line for line in lines[2:]} == rows_of(held)
+
+    capsys.readouterr()
+    ablations.main("weights-3")
+    asked = [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
+    begun = []
+    monkeypatch.setattr(compare, "_run_arms", lambda *of: begun.append(of) or signal.SIGINT)
+    monkeypatch.chdir(tmp_path)
+    assert [cli.main(command) for command in asked] == [0] * 3
+    left = {(arm, chosen.run.seed) for chosen, _, seeds, arms, _ in begun for arm in arms if seeds == 1}
+    assert left == set(itertools.product(comparison.read(DIGITS, "weights"), range(3))) - set(right)

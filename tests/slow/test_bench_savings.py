@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from tinyspeed import UserError, cli
 from tinyspeed.bench import harness, savings
 
-SKIPPED = ("full", "1/2 of the layers")
+SKIPPED = ("full", "1/2 of the layers", "fast, with weights")
 
 
 def test_every_plan_is_timed_and_layers_cost_the_same_each(tmp_path, capsys):
@@ -54,6 +55,15 @@ def test_together_the_systems_promise_more_than_each_alone():
     fast, layers, answers, *two, three = (f["promised"] for name, f in found.items() if name not in SKIPPED)
     assert min(two) > max(fast, layers, answers)
     assert three > max(two)
+
+
+def test_weights_are_measured_beside_the_same_step():
+    """They choose no other tokens, and cost the products with those that stay."""
+    fast, weighted = (savings.plans(4)[name] for name in ("fast: 10 % of the picture", "fast, with weights"))
+    assert replace(weighted, weigh=False) == fast != weighted
+    found = harness.run(savings, layers=4, width=16, repeats=1)["plans"]
+    more = found["fast, with weights"]["flops"] - found["fast: 10 % of the picture"]["flops"]
+    assert more == savings.SAMPLES * 2 * 144 * 14 * 16
 
 
 @pytest.mark.parametrize("how", [{"layers": 3}, {"width": 12}, {"device": "nowhere"}], ids=str)

@@ -1,7 +1,8 @@
-"""Replays of true shapes: a few layers tell of all, the published numbers are those of today's code, the formula of
-FLOPs agrees, and lean layers keep less. That the memory formulas agree with the published numbers is in
+"""Replays of true shapes: a few layers tell of all, the published numbers are those of today's code, the formulas of
+FLOPs and of weights agree, and lean layers keep less. That the memory formulas agree with the published numbers is in
 tests/docs/test_replays.py."""
 
+import dataclasses
 import json
 
 import pytest
@@ -83,3 +84,35 @@ def test_lean_layers_keep_two_fifths_without_another_product(monkeypatch, name):
     assert flops == pytest.approx(flops_before)
     assert moved < moved_before
     assert kernels < kernels_before
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "mode", "samples", "recompute"),
+    [
+        ("llava-1.5-7b-stage1", "align", "fast", 12, False),
+        ("llava-1.5-7b-stage2", "train", "fast", 12, False),  # keeps a copy of what attention gives
+        ("llava-1.5-7b-stage2-lora", "train", "fast", 12, False),
+        ("llava-1.5-7b-qlora-8gb", "train", "fast", 12, True),
+        ("llava-1.5-7b-stage2-lora", "train", "slow", 3, False),  # only its teacher weighs
+    ],
+)
+def test_weights_take_the_memory_and_flops_that_are_said_and_little_more_time(name, stage, mode, samples, recompute):
+    """By count, on a GPU."""
+    chosen, case, config = replays.case_of(name)
+    config = cut(config, 2)
+    case, (sample,) = dataclasses.replace(case, shape=Shape(config)), case.samples
+    how, found, said = {"samples": samples, "recompute": recompute}, [], []
+    for weights in ("none", "cells"):
+        chosen = chosen.replaced(dualspeed={"weights": weights})
+        done = replay(chosen, stage, mode, config, sample, **how)
+        moved = sum(times * operation.bytes for operation, times in done.operations.items())
+        found.append((done.peak, moved, sum(times * operation.flops for operation, times in done.operations.items())))
+        flops = estimate.flops(case.shape, Settings.of(chosen, stage, "bf16"), mode, sample, recompute)
+        said.append((replays.formula(chosen, stage, mode, case, **how), samples * flops))
+    (memory, moved, work), (more_memory, more_moved, more_work) = found
+    (formula, flops), (more_formula, more_flops) = said
+    assert more_formula - formula == pytest.approx(more_memory - memory, rel=0.01, abs=10_000)
+    assert (more_flops - flops) / flops == pytest.approx((more_work - work) / work, abs=0.0005)
+    assert work < more_work < 1.01 * work
+    assert more_memory < 1.01 * memory
+    assert moved < more_moved < 1.03 * moved

@@ -228,7 +228,8 @@ def flops(shape: Shape, s: Settings, mode: str, sample: Sample, recompute: bool,
     if mode == "slow":
         total += layers * forward(fast.rows) + 2 * head
     if mode != "full":
-        total += sum(n**2 * hidden for n in sample[1])  # the plugin compares all rows of an image
+        # The plugin compares all rows of an image, and weights all of them with those that stay.
+        total += sum(n**2 * hidden * (1 + s.keep * s.weighs) for n in sample[1])
     patches, tokens = step.crops * shape.patches, step.crops * (shape.patches + shape.clip)
     layer = tokens * (4 * tower**2 + 2 * tower * shape.tower_inner) + 2 * tokens**2 // max(1, step.crops) * tower
     total += shape.tower_layers * layer + patches * 3 * shape.patch**2 * tower

@@ -9,11 +9,12 @@ Transformers would otherwise guess the packing from position ids: it reads any s
 `original` positions make such a step at every pruned row. It would also build masks, (R, R) for a packed batch, which
 forbid the fast kernels.
 
-Rows with a weight w (`pruning/weights.py`) need no mask either. The weight is one more column of the product,
+Rows with a weight w (`pruning/weights.py`) need no mask on a GPU either. The weight is one more column of the product,
 
     q' = [q | 1 1],  k' = [k | hi lo],  hi + lo = w / scale    so    scale q' k' = scale q k + w
 
-in two parts, since half precision would round it, filled up to the widths that kernels take. `v` gets zeros.
+in two parts, since half precision would round it, filled up to the widths that kernels take. `v` gets zeros. On a CPU
+the kernel takes a mask at the price of none, and wider heads cost more. So there all layers share one (`rows.Layout`).
 """
 
 import itertools
@@ -63,7 +64,7 @@ def rows_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     unknown = [name for name in ("softcap", "s_aux") if kw.get(name) is not None]
     require(not unknown, f"this LLM's attention has {' and '.join(unknown)}, which tinyspeed cannot compute yet")
-    if rows.weight is not None:
+    if rows.weight is not None and (query.device.type != "cpu" or rows.image is not None):
         width, scaling = query.shape[-1], scaling or query.shape[-1] ** -0.5
         weighted = weigh(query, key, value, rows.weight / scaling)
         out, _ = rows_attention(
@@ -74,7 +75,7 @@ def rows_attention(
     if rows.image is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     if rows.cu_seqlens is None:
-        return _causal(module, query, key, value, sliding_window, how), None
+        return _causal(module, query, key, value, rows.masks[0], sliding_window, how), None
     if has_packed_kernel(query) and dropout == 0.0:
         # Autocast does not cover this kernel, and rotary embeddings have turned its queries and keys into fp32.
         q, k, v = (x[0].transpose(0, 1).to(_dtype(x)) for x in (query, key, value))
@@ -86,20 +87,23 @@ def rows_attention(
         return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(before, 0))[None], None
     # Without the CUDA kernel, one call for each sample: on a CPU far faster than one call with a block mask.
     parts = [
-        _causal(module, *(x[:, :, a:b] for x in (query, key, value)), sliding_window, how)
-        for a, b in itertools.pairwise(rows.borders)
+        _causal(module, *(x[:, :, a:b] for x in (query, key, value)), mask, sliding_window, how)
+        for (a, b), mask in zip(itertools.pairwise(rows.borders), rows.masks, strict=True)
         if b > a
     ]
     return torch.cat(parts, dim=1), None
 
 
 def _causal(
-    module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict
-) -> torch.Tensor:
-    """SDPA in which each row of a sample sees those before it, all of them or the last of a window."""
-    n, mask = query.shape[2], None
+    module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, window: int | None,
+    how: dict,
+) -> torch.Tensor:  # fmt: skip
+    """SDPA in which each row of a sample sees those before it, all of them or the last of a window. A mask says the
+    former already."""
+    n = query.shape[2]
     if window and window < n:
-        mask = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+        near = torch.ones(n, n, dtype=torch.bool, device=query.device).tril().triu(1 - window)[None, None]
+        mask = near if mask is None else mask.masked_fill(~near, -torch.inf)
     return sdpa_attention_forward(module, query, key, value, mask, is_causal=mask is None, **how)[0]
 
 

@@ -97,6 +97,7 @@ class Settings:
     isolator: int = 4
     views: int = 1  # adapters on each layer; a step uses and changes one of them
     plugin: str = "divprune"
+    weighs: bool = False  # kept tokens as many as they stand for
 
     @classmethod
     def of(cls, recipe, stage: str, precision: str) -> "Settings":
@@ -104,7 +105,7 @@ class Settings:
         lora, optimizer, dual = recipe.lora, getattr(recipe, stage).optimizer, recipe.dualspeed
         (plugin, keep), views = recipe.pruning(stage), 1 + dual.views
         how = (recipe.model.quantise, lora.rank, lora.dropout, optimizer, stage, keep, dual.isolator, views, plugin)
-        return cls(precision, *how)
+        return cls(precision, *how, weighs=dual.weights != "none" and dual.power > 0)
 
     @property
     def half(self) -> bool:
@@ -229,13 +230,16 @@ class Step:
     def row(self) -> int:
         """What autograd keeps for one row in one layer of the LLM."""
         shape, s = self.shape, self.s
-        attention = 4 * shape.queries * s.width + 4 * shape.heads
+        weighs = s.weighs and self.batch.mode == "fast"  # heads are wider by one column of weights, filled up to eight
+        attention = 4 * (shape.queries + 8 * shape.heads * weighs) * s.width + 4 * shape.heads
         inputs = sum(into for _, into in shape.linears)  # of linear layers that train or have adapters
         masks = inputs if s.rank and s.dropout and not s.half else 0
         if s.half:  # autocast copies each fp32 row once; attention's output is in half precision already
-            inputs = (inputs - shape.queries) * s.full
+            inputs = (inputs - shape.queries * (not weighs)) * s.full  # but a copy of it is kept where that is wider
+            inputs += shape.queries * (weighs and not s.full and s.stage == "train")
         elif not masks:
             inputs = 2 * shape.hidden + shape.inner  # one for q, k and v, one for gate and up, one for down
+            inputs += shape.queries * weighs
         inputs = (inputs + len(shape.linears) * s.rank) * s.width * (s.half or s.stage == "train")
         return 2 * self._norm + attention + (2 if s.half else 3) * shape.inner * s.width + masks + inputs
 
