@@ -7,6 +7,8 @@ are the published ones, less what they say about videos and tools.
 
 from pathlib import Path
 
+from support import zoo
+from support.zoo import BREAK, END, IMAGE, START, VIDEO
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     Gemma3Processor,
@@ -28,7 +30,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from tinyspeed.models.without_torchvision import VideoSettings, loading_pictures_alone
 
 BOS, EOS, PAD = range(3)
-IMAGE, VIDEO, START, END, BREAK = range(260, 265)
+
 WORDS = 300  # a vocabulary that holds the tokens of every family
 PATCH, MERGE, TILE = 4, 2, 16
 
@@ -135,7 +137,7 @@ def _internvl():
         "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>", "start_image_token": "<img>",
         "end_image_token": "</img>",
     }  # fmt: skip
-    pictures = GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, crop_to_patches=False, max_patches=6)
+    pictures = GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=6)
     videos = VideoSettings(video_processor_type="InternVLVideoProcessor", size={"height": TILE, "width": TILE})
     words = tokenizer(None, "<|im_end|>", "<|endoftext|>", list(names.values()), CHATML, names)
     return InternVLProcessor(
@@ -148,12 +150,12 @@ def _mistral():
 
     tokens = ["[IMG]", "<filler>", "[IMG_START]", "[IMG_END]", "[IMG_BREAK]"]
     more = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
-    pictures = PixtralImageProcessorPil(size={"longest_edge": 40}, patch_size={"height": PATCH, "width": PATCH})
+    pictures = PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size={"height": PATCH, "width": PATCH})
     words = tokenizer("<s>", "</s>", "<pad>", tokens, more)
     return PixtralProcessor(pictures, words, patch_size=PATCH, spatial_merge_size=MERGE, chat_template=MISTRAL)
 
 
-def _tiled(kind: type, pictures: type, eos: str = "<end_of_utterance>"):
+def _tiled(kind: type, pictures: type):
     names = {
         "image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>",
         "end_of_utterance_token": "<end_of_utterance>",
@@ -178,6 +180,7 @@ def _gemma():
 MAKERS = {
     "qwen2_vl": lambda: _qwen(Qwen2VLProcessor, QWEN2, "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": lambda: _qwen(Qwen2_5_VLProcessor, QWEN2, "Qwen2VLVideoProcessor"),
+    "qwen3_vl_moe": lambda: _qwen(Qwen3VLProcessor, QWEN3, "Qwen3VLVideoProcessor"),
     "qwen3_vl": lambda: _qwen(Qwen3VLProcessor, QWEN3, "Qwen3VLVideoProcessor"),
     "internvl": _internvl,
     "mistral3": _mistral,
@@ -193,7 +196,8 @@ def processor(family: str):
         return MAKERS[family]()
 
 
-def save(family: str, folder: Path | str) -> Path:
-    """Writes a processor as it lies beside a model on the hub."""
+def checkpoint(family: str, folder: Path | str) -> Path:
+    """A model of `zoo.py` and its processor on disk, in the format of the hub."""
+    zoo.model(family, vocab_size=WORDS).save_pretrained(folder)
     processor(family).save_pretrained(folder)
     return Path(folder)

@@ -217,7 +217,8 @@ def from_recipe(recipe: Recipe, model: str, **how) -> Conversations:
     data, context = recipe.data, loading.load_config(model).text_config.max_position_embeddings
     require(data.max_rows <= context, f"data.max_rows = {data.max_rows:,}: the context of {model} ends at {context:,}")
     data = replace(data, max_rows=data.max_rows or context)
-    return Conversations(data, loading.load_processor(model), paths.expanded(recipe.run.cache), **how)
+    processor = loading.load_processor(model, data.min_pixels, data.max_pixels)
+    return Conversations(data, processor, paths.expanded(recipe.run.cache), **how)
 
 
 def _listed(bad: list[tuple[int, str]], file: str) -> str:

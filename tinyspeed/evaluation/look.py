@@ -193,6 +193,8 @@ def encode(
     if not isinstance(patch, int):
         raise UserError(f"{tower} holds a {config.model_type!r} model: it has no tower that cuts pictures into patches")
     llava = config.model_type in families.FAMILIES
+    drawn = not llava or config.model_type.startswith("llava")
+    require(drawn, f"{tower} holds a {config.model_type!r} model, whose tokens cannot be drawn yet: give a LLaVA or a CLIP")
     asking = [name for name in plugins or () if pruning.entry(name).needs]
     if asking and not llava:
         raise UserError(f"the plugin {asking[0]!r} needs what a LLaVA's projector reads: give a LLaVA as tower")
@@ -217,7 +219,7 @@ def encode(
             with signals.recording(
                 family, batch, sorted(signals.signals_of_model(family) if plugins is None else needs)
             ) as heard:
-                features = family.encode(pixels, sizes, "full")[0]
+                features = family.encode(batch, "full")[0]
         else:
             features = getattr(model, "vision_model", model)(pixels, output_hidden_states=True).hidden_states[-2][0]
     except (RuntimeError, ValueError) as error:

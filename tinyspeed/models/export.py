@@ -78,10 +78,9 @@ def merge(saved: Mapping[str, Tensor], scale: float, base: str, out: Path) -> No
 
 def _bare(name: str) -> str:
     """A tensor's name without what differs between a model and its files. The hub's files have the layout of earlier
-    days, `language_model.model.layers.0`, where the model now has `model.language_model.layers.0`."""
-    parts = name.split(".")
-    owner = "language_model." if {"language_model", "lm_head"} & {*parts} else ""
-    return owner + ".".join(part for part in parts if part not in ("model", "language_model", "base_layer"))
+    days, `language_model.model.layers.0` or `model.layers.0`, where the model now has `model.language_model.layers.0`.
+    """
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "base_layer"))
 
 
 def save_adapter(saved: Mapping[str, Tensor], config: "LoraConfig", base: str, out: Path) -> None:

@@ -220,8 +220,9 @@ def _reach(where: str | Path) -> str | Path:
     return where
 
 
-def load_processor(path: str):
-    """Loads the processor saved beside a model: tokenizer, image processor and chat template.
+def load_processor(path: str, min_pixels: int = 0, max_pixels: int = 0):
+    """Loads the processor saved beside a model: tokenizer, image processor and chat template. Pictures of any size are
+    scaled to `min_pixels` at least and `max_pixels` at most; with 0, as the processor says.
 
     A processor counts placeholders by settings of its own, and older checkpoints lack some of them (576 features then
     meet 575 placeholders). They are taken from the model's configuration, which has them all.
@@ -238,6 +239,8 @@ def load_processor(path: str):
             if (own := getattr(processor, name, value)) != value:
                 print(f"the processor's {name} is {own}, the model's {value}: using that", file=sys.stderr)
                 setattr(processor, name, value)
+        if min_pixels or max_pixels:
+            _limit_pixels(path, processor.image_processor, min_pixels, max_pixels)
         _check_processor(path, processor, config)
         if isinstance(processor.chat_template, dict):  # of several
             processor.chat_template = processor.chat_template.get("default")
@@ -246,6 +249,15 @@ def load_processor(path: str):
         for end in ("\n", r"\n") if processor.chat_template else ():  # a line break, and how Jinja may spell it
             processor.chat_template = processor.chat_template.replace(f"{image}{end}", f"{image}{space}{end}")
     return processor
+
+
+def _limit_pixels(path: str, pictures, least: int, most: int) -> None:
+    what = f"data.min_pixels and data.max_pixels: the pictures of {path} have no such limits, leave them out"
+    require({"min_pixels", "max_pixels"} <= {*pictures.valid_kwargs.__annotations__}, what)
+    size = dict(pictures.size)  # the processor calls areas edges
+    least, most = least or size["shortest_edge"], most or size["longest_edge"]
+    require(least <= most, f"data.min_pixels = {least:,} is more than data.max_pixels = {most:,}")
+    pictures.size = type(pictures.size)(**{**size, "shortest_edge": least, "longest_edge": most})
 
 
 def space_behind_picture(processor) -> str:

@@ -92,6 +92,8 @@ class DataSection:
     system: str = ""  # A system message for conversations that have none, and for questions to the model.
     max_rows: int = 0  # Longest sample in tokens, image tokens included; 0 = the model's context.
     too_long: str = "error"  # "error" refuses longer samples; "cut" cuts the end of their text off, never a picture.
+    min_pixels: int = 0  # Qwen-VL: smaller pictures are enlarged to so many pixels; 0 = as the model's processor does.
+    max_pixels: int = 0  # Qwen-VL: larger pictures are scaled down to so many pixels; 0 = as its processor does.
     skip_bad: bool = False  # Leave bad records out and list them in skipped.txt; otherwise they are an error.
     workers: int = 2  # Processes that decode pictures ahead of training; 0 = none. Add some if the GPU waits.
     feature_cache_gb: float = 0.0  # GB of disk for the frozen tower's features, which save time after the first epoch.
@@ -102,6 +104,7 @@ class DataSection:
         require_known("data.too_long", self.too_long, ("error", "cut"))
         require_range(self, "data.", turns=(1, LARGEST), eval_pictures=(1, LARGEST), max_rows=(0, LARGEST))
         require_range(self, "data.", workers=(0, LARGEST), feature_cache_gb=(0, 10**9))
+        require_range(self, "data.", min_pixels=(0, LARGEST), max_pixels=(0, LARGEST))
         require(self.kind == "chat" or not self.file, 'data.file is given: set data.kind = "chat" too')
         require(self.kind != "chat" or bool(self.file), 'data.file: data.kind = "chat" needs a file of conversations')
 

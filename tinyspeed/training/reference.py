@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..data.examples import Source
 from ..distill import answer_loss
 from ..models import loading
+from ..models.pictures import image_token
 from ..models.precision import DTYPES
 from ..rows import IGNORE
 from ..util import UserError, files, located, require
@@ -163,5 +164,5 @@ def _tokens(path: str, files: str, processor) -> Tensor:
     tokens = torch.full((max(ours.values()) + 1,), pad)
     same = torch.tensor([i for token, i in ours.items() if its.get(token) == i])
     tokens[same] = same
-    tokens[processor.tokenizer.convert_tokens_to_ids(processor.image_token)] = pad
+    tokens[processor.tokenizer.convert_tokens_to_ids(image_token(processor))] = pad
     return tokens

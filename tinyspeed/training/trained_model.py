@@ -78,7 +78,7 @@ def open_model(
     if paths.is_run(path):
         recipe = of_run(path)
         model, name = load_trained(recipe).model, recipe.model.precision
-        processor = loading.load_processor(build.base_folder(recipe))
+        processor = _processor(recipe)
         system = recipe.data.system_message if system is None else system
         called = f"{path}, {checkpoint.newest(recipe.folder / 'checkpoints').name}"
     else:
@@ -88,6 +88,10 @@ def open_model(
     # A run's model has fp32 weights beside bf16 ones.
     with precision.autocast(precision.resolve(name, model.device), model.device):
         yield model.eval(), with_system(processor, system or ""), called
+
+
+def _processor(recipe: Recipe) -> ProcessorMixin:
+    return loading.load_processor(build.base_folder(recipe), recipe.data.min_pixels, recipe.data.max_pixels)
 
 
 def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
@@ -106,7 +110,7 @@ def export(recipe: Recipe, out: Path, *, adapter_only: bool = False) -> None:
             save_adapter(saved, lora.lora_config(**asdict(recipe.lora)), named, temporary)
         else:
             merge(saved, recipe.lora.scale, base, temporary)
-        with_system(loading.load_processor(base), recipe.data.system_message).save_pretrained(temporary)
+        with_system(_processor(recipe), recipe.data.system_message).save_pretrained(temporary)
         _make_readable(temporary)
 
 
