@@ -90,7 +90,7 @@ class DualSpeed(DropIn):
         for module in (self.isolator, self.chooser):  # fp32 also in a bf16 model, as LoRA is: bf16 loses small updates
             module.to(next(self.get_input_embeddings().parameters()).device)
         self.views = Views(model, self.vlm.language_model, views)
-        self.positions, self.layout = positions, layout
+        self.positions, self.layout = positions, self.vlm.layout_for(layout)
         self.temperature, self.chunk, self.seed, self.power = temperature, chunk, seed, power
         self.schedule = schedule or DualSpeedSchedule(slow=slow, keep=keep, distill=distill, seed=seed)
         self.step: int | None = None  # the optimizer step, set by the training loop
@@ -108,6 +108,8 @@ class DualSpeed(DropIn):
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        image_position_ids: Tensor | None = None,
         tower_features: Tensor | None = None,
         labels: Tensor | None = None,
         answers: Tensor | None = None,
@@ -124,7 +126,8 @@ class DualSpeed(DropIn):
             "pixel_values": pixel_values, "image_sizes": image_sizes, "pixel_values_videos": pixel_values_videos,
             "image_sizes_videos": image_sizes_videos, "batch_num_images": batch_num_images,
             "image_grid_thw": image_grid_thw, "pixel_attention_mask": pixel_attention_mask,
-            "mm_token_type_ids": mm_token_type_ids, "tower_features": tower_features,
+            "mm_token_type_ids": mm_token_type_ids, "token_type_ids": token_type_ids,
+            "image_position_ids": image_position_ids, "tower_features": tower_features,
         }  # fmt: skip
         visual = {name: value for name, value in given.items() if value is not None}
         if not self.training and plan is None:
@@ -231,9 +234,10 @@ class DualSpeed(DropIn):
     def _gather(self, ids: Tensor, visual: list[Tensor], run: rows.Rows) -> tuple[Tensor, rows.Layout]:
         """Gathers the rows in their layout. The rest of the table is freed before the LLM runs."""
         index, run = rows.used_words(run, ids.numel())
-        words = self.get_input_embeddings()(to_device(ids.flatten()[index], self.device))
+        tokens = to_device(ids.flatten()[index], self.device)
+        words = self.get_input_embeddings()(tokens)
         kind = attention.choose_layout(words, run) if self.layout == "auto" else self.layout
-        layout = rows.lay_out(run, kind, words.device)
+        layout = rows.lay_out(run, kind, words.device, self.vlm.whole_images)
         width = self.vlm.hidden_size
         table = torch.cat([words, *(part[:, :width].to(words.dtype) for part in visual)])
         if most := max(part.shape[1] for part in visual) - width:  # what deeper layers add; nothing to the isolator
@@ -241,6 +245,9 @@ class DualSpeed(DropIn):
             where = (run.source >= len(index)).nonzero()[:, 0]
             slots, these = (to_device(of[where], words.device) for of in (layout.slot, run.source - len(index)))
             layout = replace(layout, deep=(slots, torch.cat(beyond).index_select(0, these)))
+        if (filler := self.vlm.filler) is not None:  # the layers look up the tokens themselves
+            tokens = nn.functional.pad(tokens, (0, len(table) - len(tokens)), value=filler)
+            layout = replace(layout, token=tokens.index_select(0, layout.index).view(layout.position.shape[:2]))
         return table.index_select(0, layout.index), layout
 
     def _loss(self, hidden: Tensor, target: Tensor, teacher: Tensor | None, plan: Plan) -> tuple[Tensor, dict]:

@@ -209,10 +209,13 @@ class Layout:
     borders: list[int] | None  # cu_seqlens on the CPU
     weight: Tensor | None = None  # (1 or B, slots per line), of each row's `Rows.weight`
     deep: tuple[Tensor, Tensor] | None = None  # slots, and for each what is added to it behind the first layers
+    image: Tensor | None = None  # (B, slots per line), 0 or 1 + the slot's image, if an image's rows see each other
+    token: Tensor | None = None  # (1 or B, slots per line), the token of a slot of text, if layers look it up again
 
 
-def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layout:
-    """Arranges rows as (B, longest), padded on the right, or as (1, R), packed; by default, on the CPU."""
+def lay_out(rows: Rows, layout: str, device: torch.device | None = None, images: bool = False) -> Layout:
+    """Arranges rows as (B, longest), padded on the right, or as (1, R), packed; by default, on the CPU. With `images`,
+    a padded layout also says which image each row belongs to, the isolator's rows included."""
     require_known("layout", layout, LAYOUTS[1:])
     send = lambda of: to_device(of, device or of.device)
     lengths = rows.lengths
@@ -231,7 +234,8 @@ def lay_out(rows: Rows, layout: str, device: torch.device | None = None) -> Layo
     shape = (rows.samples, longest)
     spread = lambda of: of.new_zeros(len(index), *of.shape[1:]).index_copy_(0, there, of).unflatten(0, shape)
     weight = None if rows.weight is None else spread(rows.weight)
-    return Layout(index, spread(send(rows.position)), slot, None, longest, None, weight)
+    image = spread(send(rows.image + 1)) if images else None
+    return Layout(index, spread(send(rows.position)), slot, None, longest, None, weight, image=image)
 
 
 def plan_rows(text: int, images: list[int], plan: Plan, isolator: int) -> int:

@@ -13,7 +13,6 @@ from tinyspeed import UserError
 from tinyspeed.scheduler import Plan
 
 every_plan = pytest.mark.parametrize("plan", [FULL, FAST, SLOW], ids=lambda plan: plan.mode)
-every_layout = pytest.mark.parametrize("layout", ["padded", "packed"])
 every_padding = pytest.mark.parametrize("padding", ["left", "right"])
 
 
@@ -22,7 +21,13 @@ def family(request) -> str:
     return request.param
 
 
-@every_layout
+@pytest.fixture(params=["padded", "packed"])
+def layout(request, family) -> str:
+    if request.param == "packed" and not zoo.KINDS[family].packs:
+        pytest.skip("refused: see test_a_layout_that_the_llm_cannot_have_is_refused")
+    return request.param
+
+
 @every_padding
 def test_a_full_step_has_the_loss_logits_and_gradients_of_transformers(family, layout, padding):
     net, batch = zoo.model(family), zoo.batch(family, padding=padding)
@@ -49,7 +54,6 @@ def test_evaluation_is_the_wrapped_model_exactly(family):
         assert torch.equal(got.loss, want.loss)
 
 
-@every_layout
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize("isolator", [0, 4])
 def test_a_fast_step_has_the_logits_of_its_sequence_put_together_by_hand(family, layout, positions, isolator):
@@ -92,7 +96,8 @@ def test_layouts_and_micro_batches_have_the_same_loss_and_gradients(family, plan
     data = zoo.samples(family)
     answers = sum(label != tiny.IGNORE for s in data for label in s["labels"])
     net = zoo.model(family)
-    padded, packed = wrap(copy.deepcopy(net), layout="padded"), wrap(net, layout="packed")
+    padded = wrap(copy.deepcopy(net), layout="padded")
+    packed = wrap(net, layout="packed" if zoo.KINDS[family].packs else "auto")
     want = backward(padded, zoo.collate(family, data), plan=plan)
     total = 0.0
     for part in (data[:2], data[2:3], data[3:]):
@@ -121,9 +126,13 @@ def test_keeping_all_is_the_full_step_whatever_the_plugin(family, plugin):
     assert not tiny.difference(every, full)
 
 
-def test_layers_that_take_in_features_are_not_skipped(family):
+def test_layers_that_do_what_no_other_does_are_not_skipped(family):
     model, batch = wrap(zoo.model(family)), zoo.batch(family)
     first = model.vlm.first_layers
+    if not zoo.KINDS[family].uniform:
+        with pytest.raises(UserError, match=r"of several kinds \(full_attention, .*set sts.skip = 0"):
+            model(**batch, plan=Plan("fast", keep=KEEP, layers=(0, 1)))
+        return
     assert model(**batch, plan=Plan("fast", keep=KEEP, layers=(0, 1))).loss.isfinite()
     if first:
         with pytest.raises(UserError, match=f"the first {first} layers .*sts.protect_first = {first}"):
@@ -136,3 +145,11 @@ def test_a_batch_without_what_its_processor_makes_is_refused(family):
     for name in beside:
         with pytest.raises(UserError, match=f"needs {name}"):
             wrap(zoo.model(family))(**{key: value for key, value in batch.items() if key != name}, plan=FULL)
+
+
+@pytest.mark.parametrize("family", [name for name, kind in zoo.KINDS.items() if not kind.packs])
+def test_a_layout_that_the_llm_cannot_have_is_refused(family):
+    net = zoo.model(family)
+    assert wrap(net, layout="auto").layout == wrap(net, layout="padded").layout == "padded"
+    with pytest.raises(UserError, match=r'layout = "packed": .*; choose "padded" or "auto"'):
+        wrap(net, layout="packed")

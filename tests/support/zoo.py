@@ -14,6 +14,10 @@ from support import tiny
 from support.tiny import BOS, IMG, PAD, TEXT, VOCAB
 from torch import Tensor, nn
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -24,6 +28,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -44,6 +52,12 @@ TEXTS = {
 }  # fmt: skip
 
 
+def seen(rows: int, sees) -> Tensor:
+    """(1, 1, rows, rows): 0 where row i sees row j, and the lowest number elsewhere."""
+    worst = torch.finfo(torch.float32).min
+    return torch.tensor([[0.0 if sees(i, j) else worst for j in range(rows)] for i in range(rows)])[None, None]
+
+
 class Qwen2:
     """Pictures of 4 to 24 patches in a grid, of which four make a row of features."""
 
@@ -51,6 +65,7 @@ class Qwen2:
     vision = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 32}
     text: dict = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     tower, projectors = "visual", ("visual.merger",)
+    packs, uniform = True, True  # whether samples may stand end to end, and whether all layers of the LLM are alike
     patch = 4
 
     def made(self, layers: int = 3, **more):
@@ -78,6 +93,18 @@ class Qwen2:
         """A picture's features, and those for the LLM's first layers."""
         out = hf.get_image_features(**picture)
         return [torch.cat([*part]) for part in (out.pooler_output, *getattr(out, "deepstack_features", []))]
+
+    def mask(self, owner: list[int]) -> Tensor | dict[str, Tensor]:
+        """Which rows see which, added to scores; `owner` says which image each belongs to, -1 for text."""
+        window = self.text.get("sliding_window") or len(owner)
+        return seen(len(owner), lambda i, j: i - window < j <= i)
+
+    def again(self, hf: nn.Module, tokens: list[int]) -> dict[str, Tensor]:
+        """What the LLM reads of the tokens beside their embeddings; rows without a token have `PAD`."""
+        return {}
+
+    def head(self, hf: nn.Module, hidden: Tensor) -> Tensor:
+        return hf.lm_head(hidden)
 
     def places(self, ids: list[int], pictures: list[dict[str, Tensor]]) -> list:
         """The (time, height, width) of each token, or its number alone."""
@@ -211,9 +238,108 @@ class Windowed(Mistral):
     text = {"model_type": "mistral", "sliding_window": 9}
 
 
+class Qwen35(Qwen2):
+    config, model = Qwen3_5Config, Qwen3_5ForConditionalGeneration
+    vision = {name: value for name, value in Qwen3.vision.items() if name != "deepstack_visual_indexes"}
+    text = {
+        **Qwen2.text, "full_attention_interval": 2, "partial_rotary_factor": 1.0, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    }  # fmt: skip
+    packs = uniform = False
+
+
+class Qwen35Moe(Qwen35):
+    config, model = Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+    more = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    text = {**Qwen35.text, **more, "shared_expert_intermediate_size": 24}
+
+
+class Gemma3(Intern):
+    """Pictures of 36 patches, of which four are averaged to a row."""
+
+    model, tower, projectors = Gemma3ForConditionalGeneration, "vision_tower", ("multi_modal_projector",)
+    packs = uniform = False
+    window = 5
+    layers = ("sliding_attention", "full_attention", "sliding_attention")
+
+    def made(self, **more):
+        vision = {
+            "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 24, "patch_size": self.patch,
+        }  # fmt: skip
+        text = {**TEXTS, "sliding_window": self.window, "layer_types": [*self.layers], "query_pre_attn_scalar": 8}
+        ids = {"image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END, "mm_tokens_per_image": 9}
+        return Gemma3Config(text_config={**text, **more}, vision_config=vision, **ids)
+
+    def picture(self, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        return [START, *[IMAGE] * 9, END], {"pixel_values": torch.randn(1, 3, 24, 24, generator=generator)}
+
+    def whole(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**batch, "token_type_ids": (batch["input_ids"] == IMAGE).int()}
+
+    def mask(self, owner: list[int]) -> dict[str, Tensor]:
+        whole = lambda i, j: j <= i or owner[i] == owner[j] >= 0
+        near = lambda i, j: whole(i, j) and j > i - self.window
+        return {"full_attention": seen(len(owner), whole), "sliding_attention": seen(len(owner), near)}
+
+
+class Gemma4(Gemma3):
+    """Pictures of 8 to 24 patches, filled up to 24."""
+
+    model, projectors = Gemma4ForConditionalGeneration, ("embed_vision",)
+    bidirectional: str | None = "vision"
+    layers = ("sliding_attention", "full_attention", "sliding_attention", "full_attention")
+    more: dict = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": WORDS}
+
+    def made(self, **more):
+        vision = {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "patch_size": self.patch, "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+        }  # fmt: skip
+        text = {
+            **TEXTS, "sliding_window": self.window, "layer_types": [*self.layers], "num_hidden_layers": 4,
+            "global_head_dim": 16, "num_kv_shared_layers": 1, "final_logit_softcapping": 3.0,
+            "use_bidirectional_attention": self.bidirectional, **self.more,
+        }  # fmt: skip
+        ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "boi_token_id": START, "eoi_token_id": END}
+        return Gemma4Config(text_config={**text, **more}, vision_config=vision, audio_token_id=BREAK, **ids)
+
+    def picture(self, generator: torch.Generator) -> tuple[list[int], dict[str, Tensor]]:
+        high, wide = [(2, 4), (4, 4), (4, 6), (6, 4)][int(torch.randint(4, (), generator=generator))]
+        places = torch.full((1, 24, 2), -1)
+        places[0, : high * wide] = torch.tensor([[x, y] for y in range(high) for x in range(wide)])
+        pixels = torch.rand(1, 24, 3 * self.patch**2, generator=generator)
+        return [START, *[IMAGE] * (high * wide // 4), END], {"pixel_values": pixels, "image_position_ids": places}
+
+    def whole(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return Qwen2.whole(self, batch)
+
+    def features(self, hf: nn.Module, picture: dict[str, Tensor]) -> list[Tensor]:
+        return super().features(hf.model, picture)
+
+    def mask(self, owner: list[int]) -> dict[str, Tensor]:
+        owner = owner if self.bidirectional else [-1] * len(owner)
+        return {**super().mask(owner), "full_attention": seen(len(owner), lambda i, j: j <= i)}
+
+    def again(self, hf: nn.Module, tokens: list[int]) -> dict[str, Tensor]:
+        if not self.more["hidden_size_per_layer_input"]:
+            return {}
+        return {"per_layer_inputs": hf.model.language_model.get_per_layer_inputs(torch.tensor([tokens]))}
+
+    def head(self, hf: nn.Module, hidden: Tensor) -> Tensor:
+        return 3.0 * torch.tanh(hf.lm_head(hidden) / 3.0)
+
+
+class Gemma4Causal(Gemma4):
+    bidirectional = None
+
+
 KINDS = {
     "qwen2_vl": Qwen2(), "qwen2_5_vl": Qwen25(), "qwen3_vl": Qwen3(), "qwen3_vl_moe": Qwen3Moe(), "internvl": Intern(),
     "smolvlm": Smol(), "idefics3": Idefics(), "mistral3": Mistral(), "mistral3, windowed": Windowed(),
+    "qwen3_5": Qwen35(), "qwen3_5_moe": Qwen35Moe(), "gemma3": Gemma3(), "gemma4": Gemma4(),
+    "gemma4, causal": Gemma4Causal(),
 }  # fmt: skip
 
 
@@ -300,7 +426,7 @@ def fast_by_hand(
         images = [kind.features(hf, picture) for picture in pictures]
         kept, flat = kept_of(images, keep), [(n, i) for n, image in enumerate(images) for i in range(len(image[0]))]
         spots = kind.places(ids, pictures)
-        rows, places, deep, answers = [], [], [], []
+        rows, places, owner, tokens, deep, answers = [], [], [], [], [], []
         for i, token in enumerate(ids):
             if token == IMAGE:
                 n, at = flat.pop(0)
@@ -311,17 +437,17 @@ def fast_by_hand(
                     deep.append((len(rows), [part[at] for part in images[n][1:]]))
                     rows.append(images[n][0][at])
                     places.append(spots[i])
+                owner += [n] * (len(rows) - len(owner))
+                tokens += [PAD] * (len(rows) - len(tokens))
             else:
                 rows.append(hf.get_input_embeddings()(torch.tensor(token)))
                 places.append(spots[i])
+                owner.append(-1)
+                tokens.append(token)
             if i + 1 < len(ids) and labels[i + 1] != IGNORE:
                 answers.append((len(rows) - 1, labels[i + 1]))  # the last row so far predicts token i + 1
-        least, window = torch.finfo(torch.float32).min, getattr(llm_of(hf).config, "sliding_window", None)
-        causal = torch.full((len(rows), len(rows)), least).triu(1)
-        if window:
-            causal += torch.full_like(causal, least).tril(-window)
-        causal = causal.clamp(min=least)[None, None]
-        how = {"inputs_embeds": torch.stack(rows)[None], "use_cache": False, "attention_mask": causal}
+        how = {"inputs_embeds": torch.stack(rows)[None], "use_cache": False, "attention_mask": kind.mask(owner)}
+        how |= kind.again(hf, tokens)
         if positions == "original":
             spots = torch.tensor(places)
             how["position_ids"] = spots.movedim(-1, 0)[:, None] if spots.dim() == 2 else spots[None]
@@ -331,6 +457,6 @@ def fast_by_hand(
             layers = [torch.stack([parts[n] for _, parts in deep]) for n in range(len(deep[0][1]))]
             how |= {"visual_pos_masks": mask, "deepstack_visual_embeds": layers}
         hidden = llm_of(hf)(**how).last_hidden_state
-        logits.append(hf.lm_head(hidden[0, [row for row, _ in answers]]))
+        logits.append(kind.head(hf, hidden[0, [row for row, _ in answers]]))
         targets += [target for _, target in answers]
     return torch.cat(logits), torch.tensor(targets)

@@ -1,6 +1,7 @@
 """Attention over the rows of a `Layout`, without a mask.
 
-Attention is causal inside each sample, padded or packed. The layout is handed to the LLM as a keyword argument, passes
+Attention is causal inside each sample, padded or packed. (Only where the rows of an image see each other does the model
+bring a mask: `families/gemma.py`.) The layout is handed to the LLM as a keyword argument, passes
 through its layers (and through activation checkpointing) and arrives here. Without a layout, in evaluation and
 `generate`, this is transformers' own SDPA.
 
@@ -66,10 +67,12 @@ def rows_attention(
         width, scaling = query.shape[-1], scaling or query.shape[-1] ** -0.5
         weighted = weigh(query, key, value, rows.weight / scaling)
         out, _ = rows_attention(
-            module, *weighted, None, dropout, scaling, sliding_window, rows=replace(rows, weight=None)
+            module, *weighted, attention_mask, dropout, scaling, sliding_window, rows=replace(rows, weight=None)
         )
         return out[..., :width], None
     how = {"dropout": dropout, "scaling": scaling}
+    if rows.image is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     if rows.cu_seqlens is None:
         return _causal(module, query, key, value, sliding_window, how), None
     if has_packed_kernel(query) and dropout == 0.0:

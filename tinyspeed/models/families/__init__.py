@@ -7,11 +7,13 @@ from torch import nn
 
 from ...util import require
 from .base import Family
+from .gemma import Gemma3, Gemma4
 from .internvl import InternVL, SmolVLM
 from .llava import Llava
 from .llava_next import LlavaNext
 from .llava_next_video import LlavaNextVideo, LlavaOnevision
 from .mistral3 import Mistral3
+from .qwen3_5 import Qwen35
 from .qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
 FAMILIES: dict[str, type[Family]] = {
@@ -27,6 +29,10 @@ FAMILIES: dict[str, type[Family]] = {
     "qwen2_5_vl": Qwen25VL,
     "qwen3_vl": Qwen3VL,
     "qwen3_vl_moe": Qwen3VL,
+    "qwen3_5": Qwen35,
+    "qwen3_5_moe": Qwen35,
+    "gemma3": Gemma3,
+    "gemma4": Gemma4,
 }
 
 

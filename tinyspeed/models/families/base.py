@@ -24,11 +24,15 @@ from .. import attention
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+ATTENTION = {"full_attention", "sliding_attention"}  # the kinds of layers that `attention.py` keeps to a sample
+
 
 class Family:
     tower_name, projector_name, language_name = "vision_tower", "multi_modal_projector", "language_model"
     square = True  # the rows of an image form one square picture
     rowwise = True  # the projector makes each feature from a single row of its input
+    whole_images = False  # the rows of an image see all of it, also what comes after them
+    filler: int | None = None  # the token of a row that is none, where the LLM's layers look up the tokens
     first_layers = 0  # how many layers of the LLM may not be skipped, because features are added behind them
 
     def __init__(self, model: nn.Module):
@@ -141,20 +145,37 @@ class Family:
         """The positions (B, S, 3) of a batch's tokens, on the CPU; None if they are numbered 0, 1, 2 ..."""
         return None
 
+    @property
+    def why_padded(self) -> str:
+        """Why samples may not stand end to end in one sequence of this LLM; "" if they may."""
+        others = {*(getattr(self.config.text_config, "layer_types", None) or ())} - ATTENTION
+        carry = "would carry what they know of one sample into the next"
+        return f"the {', '.join(sorted(others))} layers of this LLM {carry}" if others else ""
+
+    def layout_for(self, layout: str) -> str:
+        """The layout to use where this one is asked for."""
+        why = self.why_padded
+        require(layout != "packed" or not why, f'layout = "packed": {why}; choose "padded" or "auto"')
+        return "padded" if why else layout
+
     def hidden(self, embeddings: Tensor, layout: Layout, layers: tuple[int, ...] | None, **more) -> Tensor:
         """Returns the last hidden states (slots, hidden) of rows in this layout, after the LLM layers of the plan."""
         position = layout.position
         with self._only_layers(layers):
-            # With any 4-D mask transformers does not make one of its own; `rows_attention` ignores it.
             out = self.language_model(
                 inputs_embeds=embeddings.view(*position.shape[:2], -1),
-                attention_mask=embeddings.new_ones(1, 1, 1, 1, dtype=torch.bool),
+                attention_mask=self.mask(layout),
                 position_ids=position.movedim(2, 0) if position.dim() == 3 else position,
                 use_cache=False,
                 rows=layout,
                 **more,
             )
         return out.last_hidden_state.flatten(0, 1)
+
+    def mask(self, layout: Layout) -> Tensor | dict[str, Tensor]:
+        """What the LLM is given as its mask. With any 4-D mask transformers makes none of its own; `rows_attention`
+        ignores this one."""
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.index.device)
 
     @contextmanager
     def _only_layers(self, layers: tuple[int, ...] | None) -> Iterator[None]:
