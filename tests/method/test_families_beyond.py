@@ -153,3 +153,24 @@ def test_a_layout_that_the_llm_cannot_have_is_refused(family):
     assert wrap(net, layout="auto").layout == wrap(net, layout="padded").layout == "padded"
     with pytest.raises(UserError, match=r'layout = "packed": .*; choose "padded" or "auto"'):
         wrap(net, layout="packed")
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "gemma4"])
+def test_layers_that_run_twice_find_their_states_masks_and_shared_keys_again(family):
+    net, batch = zoo.model(family), zoo.batch(family)
+    once, twice = wrap(copy.deepcopy(net)), wrap(net)
+    twice.gradient_checkpointing_enable()
+    twice.vlm.recompute(True)
+    (loss, gradients), (same, others) = (backward(model, batch, plan=SLOW) for model in (once, twice))
+    assert not tiny.difference(loss, same)
+    assert not tiny.difference(gradients, others)
+
+
+@pytest.mark.parametrize("family", [name for name, kind in zoo.KINDS.items() if type(kind.mask([])) is dict])
+def test_a_weight_does_not_undo_the_mask(family):
+    """Equal weights for every token that stays and for nothing else: an addition to the scores of a few keys."""
+    net, data = zoo.model(family), zoo.samples(family)
+    model = wrap(net, weights="uniform")
+    out = model(**zoo.collate(family, data), plan=FAST, return_logits=True)
+    logits, _ = zoo.fast_by_hand(zoo.twin(net), family, data, model.isolator.weight, "original", KEEP, weigh=True)
+    assert not tiny.difference(out.logits, logits)

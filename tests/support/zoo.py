@@ -417,16 +417,17 @@ def kept_of(images: list[list[Tensor]], keep: float, plugin: str = "divprune") -
 
 
 def fast_by_hand(
-    hf: nn.Module, family: str, data: list[dict], isolator: Tensor, positions: str, keep: float
+    hf: nn.Module, family: str, data: list[dict], isolator: Tensor, positions: str, keep: float, weigh: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(logits, targets) at the answer rows of a fast step: one sample at a time, through transformers' own LLM."""
+    """(logits, targets) at the answer rows of a fast step: one sample at a time, through transformers' own LLM. To
+    `weigh`, each kept token counts for its equal share of its image."""
     kind, logits, targets = KINDS[family], [], []
     for its in data:
         ids, labels, pictures = its["ids"], its["labels"], its["pictures"]
         images = [kind.features(hf, picture) for picture in pictures]
         kept, flat = kept_of(images, keep), [(n, i) for n, image in enumerate(images) for i in range(len(image[0]))]
         spots = kind.places(ids, pictures)
-        rows, places, owner, tokens, deep, answers = [], [], [], [], [], []
+        rows, places, owner, tokens, deep, answers, heavy = [], [], [], [], [], [], {}
         for i, token in enumerate(ids):
             if token == IMAGE:
                 n, at = flat.pop(0)
@@ -434,6 +435,7 @@ def fast_by_hand(
                     rows += list(isolator)
                     places += [spots[i]] * len(isolator)
                 if at in kept[n]:
+                    heavy[len(rows)] = n
                     deep.append((len(rows), [part[at] for part in images[n][1:]]))
                     rows.append(images[n][0][at])
                     places.append(spots[i])
@@ -448,6 +450,10 @@ def fast_by_hand(
                 answers.append((len(rows) - 1, labels[i + 1]))  # the last row so far predicts token i + 1
         how = {"inputs_embeds": torch.stack(rows)[None], "use_cache": False, "attention_mask": kind.mask(owner)}
         how |= kind.again(hf, tokens)
+        if weigh:
+            for mask in how["attention_mask"].values():
+                for row, n in heavy.items():
+                    mask[..., row] += math.log(len(images[n][0]) / len(kept[n]))
         if positions == "original":
             spots = torch.tensor(places)
             how["position_ids"] = spots.movedim(-1, 0)[:, None] if spots.dim() == 2 else spots[None]
