@@ -1,23 +1,18 @@
 """What training sees of a conversation is what the family's own processor makes of it, for every family."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import processors, tiny
+from support import processors
 
 from tinyspeed import UserError
 from tinyspeed.data.chat import Chat
-from tinyspeed.data.conversations import Conversations
 from tinyspeed.data.examples import Example, collate, of_pictures
 from tinyspeed.data.record_formats import IMAGE, Turn
 from tinyspeed.models.pictures import Pictures
-from tinyspeed.recipe import DataSection
 from tinyspeed.rows import IGNORE
 
 FAMILIES = sorted(processors.MAKERS)

@@ -8,7 +8,6 @@ are the published ones, less what they say about videos and tools.
 from pathlib import Path
 
 from support import zoo
-from support.zoo import BREAK, END, IMAGE, START, VIDEO
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     Gemma3Processor,
