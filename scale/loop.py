@@ -94,7 +94,7 @@ class ShardedStage(StageRun):
         return found and found / self.ranks.size
 
     def _rows_that_fit(self) -> float:
-        if self.stage.checkpointing != "auto":
+        if self.stage.checkpointing != "auto" or not memory.is_known(self.model.config):
             return super()._rows_that_fit()
         settings = memory.Settings.of(self.recipe, self.name, self.precision)
         coming = ShardedModel(memory.Shape(self.model.config), settings).coming(self._shards.size())

@@ -235,7 +235,8 @@ def _train(a) -> int:
         from .training.train import dry_run
 
         source, measured = dry_run(chosen)
-        print(estimate.compare_measured(estimate.estimate(chosen, source=source), measured))
+        found = estimate.estimate(chosen, source=source) if estimate.is_possible(chosen) else None
+        print(estimate.compare_measured(found, measured))
         return 0
     run_folder.require_free_or_resumable(chosen, a.resume)
     from .training import report

@@ -23,7 +23,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig
 from ..data import conversations, digits, digits_model
 from ..data.examples import Sample, Source
 from ..models import loading, memory, precision
-from ..models.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step
+from ..models.memory import GIB, RESERVE, MicroBatch, Settings, Shape, Step, is_known
 from ..recipe import Recipe
 from ..recipe.schedules import rows_schedule, skipper_of
 from ..util import UserError, counted, tables
@@ -155,6 +155,11 @@ def estimate(
     budgets = {f"{name}.row_budget": stage.row_budget for name, stage in recipe.stages() if gpu and stage.row_budget}
     room = {key: most for key, now in budgets.items() if (most := case.largest_value(recipe, key)) > now}
     return Estimate(recipe, case, tflops or TFLOPS, peak, changes, room)
+
+
+def is_possible(recipe: Recipe) -> bool:
+    """Whether the needs of the recipe's model are known beforehand."""
+    return not recipe.model.path or is_known(loading.load_config(recipe.model.path))
 
 
 def shape_of(recipe: Recipe) -> Shape:
@@ -310,9 +315,13 @@ def _verdict(found: Estimate) -> str:
     return f"Does not fit {gpu:g} GiB: {needs}. {advice}"
 
 
-def compare_measured(found: Estimate, measured: list[dict]) -> str:
-    """Returns a table of what a dry run measured, beside the estimate of the same micro-batches."""
+def compare_measured(found: Estimate | None, measured: list[dict]) -> str:
+    """Returns a table of what a dry run measured, beside the estimate of the same micro-batches if there is one."""
     rows = []
+    if not found:
+        gib = [None if m["memory_mib"] is None else f"{m['memory_mib'] / 1024:.2f}" for m in measured]
+        rows = [[m["stage"], m["mode"], size] for m, size in zip(measured, gib, strict=True)]
+        return tables.table(["stage", "mode", SIZES[0]], rows)
     for m in measured:
         same = partial(found.case.micro_batch, found.recipe, m["stage"], m["mode"], samples=m["samples"])
         same = max(map(same, found.case.longest), key=lambda batch: batch.rows)

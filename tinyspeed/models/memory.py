@@ -32,6 +32,7 @@ from ..distill import CHUNK
 from ..pruning import entry, keep_count, make
 from ..rows import plan_rows
 from ..scheduler import Plan
+from ..util import require
 from .families import FAMILIES
 
 GIB = 2**30
@@ -39,10 +40,17 @@ RESERVE = int(0.7 * GIB)  # of a GPU: the CUDA context, and gaps between the all
 MARGIN = 0.05  # the share of free memory that `rows_within` leaves alone
 
 
+def is_known(config) -> bool:
+    """Whether these formulas are those of this model. Of the other families nothing is known beforehand."""
+    return config.model_type.startswith("llava")
+
+
 class Shape:
     """The parts of a LLaVA's configuration that memory depends on. A tower other than SigLIP's is treated as CLIP's."""
 
     def __init__(self, config):
+        what = f"what a {config.model_type!r} model needs is not known beforehand, as for LLaVA's families it is"
+        require(is_known(config), f"{what}: `tinyspeed train --dry-run` measures it")
         text, vision, layer = config.text_config, config.vision_config, config.vision_feature_layer
         self.hidden, self.inner, self.layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -342,10 +350,13 @@ def rows_within(free: float, shape: Shape, s: Settings, coming: int | None = Non
 
 
 def rows_that_fit(model, s: Settings, coming: int | None = None) -> float:
-    """Returns `rows_within` what the model's device has left and this process may take; infinity on a CPU."""
+    """Returns `rows_within` what the model's device has left and this process may take; infinity on a CPU. Of a model
+    whose needs are not known none fit for sure, and all are recomputed."""
     device = model.device
     if device.type != "cuda":
         return math.inf
+    if not is_known(model.config):
+        return 0
     (free, total), reserved = cuda.mem_get_info(device), cuda.memory_reserved(device)
     free = min(free, cuda.get_per_process_memory_fraction(device.index) * total - reserved)
     return rows_within(free + reserved - cuda.memory_allocated(device), Shape(model.config), s, coming)
