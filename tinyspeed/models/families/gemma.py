@@ -9,8 +9,8 @@ The window counts rows and not positions, as in transformers; so after pruning i
 
 Gemma 4 sees an image like this in its sliding layers alone, and only if its configuration says "vision". Its small
 models look up each token a second time for every layer, where an image's rows and the isolator's count as padding, as
-an image's do in transformers. Its last layers may use the keys and values of earlier ones. Its
-tower drops the patches that fill up a picture, which waits for the device a few times a step.
+an image's do in transformers. Its last layers may use the keys and values of earlier ones. Its tower drops the patches
+that fill up a picture, which waits for the device a few times a step.
 
 Without a kernel for such masks over packed samples the layout is padded. Two images side by side, without the
 delimiters that the processor puts around each, are two images here and one for transformers.
