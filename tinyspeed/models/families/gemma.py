@@ -9,7 +9,8 @@ The window counts rows and not positions, as in transformers; so after pruning i
 
 Gemma 4 sees an image like this in its sliding layers alone, and only if its configuration says "vision". Its small
 models look up each token a second time for every layer, where an image's rows and the isolator's count as padding, as
-an image's do in transformers. Its last layers may use the keys and values of earlier ones.
+an image's do in transformers. Its last layers may use the keys and values of earlier ones. Its tower drops the patches
+that fill up a picture, which waits for the device a few times a step.
 
 Without a kernel for such masks over packed samples the layout is padded. Two images side by side, without the
 delimiters that the processor puts around each, are two images here and one for transformers.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ...rows import Layout
 from ...util import UserError, require
+from ...util.sending import to_device
 from .base import Family
 
 
@@ -68,7 +70,7 @@ class Gemma4(Gemma3):
         if "image_position_ids" not in visual:
             raise UserError("a 'gemma4' model needs image_position_ids: pass the processor's whole batch")
         pixels = visual["pixel_values"]
-        places = visual["image_position_ids"].to(pixels.device)
+        places = to_device(visual["image_position_ids"].cpu(), pixels.device)
         return list(self.model.get_image_features(pixels, places).pooler_output)
 
     def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:

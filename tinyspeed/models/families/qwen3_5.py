@@ -2,7 +2,8 @@
 
 A linear-attention layer (a gated delta net, behind a short convolution) has no rotary positions. It knows the order of
 the rows that it gets and nothing of those that pruning took out, whatever `positions` says; so only the full-attention
-layers see `original` positions. `tutorials/results/hybrid.md` says what that is worth.
+layers see `original` positions. What that is worth was measured in miniature (`tutorials/results/ablations.md`).
+Weights of kept tokens, too, count in those layers alone.
 
 Its state runs on from row to row, so samples that stand end to end would leak into each other. Kernels that begin anew
 with each sample are told here where one begins; without them `packed` is refused. In the padded layout padding comes
