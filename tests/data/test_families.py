@@ -94,6 +94,8 @@ def learned_of(family: str, ids: list[int]) -> list[bool]:
 @given(talks=st.lists(conversations(), min_size=1, max_size=3))
 def test_a_batch_is_what_the_familys_own_processor_makes(family, talks):
     processor = PROCESSORS[family]
+    if Pictures(processor).alone:
+        talks = [talk for talk in talks if len(talk[1]) < 2] or [([Turn("user", ("a",)), Turn("assistant", ("b",))], [])]
     (batch, rows), wanted = ours(processor, talks), theirs(processor, talks)
     labels = batch.pop("labels")
     for name in {"mm_token_type_ids", "token_type_ids"} & wanted.keys():  # known from the ids
