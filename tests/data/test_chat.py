@@ -252,7 +252,9 @@ def test_a_template_that_fails_as_programs_do_is_one_too(code):
 def test_plain_is_picture_and_caption():
     talk = chat(template="hub")
     talk.plain = True
-    ids, labels, _ = talk.encode([Turn("user", (IMAGE, "Describe it.")), Turn("assistant", ("A cat.",))], ["<image>" * 4])
+    ids, labels, _ = talk.encode(
+        [Turn("user", (IMAGE, "Describe it.")), Turn("assistant", ("A cat.",))], ["<image>" * 4]
+    )
     assert ids[:5].tolist() == [tiny.BOS, *[tiny.IMAGE] * 4]
     assert learned(talk, ids, labels) == ["A cat.\n"]
     for bad in (

@@ -8,7 +8,6 @@ are the published ones, less what they say about videos and tools.
 from pathlib import Path
 
 from support import tiny, zoo
-from support.zoo import BREAK, END, IMAGE, START, VIDEO
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     Gemma3Processor,
@@ -144,7 +143,9 @@ def _internvl():
     pictures = GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=6)
     videos = VideoSettings(video_processor_type="InternVLVideoProcessor", size={"height": TILE, "width": TILE})
     words = tokenizer(None, "<|im_end|>", "<|endoftext|>", list(names.values()), CHATML, names)
-    return InternVLProcessor(pictures, words, videos, image_seq_length=(TILE // PATCH // 2) ** 2, chat_template=INTERNVL)
+    return InternVLProcessor(
+        pictures, words, videos, image_seq_length=(TILE // PATCH // 2) ** 2, chat_template=INTERNVL
+    )
 
 
 def _mistral():
@@ -154,9 +155,7 @@ def _mistral():
     more = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
     pictures = PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size={"height": PATCH, "width": PATCH})
     words = tokenizer("<s>", "</s>", "<pad>", tokens, more)
-    return PixtralProcessor(
-        pictures, words, patch_size=PATCH, spatial_merge_size=MERGE, chat_template=MISTRAL
-    )
+    return PixtralProcessor(pictures, words, patch_size=PATCH, spatial_merge_size=MERGE, chat_template=MISTRAL)
 
 
 def _tiled(kind: type, pictures: type):

@@ -264,7 +264,9 @@ def test_parquet_trains_as_its_json_does_and_the_run_is_evaluated_where_it_is(ho
     made = settings(home, tmp_path, "run", *how, f"data.file={tmp_path}/train.parquet", "data.images=")
     one, other = (conversations.from_recipe(run, run.model.path, bar=False) for run in (plain, made))
     assert one.fingerprint == other.fingerprint
-    assert all(torch.equal(one.example(i).visual["pixel_values"], other.example(i).visual["pixel_values"]) for i in (0, 1, 2))
+    assert all(
+        torch.equal(one.example(i).visual["pixel_values"], other.example(i).visual["pixel_values"]) for i in (0, 1, 2)
+    )
     train.train(made, bar=False)
 
     questions = {"7": {"imageId": "p0-0", "question": "Is it?", "answer": "yes"}}

@@ -99,7 +99,9 @@ class Chat:
         said = text.split(self.image)
         found, given = counted(len(said) - 1, "placeholder"), counted(len(pictures), "picture")
         require(len(said) - 1 == len(pictures), f"{found} {self.image} in the text for {given}")
-        short, lengths = zip(*(runs(picture, self.feature) for picture in pictures), strict=True) if pictures else ((), ())
+        short, lengths = (
+            zip(*(runs(picture, self.feature) for picture in pictures), strict=True) if pictures else ((), ())
+        )
         ends = np.cumsum([len(part) + len(self.image) for part in said[:-1]])
         longer = np.cumsum([0, *(len(picture) - len(self.image) for picture in short)])
         answers = np.array(answers)

@@ -194,7 +194,9 @@ def encode(
         raise UserError(f"{tower} holds a {config.model_type!r} model: it has no tower that cuts pictures into patches")
     llava = config.model_type in families.FAMILIES
     drawn = not llava or config.model_type.startswith("llava")
-    require(drawn, f"{tower} holds a {config.model_type!r} model, whose tokens cannot be drawn yet: give a LLaVA or a CLIP")
+    require(
+        drawn, f"{tower} holds a {config.model_type!r} model, whose tokens cannot be drawn yet: give a LLaVA or a CLIP"
+    )
     asking = [name for name in plugins or () if pruning.entry(name).needs]
     if asking and not llava:
         raise UserError(f"the plugin {asking[0]!r} needs what a LLaVA's projector reads: give a LLaVA as tower")
