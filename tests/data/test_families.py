@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import processors
+from support import processors, zoo
 
 from tinyspeed import UserError
 from tinyspeed.data.chat import Chat
@@ -100,12 +100,12 @@ def test_a_batch_is_what_the_familys_own_processor_makes(family, talks):
     (batch, rows), wanted = ours(processor, talks), theirs(processor, talks)
     labels = batch.pop("labels")
     for name in {"mm_token_type_ids", "token_type_ids"} & wanted.keys():  # known from the ids
-        assert ((wanted.pop(name) == 1) == (batch["input_ids"] == processors.IMAGE)).all()
+        assert ((wanted.pop(name) == 1) == (batch["input_ids"] == zoo.IMAGE)).all()
     assert batch.keys() == wanted.keys()
     for name, tensor in batch.items():
         assert tensor.dtype == wanted[name].dtype
         assert torch.equal(tensor, wanted[name]), name
-    assert (batch["input_ids"] == processors.IMAGE).sum(1).tolist() == [*map(sum, rows)]
+    assert (batch["input_ids"] == zoo.IMAGE).sum(1).tolist() == [*map(sum, rows)]
     for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], labels, strict=True):
         ids = ids[mask.bool()].tolist()
         assert label[mask.bool()].tolist() == [
@@ -146,7 +146,7 @@ def test_a_record_becomes_an_example_whose_lengths_were_known(family, tmp_path):
     made = source(tmp_path, family, [(40, 25)] + [(9, 50)] * (family != "llava_onevision"))
     example, (text, visual, answers) = made.example(0), made.lengths(0)
     assert len(example.input_ids) == text + sum(visual)
-    assert (example.input_ids == processors.IMAGE).sum() == sum(visual)
+    assert (example.input_ids == zoo.IMAGE).sum() == sum(visual)
     assert (example.labels[1:] != IGNORE).sum() == answers
     assert torch.equal(made.text(0)[0], example.input_ids)
     assert example.visual.keys() <= {*made.processor.model_input_names}
@@ -162,7 +162,7 @@ def test_no_record_is_cut_before_its_last_picture_ends(family, tmp_path):
     """Neither amid the image tokens nor between them and the end that the processor writes behind them."""
     made = source(tmp_path / "whole", family, [(40, 25)])
     ids, labels = made.text(0)
-    last = int((ids == processors.IMAGE).nonzero()[-1])
+    last = int((ids == zoo.IMAGE).nonzero()[-1])
     begin = int((labels != IGNORE).nonzero()[0])
     for most in (last, last + 1):
         with pytest.raises(UserError, match="cut through a picture"):
