@@ -77,7 +77,7 @@ def test_a_llava_is_looked_at_through_tower_and_projector(photo, tmp_path):
     batch = tiny.processor("llava").image_processor(images=Image.open(photo), return_tensors="pt")
     model = families.family(loading.load_model(str(folder)).eval())
     with torch.no_grad():
-        full = torch.stack(model.encode(batch["pixel_values"], None, "full"))
+        full = torch.stack(model.encode(batch, "full"))
     assert full.shape == (1, 9, 32)
     features, shown, grid, _ = encode(images.decode(photo, "photo"), str(folder))
     assert grid == (3, 3)

@@ -7,12 +7,14 @@ are the published ones, less what they say about videos and tools.
 
 from pathlib import Path
 
-from support import zoo
+from support import tiny, zoo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     Gemma3Processor,
     Idefics3Processor,
     InternVLProcessor,
+    LlavaNextVideoProcessor,
+    LlavaOnevisionProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
@@ -22,6 +24,8 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -176,7 +180,28 @@ def _gemma():
     return Gemma3Processor(pictures, words, chat_template=GEMMA, image_seq_length=4)
 
 
+def _with_videos(family: str):
+    """LLaVA's own families that also take videos."""
+    names = {"image_token": "<image>", "video_token": "<video>"}
+    words = tokenizer(None, "<|im_end|>", "<|endoftext|>", list(names.values()), CHATML, names)
+    size = {"height": tiny.SIDE, "width": tiny.SIDE}
+    how = {"chat_template": INTERNVL.replace("<IMG_CONTEXT>", "<image>")}
+    if family == "llava_onevision":
+        videos = VideoSettings(video_processor_type="LlavaOnevisionVideoProcessor", size=size)
+        pictures = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=tiny.PINPOINTS)
+        how |= {"num_image_tokens": (tiny.SIDE // tiny.PATCH) ** 2, "vision_feature_select_strategy": "full"}
+        how["vision_aspect_ratio"] = f"anyres_max_{tiny.MOST_CROPS}"
+        return LlavaOnevisionProcessor(pictures, words, videos, **how)
+    videos = VideoSettings(video_processor_type="LlavaNextVideoVideoProcessor", size=size)
+    edge = {"shortest_edge": tiny.SIDE}
+    pictures = LlavaNextImageProcessorPil(size=edge, crop_size=size, image_grid_pinpoints=tiny.PINPOINTS)
+    how |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1, "patch_size": tiny.PATCH}
+    return LlavaNextVideoProcessor(videos, pictures, words, **how)
+
+
 MAKERS = {
+    "llava_next_video": lambda: _with_videos("llava_next_video"),
+    "llava_onevision": lambda: _with_videos("llava_onevision"),
     "qwen2_vl": lambda: _qwen(Qwen2VLProcessor, QWEN2, "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": lambda: _qwen(Qwen2_5_VLProcessor, QWEN2, "Qwen2VLVideoProcessor"),
     "qwen3_vl_moe": lambda: _qwen(Qwen3VLProcessor, QWEN3, "Qwen3VLVideoProcessor"),

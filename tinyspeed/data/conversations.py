@@ -152,6 +152,8 @@ class Conversations:
         """All of a record but its pixels: its picture files, their sizes, their visual tokens, and its tokens."""
         files = self._paths(record)
         sizes = [images.size(file, record.where) for file in files]
+        several = "it has several pictures: this model would see each of them as one of many, which is not known here"
+        require(len(files) < 2 or not self.prepared.alone, several)
         texts = [self.prepared.text(*size) for size in sizes]
         return files, sizes, [*map(self.prepared.rows, texts)], *self._tokens(record, texts)
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..util import UserError, finite, paths
-from .loading import explaining, local_folder
+from .families import FAMILIES
+from .loading import explaining, load_config, local_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -95,7 +96,9 @@ def save_adapter(saved: Mapping[str, Tensor], config: "LoraConfig", base: str, o
     layers = {name.partition(".lora_")[0] for name in learned if ".lora_" in name}
     inside, leaves = min(layers).partition(".layers.")[0], sorted({layer.rpartition(".")[2] for layer in layers})
     config.target_modules = rf"{re.escape(inside)}\.layers\..*\.({'|'.join(leaves)})"  # not the tower's q_proj
-    # peft finds whole trained modules by these names.
-    config.modules_to_save = sorted({name.split(".")[-3] for name in learned if ".lora_" not in name})
+    # peft finds whole trained modules by the ends of their names, and takes those of a list one by one.
+    last = 2 + FAMILIES[load_config(base).model_type].projector_name.count(".")
+    whole = [name.split(".") for name in learned if ".lora_" not in name]
+    config.modules_to_save = sorted({".".join(parts[1 : last + parts[last].isdigit()]) for parts in whole})
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(out)

@@ -306,7 +306,7 @@ def _check_processor(path: str, processor, config) -> None:
     pictures, largest = Pictures(processor), max(processor.tokenizer.get_vocab().values())
     image, pixels = pictures.token, pictures.tensors(Image.new("RGB", (30, 20)))["pixel_values"]
     image_id = processor.tokenizer.convert_tokens_to_ids(image)
-    size = getattr(config.vision_config, "image_size", "any")
+    size = getattr(config.vision_config, "image_size", "any size")
     misfit = f"it makes pictures of {tuple(pixels.shape)}, for a tower of {size}"
     for good, problem in (
         (largest < config.text_config.vocab_size, f"its tokenizer has ids up to {largest}, its model has fewer words"),

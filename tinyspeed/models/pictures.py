@@ -47,6 +47,7 @@ class Pictures:
         self.processor, self.token = processor, image_token(processor)
         how = processor._merge_kwargs(tokenizer_init_kwargs=processor.tokenizer.init_kwargs, return_tensors="pt")
         self.how = how["images_kwargs"]
+        self.alone = "batch_num_images" in processor.model_input_names  # several at once are prepared in another way
         self.countable = not self._of_blank(30, 20).replace(self.token, "")
 
     def tensors(self, picture: Image.Image) -> dict[str, Tensor]:
