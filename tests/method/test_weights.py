@@ -12,7 +12,9 @@ from support import tiny
 from support.forwards import FAST, FULL, SLOW, backward, fast_by_hand, features_of, kept_of, wrap
 
 from tinyspeed import UserError, pruning, recipe
+from tinyspeed.bench import estimate
 from tinyspeed.models import attention
+from tinyspeed.models.memory import MicroBatch, Settings, Step
 from tinyspeed.pruning import registry
 from tinyspeed.pruning.weights import sizes
 from tinyspeed.recipe.schedules import schedule_of
@@ -222,6 +224,19 @@ def test_late_weights_come_at_their_step():
     made = recipe.read("digits", ["dualspeed.weights=cells", "dualspeed.weights_after=7"])
     plans = [schedule_of(made, stage, 2).plan(6).weigh for stage in ("align", "train")]
     assert plans == [True, False]
+
+
+@pytest.mark.parametrize(("changes", "more"), [(["weights=cells"], True), (["weights=cells", "power=0"], False)])
+def test_memory_counts_weights_where_there_are_some(changes, more):
+    """In fast steps, without a teacher's. That the number is right is in tests/slow/test_replays_of_all_layers.py."""
+    plain, made = (recipe.read("digits", [f"dualspeed.{c}" for c in of]) for of in ([], changes))
+    shape, peaks = estimate.shape_of(plain), {}
+    for mode in ("fast", "slow", "full"):
+        settings = (Settings.of(r, "train", "bf16") for r in (plain, made))
+        of = [Step(shape, s, MicroBatch.of(mode, 20, [144], 2, s, 32), recompute=False).peak for s in settings]
+        peaks[mode] = of[1] - of[0]
+    assert (peaks["fast"] > 0) == more
+    assert peaks["slow"] == peaks["full"] == 0
 
 
 @pytest.mark.parametrize(
