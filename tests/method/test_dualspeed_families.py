@@ -244,13 +244,6 @@ def test_a_checkpoint_loads_and_trains_in_full_precision_and_in_4_bits(family, t
     assert losses[0] != losses[1]
 
 
-def test_a_processor_for_videos_names_the_package_that_it_needs(family, tmp_path, monkeypatch):
-    tiny.config(family).save_pretrained(tmp_path)
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="also takes videos, and its processor needs torchvision"):
-        loading.load_processor(str(tmp_path))
-
-
 # Drop-in
 
 

@@ -62,7 +62,7 @@ def of_cached_features(folder: Path, by: int) -> list[torch.Tensor]:
     store = FeatureCache(folder / "cache", net, tiny.processor("llava_next").image_processor, "fp32")
     store.fill([folder / "a.png"], net, 1e9, bar=False)
     move(store.file(folder / "a.png"), by)
-    return [*store.read(folder / "a.png")]
+    return [*store.read(folder / "a.png").values()]
 
 
 READERS = [of_a_checkpoint, of_an_isolator, of_a_model, of_an_exported_base, of_cached_features]

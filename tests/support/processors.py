@@ -176,8 +176,8 @@ def _gemma():
     names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     tokens = ["<image_soft_token>", "<filler>", "<start_of_image>", "<end_of_image>"]
     words = tokenizer("<bos>", "<eos>", "<pad>", tokens, ["<start_of_turn>", "<end_of_turn>"], names)
-    pictures = Gemma3ImageProcessorPil(size={"height": TILE, "width": TILE})
-    return Gemma3Processor(pictures, words, chat_template=GEMMA, image_seq_length=4)
+    pictures = Gemma3ImageProcessorPil(size={"height": 6 * PATCH, "width": 6 * PATCH})
+    return Gemma3Processor(pictures, words, chat_template=GEMMA, image_seq_length=9)
 
 
 def _with_videos(family: str):
