@@ -142,7 +142,7 @@ class DualSpeed(DropIn):
         # The CPU plans the step. Integers that are on a GPU are copied back, which waits for it once.
         input_ids, labels = input_ids.cpu(), labels.cpu()
         attention_mask, answers = (None if t is None else t.cpu() for t in (attention_mask, answers))
-        visual = {name: t if "pixel" in name or t.is_floating_point() else t.cpu() for name, t in visual.items()}
+        visual = {name: t if t.is_floating_point() else t.cpu() for name, t in visual.items()}
 
         # Encode: features of all images, and all rows of the batch.
         features, recorded, zero_gradient_rows = self._encode(visual, plan, input_ids)

@@ -375,6 +375,16 @@ def _samples(cu: Tensor) -> list[tuple[int, int]]:
     return [(a, b) for a, b in itertools.pairwise(cu.inner.tolist()) if b > a]
 
 
+def _near(n: int, window: list[int] | None, dtype: torch.dtype) -> Tensor | None:
+    """What a window of so many rows before and behind adds to scores; None if it has no end before."""
+    if not window or window[0] < 0:
+        return None
+    far = torch.ones(n, n, dtype=torch.bool).tril(-window[0] - 1) | torch.ones(n, n, dtype=torch.bool).triu(
+        window[1] + 1
+    )
+    return torch.zeros(n, n, dtype=dtype).masked_fill(far, -torch.inf)[None, None]
+
+
 def _packed(gpu, q, k, v, cu, cu_k, most_q, most_k, is_causal=False, scale=None, window=None, gqa=False, *more):
     seed = torch.zeros(2, dtype=torch.uint64)
     q, k, v = _bare(q, k, v)
@@ -383,7 +393,7 @@ def _packed(gpu, q, k, v, cu, cu_k, most_q, most_k, is_causal=False, scale=None,
     out, lse = torch.empty_like(q), torch.zeros(q.shape[1], q.shape[0])
     for a, b in _samples(cu):
         part = [x[a:b].transpose(0, 1)[None] for x in (q, k, v)]
-        o, number = _fused(gpu, *part, _causal(is_causal, None, scale))
+        o, number = _fused(gpu, *part, _causal(is_causal, _near(b - a, window, q.dtype), scale))
         out[a:b], lse[:, a:b] = o[0].transpose(0, 1), number[0]
     return out, lse, seed
 
@@ -393,9 +403,8 @@ def _packed_backward(gpu, grad, q, k, v, out, lse, cu, cu_k, most_q, most_k, is_
     grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for a, b in _samples(cu) if not q.is_meta else ():
         part = [x[a:b].transpose(0, 1)[None] for x in (grad, q, k, v, out)]
-        for to, of in zip(
-            grads, _fused_backward(*part, lse[None, :, a:b], _causal(is_causal, None, scale)), strict=True
-        ):
+        how = _causal(is_causal, _near(b - a, window, q.dtype), scale)
+        for to, of in zip(grads, _fused_backward(*part, lse[None, :, a:b], how), strict=True):
             to[a:b] = of[0].transpose(0, 1)
     return grads
 

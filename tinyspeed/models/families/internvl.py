@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...util import require
+from ...util.sending import to_device
 from .base import Family
 
 
@@ -56,8 +57,9 @@ class SmolVLM(Family):
         return super().most_rows // self.config.scale_factor**2
 
     def encode(self, visual: dict[str, Tensor], plan_mode: str) -> list[Tensor]:
-        given = {name: visual[name] for name in ("pixel_values", "pixel_attention_mask") if name in visual}
-        return list(self.model.get_image_features(**given).pooler_output)
+        pixels, mask = visual["pixel_values"], visual.get("pixel_attention_mask")
+        mask = None if mask is None else to_device(mask, pixels.device)
+        return list(self.model.get_image_features(pixels, mask).pooler_output)
 
     def grouped(self, features: list[Tensor], input_ids: Tensor) -> list[Tensor]:
         before, sizes = runs(input_ids, self.config.image_token_id)
