@@ -99,14 +99,13 @@ def main(name: str, folder: str | None = None) -> None:
     page, file = RESULTS / "ablations.md", RESULTS / f"ablations-{name}.json"
     runs = earlier(name) | runs_of(name)
     if folder is not None:
+        text, mark, end = page.read_text(encoding="utf-8"), f"<!-- {file.name} -->", f"<!-- end of {file.name} -->"
+        if mark not in text:
+            sys.exit(f"{page.name} has no place for the table: put a link to {file.name}, {mark} and {end} there")
         runs |= measured(Path(folder))
         write_atomically(file, json.dumps({"runs": [runs[key] for key in sorted(runs)]}, indent=1) + "\n")
-        text, mark = page.read_text(encoding="utf-8"), f"<!-- {file.name} -->"
-        if mark not in text:
-            sys.exit(f"{page.name} has no place for the table: put {mark} and <!-- end of {file.name} --> there")
         before, _, after = text.partition(mark)
-        after = after[after.index(f"<!-- end of {file.name} -->") :]
-        write_atomically(page, f"{before}{mark}\n\n{describe(runs)}\n\n{after}")
+        write_atomically(page, f"{before}{mark}\n\n{describe(runs)}\n\n{after[after.index(end) :]}")
         print(describe(runs))
     for command in missing(name, runs):
         print(command)
