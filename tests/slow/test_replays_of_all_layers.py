@@ -114,5 +114,5 @@ def test_weights_take_the_memory_and_flops_that_are_said_and_little_more_time(na
     assert more_formula - formula == pytest.approx(more_memory - memory, rel=0.01, abs=10_000)
     assert (more_flops - flops) / flops == pytest.approx((more_work - work) / work, abs=0.0005)
     assert work < more_work < 1.01 * work
-    assert more_memory < 1.01 * memory
+    assert more_memory < 1.03 * memory  # with LoRA they keep one more copy of what attention gives
     assert moved < more_moved < 1.03 * moved
