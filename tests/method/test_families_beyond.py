@@ -139,6 +139,15 @@ def test_layers_that_do_what_no_other_does_are_not_skipped(family):
             model(**batch, plan=Plan("fast", keep=KEEP, layers=(0, 2)))
 
 
+@every_plan
+def test_truncated_placeholders_are_refused_with_both_counts(family, plan):
+    batch = zoo.batch(family)
+    rows = int((batch["input_ids"] == zoo.IMAGE).sum())
+    batch["input_ids"][tuple((batch["input_ids"] == zoo.IMAGE).nonzero()[-1])] = tiny.TEXT
+    with pytest.raises(UserError, match=rf"{rows - 1} image placeholder.* {rows} feature rows"):
+        wrap(zoo.model(family))(**batch, plan=plan)
+
+
 def test_a_batch_without_what_its_processor_makes_is_refused(family):
     batch = zoo.batch(family, outlines=((2, IMG, 3),))
     beside = [name for name in batch if name in ("image_grid_thw", "image_sizes")]

@@ -57,7 +57,9 @@ class Qwen2VL(Family):
     def positions(self, input_ids: Tensor, attention_mask: Tensor | None, visual: dict[str, Tensor]) -> Tensor | None:
         if "image_grid_thw" not in visual:  # text alone is numbered 0, 1, 2 ... three times
             return None
-        kinds = (input_ids == self.config.image_token_id).long()
+        kinds, rows = (input_ids == self.config.image_token_id).long(), visual["image_grid_thw"].prod(1).sum()
+        if int(kinds.sum()) * self.tower.spatial_merge_size**2 != int(rows):
+            return None  # `rows.full` refuses such a text
         found, _ = self.model.model.get_rope_index(
             input_ids, mm_token_type_ids=kinds, image_grid_thw=visual["image_grid_thw"], attention_mask=attention_mask
         )
