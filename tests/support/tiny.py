@@ -156,19 +156,24 @@ def sample(family: str, outline: Sequence[int | str], seed: int) -> dict:
     return {"ids": ids, "labels": labels, "pixels": pixels, "sizes": sizes, "videos": videos, "family": family}
 
 
-def collate(samples: list[dict], padding: str = "right") -> dict[str, Tensor]:
-    """Samples as the batch that a Hugging Face processor returns."""
+def padded(samples: list[dict], padding: str = "right") -> dict[str, Tensor]:
+    """The ids and labels of samples in one batch."""
     longest = max(len(s["ids"]) for s in samples)
 
     def pad(values: list[int], filler: int) -> list[int]:
         fill = [filler] * (longest - len(values))
         return values + fill if padding == "right" else fill + values
 
-    batch = {
+    return {
         "input_ids": torch.tensor([pad(s["ids"], PAD) for s in samples]),
         "attention_mask": torch.tensor([pad([1] * len(s["ids"]), 0) for s in samples]),
         "labels": torch.tensor([pad(s["labels"], IGNORE) for s in samples]),
     }
+
+
+def collate(samples: list[dict], padding: str = "right") -> dict[str, Tensor]:
+    """Samples as the batch that a Hugging Face processor returns."""
+    batch = padded(samples, padding)
     pixels = [p for s in samples for p in s["pixels"]]
     if pixels and samples[0]["family"] == "llava":
         batch["pixel_values"] = torch.stack(pixels)

@@ -393,17 +393,7 @@ def samples(family: str, seed: int = 0, outlines: Sequence = tiny.OUTLINES) -> l
 
 
 def collate(family: str, data: list[dict], padding: str = "right") -> dict[str, Tensor]:
-    longest = max(len(s["ids"]) for s in data)
-
-    def pad(values: list[int], filler: int) -> list[int]:
-        fill = [filler] * (longest - len(values))
-        return values + fill if padding == "right" else fill + values
-
-    batch = {
-        "input_ids": torch.tensor([pad(s["ids"], PAD) for s in data]),
-        "attention_mask": torch.tensor([pad([1] * len(s["ids"]), 0) for s in data]),
-        "labels": torch.tensor([pad(s["labels"], IGNORE) for s in data]),
-    }
+    batch = tiny.padded(data, padding)
     pictures = [s["pictures"] for s in data]
     return {**batch, **KINDS[family].collated(pictures)} if any(pictures) else batch
 

@@ -8,7 +8,7 @@
 A chat template writes one placeholder for a picture, and the processor puts this text in its place. It depends on the
 picture's size alone. Where it is the image token and nothing else, the processor can count; elsewhere it is run on a
 blank picture of that size. Its arithmetic with sizes is all that this takes: resizing only says how large its result
-would be. A new size takes 0.3 ms then, instead of 70 to 1,000 for a real picture.
+would be. A size of 4,000 x 3,000 pixels took 0.3 ms then on an AMD EPYC, and a real picture of it 225 to 1,000.
 """
 
 import re

@@ -33,12 +33,9 @@ class Gemma3(Family):
     def most_rows(self) -> int:
         return self.config.mm_tokens_per_image
 
-    def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
-        if any(features.values()):
-            return []
-        vision, like = self.config.vision_config, self.model.get_input_embeddings().weight
-        patches = (vision.image_size // vision.patch_size) ** 2
-        return [self.projector(torch.zeros(1, patches, vision.hidden_size, dtype=like.dtype, device=like.device))[0]]
+    def _zeros(self) -> tuple[int, ...]:
+        vision = self.config.vision_config
+        return 1, (vision.image_size // vision.patch_size) ** 2, vision.hidden_size
 
     def mask(self, layout: Layout) -> dict[str, Tensor]:
         image = layout.image
@@ -73,10 +70,8 @@ class Gemma4(Gemma3):
         places = to_device(visual["image_position_ids"].cpu(), pixels.device)
         return list(self.model.get_image_features(pixels, places).pooler_output)
 
-    def zero_gradient_rows(self, features: dict[str, list[Tensor]], plan_mode: str) -> list[Tensor]:
-        like = self.model.get_input_embeddings().weight
-        zeros = torch.zeros(1, self.config.vision_config.hidden_size, dtype=like.dtype, device=like.device)
-        return [] if any(features.values()) else [self.projector(zeros)]
+    def _zeros(self) -> tuple[int, ...]:
+        return 1, 1, self.config.vision_config.hidden_size
 
     def mask(self, layout: Layout) -> Tensor | dict[str, Tensor]:
         if not self.whole_images:
